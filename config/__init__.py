@@ -1,0 +1,265 @@
+"""
+A run: its settings, its processes, its checkpoint, its log. Functions only; nothing here knows of models or data.
+
+Settings are the plain global names at the top of a script; `python train_x.py config/y.py --key=value` runs the
+file with the script's defaults visible, then the command line wins. torch is imported inside the functions that
+need it, so that a typo answers at once.
+"""
+
+import ast
+import contextlib
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+
+# -----------------------------------------------------------------------------
+# mistakes: one sentence, exit code 2
+
+
+def fail(sentence):
+    """Says what is wrong and what to do (once, on rank 0) and ends the process with exit code 2."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'error: {sentence}', file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def refusals():
+    """While a run is set up, what the rooms refuse (ValueError, FileNotFoundError) is the user's to mend: `fail`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+
+def defaults(namespace):
+    """The settings of a script: every plain global (None, bool, int, float, str, tuple) defined so far."""
+    return {key: value for key, value in namespace.items()
+            if not key.startswith('_') and isinstance(value, (type(None), bool, int, float, str, tuple))}
+
+
+def load(namespace, known, argv):
+    """
+    Resolves the settings of a script and writes them into its globals.
+
+    namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any order.
+    Returns the resolved settings as a dict. Unknown keys and wrong types end the process with exit code 2.
+    """
+    settings = dict(known)
+    if '--help' in argv:
+        print(namespace['__doc__'].strip(), '', *(f'--{key}={value!r}' for key, value in known.items()), sep='\n')
+        raise SystemExit(0)
+    for path in (word for word in argv if not word.startswith('--')):
+        if not os.path.isfile(path):
+            fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value")
+        scope = dict(settings)  # a file sees the settings so far, so it can compute with them
+        with open(path, encoding='utf-8') as file:
+            exec(compile(file.read(), path, 'exec'), scope)
+        for key, value in defaults(scope).items():
+            settings[key] = _checked(known, key, value, f'in {path}')
+    for word in (word for word in argv if word.startswith('--')):
+        key, equals, text = word[2:].partition('=')
+        if not equals:
+            fail(f"'{word}' has no value: write --{key}=value")
+        settings[key] = _checked(known, key, _parse(text, known.get(key)), 'on the command line')
+    namespace.update(settings)
+    return settings
+
+
+def _parse(text, default):
+    """The value that a command line's text means; text that is no Python literal is a string."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return text if isinstance(default, str) and not isinstance(value, str) else value  # --out_dir=7 is a name
+
+
+def _checked(known, key, value, where):
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+        fail(f"unknown setting '{key}' {where}: did you mean '{near}'?")
+    wanted, seen = type(known[key]), type(value)
+    if wanted is float and seen is int:
+        return float(value)
+    if wanted not in (seen, type(None)):
+        fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} is needed, '
+             f'such as {known[key]!r}')
+    return value
+
+
+def need_one_of(settings, **choices):
+    """Refuses settings whose value is not among their choices: need_one_of(settings, sync=('step', 'merge'))."""
+    for key, allowed in choices.items():
+        if settings[key] not in allowed:
+            fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+
+
+def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, restart_every=0, restart_iters=0):
+    """
+    Learning rate of a step: linear warm-up, then cosine from learning_rate to min_lr at lr_decay_iters, then min_lr.
+
+    restart_every, restart_iters: after each restart_every steps the rate climbs again from zero to the cosine
+    within restart_iters steps (ReLoRA, section 3: a reset factor has no moments yet).
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    progress = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
+    rate = min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    if restart_every and restart_iters and step >= restart_every:
+        rate *= min((step % restart_every + 1) / (restart_iters + 1), 1.0)
+    return rate
+
+
+# -----------------------------------------------------------------------------
+# processes
+
+DTYPES = ('float64', 'float32', 'bfloat16', 'float16')
+
+
+def join(device, dtype):
+    """
+    Joins torchrun's processes, if any, and resolves 'auto'.
+
+    device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; dtype: 'auto' or one of DTYPES.
+    Returns (rank, world_size, device of this process, dtype as a name).
+    """
+    import torch
+    import torch.distributed as dist
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
+    if dtype == 'auto':
+        dtype = 'float32' if not device.startswith('cuda') else (
+            'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16')  # P100: float16
+    if 'RANK' not in os.environ:
+        return 0, 1, device, dtype
+    if device == 'cuda':
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    return dist.get_rank(), dist.get_world_size(), device, dtype
+
+
+def mean_over_ranks(tensor, world_size):
+    """The average of a tensor over all ranks, in place."""
+    if world_size > 1:
+        import torch.distributed as dist
+        dist.all_reduce(tensor)
+        tensor /= world_size
+    return tensor
+
+
+_stop = {'signal': 0}
+
+
+def catch_signals():
+    """From now on SIGTERM and SIGINT only raise a flag, which `stop_requested` reads; a second one ends at once."""
+    def raise_flag(number, frame):
+        _stop['signal'] = number
+        signal.signal(number, signal.SIG_DFL)
+    _stop['signal'] = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, raise_flag)
+
+
+def stop_requested(world_size):
+    """True on every rank as soon as one of them got a signal."""
+    if world_size == 1:
+        return _stop['signal'] > 0
+    import torch
+    import torch.distributed as dist
+    flag = torch.tensor([_stop['signal']])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+# -----------------------------------------------------------------------------
+# checkpoint: tensors and plain types, written to a temporary name, fsynced, renamed
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of tensors and plain types; a crash at any moment leaves the old file or the new one whole."""
+    import torch
+    with open(path + '.tmp', 'wb') as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + '.tmp', path)
+    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+    os.fsync(folder)  # the rename itself has to reach the disk too
+    os.close(folder)
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
+    import pickle
+    import torch
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first")
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
+                         f'({str(error).splitlines()[0][:80]}): restore it or train anew') from error
+    if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step'} <= checkpoint.keys()):
+        raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
+                         'check --out_dir')
+    return checkpoint
+
+
+def start_run(out_dir, settings, overwrite):
+    """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten."""
+    held = [name for name in ('ckpt.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
+    if held and settings['init_from'] != 'resume' and not overwrite:
+        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
+                         '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
+    os.makedirs(out_dir, exist_ok=True)
+    if settings['init_from'] != 'resume':
+        for name in held + ['log.jsonl']:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(out_dir, name))
+    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
+        json.dump(settings, file, indent=2)
+
+
+def need_same(settings, checkpoint, keys):
+    """Refuses to resume a checkpoint that was trained with other values of the settings `keys`."""
+    for key in keys:
+        if settings[key] != checkpoint['settings'][key]:
+            raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
+                             f'{settings[key]!r}: resume with the config it was started with')
+
+
+# -----------------------------------------------------------------------------
+# log
+
+
+def peak_memory_bytes(device):
+    """Peak of the memory allocated on a GPU, or of this process's resident size on a CPU."""
+    if device.startswith('cuda'):
+        import torch
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def log(out_dir, record, progress):
+    """Prints one aligned line above the progress bar (a tqdm) and appends the record to out_dir/log.jsonl."""
+    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val {:.4f}', 'dt_ms': '{:8.1f} ms/step',
+             'tokens_per_s': '{:>9,.0f} tokens/s', 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
+    words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
+             for key, form in shown.items() if record.get(key) is not None]
+    progress.write(f"step {record['step']:>6} | " + ' | '.join(words), file=sys.stdout)
+    sys.stdout.flush()  # a log in a file is read while it grows
+    with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')

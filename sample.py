@@ -1,0 +1,61 @@
+"""
+Text from a checkpoint of train_gpt.py:
+
+$ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
+"""
+
+import sys
+
+import config
+
+# -----------------------------------------------------------------------------
+out_dir = 'out/gpt2'  # the folder of a run
+checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
+prompt = '\n'
+num_samples = 3
+max_new_tokens = 200
+temperature = 0.8  # 0: always the most likely token
+top_k = 200  # sample among so many
+seed = 1337
+merged = True  # False: compute with the heads applied instead of merged into the weights (the same text)
+device = 'auto'
+# -----------------------------------------------------------------------------
+defaults = config.defaults(globals())
+if __name__ == '__main__':
+    config.load(globals(), defaults, sys.argv[1:])
+
+import torch  # noqa: E402
+
+import prepare  # noqa: E402
+from lowrank import apply_mhlora, averaged_heads, merge  # noqa: E402
+from model import GPT, GPTConfig, generate  # noqa: E402
+
+
+def main(argv):
+    config.load(globals(), defaults, argv)
+    _, _, dev, _ = config.join(device, 'auto')
+    with config.refusals():
+        state = config.load_checkpoint(f'{out_dir}/{checkpoint}')
+        tokens = prepare.tokenizer(state['tokenizer'])
+    s = state['settings']
+    model = GPT(GPTConfig(**state['model_config'])).to(getattr(torch, s['param_dtype']))
+    if s['lowrank']:
+        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
+                     merge_reset=s['merge_reset'] or not s['merge_every'])
+    model.load_state_dict(state['model'])
+    model.to(dev).eval()
+    if merged:
+        merge(model)
+
+    generator = torch.Generator(dev).manual_seed(seed)
+    start = torch.tensor([tokens.encode_ordinary(prompt) or [tokens.eot_token]] * num_samples, device=dev)  # (num_samples, time)
+    with averaged_heads(model):
+        texts = generate(model, start, max_new_tokens, temperature, top_k, generator).tolist()
+    for text in texts:
+        print(tokens.decode(text))
+        print('-' * 40)
+    return texts
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,288 @@
+"""
+Trains GPT-2 with full-rank weights, LoRA or multi-head LoRA. Launch it on one process or on several:
+
+$ python train_gpt.py config/quickstart.py
+$ python train_gpt.py config/gpt2_mhlora.py --batch_size=8 --rank=16
+$ torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2_mhlora.py
+Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
+"""
+
+import sys
+import time
+from dataclasses import asdict
+
+import config
+
+# -----------------------------------------------------------------------------
+# settings: GPT-2 124M on CNN/DailyMail, full rank
+# run
+out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
+init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' (also -medium, -large, -xl) or the path of a model.safetensors
+overwrite = False  # True: replace a run that out_dir already holds
+eval_interval = 250  # steps between evaluations; each writes a checkpoint
+eval_iters = 50  # batches of an evaluation, always the same ones
+eval_only = False  # evaluate once and stop
+log_interval = 10  # steps between lines of the log
+seed = 1337
+# data: every step trains batch_size * gradient_accumulation_steps sequences in all, whatever the number of ranks
+dataset = 'cnn_dailymail'  # a folder in data_dir, made by prepare.py
+data_dir = 'data'
+batch_size = 12  # sequences of a micro-batch, over all ranks
+gradient_accumulation_steps = 1  # micro-batches of a step
+block_size = 512  # tokens of a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0
+bias = True  # biases in linears and norms
+vocab_size = None  # None: that of the data
+# heads
+lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
+heads = 1  # low-rank heads of a layer
+rank = 4  # of each head
+alpha = 4.0  # the heads' product is scaled by alpha / rank
+head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
+head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
+merge_every = 0  # steps between merges into the frozen weight, 0: never
+merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+# AdamW
+learning_rate = 6e-4
+max_iters = 10000  # steps
+weight_decay = 0.1  # on matrices only
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # norm of the gradient, 0: no clipping
+warmup_iters = 200
+lr_decay_iters = None  # the cosine's end, None: max_iters
+min_lr = 6e-5
+# system
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
+param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
+compile = False  # torch.compile
+wandb_log = False
+wandb_project = 'nanoLowRank'
+# -----------------------------------------------------------------------------
+defaults = config.defaults(globals())
+if __name__ == '__main__':
+    config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
+
+import torch  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import prepare  # noqa: E402
+from lowrank import apply_mhlora, averaged_heads, clip_gradients, count_parameters, drop_moments, merge  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from galore import param_groups, state_bytes  # noqa: E402
+
+
+def main(argv):
+    settings = config.load(globals(), defaults, argv)
+    config.need_one_of(settings, head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
+                       dtype=('auto', *config.DTYPES), param_dtype=config.DTYPES)
+
+    # -------------------------------------------------------------------------
+    # processes
+    dist_rank, world_size, dev, compute = config.join(device, dtype)
+    device_type = dev.split(':')[0]
+    with config.refusals():
+        if batch_size % world_size:
+            raise ValueError(f'batch_size={batch_size} does not split over {world_size} ranks: set a multiple')
+        if lowrank and head_input == 'split' and batch_size % heads:
+            raise ValueError(f'batch_size={batch_size} does not split over heads={heads}: set a multiple')
+        if lowrank and head_input == 'split' and world_size > 1:
+            raise ValueError(f"head_input='split' runs in one process, not {world_size}: start it without torchrun")
+        if merge_every and not lowrank:
+            raise ValueError(f"merge_every={merge_every} has no heads to merge: set lowrank='attn', or merge_every=0")
+        if merge_every and head_input == 'shared' and not merge_reset:
+            raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
+                             "head_input='split' (LTE)")
+
+        # ---------------------------------------------------------------------
+        # data
+        if dist_rank == 0:
+            prepare.ensure(dataset, data_dir)
+        if world_size > 1:
+            torch.distributed.barrier()
+        train_data = prepare.Tokens(dataset, 'train', block_size, data_dir)
+        val_data = prepare.Tokens(dataset, 'val', block_size, data_dir)
+        vocabulary = vocab_size or train_data.vocab_size
+        if train_data.vocab_size > vocabulary:
+            raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
+                             f'vocab_size={vocabulary}: set vocab_size={train_data.vocab_size}')
+
+        # ---------------------------------------------------------------------
+        # model: first the weights, then the heads on top
+        torch.manual_seed(seed)
+        step, best_val_loss, checkpoint = 0, float('inf'), None
+        if init_from == 'scratch':
+            model = GPT(GPTConfig(block_size, vocabulary, n_layer, n_head, n_embd, dropout, bias))
+        elif init_from == 'resume':
+            checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
+            config.need_same(settings, checkpoint, (
+                'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
+                'head_input', 'merge_every', 'merge_reset', 'param_dtype'))
+            step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
+            model = GPT(GPTConfig(**checkpoint['model_config']))
+        else:
+            model = GPT.from_pretrained(init_from, block_size, dropout)
+            if model.config.vocab_size < train_data.vocab_size:
+                raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the weights '
+                                 f"{init_from!r} only {model.config.vocab_size}: prepare it with --tokenizer gpt2")
+        model.to(getattr(torch, param_dtype))
+        if lowrank:
+            apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
+                         merge_reset or not merge_every)
+        if checkpoint:
+            model.load_state_dict(checkpoint['model'])
+        if dist_rank == 0:
+            config.start_run(out_dir, settings, overwrite)
+    model.to(dev)
+    counts = count_parameters(model)
+    sync_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) * (world_size > 1)
+
+    # -------------------------------------------------------------------------
+    # optimizer
+    groups = param_groups(model, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+    scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
+    if checkpoint:  # moments, and the scale of float16
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        del checkpoint
+
+    # -------------------------------------------------------------------------
+    # wrapping: `net` computes, `model` is the same weights under their own names
+    net = torch.compile(model) if compile else model
+    if world_size > 1:
+        net = DDP(net, device_ids=[torch.device(dev).index] if device_type == 'cuda' else None, broadcast_buffers=False)
+
+    def loss_of(x, y):
+        if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
+            x, y = x.pin_memory().to(dev, non_blocking=True), y.pin_memory().to(dev, non_blocking=True)
+        with torch.autocast(device_type, getattr(torch, compute), enabled=compute != param_dtype):
+            return net(x.to(dev), y.to(dev))
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with averaged_heads(model):
+            losses = [loss_of(*val_data.fixed_batch(i, eval_iters, batch_size, dist_rank, world_size))
+                      for i in range(eval_iters)]
+        model.train()
+        return config.mean_over_ranks(torch.stack(losses).mean(), world_size).item()
+
+    def save(name, **extra):
+        if dist_rank == 0:
+            config.save_checkpoint(f'{out_dir}/{name}', {
+                'model': model.state_dict(), 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
+                'model_config': asdict(model.config), 'tokenizer': train_data.meta['tokenizer'], **extra})
+
+    def refuse_non_finite(**values):
+        for name, value in values.items():
+            if value - value != 0:  # true for inf and nan only
+                raise SystemExit(f'{name} is {value} at step {step}: lower learning_rate or raise warmup_iters; the '
+                                 f'last good checkpoint is {out_dir}/ckpt.pt of step {saved}')
+
+    # -------------------------------------------------------------------------
+    # loop
+    if dist_rank == 0:
+        print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
+              f"{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {dev}, {compute}, "
+              f"{world_size} rank{'s' * (world_size > 1)}")
+        if wandb_log:
+            import wandb
+            wandb.init(project=wandb_project, name=out_dir, config=settings)
+    progress = tqdm(total=max_iters, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
+    config.catch_signals()
+    start, saved = step, step if init_from == 'resume' else 'none'
+    running, since, clock = torch.zeros(2, device=dev), 0, time.perf_counter()  # sum of losses, norm of the gradient
+    stop = False
+    while True:
+        lr = config.learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters or max_iters, min_lr,
+                                     merge_every if merge_reset else 0, rewarm_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        # evaluate and save
+        last = stop or step >= max_iters or eval_only
+        if last or (step % eval_interval == 0 and (step > start or step == 0)):
+            val_loss = None
+            if not stop:  # a signal wants the checkpoint soon
+                val_loss = evaluate()
+                refuse_non_finite(val_loss=val_loss)
+            if dist_rank == 0 and val_loss is not None:
+                config.log(out_dir, {'step': step, 'val_loss': val_loss}, progress)
+            if not eval_only:
+                if val_loss is not None and val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save('best.pt')
+                save('ckpt.pt', optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                saved = step
+            clock, since = time.perf_counter(), 0  # an evaluation is not a training step
+            running.zero_()
+        if last:
+            break
+
+        # forward, backward
+        if dropout:
+            torch.manual_seed(hash((seed, step, dist_rank)))  # the same masks after a resume
+        for micro_step in range(gradient_accumulation_steps):
+            if world_size > 1:  # gradients travel once a step
+                net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1
+            x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
+                                    world_size, heads if lowrank and head_input == 'split' else 1)
+            loss = loss_of(x, y) / gradient_accumulation_steps
+            scaler.scale(loss).backward()
+            running[0] += loss.detach()
+        scaler.unscale_(optimizer)
+        running[1] = clip_gradients(model, grad_clip or float('inf'))
+
+        # update, merge
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        since += 1
+        if merge_every and step % merge_every == 0:
+            merge(model, torch.Generator().manual_seed(seed + step))
+            if merge_reset:
+                drop_moments(model, optimizer)
+
+        # log: the only place where the host waits for the device
+        stop = config.stop_requested(world_size)
+        if step % log_interval == 0 or step == max_iters or step % eval_interval == 0 or stop:
+            running[0] /= since
+            train_loss, gradient_norm = config.mean_over_ranks(running, world_size).tolist()
+            refuse_non_finite(train_loss=train_loss)
+            if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
+                refuse_non_finite(gradient_norm=gradient_norm)
+            seconds = (time.perf_counter() - clock) / since
+            record = {
+                'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
+                'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
+                'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
+                'optimizer_state_bytes': state_bytes(optimizer), 'sync_bytes': sync_bytes}
+            if dist_rank == 0:
+                config.log(out_dir, record, progress)
+                if wandb_log:
+                    wandb.log(record, step=step)
+            running.zero_()
+            clock, since = time.perf_counter(), 0
+        progress.update()
+
+    # -------------------------------------------------------------------------
+    progress.close()
+    if dist_rank == 0:
+        print(f'step {step}: {out_dir}/ckpt.pt holds the run, best.pt its best weights '
+              f'(validation loss {best_val_loss:.4f}); --init_from=resume goes on')
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+    return best_val_loss
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

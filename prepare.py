@@ -1,0 +1,481 @@
+"""
+python prepare.py stdlib                                   the sources of Python's standard library, bytes (seconds)
+python prepare.py text --input a.txt b.jsonl --name mine   local .txt, .jsonl (field text), .parquet (column text)
+python prepare.py cnn_dailymail [--path FOLDER]            news; FOLDER: a copy of the hub's files, without the internet
+python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
+
+Token shards: their writer (this command line) and their reader (`Tokens`, for the training scripts). data/NAME/ holds
+train_000000.bin ..., val_000000.bin ... and meta.json, written last. A shard is a header of 32 bytes (magic, version,
+bytes an item, number of items, zeros) and the tokens, little-endian; end-of-text ends every document. An interrupted
+command, given again, goes on at the last whole shard. What is there already is left alone (exit code 0 for the same
+command, 2 for another one) unless --overwrite is given.
+"""
+import argparse
+import codecs
+import difflib
+import glob
+import hashlib
+import itertools
+import json
+import os
+import struct
+import sys
+import sysconfig
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+HEADER, MAGIC, VERSION = struct.Struct('<8sIIQ8x'), b'nLRshard', 1  # magic, version, bytes an item, items, padding
+DTYPES = {2: np.dtype('<u2'), 4: np.dtype('<u4')}
+TOKENIZERS = {'stdlib': 'bytes', 'text': 'gpt2', 'cnn_dailymail': 'gpt2', 'c4': 'gpt2'}  # the defaults
+HUB = {  # repository, the columns that make a document, the files of each split
+    'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
+                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
+    'c4': ('allenai/c4', ['text'], {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}),
+}
+
+
+class DataError(ValueError):
+    """A user's mistake or a broken file, in one sentence: what is wrong, the value seen, what to do."""
+
+
+class MissingData(DataError, FileNotFoundError):
+    """The data set, or a file of it, is not there."""
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+def tokenizer(name):
+    """tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|> = 256)."""
+    import requests
+    import tiktoken
+    if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
+        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={'<|endoftext|>': 256}, explicit_n_vocab=257)
+    if name != 'gpt2':
+        raise DataError(f"there is no tokenizer '{name}': use 'gpt2' or 'bytes'")
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except requests.exceptions.RequestException:
+        raise DataError("tiktoken cannot download its 'gpt2' vocabulary: connect to the internet once, or set "
+                        "TIKTOKEN_CACHE_DIR to a folder that has it") from None
+
+
+def chunks(items, size, length=len):
+    """Lists of successive items whose lengths add up to `size` or more."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += length(item)
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    yield chunk
+
+
+def tokenise(pieces, encoding, val_below):
+    """(split or None, text, ends) -> (split, tokens, ends, hash), in order, on all cores, in constant memory."""
+    def encode(group):
+        out = []
+        for split, text, ends in group:  # hash: of the text alone, so the order is free and duplicates share a split
+            number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'little')
+            # in slices, because the regular expression runs out of stack on a million spaces
+            tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
+                      for i in range(0, len(text) or 1, 2**18)]
+            out.append((split or ('val' if number < val_below else 'train'), np.concatenate(tokens), ends, number))
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
+        waiting = deque()  # the groups read ahead
+        for group in chunks(pieces, 2**18, lambda piece: len(piece[1]) + 64):
+            waiting.append(pool.submit(encode, group))
+            if len(waiting) > 2 * os.cpu_count():
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+
+# -----------------------------------------------------------------------------
+# sources: they yield (split, text, ends); split None: the hash decides; ends: the document ends here
+
+def stdlib_documents():
+    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+    for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
+        folders[:] = sorted(set(folders) - skip)
+        for file in sorted(files):
+            if file.endswith('.py'):
+                yield None, Path(folder, file).read_text('utf-8', 'replace_and_count'), True
+
+
+def text_documents(paths, size):
+    """Local files, streamed. A .txt is one document, in pieces of about `size` characters, each with its own hash."""
+    for path in paths:
+        read = {'.txt': read_txt(path, size), '.jsonl': read_jsonl(path), '.parquet': read_parquet(path)}
+        empty = True
+        for text, ends in read[Path(path).suffix.lower()]:
+            empty = empty and not text.strip()
+            yield None, text, ends
+        if empty:
+            raise DataError(f"'{path}' is empty: leave it out of --input")
+
+
+def read_lines(path, size=-1):
+    """Lines, or `size` characters of a longer one. Bad bytes are replaced and counted, line ends stay as they are."""
+    with open(path, encoding='utf-8-sig', errors='replace_and_count', newline='\n') as file:
+        while line := file.readline(size):
+            if '\0' in line:
+                raise DataError(f"'{path}' is binary (it holds NUL bytes): give text in UTF-8")
+            yield line
+
+
+def read_txt(path, size):
+    for lines in chunks(read_lines(path, size), size):
+        yield ''.join(lines), False
+    yield '', True
+
+
+def read_jsonl(path):
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            try:  # UTF-16, because JSON can spell half a surrogate pair
+                text = json.loads(line)['text'].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                raise DataError(f"line {number} of '{path}' has no string 'text': one JSON object a line") from None
+            yield text, True
+
+
+def read_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(256, columns=['text']):
+                yield from ((text or '', True) for text in batch['text'].to_pylist())
+    except (pyarrow.ArrowInvalid, KeyError):
+        raise DataError(f"'{path}' is no parquet file with a column 'text': convert it or rename the column") from None
+
+
+def hub_documents(name, path, limit):
+    """Streamed from the hub, or from the folder `path` with the hub's files. limit: training tokens or None."""
+    import huggingface_hub
+    import requests
+    from datasets import load_dataset
+    repository, columns, files = HUB[name]
+    try:
+        if path:
+            files = {split: pattern for split, pattern in files.items() if glob.glob(os.path.join(path, pattern))}
+        else:  # datasets itself tries for half a minute
+            requests.head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        for split in files:
+            rows = load_dataset(path or repository, data_files=files, split=split, streaming=True)
+            if name == 'c4' and split == 'val':  # has 170M tokens; GaLore evaluates on 10M: 20,000 documents
+                rows = rows.take(min(20_000, max(100, limit // 10_000)) if limit else 20_000)
+            own = split if 'val' in files else None  # a copy without the validation files: the hash decides
+            yield from ((own, '\n\n'.join(row[column] for column in columns), True)
+                        for row in rows.select_columns(columns))
+    except (ConnectionError, requests.exceptions.RequestException, huggingface_hub.errors.HfHubHTTPError):
+        raise DataError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: connect and run it again, "
+                        f"or use --path FOLDER with the files {files['train']} of {repository}") from None
+
+
+# -----------------------------------------------------------------------------
+# writer
+
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def publish(temporary, path):
+    """Give a finished file its name: whole or not at all, also after a power cut."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_json(path, value):
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(json.dumps(value, indent=1) + '\n')
+    publish(temporary, path)
+
+
+def write_shards(folder, meta, documents, encoding):
+    """documents() after its first meta['consumed'] pieces, into shards. Keeps `meta` and progress.json up to date."""
+    from tqdm import tqdm
+    dtype = DTYPES[2 if encoding.n_vocab <= 2**16 else 4]
+    files, last = {}, {}  # the open shard and its last token
+
+    def replace(error):  # errors='replace', counted
+        meta['replaced_bytes'] += error.end - error.start
+        return '\ufffd', error.end
+
+    def open_shards():
+        for split in meta['tokens']:
+            files[split], last[split] = open(folder / f'{split}.tmp', 'wb'), encoding.eot_token
+            files[split].write(bytes(HEADER.size))
+
+    def write(split, tokens):
+        files[split].write(tokens.astype(dtype))
+        meta['tokens'][split] += len(tokens)
+        last[split] = tokens[-1]
+
+    def close_shards():  # of both splits together, so that going on needs to know nothing but the number of pieces
+        for split, file in files.items():
+            shards = [shard for shard in meta['shards'] if shard['split'] == split]
+            count = meta['tokens'][split] - sum(shard['tokens'] for shard in shards)
+            file.seek(0)
+            file.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, count))
+            file.close()
+            with open(file.name, 'rb') as whole:
+                digest = hashlib.file_digest(whole, 'sha256').hexdigest()
+            if count:
+                path = folder / f'{split}_{len(shards):06d}.bin'
+                publish(file.name, path)
+                meta['shards'].append({'file': path.name, 'split': split, 'tokens': count, 'sha256': digest})
+        write_json(folder / 'progress.json', meta)
+
+    codecs.register_error('replace_and_count', replace)
+    for path in [*folder.glob('*.bin'), *folder.glob('*.tmp')]:
+        if path.name not in [shard['file'] for shard in meta['shards']]:
+            path.unlink()  # left by a crash, or overwritten
+    meta['replaced_bytes'] = 0  # what is skipped is read again
+    limit = meta['limit'] or float('inf')
+    pieces = itertools.islice(documents(), meta['consumed'], None) if meta['tokens']['train'] < limit else ()
+    open_shards()
+    with tqdm(total=meta['limit'], initial=meta['tokens']['train'], unit='tok', unit_scale=True, disable=None) as bar:
+        for split, tokens, ends, number in tokenise(pieces, encoding, meta['val_below']):
+            meta['consumed'] += 1
+            if len(tokens):
+                write(split, tokens)
+                meta['documents'][split] += 1
+                meta['lowest_hash'] = min(meta['lowest_hash'], number)
+            for end in ('val', 'train') if ends or split == 'val' else ():  # a piece for validation leaves a seam
+                if last[end] != encoding.eot_token:
+                    write(end, np.array([encoding.eot_token]))
+            bar.update(len(tokens))
+            if max(file.tell() for file in files.values()) >= HEADER.size + dtype.itemsize * meta['shard_tokens']:
+                close_shards()
+                open_shards()
+            if meta['tokens']['train'] >= limit:
+                break
+    close_shards()
+
+
+def write_data(folder, documents, settings, fraction, overwrite):
+    """The data set `folder` from documents(), unless it is there. settings: source, tokenizer, shard_tokens, limit.
+
+    Where the source has no validation split, `fraction` of the documents is validation, by their hash; if that is none,
+    as happens with a handful of documents, the one with the lowest hash is."""
+    from filelock import FileLock
+    encoding = tokenizer(settings['tokenizer'])
+
+    def fresh(val_below):  # documents: pieces, where a .txt is cut
+        return {**settings, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token, 'val_below': val_below,
+                'lowest_hash': 2**64, 'replaced_bytes': 0, 'consumed': 0, 'tokens': {'train': 0, 'val': 0},
+                'documents': {'train': 0, 'val': 0}, 'shards': []}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    complete, progress = folder / 'meta.json', folder / 'progress.json'
+    with FileLock(folder / '.lock'):  # of two trainings started side by side one prepares, the other waits
+        if overwrite:
+            complete.unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
+        found = [json.loads(path.read_text()) for path in (complete, progress) if path.exists()]
+        meta = found[0] if found else fresh(int(fraction * 2**64))
+        for key, value in settings.items():
+            if meta[key] != value:
+                raise DataError(f"'{folder}' holds a data set with {key} {meta[key]!r}, not {value!r}: choose another "
+                                "--name, or --overwrite it")
+        if complete.exists():
+            for shard in meta['shards']:
+                open_shard(folder / shard['file'], shard['tokens'])
+            print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
+            return
+        write_shards(folder, meta, documents, encoding)
+        if not meta['tokens']['val']:
+            meta = fresh(meta['lowest_hash'] + 1)
+            write_shards(folder, meta, documents, encoding)
+        if not all(meta['tokens'].values()):
+            progress.unlink()
+            raise DataError(f"'{folder}' has too little text to train and to validate on ({meta['tokens']}): add some")
+        del meta['consumed'], meta['lowest_hash']
+        write_json(complete, meta)
+        for path in (progress, *folder.glob('*.tmp')):
+            path.unlink()
+    print(f"'{folder}': {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens "
+          f"({meta['tokenizer']}), {meta['replaced_bytes']:,} bytes that were not UTF-8 replaced")
+
+
+# -----------------------------------------------------------------------------
+# reader
+
+def open_shard(path, tokens):
+    """Memory-mapped tokens (count,) of a shard, uint16 or uint32. DataError for anything but a whole one."""
+    remedy = 'prepare the data set again with --overwrite'
+    if not path.exists():
+        raise MissingData(f"'{path}' is missing: {remedy}")
+    with open(path, 'rb') as file:
+        magic, version, item, count = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b'\0'))
+    if (magic, version) != (MAGIC, VERSION) or item not in DTYPES:
+        raise DataError(f"'{path}' is no shard of version {VERSION} (it begins with {magic!r}, version {version}, "
+                        f"{item} bytes an item): {remedy}")
+    if path.stat().st_size != HEADER.size + item * count or count != tokens:
+        raise DataError(f"'{path}' is damaged ({path.stat().st_size} bytes; its header says {count} items of {item}, "
+                        f"meta.json {tokens}): {remedy}")
+    return np.asarray(np.memmap(path, DTYPES[item], 'r', HEADER.size, (count,)))  # a plain array is cheaper to slice
+
+
+def ensure(name, root='data'):
+    """Prepare an embedded data set (stdlib) when it is missing; MissingData (a FileNotFoundError) for any other."""
+    if Path(root, name, 'meta.json').exists():
+        return
+    if name != 'stdlib':
+        state = 'only half prepared' if Path(root, name, 'progress.json').exists() else 'not there'
+        arguments = name if name in {*TOKENIZERS} - {'text'} else f'text --input FILE --name {name}'
+        arguments += '' if str(root) == 'data' else f' --root {root}'
+        raise MissingData(f"data set '{name}' is {state}: run 'python prepare.py {arguments}'")
+    main(['stdlib', '--root', str(root)])
+
+
+def permute(index, size, *key):
+    """A keyed permutation of range(size) at `index` (int array), in O(1) memory.
+
+    A Feistel network permutes the numbers of an even number of bits; what falls outside goes through it again (cycle
+    walking: the cycle comes back inside; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002)."""
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out = np.asarray(index).astype(np.uint64)
+    walking = np.ones(len(out), bool)
+    while walking.any():
+        left, right = out[walking] >> half, out[walking] & mask
+        for round_key in np.random.SeedSequence(key).generate_state(6, np.uint64):
+            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as is meant
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[walking] = left << half | right
+        walking = out >= size
+    return out.astype(np.int64)
+
+
+class Tokens:
+    """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
+
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. DataError (a ValueError) for a broken
+    file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is missing."""
+
+    def __init__(self, name, split, block_size, root='data'):
+        ensure(name, root)
+        folder = Path(root, name)
+        self.meta = json.loads((folder / 'meta.json').read_text())
+        self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
+        mine = [shard for shard in self.meta['shards'] if shard['split'] == split]
+        if not mine:
+            raise DataError(f"data set '{name}' has no split '{split}': use one of {', '.join(self.meta['tokens'])}")
+        self.shards = [open_shard(folder / shard['file'], shard['tokens']) for shard in mine]
+        self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])  # window of each shard
+        self.num_windows = int(self.first[-1])
+        if not self.num_windows:
+            raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
+                            f"set block_size to {max(map(len, self.shards)) - 1} or less")
+
+    def windows(self, index):
+        """Inputs and targets (rows, block_size), int64, of the windows `index` (rows,)."""
+        data = np.empty((2, len(index), self.block_size), np.int64)
+        shards = np.searchsorted(self.first, index, 'right') - 1
+        for row, (window, shard) in enumerate(zip(index.tolist(), shards.tolist())):
+            start = (window - int(self.first[shard])) * self.block_size
+            tokens = self.shards[shard]
+            data[0, row] = tokens[start:start + self.block_size]
+            data[1, row] = tokens[start + 1:start + 1 + self.block_size]
+        import torch
+        x, y = torch.from_numpy(data)
+        return x, y
+
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rank=0, world_size=1, heads=1):
+        """x, y (batch_size / world_size, block_size), int64: rows rank::world_size of one micro-batch.
+
+        A pure function of its arguments. Every epoch shows every window once, in an order keyed by (seed, epoch). Row j
+        of the micro-batch belongs to head j % (heads * world_size) of all ranks; the rows of this rank's `heads` come
+        head by head, so that x.view(heads, -1, block_size) is one shard a head."""
+        assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
+        rows = np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
+        sequence = (step * accumulation + micro_step) * batch_size + rows
+        epochs, index = np.divmod(sequence, self.num_windows)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            index[here] = permute(index[here], self.num_windows, seed, epoch)
+        return self.windows(index)
+
+    def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
+        """For evaluation: rows rank::world_size of batch `index` of `count`, windows spread evenly over the split."""
+        assert batch_size % world_size == 0, (batch_size, world_size)
+        rows = index * batch_size + np.arange(rank, batch_size, world_size)
+        return self.windows(rows * self.num_windows // (count * batch_size))
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+def main(argv):
+    """Prepare one data set. DataError for a user's mistake. A data set that is there already is left alone."""
+    def refuse(message):
+        raise DataError(f'{message} (python prepare.py --help)')
+
+    parser = argparse.ArgumentParser('prepare.py', description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    parser.add_argument('data', help=' | '.join(TOKENIZERS))
+    parser.add_argument('--input', nargs='+', metavar='FILE', help='text: the .txt, .jsonl and .parquet files')
+    parser.add_argument('--path', help="cnn_dailymail, c4: a folder with the hub's files, instead of the internet")
+    parser.add_argument('--tokens', type=int, help='stop after the document in which the training split gets this long')
+    parser.add_argument('--tokenizer', choices=['gpt2', 'bytes'], help='bytes for stdlib, else gpt2')
+    parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens of a shard')
+    parser.add_argument('--name', help='of the folder under the root; default: that of the data')
+    parser.add_argument('--root', default='data')
+    parser.add_argument('--overwrite', action='store_true', help='prepare anew what is there already')
+    args = parser.parse_args(argv)
+    if args.data not in TOKENIZERS:
+        nearest = difflib.get_close_matches(args.data, TOKENIZERS, 1, 0)[0]
+        refuse(f"unknown data set '{args.data}': did you mean '{nearest}'?")
+    if args.shard_tokens < 1 or args.tokens is not None and args.tokens < 1:
+        refuse(f'--tokens {args.tokens}, --shard_tokens {args.shard_tokens}: give at least 1')
+    if bool(args.input) != (args.data == 'text'):
+        refuse("'text' needs --input FILE..., and nothing else takes it")
+    if args.path and args.data not in HUB:
+        refuse(f"--path is for {' and '.join(HUB)}, not for '{args.data}'")
+    fraction = 0.05
+    if args.data == 'stdlib':
+        source, documents = f'standard library of Python {sys.version.split()[0]}', stdlib_documents
+    elif args.data == 'text':
+        for path in args.input:
+            if Path(path).suffix.lower() not in ('.txt', '.jsonl', '.parquet') or not Path(path).is_file():
+                refuse(f"'{path}' is no .txt, .jsonl or .parquet file: correct --input")
+        sizes = [os.path.getsize(path) for path in args.input]
+        source = ', '.join(f'{Path(path).name} ({size} bytes)' for path, size in zip(args.input, sizes))
+        fraction = min(0.05, max(0.005, 5e6 / max(1, sum(sizes))))  # about 5 MB for validation
+        # small files are cut into small pieces, so that the hash has something to choose from
+        documents = partial(text_documents, args.input, min(2**16, max(2**6, sum(sizes) // 200)))
+    else:
+        source, _, files = HUB[args.data]
+        if args.path and not glob.glob(os.path.join(args.path, files['train'])):
+            refuse(f"'{args.path}' holds no {files['train']}: --path is a folder with the hub's files")
+        if args.data == 'c4' and not args.tokens and not args.path:
+            refuse('c4 has 156 billion tokens: say how many you want, as in --tokens 1_000_000_000')
+        source += f' in {args.path}' if args.path else ''
+        documents = partial(hub_documents, args.data, args.path, args.tokens)
+    settings = {'source': source, 'tokenizer': args.tokenizer or TOKENIZERS[args.data],
+                'shard_tokens': args.shard_tokens, 'limit': args.tokens}
+    write_data(Path(args.root, args.name or args.data), documents, settings, fraction, args.overwrite)
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except DataError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -209,6 +209,28 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
     return replaced
 
 
+def check_settings(settings, world_size):
+    """Refuses (ValueError) settings of heads that make no sense together; world_size: the number of ranks."""
+    s = settings
+    for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential')).items():
+        if s[key] not in allowed:
+            raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    if s['batch_size'] % world_size:
+        raise ValueError(f"batch_size={s['batch_size']} does not split over {world_size} ranks: set a multiple")
+    if not s['lowrank']:
+        if s['merge_every']:
+            raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0")
+        return
+    if s['head_input'] == 'split':
+        if s['batch_size'] % s['heads']:
+            raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
+        if world_size > 1:
+            raise ValueError(f"head_input='split' runs in one process, not {world_size}: start it without torchrun")
+    elif s['merge_every'] and not s['merge_reset']:
+        raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
+                         "head_input='split' (LTE)")
+
+
 def head_layers(model):
     """The MHLoRALinear layers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, MHLoRALinear)]
@@ -233,13 +255,11 @@ def averaged_heads(model):
             layer.head_input = 'split'
 
 
-@torch.no_grad()
 def drop_moments(model, optimizer):
-    """Zeroes the optimizer's moments and step counts of every A and B: after a reset they belong to other factors."""
+    """Drops the optimizer's state of every A and B: after a reset, moments and step counts belong to other factors."""
     for layer in head_layers(model):
         for factor in (layer.A, layer.B):
-            for value in optimizer.state[factor].values():
-                value.zero_()
+            optimizer.state.pop(factor, None)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """
 GPT-2 and LLaMA: configuration, layers, initialisation, loading weights. Knows nothing of LoRA or GaLore.
 
-GPT: parameter names as in nanoGPT. The loss never holds all logits at once where that is no slower (`language_loss`).
+Parameter names as in nanoGPT and in transformers' LlamaForCausalLM. Where the vocabulary is large, the loss never holds
+all logits at once (`language_loss`).
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
 # the loss, shared by both models
@@ -156,6 +158,135 @@ class GPT(nn.Module):
                 # the hub's file holds Conv1D weights (in, out) where nn.Linear has (out, in)
                 parameter.copy_(value.T if value.dim() == 2 and not name.startswith('w') else value)
         return model
+
+
+# -----------------------------------------------------------------------------
+# LLaMA
+
+# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2) and its published configs
+SIZES = {'9m': (128, 4, 4, 352), '60m': (512, 8, 8, 1376), '130m': (768, 12, 12, 2048), '350m': (1024, 24, 16, 2736),
+         '1b': (2048, 24, 32, 5461), '7b': (4096, 32, 32, 11008)}
+
+
+@dataclass
+class LlamaConfig:
+    block_size: int = 256  # only what it is trained at: rotary positions have no table
+    vocab_size: int = 32000
+    n_embd: int = 512
+    n_layer: int = 8
+    n_head: int = 8
+    n_mlp: int = 1376
+    n_kv_head: int = 8  # fewer than n_head: grouped-query attention
+    rope_base: float = 10000.0
+    checkpointing: bool = False  # recompute each layer's activations in the backward pass
+
+
+def rotary(positions, size, base):
+    """Rotary embedding (Su et al., arXiv 2104.09864): cosines and sines, each (time, size / 2), in float32."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    angles = positions.float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + size/2}) of x (batch, head, time, size), transformers' layout, by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.size = config.n_embd // config.n_head
+        self.grouped = config.n_kv_head != config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.size, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=False)
+        self.o_proj = nn.Linear(config.n_head * self.size, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin):
+        b, t, _ = x.shape
+        q, k, v = (proj(x).view(b, t, -1, self.size).transpose(1, 2)  # (batch, head, time, size)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True,
+                                           enable_gqa=self.grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_mlp, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_mlp, bias=False)
+        self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (Shazeer, arXiv 2002.05202)
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """
+    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, untied output.
+
+    Built on the meta device it costs nothing; `to_empty` and `init_weights` then fill it in the dtype and on the device
+    where it stays, so that 7B in bfloat16 never exist in float32.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head or config.n_head % config.n_kv_head or config.n_embd // config.n_head % 2:
+            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} do not fit: '
+                             'n_embd / n_head has to be a whole even number, n_head a multiple of n_kv_head')
+        self.config = config
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            layers=nn.ModuleList([LlamaLayer(config) for _ in range(config.n_layer)]),
+            norm=nn.RMSNorm(config.n_embd, eps=1e-6),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one."""
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
+
+    def hidden(self, idx):
+        """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""
+        config = self.config
+        positions = torch.arange(idx.shape[1], device=idx.device)
+        cos, sin = rotary(positions, config.n_embd // config.n_head, config.rope_base)  # once for all layers
+        x = self.model.embed_tokens(idx)
+        for layer in self.model.layers:
+            if config.checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin)
+        return self.model.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, logits (batch, time, vocab)."""
+        x = self.hidden(idx)
+        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets)
+
+
+# -----------------------------------------------------------------------------
+# text
 
 
 @torch.no_grad()

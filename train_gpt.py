@@ -47,7 +47,14 @@ head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at ano
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-# AdamW
+# optimizer
+optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
+galore_rank = 128
+galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
+galore_scale = 0.25  # multiplies the learning rate of what is projected
+galore_basis = 'svd'  # 'svd', 'power' or 'random'
+galore_rule = 'galore'  # 'galore' or 'fira'
+galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
 learning_rate = 6e-4
 max_iters = 10000  # steps
 weight_decay = 0.1  # on matrices only
@@ -62,7 +69,7 @@ device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
-wandb_log = False
+wandb_log = False  # needs the package wandb
 wandb_project = 'nanoLowRank'
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
@@ -74,39 +81,24 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from lowrank import apply_mhlora, averaged_heads, clip_gradients, count_parameters, drop_moments, merge  # noqa: E402
+from galore import GaLoreAdamW, param_groups, state_bytes  # noqa: E402
+from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
+                     drop_moments, merge)
 from model import GPT, GPTConfig  # noqa: E402
-from galore import param_groups, state_bytes  # noqa: E402
 
 
 def main(argv):
     settings = config.load(globals(), defaults, argv)
-    config.need_one_of(settings, head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
-                       dtype=('auto', *config.DTYPES), param_dtype=config.DTYPES)
 
     # -------------------------------------------------------------------------
     # processes
     dist_rank, world_size, dev, compute = config.join(device, dtype)
     device_type = dev.split(':')[0]
     with config.refusals():
-        if batch_size % world_size:
-            raise ValueError(f'batch_size={batch_size} does not split over {world_size} ranks: set a multiple')
-        if lowrank and head_input == 'split' and batch_size % heads:
-            raise ValueError(f'batch_size={batch_size} does not split over heads={heads}: set a multiple')
-        if lowrank and head_input == 'split' and world_size > 1:
-            raise ValueError(f"head_input='split' runs in one process, not {world_size}: start it without torchrun")
-        if merge_every and not lowrank:
-            raise ValueError(f"merge_every={merge_every} has no heads to merge: set lowrank='attn', or merge_every=0")
-        if merge_every and head_input == 'shared' and not merge_reset:
-            raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
-                             "head_input='split' (LTE)")
+        check_settings(settings, world_size)
 
         # ---------------------------------------------------------------------
         # data
-        if dist_rank == 0:
-            prepare.ensure(dataset, data_dir)
-        if world_size > 1:
-            torch.distributed.barrier()
         train_data = prepare.Tokens(dataset, 'train', block_size, data_dir)
         val_data = prepare.Tokens(dataset, 'val', block_size, data_dir)
         vocabulary = vocab_size or train_data.vocab_size
@@ -124,7 +116,7 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
-                'head_input', 'merge_every', 'merge_reset', 'param_dtype'))
+                'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer', 'galore_rank'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             model = GPT(GPTConfig(**checkpoint['model_config']))
         else:
@@ -138,19 +130,26 @@ def main(argv):
                          merge_reset or not merge_every)
         if checkpoint:
             model.load_state_dict(checkpoint['model'])
-        if dist_rank == 0:
-            config.start_run(out_dir, settings, overwrite)
     model.to(dev)
     counts = count_parameters(model)
     sync_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) * (world_size > 1)
 
     # -------------------------------------------------------------------------
     # optimizer
-    groups = param_groups(model, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+    with config.refusals():
+        groups = param_groups(model, weight_decay, galore_rank if optimizer == 'galore' else 0, galore_gap, galore_scale,
+                              galore_basis, galore_moments, galore_rule)
+        if optimizer == 'galore':
+            adam = GaLoreAdamW(groups, lr=learning_rate, betas=(beta1, beta2), seed=seed)
+        elif optimizer == 'adamw':
+            adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+        else:
+            raise ValueError(f"optimizer={optimizer!r} is not known: set 'adamw' or 'galore'")
+        if dist_rank == 0:
+            config.start_run(settings)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
     if checkpoint:  # moments, and the scale of float16
-        optimizer.load_state_dict(checkpoint['optimizer'])
+        adam.load_state_dict(checkpoint['optimizer'])
         scaler.load_state_dict(checkpoint['scaler'])
         del checkpoint
 
@@ -181,30 +180,21 @@ def main(argv):
                 'model': model.state_dict(), 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
                 'model_config': asdict(model.config), 'tokenizer': train_data.meta['tokenizer'], **extra})
 
-    def refuse_non_finite(**values):
-        for name, value in values.items():
-            if value - value != 0:  # true for inf and nan only
-                raise SystemExit(f'{name} is {value} at step {step}: lower learning_rate or raise warmup_iters; the '
-                                 f'last good checkpoint is {out_dir}/ckpt.pt of step {saved}')
-
     # -------------------------------------------------------------------------
     # loop
     if dist_rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
               f"{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {dev}, {compute}, "
               f"{world_size} rank{'s' * (world_size > 1)}")
-        if wandb_log:
-            import wandb
-            wandb.init(project=wandb_project, name=out_dir, config=settings)
     progress = tqdm(total=max_iters, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
     config.catch_signals()
-    start, saved = step, step if init_from == 'resume' else 'none'
+    start, saved = step, step if init_from == 'resume' else None
     running, since, clock = torch.zeros(2, device=dev), 0, time.perf_counter()  # sum of losses, norm of the gradient
     stop = False
     while True:
         lr = config.learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters or max_iters, min_lr,
                                      merge_every if merge_reset else 0, rewarm_iters)
-        for group in optimizer.param_groups:
+        for group in adam.param_groups:
             group['lr'] = lr
 
         # evaluate and save
@@ -213,14 +203,14 @@ def main(argv):
             val_loss = None
             if not stop:  # a signal wants the checkpoint soon
                 val_loss = evaluate()
-                refuse_non_finite(val_loss=val_loss)
-            if dist_rank == 0 and val_loss is not None:
-                config.log(out_dir, {'step': step, 'val_loss': val_loss}, progress)
-            if not eval_only:
+                config.refuse_non_finite(step, saved, out_dir, val_loss=val_loss)
+                if dist_rank == 0:
+                    config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
+            if step > start:
                 if val_loss is not None and val_loss < best_val_loss:
                     best_val_loss = val_loss
                     save('best.pt')
-                save('ckpt.pt', optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+                save('ckpt.pt', optimizer=adam.state_dict(), scaler=scaler.state_dict())
                 saved = step
             clock, since = time.perf_counter(), 0  # an evaluation is not a training step
             running.zero_()
@@ -238,38 +228,36 @@ def main(argv):
             loss = loss_of(x, y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
             running[0] += loss.detach()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(adam)
         running[1] = clip_gradients(model, grad_clip or float('inf'))
 
         # update, merge
-        scaler.step(optimizer)
+        scaler.step(adam)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        adam.zero_grad(set_to_none=True)
         step += 1
         since += 1
         if merge_every and step % merge_every == 0:
             merge(model, torch.Generator().manual_seed(seed + step))
             if merge_reset:
-                drop_moments(model, optimizer)
+                drop_moments(model, adam)
 
         # log: the only place where the host waits for the device
         stop = config.stop_requested(world_size)
         if step % log_interval == 0 or step == max_iters or step % eval_interval == 0 or stop:
             running[0] /= since
             train_loss, gradient_norm = config.mean_over_ranks(running, world_size).tolist()
-            refuse_non_finite(train_loss=train_loss)
+            config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
             if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
-                refuse_non_finite(gradient_norm=gradient_norm)
+                config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
             seconds = (time.perf_counter() - clock) / since
             record = {
                 'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
                 'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
                 'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                'optimizer_state_bytes': state_bytes(optimizer), 'sync_bytes': sync_bytes}
+                'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}
             if dist_rank == 0:
-                config.log(out_dir, record, progress)
-                if wandb_log:
-                    wandb.log(record, step=step)
+                config.log(settings, record, progress)
             running.zero_()
             clock, since = time.perf_counter(), 0
         progress.update()
@@ -277,8 +265,8 @@ def main(argv):
     # -------------------------------------------------------------------------
     progress.close()
     if dist_rank == 0:
-        print(f'step {step}: {out_dir}/ckpt.pt holds the run, best.pt its best weights '
-              f'(validation loss {best_val_loss:.4f}); --init_from=resume goes on')
+        print(f'{out_dir}: ckpt.pt holds step {saved}, best.pt the weights with the lowest validation loss '
+              f'({best_val_loss:.4f}); --init_from=resume goes on')
     if world_size > 1:
         torch.distributed.destroy_process_group()
     return best_val_loss

@@ -95,13 +95,6 @@ def _checked(known, key, value, where):
     return value
 
 
-def need_one_of(settings, **choices):
-    """Refuses settings whose value is not among their choices: need_one_of(settings, sync=('step', 'merge'))."""
-    for key, allowed in choices.items():
-        if settings[key] not in allowed:
-            fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
-
-
 def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, restart_every=0, restart_iters=0):
     """
     Learning rate of a step: linear warm-up, then cosine from learning_rate to min_lr at lr_decay_iters, then min_lr.
@@ -131,6 +124,8 @@ def join(device, dtype):
     device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; dtype: 'auto' or one of DTYPES.
     Returns (rank, world_size, device of this process, dtype as a name).
     """
+    if dtype not in ('auto', *DTYPES):
+        fail(f"dtype={dtype!r} is not known: set 'auto' or one of {', '.join(DTYPES)}")
     import torch
     import torch.distributed as dist
     if device == 'auto':
@@ -217,10 +212,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def start_run(out_dir, settings, overwrite):
+def start_run(settings):
     """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten."""
+    out_dir = settings['out_dir']
     held = [name for name in ('ckpt.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
-    if held and settings['init_from'] != 'resume' and not overwrite:
+    if held and settings['init_from'] != 'resume' and not settings['overwrite']:
         raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
                          '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
     os.makedirs(out_dir, exist_ok=True)
@@ -230,6 +226,18 @@ def start_run(out_dir, settings, overwrite):
                 os.remove(os.path.join(out_dir, name))
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=2)
+    if settings['wandb_log']:
+        import wandb
+        wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
+
+
+def refuse_non_finite(step, saved, out_dir, **values):
+    """Ends the run (exit code 1) where a loss or a norm is inf or nan, before anything can overwrite its checkpoint."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise SystemExit(f'{name} is {value} at step {step}: lower learning_rate or raise warmup_iters; '
+                             + (f'the last good checkpoint is {out_dir}/ckpt.pt of step {saved}' if saved is not None
+                                else 'no checkpoint was written yet'))
 
 
 def need_same(settings, checkpoint, keys):
@@ -253,13 +261,16 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def log(out_dir, record, progress):
-    """Prints one aligned line above the progress bar (a tqdm) and appends the record to out_dir/log.jsonl."""
-    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val {:.4f}', 'dt_ms': '{:8.1f} ms/step',
+def log(settings, record, progress):
+    """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
+    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'dt_ms': '{:8.1f} ms/step',
              'tokens_per_s': '{:>9,.0f} tokens/s', 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
     words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
-             for key, form in shown.items() if record.get(key) is not None]
+             for key, form in shown.items() if key in record]
     progress.write(f"step {record['step']:>6} | " + ' | '.join(words), file=sys.stdout)
     sys.stdout.flush()  # a log in a file is read while it grows
-    with open(os.path.join(out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
+    with open(os.path.join(settings['out_dir'], 'log.jsonl'), 'a', encoding='utf-8') as file:
         file.write(json.dumps(record) + '\n')
+    if settings['wandb_log']:
+        import wandb
+        wandb.log(record, step=record['step'])

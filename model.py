@@ -262,9 +262,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one."""
+        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one. Returns the model."""
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
+        return self
 
     def hidden(self, idx):
         """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""

@@ -1,5 +1,5 @@
 """
-Text from a checkpoint of train_gpt.py:
+Text from a checkpoint of train_gpt.py or train_llama.py:
 
 $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 """
@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 import prepare  # noqa: E402
 from lowrank import apply_mhlora, averaged_heads, merge  # noqa: E402
-from model import GPT, GPTConfig, generate  # noqa: E402
+from model import GPT, GPTConfig, Llama, LlamaConfig, generate  # noqa: E402
 
 
 def main(argv):
@@ -38,7 +38,9 @@ def main(argv):
         state = config.load_checkpoint(f'{out_dir}/{checkpoint}')
         tokens = prepare.tokenizer(state['tokenizer'])
     s = state['settings']
-    model = GPT(GPTConfig(**state['model_config'])).to(getattr(torch, s['param_dtype']))
+    shape = state['model_config']
+    model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
+    model.to(getattr(torch, s['param_dtype']))
     if s['lowrank']:
         apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
                      merge_reset=s['merge_reset'] or not s['merge_every'])

@@ -1,0 +1,279 @@
+"""
+Trains LLaMA with full-rank weights, heads, or GaLore (Adam in a projection of the gradient). One process or several:
+
+$ python train_llama.py config/llama_quickstart.py
+$ python train_llama.py config/llama_60m_galore.py --galore_rank=64
+$ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b_galore.py
+Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
+"""
+
+import sys
+import time
+from dataclasses import asdict
+
+import config
+
+# -----------------------------------------------------------------------------
+# settings: LLaMA 60M on C4 with GaLore, as in its paper (arXiv 2403.03507)
+# run
+out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
+init_from = 'scratch'  # 'scratch' or 'resume'
+overwrite = False  # True: replace a run that out_dir already holds
+eval_interval = 250  # steps between evaluations; each writes a checkpoint
+eval_iters = 50  # batches of an evaluation, always the same ones
+eval_only = False  # evaluate once and stop
+log_interval = 10  # steps between lines of the log
+seed = 1337
+# data: every step trains batch_size * gradient_accumulation_steps sequences in all, whatever the number of ranks
+dataset = 'c4'  # a folder in data_dir, made by prepare.py
+data_dir = 'data'
+batch_size = 32  # sequences of a micro-batch, over all ranks
+gradient_accumulation_steps = 16  # micro-batches of a step
+block_size = 256  # tokens of a sequence
+# model
+size = '60m'  # '9m', '60m', '130m', '350m', '1b', '7b': the next four, unless they are set
+n_layer = None
+n_head = None
+n_embd = None
+n_mlp = None
+n_kv_head = None  # None: n_head; fewer: grouped-query attention
+vocab_size = None  # None: 32000, or that of the data where it has more
+checkpointing = False  # recompute activations in the backward pass: less memory, more time
+# heads
+lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
+heads = 1  # low-rank heads of a layer
+rank = 4  # of each head
+alpha = 4.0  # the heads' product is scaled by alpha / rank
+head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
+head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
+merge_every = 0  # steps between merges into the frozen weight, 0: never
+merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+# optimizer
+optimizer = 'galore'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
+galore_rank = 128
+galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
+galore_scale = 0.25  # multiplies the learning rate of what is projected
+galore_basis = 'svd'  # 'svd', 'power' or 'random'
+galore_rule = 'galore'  # 'galore' or 'fira'
+galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
+learning_rate = 0.01
+max_iters = 10000  # steps
+weight_decay = 0.0  # on matrices only
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 0.0  # norm of the gradient, 0: no clipping
+warmup_iters = 1000
+lr_decay_iters = None  # the cosine's end, None: max_iters
+min_lr = 1e-3
+# system
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
+param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
+compile = False  # torch.compile
+wandb_log = False  # needs the package wandb
+wandb_project = 'nanoLowRank'
+# -----------------------------------------------------------------------------
+defaults = config.defaults(globals())
+if __name__ == '__main__':
+    config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
+
+import torch  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import prepare  # noqa: E402
+from galore import GaLoreAdamW, param_groups, state_bytes  # noqa: E402
+from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
+                     drop_moments, merge)
+from model import SIZES, Llama, LlamaConfig  # noqa: E402
+
+
+def main(argv):
+    settings = config.load(globals(), defaults, argv)
+
+    # -------------------------------------------------------------------------
+    # processes
+    dist_rank, world_size, dev, compute = config.join(device, dtype)
+    device_type = dev.split(':')[0]
+    with config.refusals():
+        check_settings(settings, world_size)
+
+        # ---------------------------------------------------------------------
+        # data
+        train_data = prepare.Tokens(dataset, 'train', block_size, data_dir)
+        val_data = prepare.Tokens(dataset, 'val', block_size, data_dir)
+        vocabulary = vocab_size or max(32000, train_data.vocab_size)
+        if train_data.vocab_size > vocabulary:
+            raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
+                             f'vocab_size={vocabulary}: set vocab_size={train_data.vocab_size}')
+
+        # ---------------------------------------------------------------------
+        # model: first the weights, then the heads on top
+        torch.manual_seed(seed)
+        step, best_val_loss, checkpoint = 0, float('inf'), None
+        if init_from == 'scratch':
+            if size not in SIZES:
+                raise ValueError(f"size={size!r} is not known: set one of {', '.join(SIZES)}")
+            width, depth, many, hidden = (mine or usual for mine, usual in zip((n_embd, n_layer, n_head, n_mlp), SIZES[size]))
+            shape = LlamaConfig(block_size, vocabulary, width, depth, many, hidden, n_kv_head or many,
+                                checkpointing=checkpointing)
+        elif init_from == 'resume':
+            checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
+            config.need_same(settings, checkpoint, (
+                'size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'n_kv_head', 'block_size', 'vocab_size', 'lowrank',
+                'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer',
+                'galore_rank'))
+            step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
+            shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': checkpointing})
+        else:
+            raise ValueError(f"init_from={init_from!r} is not known: set 'scratch' or 'resume'")
+        with torch.device('meta'):
+            model = Llama(shape)  # filled where and as it stays: 7B in bfloat16 never exist in float32
+        model.to(getattr(torch, param_dtype)).to_empty(device=dev).init_weights()
+        if lowrank:
+            apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
+                         merge_reset or not merge_every)
+        if checkpoint:
+            model.load_state_dict(checkpoint['model'])
+    counts = count_parameters(model)
+    sync_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) * (world_size > 1)
+
+    # -------------------------------------------------------------------------
+    # optimizer
+    with config.refusals():
+        groups = param_groups(model, weight_decay, galore_rank if optimizer == 'galore' else 0, galore_gap, galore_scale,
+                              galore_basis, galore_moments, galore_rule)
+        if optimizer == 'galore':
+            adam = GaLoreAdamW(groups, lr=learning_rate, betas=(beta1, beta2), seed=seed)
+        elif optimizer == 'adamw':
+            adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
+        else:
+            raise ValueError(f"optimizer={optimizer!r} is not known: set 'adamw' or 'galore'")
+        if dist_rank == 0:
+            config.start_run(settings)
+    scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
+    if checkpoint:  # moments, and the scale of float16
+        adam.load_state_dict(checkpoint['optimizer'])
+        scaler.load_state_dict(checkpoint['scaler'])
+        del checkpoint
+
+    # -------------------------------------------------------------------------
+    # wrapping: `net` computes, `model` is the same weights under their own names
+    net = torch.compile(model) if compile else model
+    if world_size > 1:
+        net = DDP(net, device_ids=[torch.device(dev).index] if device_type == 'cuda' else None, broadcast_buffers=False)
+
+    def loss_of(x, y):
+        if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
+            x, y = x.pin_memory().to(dev, non_blocking=True), y.pin_memory().to(dev, non_blocking=True)
+        with torch.autocast(device_type, getattr(torch, compute), enabled=compute != param_dtype):
+            return net(x.to(dev), y.to(dev))
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        with averaged_heads(model):
+            losses = [loss_of(*val_data.fixed_batch(i, eval_iters, batch_size, dist_rank, world_size))
+                      for i in range(eval_iters)]
+        model.train()
+        return config.mean_over_ranks(torch.stack(losses).mean(), world_size).item()
+
+    def save(name, **extra):
+        if dist_rank == 0:
+            config.save_checkpoint(f'{out_dir}/{name}', {
+                'model': model.state_dict(), 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
+                'model_config': asdict(model.config), 'tokenizer': train_data.meta['tokenizer'], **extra})
+
+    # -------------------------------------------------------------------------
+    # loop
+    if dist_rank == 0:
+        print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
+              f"{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {dev}, {compute}, "
+              f"{world_size} rank{'s' * (world_size > 1)}")
+    progress = tqdm(total=max_iters, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
+    config.catch_signals()
+    start, saved = step, step if init_from == 'resume' else None
+    running, since, clock = torch.zeros(2, device=dev), 0, time.perf_counter()  # sum of losses, norm of the gradient
+    stop = False
+    while True:
+        lr = config.learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters or max_iters, min_lr,
+                                     merge_every if merge_reset else 0, rewarm_iters)
+        for group in adam.param_groups:
+            group['lr'] = lr
+
+        # evaluate and save
+        last = stop or step >= max_iters or eval_only
+        if last or (step % eval_interval == 0 and (step > start or step == 0)):
+            val_loss = None
+            if not stop:  # a signal wants the checkpoint soon
+                val_loss = evaluate()
+                config.refuse_non_finite(step, saved, out_dir, val_loss=val_loss)
+                if dist_rank == 0:
+                    config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
+            if step > start:
+                if val_loss is not None and val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    save('best.pt')
+                save('ckpt.pt', optimizer=adam.state_dict(), scaler=scaler.state_dict())
+                saved = step
+            clock, since = time.perf_counter(), 0  # an evaluation is not a training step
+            running.zero_()
+        if last:
+            break
+
+        # forward, backward
+        for micro_step in range(gradient_accumulation_steps):
+            if world_size > 1:  # gradients travel once a step
+                net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1
+            x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
+                                    world_size, heads if lowrank and head_input == 'split' else 1)
+            loss = loss_of(x, y) / gradient_accumulation_steps
+            scaler.scale(loss).backward()
+            running[0] += loss.detach()
+        scaler.unscale_(adam)
+        running[1] = clip_gradients(model, grad_clip or float('inf'))
+
+        # update, merge
+        scaler.step(adam)
+        scaler.update()
+        adam.zero_grad(set_to_none=True)
+        step += 1
+        since += 1
+        if merge_every and step % merge_every == 0:
+            merge(model, torch.Generator().manual_seed(seed + step))
+            if merge_reset:
+                drop_moments(model, adam)
+
+        # log: the only place where the host waits for the device
+        stop = config.stop_requested(world_size)
+        if step % log_interval == 0 or step == max_iters or step % eval_interval == 0 or stop:
+            running[0] /= since
+            train_loss, gradient_norm = config.mean_over_ranks(running, world_size).tolist()
+            config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
+            if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
+                config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
+            seconds = (time.perf_counter() - clock) / since
+            record = {
+                'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
+                'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
+                'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
+                'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}
+            if dist_rank == 0:
+                config.log(settings, record, progress)
+            running.zero_()
+            clock, since = time.perf_counter(), 0
+        progress.update()
+
+    # -------------------------------------------------------------------------
+    progress.close()
+    if dist_rank == 0:
+        print(f'{out_dir}: ckpt.pt holds step {saved}, best.pt the weights with the lowest validation loss '
+              f'({best_val_loss:.4f}); --init_from=resume goes on')
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+    return best_val_loss
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -4,6 +4,8 @@ against independent formulations; the scripts run for real, on tiny data.
 """
 
 import gzip
+import io
+import itertools
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -20,11 +23,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import config
+import galore
 import lowrank
 import model as models
 import prepare
 import sample
 import train_gpt
+import train_llama
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -109,7 +114,7 @@ def test_every_config_file_is_accepted_and_says_what_it_is():
             with open(path, encoding='utf-8') as file:
                 head = [file.readline() for _ in range(3)]
             assert head[0].startswith('# ') and 'train_' in head[1] and ':' in head[2], name
-            script = {'gpt2': train_gpt, 'quic': train_gpt}[name[:4]]
+            script = train_llama if name.startswith('llama') else train_gpt
             assert config.load({}, script.defaults, [path])['out_dir'] == f'out/{name[:-3]}'
 
 
@@ -142,7 +147,7 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path, capsys, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# prepare.py
+# prepare
 
 
 def write_text(path, lines=4000, seed=0):
@@ -540,6 +545,62 @@ def test_a_replaced_output_layer_is_called_not_bypassed():
     assert gpt(idx, idx).item() == pytest.approx(F.cross_entropy(gpt(idx).flatten(0, 1), idx.flatten()).item(), rel=1e-12)
 
 
+def tiny_llama(**changes):
+    torch.manual_seed(0)
+    shape = dict(block_size=16, vocab_size=31, n_embd=32, n_layer=2, n_head=4, n_mlp=24, n_kv_head=2)
+    return models.Llama(models.LlamaConfig(**{**shape, **changes})).double()
+
+
+def test_llama_is_causal_and_starts_at_the_loss_of_guessing():
+    llama = tiny_llama(vocab_size=97)
+    idx = torch.randint(97, (4, 16))
+    changed = idx.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 97
+    before, after = llama(idx), llama(changed)
+    assert torch.equal(before[:, :9], after[:, :9]) and not torch.allclose(before[:, 9:], after[:, 9:])
+    assert abs(llama(idx, torch.randint(97, (4, 16))).item() - math.log(97)) < 0.1
+
+
+def test_rotary_products_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+
+    def product(i, j):
+        a, b = (models.rotate(x, *models.rotary(torch.tensor([at]), 8, 10000.0)) for x, at in ((q, i), (k, j)))
+        return (a * b).sum().item()
+    assert product(3, 1) == pytest.approx(product(13, 11), abs=1e-5)  # angles are float32
+    assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
+    assert product(5, 5) == pytest.approx((q * k).sum().item(), abs=1e-6)
+
+
+def test_grouped_query_attention_equals_repeated_heads():
+    grouped, full = tiny_llama(), tiny_llama(n_kv_head=4)
+    state = grouped.state_dict()
+    for name, value in state.items():
+        if 'k_proj' in name or 'v_proj' in name:  # two heads of 8 rows, each serves two queries
+            state[name] = value.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+    full.load_state_dict(state)
+    idx = torch.randint(31, (2, 16))
+    assert torch.allclose(grouped(idx), full(idx), atol=1e-12)
+
+
+def test_activation_checkpointing_changes_nothing():
+    idx = torch.randint(31, (2, 16))
+    grads = []
+    for checkpointing in (False, True):
+        llama = tiny_llama(checkpointing=checkpointing)
+        lowrank.apply_mhlora(llama, ('attn', 'mlp'), 2, 2)
+        llama(idx, idx).backward()
+        grads.append([p.grad for p in llama.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_seven_billion_parameters_have_galores_shape():
+    width, depth, many, hidden = models.SIZES['7b']
+    with torch.device('meta'):
+        llama = models.Llama(models.LlamaConfig(256, 32000, width, depth, many, hidden, many))
+    assert lowrank.count_parameters(llama)['total'] == 6_738_415_616
+
+
 def test_gpt2_weights_load_from_the_hubs_layout(tmp_path):
     from safetensors.torch import save_file
     donor = tiny_gpt(n_head=1, n_embd=64)
@@ -840,6 +901,430 @@ def test_clipping_gives_every_split_head_its_own_norm():
 
 
 # -----------------------------------------------------------------------------
+# galore
+
+TALL, WIDE, SQUARE = (12, 7), (7, 12), (8, 8)
+PROJ_TYPES = ('std', 'reverse_std', 'left', 'right', 'full')
+
+
+def gradients(shape, steps, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(steps)]
+
+
+def follow(optimizer, params, grads, between=lambda step: None):
+    """Step along given gradients: grads[step][i] for params[i]."""
+    for step, gs in enumerate(grads):
+        for p, g in zip(params, gs):
+            p.grad = g.clone()
+        optimizer.step()
+        between(step)
+    return [p.detach().clone() for p in params]
+
+
+def galore_run(grads, W=None, lr=0.1, steps_of=None, kwargs=None, **group):
+    """W after a run of one matrix along `grads`; the optimizer too."""
+    W = nn.Parameter(torch.ones_like(grads[0]) if W is None else W.clone())
+    optimizer = galore.GaLoreAdamW([{'params': [W], **group}], lr=lr, **(kwargs or {}))
+    follow(optimizer, [W], [[g] for g in grads], steps_of or (lambda step: None))
+    return W.detach(), optimizer
+
+
+def textbook_galore(W, grads, rank, gap, scale, proj_type, lr, betas, eps, decay):
+    """GaLore, algorithm 2, with the arithmetic of galore-torch, written with full matrices and for loops."""
+    W, m, n = W.clone(), *W.shape
+    one_sided = {'std': 'right' if m >= n else 'left', 'reverse_std': 'left' if m >= n else 'right'}
+    kind = one_sided.get(proj_type, proj_type)
+    M = V = None
+    for t, G in enumerate(grads):
+        if t % gap == 0:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            P = U[:, :rank] if kind in ('left', 'full') else torch.eye(m, dtype=G.dtype)
+            Q = Vh[:rank].T if kind in ('right', 'full') else torch.eye(n, dtype=G.dtype)
+        R = P.T @ G @ Q
+        M = (1 - betas[0]) * R + (0 if M is None else betas[0] * M)
+        V = (1 - betas[1]) * R ** 2 + (0 if V is None else betas[1] * V)
+        step_size = lr * math.sqrt(1 - betas[1] ** (t + 1)) / (1 - betas[0] ** (t + 1))
+        W = W - step_size * scale * (P @ (M / (V.sqrt() + eps)) @ Q.T)
+        W = W - lr * decay * W
+    return W
+
+
+def test_without_rank_it_is_torch_adamw():
+    shapes = [(5, 4), (7,), (2, 3, 4)]
+    grads = list(zip(*(gradients(shape, 6, seed=i) for i, shape in enumerate(shapes))))
+    mine, fused, plain = ([nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes] for _ in range(3))
+    hyper = dict(lr=0.1, betas=(0.8, 0.95), eps=1e-2, weight_decay=0.3)
+    a = follow(galore.GaLoreAdamW(mine, **hyper), mine, grads)
+    b = follow(torch.optim.AdamW(fused, fused=True, **hyper), fused, grads)
+    c = follow(torch.optim.AdamW(plain, **hyper), plain, grads)
+    for x, y, z in zip(a, b, c):
+        assert torch.equal(x, y)
+        torch.testing.assert_close(x, z, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [TALL, WIDE, SQUARE])
+@pytest.mark.parametrize('proj_type', PROJ_TYPES)
+def test_textbook_galore(shape, proj_type):
+    grads = gradients(shape, 8)  # with a gap of 3: refreshes at steps 0, 3, 6
+    W, hyper = gradients(shape, 1, seed=9)[0], dict(betas=(0.8, 0.95), eps=1e-2)
+    expected = textbook_galore(W, grads, rank=3, gap=3, scale=0.5, proj_type=proj_type, lr=0.1, decay=0.2, **hyper)
+    got, optimizer = galore_run(grads, W, kwargs=dict(weight_decay=0.2, **hyper), rank=3, update_proj_gap=3, scale=0.5,
+                                proj_type=proj_type)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    left, right = galore.sides(shape, proj_type)
+    (m, n), r, state = shape, 3, optimizer.state_dict()['state'][0]
+    numbers = (m + n) * r + 2 * r * r if left and right else m * r + 2 * n * r if left else n * r + 2 * m * r
+    assert galore.state_bytes(optimizer) == numbers * 8
+    assert ('P' in state, 'Q' in state) == (left, right)
+    for basis in (state[key] for key in 'PQ' if key in state):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(r, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('shape', [TALL, WIDE, SQUARE])
+def test_it_is_galore_torch(shape):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            from galore_torch import GaLoreAdamW as Reference
+    except Exception as error:  # it drags in transformers and bitsandbytes, which fail in their own ways
+        pytest.skip(f'galore-torch cannot be imported here: {error}')
+    for proj_type, correct_bias in itertools.product(PROJ_TYPES, (True, False)):
+        # at a refresh, P^T G Q is diagonal: off it there is rounding alone, which a small eps would blow up differently
+        eps = dict(eps=1e-3) if proj_type == 'full' else {}
+        runs = []
+        for cls in (Reference, galore.GaLoreAdamW):  # constructed alike, its own defaults included
+            W = nn.Parameter(torch.ones(shape))
+            group = dict(params=[W], rank=3, update_proj_gap=3, scale=0.25, proj_type=proj_type)
+            optimizer = cls([group], lr=0.01, weight_decay=0.1, correct_bias=correct_bias,
+                            no_deprecation_warning=True, **eps)
+            runs += follow(optimizer, [W], [[g] for g in gradients(shape, 8, dtype=torch.float32)])
+        torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [TALL, WIDE, SQUARE])
+@pytest.mark.parametrize('proj_type', PROJ_TYPES)
+@pytest.mark.parametrize('basis', ['svd', 'power', 'random'])
+def test_full_rank_and_identity_rho_is_gradient_descent(shape, proj_type, basis):
+    """The study's identity: with r = min(m, n) and rho = 1, P P^T G = G (on both sides: P P^T G Q Q^T = G)."""
+    if basis == 'random' and shape != SQUARE:
+        proj_type = 'std'  # a random subspace of the larger side does not hold the gradient
+    W = gradients(shape, 1, seed=3)[0]
+    plain = W.clone()
+    for step, G in enumerate(gradients(shape, 4)):  # a new basis in each step, for all but one of which one would do
+        P, Q = galore.take_bases(G, min(shape), *galore.sides(shape, proj_type), basis, seed=step)
+        galore.add_back_(W, galore.project(G, P, Q), P, Q, alpha=-0.1)
+        plain -= 0.1 * G
+        torch.testing.assert_close(W, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_full_rank_and_identity_rho_in_the_optimizer():
+    """The same through GaLoreAdamW: betas of zero and an eps that dwarfs the gradient make rho(R) = R / eps."""
+    for shape, proj_type in itertools.product((TALL, WIDE, SQUARE), ('std', 'reverse_std')):
+        grads = gradients(shape, 1) * 6  # one basis fits all, so that refreshes matter as little as they should
+        got, _ = galore_run(grads, lr=1e8, rank=min(shape), update_proj_gap=2, scale=0.5, proj_type=proj_type,
+                            kwargs=dict(betas=(0.0, 0.0), eps=1e8))
+        torch.testing.assert_close(got, 1 - 0.5 * sum(grads), rtol=1e-6, atol=1e-6)
+
+
+def decaying(m, n, rank, seed=0, dtype=torch.float64):
+    """A matrix with singular values 2^-i, and its leading left singular vectors."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(k, min(m, n), generator=g, dtype=torch.float64))[0] for k in (m, n))
+    s = 0.5 ** torch.arange(min(m, n), dtype=torch.float64)
+    return (U * s @ V.mT).to(dtype), U[:, :rank].to(dtype)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_bases_are_orthonormal_and_deterministic(dtype):
+    G = gradients((2, 40, 30), 1)[0].to(dtype)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    before = torch.random.get_rng_state()
+    for basis in ('svd', 'power', 'random'):
+        bases = galore.take_bases(G, 8, True, True, basis, seed=5)
+        for one, again in zip(bases, galore.take_bases(G, 8, True, True, basis, seed=5)):
+            assert torch.equal(one, again) and one.dtype == dtype
+            assert one.untyped_storage().nbytes() == one.nbytes, 'a view would keep all of U alive'
+            eye = torch.eye(8, dtype=torch.float64).expand(2, 8, 8)
+            torch.testing.assert_close(one.mT.double() @ one.double(), eye, rtol=0, atol=tolerance)
+        other = galore.take_bases(G, 8, True, True, basis, seed=6)
+        assert torch.equal(bases[0], other[0]) == (basis == 'svd')
+    assert torch.equal(before, torch.random.get_rng_state()), 'the global random numbers are not ours'
+
+
+@pytest.mark.parametrize('shape', [(30, 50), (50, 30)])
+def test_power_converges_to_the_svd(shape):
+    G, U = decaying(*shape, rank=5)
+    P, _ = galore.take_bases(G, 5, True, False, 'power')
+    gaps = []
+    for _ in range(12):
+        gaps.append(torch.linalg.matrix_norm(U @ U.mT - P @ P.mT, 2).item())
+        P, _ = galore.take_bases(G, 5, True, False, 'power', old=(P, None))
+    assert gaps[-1] < 1e-6 and all(b < a for a, b in zip(gaps, gaps[1:]) if a > 1e-7), gaps
+    for left, right in ((True, False), (False, True), (True, True)):  # cold, one call
+        R = galore.project(G, *galore.take_bases(G, 5, left, right, 'power'))
+        assert R.square().sum() >= 0.98 * (0.25 ** torch.arange(5)).sum()
+    small = galore.take_bases((G * 1e-4).to(torch.float16), 5, True, False, 'power')[0].double()  # squares would vanish
+    assert (small.mT @ G).square().sum() >= 0.98 * (0.25 ** torch.arange(5)).sum()
+
+
+def test_a_kept_power_basis_does_not_flip():
+    G, _ = decaying(30, 50, rank=5)
+    P, _ = galore.take_bases(G, 5, True, False, 'power')
+    for _ in range(10):
+        old, (P, _) = P, galore.take_bases(G, 5, True, False, 'power', old=(P, None))
+    assert ((old * P).sum(0) > 0.99).all()
+    for Y in (P, -P):
+        torch.testing.assert_close(galore.orthonormal(Y), Y, rtol=0, atol=1e-12)
+
+
+def test_rotated_moments_follow_a_basis_that_only_turned():
+    """The columns of a new basis reordered and with other signs: Adam must go on as if nothing had happened. The first
+    moment follows any turn."""
+    for shape, sides in itertools.product((TALL, WIDE, SQUARE), ((True, False), (False, True), (True, True))):
+        G, H = gradients(shape, 2)
+        old = galore.take_bases(G, 4, *sides)
+        signs = torch.tensor([1., -1., -1., 1.], dtype=torch.float64)
+        turned = tuple(b if b is None else b[:, [2, 0, 3, 1]] * signs for b in old)
+        ends = []
+        for new in (old, turned):
+            W, R = torch.zeros_like(G), galore.project(G, *old)
+            M, V = torch.zeros_like(R), torch.zeros_like(R)
+            galore.adam_(R, M, V, 1)
+            M, V = galore.rotate_moments(M, V, old, new)
+            galore.add_back_(W, galore.adam_(galore.project(H, *new), M, V, 2), *new, alpha=1.0)
+            ends.append(W)
+        torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+        turn = torch.linalg.qr(gradients((4, 4), 1)[0])[0]
+        new = tuple(b if b is None else b @ turn for b in old)
+        M, _ = galore.rotate_moments(galore.project(H, *old), torch.zeros(1, dtype=torch.float64).expand(
+            galore.project(H, *old).shape), old, new)
+        torch.testing.assert_close(M, galore.project(H, *new), rtol=1e-10, atol=1e-12)
+
+
+def test_moments_at_a_refresh():
+    """keep leaves them, reset starts them anew with their bias correction, rotate is rotate_moments."""
+    grads, states = gradients(WIDE, 3), {}
+    for moments in ('keep', 'rotate', 'reset'):
+        _, optimizer = galore_run(grads, rank=3, update_proj_gap=2, moments=moments, kwargs=dict(eps=1e-2))
+        states[moments] = optimizer.state_dict()['state'][0]
+    early = galore_run(grads[:2], rank=3, update_proj_gap=2, kwargs=dict(eps=1e-2))[1].state_dict()['state'][0]
+    P = states['keep']['P']
+    R = P.mT @ grads[2]
+    turned = galore.rotate_moments(early['exp_avg'], early['exp_avg_sq'], (early['P'], None), (P, None))
+    before = dict(keep=(early['exp_avg'], early['exp_avg_sq']), rotate=turned, reset=(0, 0))
+    for moments, (M, V) in before.items():
+        torch.testing.assert_close(states[moments]['exp_avg'], 0.9 * M + 0.1 * R)
+        torch.testing.assert_close(states[moments]['exp_avg_sq'], 0.999 * V + 0.001 * R ** 2)
+    assert [states[moments]['age'] for moments in before] == [3, 3, 1]
+    fresh = galore_run(grads[2:], W=torch.zeros(WIDE, dtype=torch.float64), rank=3, update_proj_gap=2)[0]
+    two = galore_run(grads[:2], W=torch.zeros(WIDE, dtype=torch.float64), rank=3, update_proj_gap=2)[0]
+    three = galore_run(grads, W=torch.zeros(WIDE, dtype=torch.float64), rank=3, update_proj_gap=2, moments='reset')[0]
+    torch.testing.assert_close(three - two, fresh, rtol=1e-8, atol=1e-10)
+
+
+def test_refresh_only_on_schedule_and_staggered():
+    for basis, stagger in itertools.product(('svd', 'power', 'random'), (False, True)):
+        params = [nn.Parameter(torch.zeros(6, 9, dtype=torch.float64)) for _ in range(4)]
+        grads = list(zip(*(gradients((6, 9), 17, seed=i) for i in range(4))))
+        optimizer = galore.GaLoreAdamW(
+            [{'params': params[:2], 'rank': 2, 'update_proj_gap': 8, 'basis': basis, 'stagger': stagger},
+             {'params': [nn.Parameter(torch.zeros(3))]},
+             {'params': params[2:], 'rank': 2, 'update_proj_gap': 8, 'basis': basis, 'stagger': stagger}])
+        seen, last = [[] for _ in params], [None] * 4
+
+        def note(step):
+            for i, p in enumerate(params):
+                P = optimizer.state[p]['P']
+                if last[i] is None or not torch.equal(P, last[i]):
+                    seen[i].append(step)
+                last[i] = P.clone()
+
+        follow(optimizer, params, grads, note)
+        offsets = (0, 2, 4, 6) if stagger else (0, 0, 0, 0)
+        assert seen == [sorted({0, *range(offset, 17, 8)}) for offset in offsets]
+    due = [sum(galore.refresh_due(step, 50, i, 30) for i in range(30)) for step in range(1, 51)]
+    assert sum(due) == 30 and max(due) == 1, '30 matrices in 50 steps never share one'
+
+
+def textbook_fira(W, grads, rank, gap, scale, lr, betas, eps, left):
+    """Fira, algorithm 1 (arXiv 2410.01623) from its sentences, on W for `left`, on W^T for the other side."""
+    W, grads = (W.clone(), grads) if left else (W.T.clone(), [G.T for G in grads])
+    M = V = last = None
+    for t, G in enumerate(grads):
+        if t % gap == 0:
+            P = torch.linalg.svd(G if left else G.T, full_matrices=False)
+            P = P[0][:, :rank] if left else P[2][:rank].T
+        R = P.T @ G
+        M = (1 - betas[0]) * R + (0 if M is None else betas[0] * M)
+        V = (1 - betas[1]) * R ** 2 + (0 if V is None else betas[1] * V)
+        N = math.sqrt(1 - betas[1] ** (t + 1)) / (1 - betas[0] ** (t + 1)) * M / (V.sqrt() + eps)
+        S = G - P @ P.T @ G
+        for column in range(G.shape[1]):
+            S[:, column] *= N[:, column].norm() / (R[:, column].norm() + 1e-8)
+        if last is not None and S.norm() > 1.01 * last:
+            S *= 1.01 * last / S.norm()
+        last = S.norm()
+        W = W - lr * scale * (P @ N + S)
+    return W if left else W.T
+
+
+def test_textbook_fira():
+    for shape, proj_type in itertools.product((TALL, WIDE, SQUARE), PROJ_TYPES[:4]):
+        grads = [G * 1.3 ** step for step, G in enumerate(gradients(shape, 8))]  # grows, so the limiter has work to do
+        hyper = dict(betas=(0.8, 0.95), eps=1e-2)
+        W = gradients(shape, 1, seed=9)[0]
+        expected = textbook_fira(W, grads, 3, 3, 0.5, 0.1, **hyper, left=galore.sides(shape, proj_type)[0])
+        got, _ = galore_run(grads, W, kwargs=hyper, rank=3, update_proj_gap=3, scale=0.5, proj_type=proj_type,
+                            rule='fira')
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    zero_first = [torch.zeros(WIDE, dtype=torch.float64), *gradients(WIDE, 2)]
+    rest = galore_run(zero_first, rank=3, rule='fira')[1].state_dict()['state'][0]['rest_norm']
+    assert rest > 0.1, 'a first gradient of zero must not hold the rest back for ever'
+    with pytest.raises(ValueError, match='one-sided'):
+        galore_run(grads, rank=3, rule='fira', proj_type='full')
+
+
+SETTINGS = [dict(proj_type=proj_type, basis=basis, moments=moments, rule=rule)
+            for proj_type, basis, moments, rule in itertools.product(
+                ('std', 'reverse_std', 'full'), ('svd', 'power', 'random'), ('keep', 'rotate', 'reset'),
+                ('galore', 'fira'))
+            if (proj_type, rule) != ('full', 'fira')]
+
+
+def test_batched_equals_one_by_one():
+    for setting in SETTINGS:
+        if setting['basis'] != 'svd':
+            continue  # the others draw numbers for all at once; power from given bases follows below
+        grads = gradients((3, 7, 5), 5)
+        together, _ = galore_run(grads, rank=2, update_proj_gap=2, **setting)
+        for h in range(3):
+            alone, _ = galore_run([G[h] for G in grads], rank=2, update_proj_gap=2, **setting)
+            torch.testing.assert_close(together[h], alone, rtol=1e-10, atol=1e-10)
+    G, = gradients((3, 7, 5), 1)
+    old = galore.take_bases(G, 2, True, True, 'random')
+    for left, right in ((True, False), (False, True), (True, True)):
+        given = tuple(b if side else None for b, side in zip(old, (left, right)))
+        together = galore.take_bases(G, 2, left, right, 'power', given)
+        for h in range(3):
+            alone = galore.take_bases(G[h], 2, left, right, 'power', tuple(b if b is None else b[h] for b in given))
+            for x, y in zip(together, alone):
+                assert x is y is None or torch.allclose(x[h], y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_resume_is_bit_for_bit(dtype):
+    for setting in SETTINGS:
+        shapes = [(6, 9), (9, 6), (2, 5, 8), (4, 4), (5,)]
+
+        def fresh():
+            torch.manual_seed(0)  # another seed of the global generator must not matter: it is set again below
+            params = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+            return params, galore.GaLoreAdamW(
+                [{'params': params[:3], 'rank': 2, 'update_proj_gap': 3, 'stagger': True, **setting},
+                 {'params': params[3:]}], lr=0.01, weight_decay=0.1, seed=3)
+
+        grads = list(zip(*(gradients(shape, 8, seed=i, dtype=dtype) for i, shape in enumerate(shapes))))
+        params, optimizer = fresh()
+        straight = follow(optimizer, params, grads)
+        params, optimizer = fresh()
+        halfway = follow(optimizer, params, grads[:4])
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        params, optimizer = fresh()
+        for p, w in zip(params, halfway):
+            p.data.copy_(w)
+        file.seek(0)
+        optimizer.load_state_dict(torch.load(file, weights_only=True))
+        torch.manual_seed(99)
+        for x, y in zip(straight, follow(optimizer, params, grads[4:])):
+            assert torch.equal(x, y), setting
+    values = [x for state in optimizer.state_dict()['state'].values() for x in state.values()]
+    assert all(isinstance(x, (torch.Tensor, int, float)) for x in values)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_basis_alone():
+    for basis, bad, shape in itertools.product(('svd', 'power', 'random'), (math.nan, math.inf), (WIDE, (2, 7, 12))):
+        first, second = gradients(shape, 2)
+        spoilt = second.clone()
+        spoilt.view(-1, 7, 12)[0, 3, 4] = bad  # one of the two stacked matrices, if there are two
+        old = galore.take_bases(first, 3, True, True, basis)
+        kept, good = (galore.take_bases(G, 3, True, True, basis, old) for G in (spoilt, second))
+        cold = galore.take_bases(spoilt, 3, True, True, basis)
+        for was, now, fine, new in zip(old, kept, good, cold):
+            assert torch.equal(now.reshape(-1, *now.shape[-2:])[0], was.reshape(-1, *now.shape[-2:])[0])
+            if len(shape) == 3:
+                assert torch.equal(now[1], fine[1]), 'the other matrix goes on'
+            torch.testing.assert_close(new.mT @ new, torch.eye(3, dtype=torch.float64).expand(*shape[:-2], 3, 3))
+
+
+def test_rank_is_clamped_and_nonsense_refused():
+    W = nn.Parameter(torch.zeros(6, 9))
+    with pytest.warns(UserWarning, match=r'rank 99 .* h.0.mlp.weight \(6, 9\)'):
+        optimizer = galore.GaLoreAdamW([{'params': [W], 'param_names': ['h.0.mlp.weight'], 'rank': 99}])
+    W.grad = torch.ones_like(W)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # said once
+        optimizer.step()
+    assert optimizer.state[W]['P'].shape == (6, 6)
+    for basis in ('svd', 'power', 'random'):
+        with pytest.warns(UserWarning, match=r'parameter 0 \(9, 6\)'):
+            state = galore_run(gradients((9, 6), 1), rank=8, basis=basis, proj_type='left')[1].state_dict()['state'][0]
+        assert state['P'].shape == (9, 6)
+    nonsense = dict(rank=0, update_proj_gap=0, proj_type='both', basis='qr', moments='drop', rule='adam')
+    for key, value in nonsense.items():
+        with pytest.raises(ValueError, match=f'{key}={value!r}'):
+            galore.GaLoreAdamW([{'params': [W], 'rank': 2, key: value}])
+    with pytest.raises(ValueError, match='is no matrix'):
+        galore.GaLoreAdamW([{'params': [nn.Parameter(torch.zeros(6))], 'rank': 2}])
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wte, self.head = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.wte.weight  # tied
+        self.attn, self.mlp, self.norm = nn.Linear(8, 24), nn.Sequential(nn.Linear(8, 32), nn.GELU()), nn.LayerNorm(8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.logit = nn.ParameterDict(dict(A=torch.zeros(2, 3, 8), B=torch.zeros(2, 11, 3)))
+
+
+def test_param_groups_partition_the_model():
+    plain = galore.param_groups(Toy(), weight_decay=0.1)
+    assert [(g['param_names'], g['weight_decay']) for g in plain] == [
+        (['wte.weight', 'attn.weight', 'mlp.0.weight', 'logit.A', 'logit.B'], 0.1),
+        (['attn.bias', 'mlp.0.bias', 'norm.weight', 'norm.bias'], 0.0)]
+    torch.optim.AdamW(plain)
+    model = Toy()
+    groups = galore.param_groups(model, weight_decay=0.1, rank=2, gap=7, scale=2.0, basis='power', moments='rotate',
+                                 rule='fira', proj_type='reverse_std')
+    assert [g['param_names'] for g in groups] == [
+        ['attn.weight', 'mlp.0.weight', 'logit.A', 'logit.B'], ['wte.weight'],
+        ['attn.bias', 'mlp.0.bias', 'norm.weight', 'norm.bias']]
+    keys = ('rank', 'update_proj_gap', 'scale', 'basis', 'moments', 'rule', 'proj_type', 'stagger', 'weight_decay')
+    assert [groups[0][key] for key in keys] == [2, 7, 2.0, 'power', 'rotate', 'fira', 'reverse_std', True, 0.1]
+    ours = {id(p) for g in groups for p in g['params']}
+    assert ours == {id(p) for p in model.parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match='rank=4'):
+        galore.param_groups(nn.Linear(3, 3), rank=4)
+    optimizer = galore.GaLoreAdamW(groups)
+    model.head(model.attn(model.norm(model.wte.weight))[:, :8]).sum().backward()
+    optimizer.step()
+
+
+def test_a_step_runs_on_fake_tensors():
+    """No step, refresh included, waits for a value on the device: memory can be planned without any."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    for setting in SETTINGS:
+        with FakeTensorMode():
+            W, b = nn.Parameter(torch.zeros(6, 9)), nn.Parameter(torch.zeros(6))
+            optimizer = galore.GaLoreAdamW([{'params': [W], 'rank': 2, 'update_proj_gap': 1, **setting},
+                                            {'params': [b]}])
+            follow(optimizer, [W, b], [[torch.ones(6, 9), torch.ones(6)]] * 2)
+            assert galore.state_bytes(optimizer) > 0
+
+
+# -----------------------------------------------------------------------------
 # the scripts
 
 
@@ -870,6 +1355,27 @@ def test_resume_is_bit_for_bit(data_dir, tmp_path, words):
     assert log[-1]['val_loss'] < log[0]['val_loss']
     assert {'train_loss', 'lr', 'dt_ms', 'tokens_per_s', 'peak_memory_bytes', 'trainable_parameters',
             'optimizer_state_bytes', 'sync_bytes'} <= log[1].keys()
+
+
+@pytest.mark.parametrize('words', [
+    ['--optimizer=galore', '--galore_basis=power', '--galore_moments=rotate', '--checkpointing=True'],
+    ['--optimizer=galore', '--galore_basis=svd', '--galore_rule=fira', '--param_dtype=bfloat16', '--dtype=bfloat16'],
+    ['--optimizer=galore', '--lowrank=attn', '--heads=2', '--rank=4', '--head_input=split', '--merge_every=3'],
+], ids=['power', 'fira', 'lte'])
+def test_llama_with_galore_resumes_bit_for_bit(data_dir, tmp_path, words):
+    words = [*words, '--galore_rank=3', '--galore_gap=3', '--vocab_size=257', '--n_mlp=24', '--gradient_accumulation_steps=2']
+
+    def run(out, *more):
+        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
+        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
+    whole = run('a', '--max_iters=8')
+    run('b')
+    resumed = run('b', '--max_iters=8', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
+        assert same_state(whole[key], resumed[key]), key
+    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
+    assert log[-1]['val_loss'] < log[0]['val_loss']
+    assert len(sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
 
 
 def test_sampled_text_is_the_same_with_heads_applied_or_merged(data_dir, tmp_path, capsys):

@@ -1,0 +1,225 @@
+"""
+Checks what the README claims, on any machine:
+
+$ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
+$ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
+
+Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn as nn
+
+from lowrank import MHLoRALinear, apply_mhlora, count_parameters
+from model import GPT, GPTConfig
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# -----------------------------------------------------------------------------
+# measuring
+
+
+def interleaved(functions, repeats):
+    """Runs every function once to warm up, then `repeats` times in turn. Returns {name: list of seconds}."""
+    seconds = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, name, base):
+    """Median of the ratios of neighbouring runs: what one costs in units of the other, whatever the machine's mood."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
+
+
+def keep(name, cells):
+    """Appends measured cells to assets/NAME.jsonl, each with torch's version and today's date."""
+    with open(f'{HERE}/assets/{name}.jsonl', 'a', encoding='utf-8') as file:
+        for cell in cells:
+            file.write(json.dumps({**cell, 'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d')}) + '\n')
+
+
+def kept(name):
+    """The cells that assets/NAME.jsonl holds."""
+    if not os.path.exists(f'{HERE}/assets/{name}.jsonl'):
+        return []
+    with open(f'{HERE}/assets/{name}.jsonl', encoding='utf-8') as file:
+        return [json.loads(line) for line in file]
+
+
+# -----------------------------------------------------------------------------
+# heads
+
+
+def step_of(module, x, dtype, device):
+    """Forward and backward of a layer under autocast, its input's gradient included."""
+    def forward():
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
+            return module(x)
+    grad = torch.randn_like(forward())
+
+    def run():
+        forward().backward(grad)
+        for parameter in (x, *module.parameters()):
+            parameter.grad = None
+    return run
+
+
+def heads_layer(device, repeats):
+    """One 768 -> 2304 linear layer, 2,048 tokens: heads in parallel, one after the other, and a trained dense layer."""
+    print('\n768 -> 2304, 2,048 tokens, forward and backward')
+    print(f"{'dtype':10}{'heads':>6}{'rank':>6}{'dense ms':>10}{'parallel/loop':>15}{'parallel/dense':>15}")
+    cells = []
+    for dtype in ('float32', 'bfloat16'):
+        for heads, rank in ((1, 4), (4, 1), (4, 4), (16, 4), (4, 16)):
+            x = torch.randn(2048, 768, device=device, requires_grad=True)
+            functions = {'dense': step_of(nn.Linear(768, 2304, device=device), x, dtype, device)}
+            for compute in ('parallel', 'sequential'):
+                layer = MHLoRALinear(nn.Linear(768, 2304, device=device), heads, rank, 4.0, head_compute=compute)
+                nn.init.normal_(layer.B)
+                functions[compute] = step_of(layer, x, dtype, device)
+            seconds = interleaved(functions, repeats)
+            cell = dict(bench='heads_layer', dtype=dtype, heads=heads, rank=rank,
+                        dense_ms=1000 * statistics.median(seconds['dense']),
+                        parallel_to_loop=ratio(seconds, 'parallel', 'sequential'),
+                        parallel_to_dense=ratio(seconds, 'parallel', 'dense'))
+            print(f"{dtype:10}{heads:6}{rank:6}{cell['dense_ms']:10.1f}{cell['parallel_to_loop']:15.2f}"
+                  f"{cell['parallel_to_dense']:15.2f}", flush=True)
+            cells.append(cell)
+    return cells
+
+
+def heads_model(device, repeats):
+    """A training step of GPT-2 124M, 4 x 512 tokens, AdamW included: heads against full rank."""
+    print('\nGPT-2 124M, 4 x 512 tokens, whole step with AdamW')
+    print(f"{'dtype':10}{'heads on':16}{'compute':12}{'trainable':>12}{'s/step':>8}{'to full rank':>14}")
+    cells = []
+    for dtype in ('float32', 'bfloat16'):
+        for targets in ('attn', 'attn,mlp', 'attn,mlp,logit'):
+            functions, trainable = {}, {}
+            for compute in ('full', 'parallel', 'sequential'):
+                model = GPT(GPTConfig(block_size=512)).to(device)
+                if compute != 'full':
+                    apply_mhlora(model, targets.split(','), heads=4, rank=4, head_compute=compute)
+                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+                tokens = torch.randint(50257, (4, 512), device=device)
+
+                def step(model=model, optimizer=optimizer):
+                    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
+                        loss = model(tokens, tokens)
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                functions[compute], trainable[compute] = step, count_parameters(model)['trainable']
+            seconds = interleaved(functions, repeats)
+            for compute in functions:
+                cell = dict(bench='heads_model', dtype=dtype, targets=targets, compute=compute, heads=4, rank=4,
+                            trainable=trainable[compute], seconds=statistics.median(seconds[compute]),
+                            to_full=ratio(seconds, compute, 'full'))
+                print(f"{dtype:10}{targets:16}{compute:12}{cell['trainable']:12,}{cell['seconds']:8.2f}"
+                      f"{cell['to_full']:14.2f}", flush=True)
+                cells.append(cell)
+    return cells
+
+
+def heads(words):
+    options = argparse.ArgumentParser('bench.py heads')
+    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    options.add_argument('--repeats', type=int, default=5)
+    options.add_argument('--only', choices=['layer', 'model'])
+    options = options.parse_args(words)
+    cells = []
+    if options.only != 'model':
+        cells += heads_layer(options.device, 4 * options.repeats)
+    if options.only != 'layer':
+        cells += heads_model(options.device, options.repeats)
+    keep('heads', cells)
+
+
+# -----------------------------------------------------------------------------
+# quality
+
+# A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
+SCREEN = dict(dataset='stdlib', block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256, max_iters=600,
+              warmup_iters=60, eval_interval=600, eval_iters=40, log_interval=100, beta2=0.99, weight_decay=0.0,
+              grad_clip=0.0, device='cpu', dtype='bfloat16')
+
+
+def quality_cells():
+    """(method, settings) of every cell of the screening."""
+    def heads_on(count, rank, alpha, **more):
+        return dict(lowrank='attn,mlp', heads=count, rank=rank, alpha=float(alpha), learning_rate=2e-3, **more)
+    for lr in (1e-3, 2e-3):
+        yield 'full rank', dict(learning_rate=lr)
+    for rank, alpha in ((4, 4), (4, 16), (16, 16), (16, 64), (64, 64)):
+        yield 'MHLoRA', heads_on(4, rank, alpha)
+    for every, alpha in ((1, 16), (10, 16), (50, 16), (10, 64)):
+        yield 'LTE', heads_on(4, 16, alpha, head_input='split', merge_every=every)
+    for every in (50, 100):
+        yield 'ReLoRA', heads_on(1, 64, 64, merge_every=every, merge_reset=True, rewarm_iters=5)
+    base = dict(optimizer='galore', galore_rank=64, galore_gap=50, beta2=0.999)
+    for lr in (1e-2, 2e-2):
+        for change in (dict(galore_basis='svd'), dict(galore_basis='power'), dict(galore_basis='power', galore_moments='rotate'),
+                       dict(galore_basis='power', galore_rule='fira')):
+            yield 'GaLore', {**base, **change, 'learning_rate': lr}
+    for change in (dict(galore_basis='random'), dict(galore_basis='power', galore_moments='reset'),
+                   *(dict(galore_basis='power', galore_rank=rank) for rank in (16, 32, 128))):
+        yield 'GaLore', {**base, **change, 'learning_rate': 2e-2}
+
+
+def quality(words):
+    options = argparse.ArgumentParser('bench.py quality')
+    options.add_argument('--jobs', type=int, default=2, help='runs side by side, each on one thread')
+    options.add_argument('--methods', nargs='+', help='only these')
+    options = options.parse_args(words)
+
+    def run(cell):
+        method, changes = cell
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {**SCREEN, 'min_lr': changes['learning_rate'] / 10, **changes, 'out_dir': folder}
+            ran = subprocess.run([sys.executable, 'train_gpt.py', *(f'--{key}={value}' for key, value in settings.items())],
+                                 cwd=HERE, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+            if ran.returncode:  # a run that diverged is a result too
+                last, loss = {}, None
+            else:
+                with open(f'{folder}/log.jsonl', encoding='utf-8') as file:
+                    lines = [json.loads(line) for line in file]
+                last, loss = lines[-2], lines[-1]['val_loss']
+            cell = {'method': method, 'settings': changes, 'val_loss': loss, 'steps': SCREEN['max_iters'],
+                    'trainable_parameters': last.get('trainable_parameters'),
+                    'optimizer_state_bytes': last.get('optimizer_state_bytes'), 'ms_per_step_one_thread': last.get('dt_ms')}
+        keep('quality', [cell])
+        print(f"{method:10} {loss if loss is None else round(loss, 4)}  {changes}"
+              + (f'  {ran.stderr.strip().splitlines()[-1]}' if loss is None else ''), flush=True)
+
+    done = [(cell['method'], cell['settings']) for cell in kept('quality')]
+    todo = [cell for cell in quality_cells() if cell not in done and cell[0] in (options.methods or cell[0])]
+    print(f'{len(todo)} cells to run')
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, todo))
+
+
+if __name__ == '__main__':
+    benches = {'heads': heads, 'quality': quality}
+    if len(sys.argv) < 2 or sys.argv[1] not in benches:
+        print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
+        raise SystemExit(2)
+    benches[sys.argv[1]](sys.argv[2:])

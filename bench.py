@@ -2,6 +2,7 @@
 Checks what the README claims, on any machine:
 
 $ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
+$ python bench.py speed       GaLore's step and its bases, against galore-torch (where it is installed) and the SVD
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 
 Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
@@ -20,8 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn as nn
 
+import galore
+from galore import GaLoreAdamW, take_bases
 from lowrank import MHLoRALinear, apply_mhlora, count_parameters
 from model import GPT, GPTConfig
+from prepare import Tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -155,6 +159,98 @@ def heads(words):
 
 
 # -----------------------------------------------------------------------------
+# speed
+
+SHAPE, RANK = (2048, 5461), 512  # an MLP matrix of LLaMA-1B at a quarter of its width
+
+
+def speed_step(device, repeats):
+    """A step of one matrix without a refresh: our optimizer against galore-torch's."""
+    try:
+        from galore_torch import GaLoreAdamW as Reference
+    except ImportError:
+        print('galore-torch is not installed, so the step is not compared (pip install galore-torch)')
+        return []
+    cells = []
+    for dtype in ('float32', 'bfloat16'):
+        functions = {}
+        for name, make, more in (('galore-torch', Reference, {}), ('ours', GaLoreAdamW, {'basis': 'random'}),
+                                 ('ours, fira', GaLoreAdamW, {'basis': 'random', 'rule': 'fira'})):
+            weight = nn.Parameter(0.02 * torch.randn(SHAPE, device=device).to(getattr(torch, dtype)))
+            weight.grad = torch.randn_like(weight)
+            functions[name] = make([dict(params=[weight], rank=RANK, update_proj_gap=10**9, scale=0.25, proj_type='std',
+                                         **more)], lr=0.01).step
+        P, weight = galore.orthonormal(torch.randn(SHAPE[0], RANK, device=device)).to(weight.dtype), weight.detach()
+        functions['its two products'] = lambda: weight.addmm_(P, P.mT @ weight, alpha=-1e-9)
+        seconds = interleaved(functions, repeats)
+        for name in functions:
+            cell = dict(bench='speed_step', dtype=dtype, optimizer=name, ms=1000 * statistics.median(seconds[name]),
+                        to_galore_torch=ratio(seconds, name, 'galore-torch'))
+            print(f"step {dtype:10}{name:18}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch", flush=True)
+            cells.append(cell)
+    return cells
+
+
+def speed_refresh(device, repeats):
+    """A new basis: subspace iteration, from a sketch (cold) and from the old basis (warm), against the SVD."""
+    cells = []
+    for dtype in ('float32', 'bfloat16'):
+        G = torch.randn(SHAPE, device=device).to(getattr(torch, dtype))
+        old = take_bases(G, RANK, True, False, 'power')
+        seconds = interleaved({'svd': lambda: take_bases(G, RANK, True, False, 'svd'),
+                               'power, cold': lambda: take_bases(G, RANK, True, False, 'power'),
+                               'power, warm': lambda: take_bases(G, RANK, True, False, 'power', old)}, repeats)
+        for name in seconds:
+            cell = dict(bench='speed_refresh', dtype=dtype, basis=name, ms=1000 * statistics.median(seconds[name]),
+                        to_svd=ratio(seconds, name, 'svd'))
+            print(f"refresh {dtype:10}{name:15}{cell['ms']:9.1f} ms{cell['to_svd']:8.3f} of the SVD", flush=True)
+            cells.append(cell)
+    return cells
+
+
+def speed_energy(device, steps=(1, 100, 300)):
+    """Part of the gradient's energy |P^T G|^2 that `power` captures of what the SVD captures, for a GPT in training."""
+    torch.manual_seed(0)
+    data = Tokens('stdlib', 'train', 128, f'{HERE}/data')
+    model = GPT(GPTConfig(128, data.vocab_size, 4, 4, 256)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    matrices = {name: p for name, p in model.named_parameters() if '.attn.' in name or '.mlp.' in name}
+    matrices = {name: p for name, p in matrices.items() if p.dim() == 2}
+    warm, cells = {}, []
+    for step in range(1, max(steps) + 1):
+        optimizer.zero_grad()
+        x, y = data.batch(16, step)
+        model(x.to(device), y.to(device)).backward()
+        for rank in (64, 16) if step in steps else ():
+            least = {}
+            for name, p in matrices.items():
+                left, right = galore.sides(p.shape, 'std')
+
+                def energy(bases):
+                    return galore.project(p.grad, *bases).square().sum().item()
+                exact = energy(take_bases(p.grad, rank, left, right, 'svd'))
+                kinds = {'cold': take_bases(p.grad, rank, left, right, 'power', seed=step)}
+                if (name, rank) in warm:
+                    kinds['warm'] = take_bases(p.grad, rank, left, right, 'power', warm[name, rank])
+                warm[name, rank] = kinds.get('warm', kinds['cold'])
+                for kind, bases in kinds.items():
+                    least[kind] = min(least.get(kind, 1.0), energy(bases) / exact)
+            for kind, value in least.items():
+                cells.append(dict(bench='speed_energy', step=step, rank=rank, start=kind, least_of_svd=value))
+                print(f'energy, step {step:3}, rank {rank:2} of width 256, {kind}: at least {value:.4f} of the SVD', flush=True)
+        optimizer.step()
+    return cells
+
+
+def speed(words):
+    options = argparse.ArgumentParser('bench.py speed')
+    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    options.add_argument('--repeats', type=int, default=15)
+    options = options.parse_args(words)
+    keep('speed', speed_step(options.device, options.repeats) + speed_refresh(options.device, 2) + speed_energy(options.device))
+
+
+# -----------------------------------------------------------------------------
 # quality
 
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
@@ -218,7 +314,7 @@ def quality(words):
 
 
 if __name__ == '__main__':
-    benches = {'heads': heads, 'quality': quality}
+    benches = {'heads': heads, 'speed': speed, 'quality': quality}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

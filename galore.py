@@ -245,17 +245,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
     (m, n) or stacked (H, m, n), each of the H with its own basis.
 
     State is tensors and numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the
-    device. `no_deprecation_warning` is accepted and means nothing. `seed` is for the random bases.
+    device. `no_deprecation_warning` is accepted and means nothing. `seed` is for the random bases. `max_norm`
+    clips what is stepped on: the norm of all projected and plain gradients together, 0: no clipping.
     Raises ValueError for a setting that makes no sense. A rank above the smaller side of a matrix is clamped, with a
     warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
-                 no_deprecation_warning=False, seed=0):
+                 no_deprecation_warning=False, seed=0, max_norm=0.0):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f'{lr=}, {eps=} and {weight_decay=} must be at least 0, {betas=} in [0, 1)')
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias, seed=seed))
+        self.max_norm = max_norm
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -289,12 +291,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        matrices, plain = [], []  # (parameter, state, group); (parameters, group)
         count = sum(len(group['params']) for group in self.param_groups if 'rank' in group)
         index = -1  # of a matrix among all the projected ones
         for group in self.param_groups:
             if 'rank' not in group:
-                params = [p for p in group['params'] if p.grad is not None]
-                plain_step_(params, [self.state[p] for p in params], group)
+                plain.append(([p for p in group['params'] if p.grad is not None], group))
                 continue
             for p in group['params']:
                 index += 1
@@ -306,7 +308,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 seed = ((group['seed'] << 44) + (index << 28) + state['step']) % 2**63
                 if refresh_due(state['step'], group['update_proj_gap'], index if group['stagger'] else 0, count):
                     refresh_(state, p.grad, group, seed)
-                update_(p, project(p.grad, state.get('P'), state.get('Q')), state, group, p.grad)
+                matrices.append((p, state, group))
+
+        def projected(p, state):
+            return project(p.grad, state.get('P'), state.get('Q'))
+        if self.max_norm:  # the norm is one of all gradients, so all projected ones have to be held
+            held = [projected(p, state) for p, state, _ in matrices]
+            rest = [p.grad for params, _ in plain for p in params]
+            shrink = (self.max_norm / (nn.utils.get_total_norm(held + rest) + 1e-6)).clamp(max=1.0)
+            for g in (*held, *rest, *(p.grad for p, _, group in matrices if group['rule'] == 'fira')):
+                g.mul_(shrink)
+            held = iter(held)
+        for p, state, group in matrices:
+            update_(p, next(held) if self.max_norm else projected(p, state), state, group, p.grad)
+        for params, group in plain:
+            plain_step_(params, [self.state[p] for p in params], group)
         return loss
 
     def load_state_dict(self, state_dict):

@@ -267,18 +267,21 @@ def clip_gradients(model, max_norm):
     """
     Clips gradients to the norm max_norm, in place; split heads are models of their own, so each has a norm of its own.
 
-    Returns the norm of the whole gradient before clipping, as a tensor.
+    max_norm: 0 only measures. Returns the norm of the whole gradient before clipping, as a tensor.
     """
     factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)]
     own = {id(factor) for factor in factors}
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if id(p) not in own], max_norm)
-    if not factors:
-        return norm
-    norms = sum(f.grad.float().square().sum((1, 2)) for f in factors).sqrt()  # (H,), each over all layers
-    keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)[:, None, None]
-    for factor in factors:
-        factor.grad.mul_(keep)
-    return torch.linalg.vector_norm(torch.cat([norm[None], norms]))
+    rest = [p for p in model.parameters() if id(p) not in own and p.grad is not None]
+    norms = nn.utils.get_total_norm([p.grad for p in rest])[None]
+    if factors:
+        of_heads = sum(f.grad.float().square().sum((1, 2)) for f in factors).sqrt()  # (H,), each over all layers
+        norms = torch.cat([norms, of_heads.to(norms)])  # (1 + H,)
+    if max_norm:
+        keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([p.grad for p in rest], keep[0])
+        for factor in factors:
+            factor.grad.mul_(keep[1:, None, None])
+    return torch.linalg.vector_norm(norms)
 
 
 def count_parameters(model):

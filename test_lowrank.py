@@ -1258,6 +1258,26 @@ def test_a_gradient_that_is_not_finite_leaves_the_basis_alone():
             torch.testing.assert_close(new.mT @ new, torch.eye(3, dtype=torch.float64).expand(*shape[:-2], 3, 3))
 
 
+@pytest.mark.parametrize('rule', ['galore', 'fira'])
+def test_clipping_uses_the_norm_of_what_is_stepped_on(rule):
+    torch.manual_seed(0)
+    grads = [torch.randn(6, 9).double(), torch.randn(5).double()]
+    P, _ = galore.take_bases(grads[0], 2, True, False)
+    norm = math.hypot((P.mT @ grads[0]).norm(), grads[1].norm())
+    ends = []
+    for max_norm, shrink in ((norm / 3, 1.0), (0.0, 1 / 3), (3 * norm, 1 / 3)):  # clipped, by hand, and with nothing to clip
+        params = [nn.Parameter(torch.zeros_like(g)) for g in grads]
+        optimizer = galore.GaLoreAdamW([dict(params=params[:1], rank=2, update_proj_gap=9, scale=1.0, proj_type='std', rule=rule),
+                                        dict(params=params[1:])], lr=0.1, eps=1.0, max_norm=max_norm)
+        for _ in range(2):
+            for p, g in zip(params, grads):
+                p.grad = g * shrink
+            optimizer.step()
+        ends.append(params)
+    for a, b, c in zip(*ends):
+        assert torch.allclose(a, b, atol=1e-6) and torch.equal(b, c) and a.abs().max() > 1e-3
+
+
 def test_rank_is_clamped_and_nonsense_refused():
     W = nn.Parameter(torch.zeros(6, 9))
     with pytest.warns(UserWarning, match=r'rank 99 .* h.0.mlp.weight \(6, 9\)'):

@@ -62,7 +62,7 @@ max_iters = 10000  # steps
 weight_decay = 0.0  # on matrices only
 beta1 = 0.9
 beta2 = 0.999
-grad_clip = 0.0  # norm of the gradient, 0: no clipping
+grad_clip = 0.0  # norm of what is stepped on (GaLore: the projected gradient), 0: no clipping
 warmup_iters = 1000
 lr_decay_iters = None  # the cosine's end, None: max_iters
 min_lr = 1e-3
@@ -145,7 +145,7 @@ def main(argv):
         groups = param_groups(model, weight_decay, galore_rank if optimizer == 'galore' else 0, galore_gap, galore_scale,
                               galore_basis, galore_moments, galore_rule)
         if optimizer == 'galore':
-            adam = GaLoreAdamW(groups, lr=learning_rate, betas=(beta1, beta2), seed=seed)
+            adam = GaLoreAdamW(groups, lr=learning_rate, betas=(beta1, beta2), seed=seed, max_norm=grad_clip)
         elif optimizer == 'adamw':
             adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
         else:
@@ -232,7 +232,7 @@ def main(argv):
             scaler.scale(loss).backward()
             running[0] += loss.detach()
         scaler.unscale_(adam)
-        running[1] = clip_gradients(model, grad_clip or float('inf'))
+        running[1] = clip_gradients(model, grad_clip if optimizer == 'adamw' else 0.0)
 
         # update, merge
         scaler.step(adam)

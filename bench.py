@@ -308,6 +308,10 @@ def quality(words):
             settings = {**SCREEN, 'min_lr': changes['learning_rate'] / 10, **changes, 'out_dir': folder}
             ran = subprocess.run([sys.executable, 'train_gpt.py', *(f'--{key}={value}' for key, value in settings.items())],
                                  cwd=HERE, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+            said = (ran.stderr.strip().splitlines() or [''])[-1]
+            if ran.returncode and ' is nan at step' not in said and ' is inf at step' not in said:
+                print(f'{method} {changes} did not run: {said}', flush=True)
+                return
             if ran.returncode:  # a run that diverged is a result too
                 last, loss = {}, None
             else:
@@ -319,7 +323,7 @@ def quality(words):
                     'optimizer_state_bytes': last.get('optimizer_state_bytes'), 'ms_per_step_one_thread': last.get('dt_ms')}
         keep('quality', [cell])
         print(f"{method:10} {loss if loss is None else round(loss, 4)}  {changes}"
-              + (f'  {ran.stderr.strip().splitlines()[-1]}' if loss is None else ''), flush=True)
+              + (f'  {said}' if loss is None else ''), flush=True)
 
     done = [(cell['method'], cell['settings']) for cell in kept('quality')]
     todo = [cell for cell in quality_cells() if cell not in done and cell[0] in (options.methods or cell[0])]

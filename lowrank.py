@@ -19,7 +19,7 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # the product
 
-# Operations per token, R = H r (shared, stacked) or r (split); `loop` is the plain loop over heads:
+# Operations per token, R = H r (shared, stacked) or r (split), twice that where merged heads train on; `loop` is the plain loop over heads:
 #
 #                      forward            backward                 passes over a (tokens, m) or (tokens, n) array
 #   dense, trained     2 m n              4 m n                    none besides its own output
@@ -217,11 +217,24 @@ def check_settings(settings, world_size):
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
     if s['batch_size'] % world_size:
         raise ValueError(f"batch_size={s['batch_size']} does not split over {world_size} ranks: set a multiple")
+    if s['merge_every'] < 0:
+        raise ValueError(f"merge_every={s['merge_every']} makes no sense: set 0 (never) or a number of steps")
+    if s['merge_every'] and not s['lowrank']:
+        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0")
+    if s['merge_reset'] and not s['merge_every']:
+        raise ValueError('merge_reset=True without merges does nothing: set merge_every, or merge_reset=False')
+    if s['rewarm_iters'] and not s['merge_reset']:
+        raise ValueError(f"rewarm_iters={s['rewarm_iters']} is for merges that reset: set merge_reset=True, or 0")
+    if s['merge_reset'] and s['optimizer'] == 'galore':
+        raise ValueError("merge_reset=True would drop GaLore's bases at every merge: set optimizer='adamw' or "
+                         'merge_reset=False')
     if not s['lowrank']:
-        if s['merge_every']:
-            raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0")
         return
     if s['head_input'] == 'split':
+        if s['head_compute'] == 'sequential':
+            raise ValueError("split heads have no sequential form: set head_compute='parallel'")
+        if s['optimizer'] == 'galore' and s['grad_clip']:
+            raise ValueError("grad_clip with optimizer='galore' knows no norm of each split head: set grad_clip=0.0")
         if s['batch_size'] % s['heads']:
             raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
         if world_size > 1:

@@ -156,6 +156,9 @@ class GPT(nn.Module):
         state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
         depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('h.'))
         vocab_size, width = state['wte.weight'].shape
+        if block_size > len(state['wpe.weight']):
+            raise ValueError(f"block_size={block_size} is more than the {len(state['wpe.weight'])} positions of "
+                             f"'{source}': set a smaller one")
         model = cls(GPTConfig(block_size, vocab_size, depth, width // 64, width, dropout))  # every size has 64 a head
         state['wpe.weight'] = state['wpe.weight'][:block_size]
         with torch.no_grad():
@@ -297,19 +300,21 @@ class Llama(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, vocab_size=None):
     """
     Continues token numbers idx (batch, time) by max_new_tokens; the context is cropped to the model's block_size.
 
-    temperature: 0 takes the most likely token; top_k: sample among the k most likely; generator: a torch.Generator.
+    temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all; generator: a
+    torch.Generator; vocab_size: of the tokenizer, where the model's is larger.
     """
     for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden(idx[:, -model.config.block_size:])[:, -1]).float()  # (batch, vocab)
+        logits = model.lm_head(model.hidden(idx[:, -model.config.block_size:])[:, -1])
+        logits = logits[:, :vocab_size].float()  # (batch, vocab)
         if temperature == 0:
             following = logits.argmax(-1, keepdim=True)
         else:
             logits = logits / temperature
-            if top_k is not None:
+            if top_k:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
             following = torch.multinomial(logits.softmax(-1), 1, generator=generator)

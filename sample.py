@@ -15,7 +15,7 @@ prompt = '\n'
 num_samples = 3
 max_new_tokens = 200
 temperature = 0.8  # 0: always the most likely token
-top_k = 200  # sample among so many
+top_k = 200  # sample among so many, 0: among all
 seed = 1337
 merged = True  # False: compute with the heads applied instead of merged into the weights (the same text)
 device = 'auto'
@@ -32,9 +32,10 @@ from model import GPT, GPTConfig, Llama, LlamaConfig, generate  # noqa: E402
 
 
 def main(argv):
-    config.load(globals(), defaults, argv)
-    _, _, dev, _ = config.join(device, 'auto')
+    settings = config.load(globals(), defaults, argv)
+    _, _, dev, _ = config.join(device, 'auto', 'float32')
     with config.refusals():
+        config.need_positive(settings, ('num_samples', 'max_new_tokens'))
         state = config.load_checkpoint(f'{out_dir}/{checkpoint}')
         tokens = prepare.tokenizer(state['tokenizer'])
     s = state['settings']
@@ -52,7 +53,7 @@ def main(argv):
     generator = torch.Generator(dev).manual_seed(seed)
     start = torch.tensor([tokens.encode_ordinary(prompt) or [tokens.eot_token]] * num_samples, device=dev)  # (num_samples, time)
     with averaged_heads(model):
-        texts = generate(model, start, max_new_tokens, temperature, top_k, generator).tolist()
+        texts = generate(model, start, max_new_tokens, temperature, top_k, generator, tokens.n_vocab).tolist()
     for text in texts:
         print(tokens.decode(text))
         print('-' * 40)

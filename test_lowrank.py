@@ -84,8 +84,8 @@ def test_settings_file_sees_the_defaults_and_the_command_line_wins(tmp_path):
     (tmp_path / 'a.py').write_text('import math\n_half = rate / 2\nrate = _half\nshape = (1, 2)\nflag = True\nname = "x"\n')
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     space = {}
-    got = config.load(space, known, ['--name=7', str(tmp_path / 'a.py'), '--count=3', '--limit=2.5'])
-    assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2.5, count=3)
+    got = config.load(space, known, ['--name=7', str(tmp_path / 'a.py'), '--count=3', '--limit=2'])
+    assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
     assert {key: space[key] for key in known} == got
     assert config.load(space, known, ['--rate=2', '--limit=None'])['rate'] == 2.0  # int for float; nothing left over
     assert space['name'] == ''
@@ -94,7 +94,7 @@ def test_settings_file_sees_the_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize('word, needles', [
     ('--learning_rat=1', ['learning_rat', "'learning_rate'"]), ('--heads=many', ['heads', 'str', 'int']),
     ('--compile=1', ['compile', 'int', 'bool']), ('--heads=True', ['bool', 'int']), ('--rank', ['--rank=value']),
-    ('--n_layer=None', ['NoneType', 'int']), ('config/nowhere.py', ['nowhere.py'])])
+    ('--n_layer=None', ['NoneType', 'int']), ('--vocab_size=abc', ['str', 'int']), ('config/nowhere.py', ['nowhere.py'])])
 def test_a_wrong_setting_is_one_sentence(capsys, word, needles):
     refused(capsys, lambda: config.load({}, train_gpt.defaults, [word]), *needles)
 

@@ -65,7 +65,7 @@ warmup_iters = 200
 lr_decay_iters = None  # the cosine's end, None: max_iters
 min_lr = 6e-5
 # system
-device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
@@ -92,9 +92,11 @@ def main(argv):
 
     # -------------------------------------------------------------------------
     # processes
-    dist_rank, world_size, dev, compute = config.join(device, dtype)
+    dist_rank, world_size, dev, compute = config.join(device, dtype, param_dtype)
     device_type = dev.split(':')[0]
     with config.refusals():
+        config.need_positive(settings, ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'n_layer',
+                                        'gradient_accumulation_steps', 'n_head', 'n_embd', 'heads', 'galore_rank'))
         check_settings(settings, world_size)
 
         # ---------------------------------------------------------------------
@@ -102,9 +104,6 @@ def main(argv):
         train_data = prepare.Tokens(dataset, 'train', block_size, data_dir)
         val_data = prepare.Tokens(dataset, 'val', block_size, data_dir)
         vocabulary = vocab_size or train_data.vocab_size
-        if train_data.vocab_size > vocabulary:
-            raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
-                             f'vocab_size={vocabulary}: set vocab_size={train_data.vocab_size}')
 
         # ---------------------------------------------------------------------
         # model: first the weights, then the heads on top
@@ -118,13 +117,13 @@ def main(argv):
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
                 'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer', 'galore_rank'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
-            model = GPT(GPTConfig(**checkpoint['model_config']))
+            model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout}))
         else:
             model = GPT.from_pretrained(init_from, block_size, dropout)
-            if model.config.vocab_size < train_data.vocab_size:
-                raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the weights '
-                                 f"{init_from!r} only {model.config.vocab_size}: prepare it with --tokenizer gpt2")
         model.to(getattr(torch, param_dtype))
+        if train_data.vocab_size > model.config.vocab_size:
+            raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
+                             f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
         if lowrank:
             apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
                          merge_reset or not merge_every)
@@ -148,16 +147,16 @@ def main(argv):
         if dist_rank == 0:
             config.start_run(settings)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
-    if checkpoint:  # moments, and the scale of float16
-        adam.load_state_dict(checkpoint['optimizer'])
-        scaler.load_state_dict(checkpoint['scaler'])
+    if checkpoint:
+        config.load_optimizer(adam, scaler, checkpoint)
         del checkpoint
 
     # -------------------------------------------------------------------------
     # wrapping: `net` computes, `model` is the same weights under their own names
     net = torch.compile(model) if compile else model
     if world_size > 1:
-        net = DDP(net, device_ids=[torch.device(dev).index] if device_type == 'cuda' else None, broadcast_buffers=False)
+        net = DDP(net, device_ids=[torch.device(dev).index] if device_type == 'cuda' else None, broadcast_buffers=False,
+                  gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
 
     def loss_of(x, y):
         if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
@@ -264,9 +263,9 @@ def main(argv):
 
     # -------------------------------------------------------------------------
     progress.close()
-    if dist_rank == 0:
-        print(f'{out_dir}: ckpt.pt holds step {saved}, best.pt the weights with the lowest validation loss '
-              f'({best_val_loss:.4f}); --init_from=resume goes on')
+    if dist_rank == 0 and step > start:
+        print(f'{out_dir}/ckpt.pt holds step {saved}, lowest validation loss so far {best_val_loss:.4f}; '
+              '--init_from=resume goes on')
     if world_size > 1:
         torch.distributed.destroy_process_group()
     return best_val_loss

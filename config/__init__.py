@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -20,18 +21,18 @@ import sys
 
 
 def fail(sentence):
-    """Says what is wrong and what to do (once, on rank 0) and ends the process with exit code 2."""
-    if os.environ.get('RANK', '0') == '0':
+    """Says what is wrong and what to do (once a machine) and ends the process with exit code 2."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {sentence}', file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 @contextlib.contextmanager
 def refusals():
-    """While a run is set up, what the rooms refuse (ValueError, FileNotFoundError) is the user's to mend: `fail`."""
+    """While a run is set up, what the rooms (ValueError) or the disk (OSError) refuse is the user's to mend: `fail`."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
 
@@ -89,10 +90,19 @@ def _checked(known, key, value, where):
     wanted, seen = type(known[key]), type(value)
     if wanted is float and seen is int:
         return float(value)
-    if wanted not in (seen, type(None)):
+    if known[key] is None:  # such a default is worked out later, and is a whole number in the end
+        wanted = int if value is not None else seen
+    if wanted is not seen:
         fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} is needed, '
-             f'such as {known[key]!r}')
+             f"such as {1 if known[key] is None else repr(known[key])}")
     return value
+
+
+def need_positive(settings, keys):
+    """Refuses (ValueError) settings that are not at least 1."""
+    for key in keys:
+        if settings[key] is not None and settings[key] < 1:
+            raise ValueError(f'{key}={settings[key]} makes no sense: set at least 1')
 
 
 def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, restart_every=0, restart_iters=0):
@@ -103,9 +113,10 @@ def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, 
     within restart_iters steps (ReLoRA, section 3: a reset factor has no moments yet).
     """
     if step < warmup_iters:
-        return learning_rate * (step + 1) / (warmup_iters + 1)
-    progress = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
-    rate = min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+        rate = learning_rate * (step + 1) / (warmup_iters + 1)
+    else:
+        progress = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
+        rate = min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
     if restart_every and restart_iters and step >= restart_every:
         rate *= min((step % restart_every + 1) / (restart_iters + 1), 1.0)
     return rate
@@ -114,27 +125,31 @@ def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, 
 # -----------------------------------------------------------------------------
 # processes
 
-DTYPES = ('float64', 'float32', 'bfloat16', 'float16')
 
-
-def join(device, dtype):
+def join(device, dtype, param_dtype):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    device: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'; dtype: 'auto' or one of DTYPES.
+    device: 'auto', 'cpu', 'cuda', 'cuda:1'; dtype: 'auto', or what is computed in; param_dtype: that of the weights.
     Returns (rank, world_size, device of this process, dtype as a name).
     """
-    if dtype not in ('auto', *DTYPES):
-        fail(f"dtype={dtype!r} is not known: set 'auto' or one of {', '.join(DTYPES)}")
     import torch
     import torch.distributed as dist
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device.startswith('cuda') and not torch.cuda.is_available():
+    if device != 'cpu' and not re.fullmatch(r'cuda(:\d+)?', device):
+        fail(f"device={device!r} is not known: set 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if device != 'cpu' and not torch.cuda.is_available():
         fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
-    if dtype == 'auto':
-        dtype = 'float32' if not device.startswith('cuda') else (
-            'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16')  # P100: float16
+    if param_dtype not in ('float64', 'float32', 'bfloat16'):
+        fail(f"param_dtype={param_dtype!r} is not known: set 'float32', 'bfloat16' or 'float64'")
+    if dtype == 'auto' and (param_dtype != 'float32' or device == 'cpu'):
+        dtype = param_dtype
+    elif dtype == 'auto':  # cards before Ampere have no bfloat16
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    if dtype != param_dtype and not (param_dtype == 'float32' and dtype in ('bfloat16', 'float16')):
+        fail(f"dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in 'bfloat16' "
+             "or 'float16' with weights in 'float32'")
     if device == 'cpu':
         keep_freed_memory()
     if 'RANK' not in os.environ:
@@ -151,12 +166,14 @@ def keep_freed_memory():
     """
     Makes glibc keep freed memory for the next step instead of giving it back to the system (no effect elsewhere).
 
-    By default every tensor above 32 MB comes as fresh pages each time, which the kernel first has to zero. Without that a
-    step of GPT-2 124M on two CPU cores takes 10% less time at full rank and up to 30% less with heads on every layer.
+    By default every tensor above 32 MB comes as fresh pages each time, which the kernel first has to zero: of a step of
+    GPT-2 124M with heads on every layer that was a quarter of the time on two CPU cores.
     """
+    if sys.platform != 'linux':
+        return
     import ctypes
     libc = ctypes.CDLL(None)
-    if sys.platform == 'linux' and hasattr(libc, 'mallopt'):
+    if hasattr(libc, 'mallopt'):
         for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
             libc.mallopt(option, value)
 
@@ -222,7 +239,7 @@ def load_checkpoint(path):
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
                          f'({str(error).splitlines()[0][:80]}): restore it or train anew') from error
-    if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step'} <= checkpoint.keys()):
+    if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
     return checkpoint
@@ -235,6 +252,12 @@ def start_run(settings):
     if held and settings['init_from'] != 'resume' and not settings['overwrite']:
         raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
                          '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
+    if settings['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
+        wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
     os.makedirs(out_dir, exist_ok=True)
     if settings['init_from'] != 'resume':
         for name in held + ['log.jsonl']:
@@ -242,9 +265,6 @@ def start_run(settings):
                 os.remove(os.path.join(out_dir, name))
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=2)
-    if settings['wandb_log']:
-        import wandb
-        wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
 
 
 def refuse_non_finite(step, saved, out_dir, **values):
@@ -257,11 +277,25 @@ def refuse_non_finite(step, saved, out_dir, **values):
 
 
 def need_same(settings, checkpoint, keys):
-    """Refuses to resume a checkpoint that was trained with other values of the settings `keys`."""
+    """Refuses to resume a checkpoint of weights alone, or one trained with other values of the settings `keys`."""
+    if 'optimizer' not in checkpoint:
+        raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
     for key in keys:
+        if key not in checkpoint['settings']:
+            raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): check --out_dir')
         if settings[key] != checkpoint['settings'][key]:
             raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
                              f'{settings[key]!r}: resume with the config it was started with')
+
+
+def load_optimizer(optimizer, scaler, checkpoint):
+    """Moments, bases and the scale of float16 from a checkpoint; what the groups are set to stays as this run says."""
+    groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    for group, ours in zip(optimizer.param_groups, groups):
+        group.update(ours)
+    if scaler.is_enabled() and checkpoint['scaler']:
+        scaler.load_state_dict(checkpoint['scaler'])
 
 
 # -----------------------------------------------------------------------------

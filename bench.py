@@ -268,7 +268,7 @@ def quality_cells():
         return dict(lowrank='attn,mlp', heads=count, rank=rank, alpha=float(alpha), learning_rate=2e-3, **more)
     galore_64 = dict(optimizer='galore', galore_rank=64, galore_gap=50, beta2=0.999, learning_rate=2e-2)
     power = {**galore_64, 'galore_basis': 'power'}
-    for lr in (1e-3, 2e-3):
+    for lr in (1e-3, 2e-3, 4e-3, 8e-3):
         yield 'full rank', dict(learning_rate=lr)
     yield 'MHLoRA', heads_on(4, 16, 16)
     yield 'LTE', heads_on(4, 16, 16, head_input='split', merge_every=10)

@@ -1398,6 +1398,30 @@ def test_llama_with_galore_resumes_bit_for_bit(data_dir, tmp_path, words):
     assert len(sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
 
 
+def test_a_resumed_run_steps_as_its_own_settings_say(data_dir, tmp_path):
+    train(data_dir, tmp_path / 'a')
+    state = train(data_dir, tmp_path / 'a', '--init_from=resume', '--max_iters=5', '--weight_decay=0.5', '--beta2=0.7',
+                  '--dropout=0.2')
+    assert [group['weight_decay'] for group in state['optimizer']['param_groups']] == [0.5, 0.0]
+    assert state['optimizer']['param_groups'][0]['betas'][1] == 0.7
+    assert state['model_config']['dropout'] == 0.2
+
+
+def test_a_vocabulary_above_the_tokenizers_still_gives_text(data_dir, tmp_path):
+    train(data_dir, tmp_path / 'a', '--vocab_size=4000', '--max_iters=1')
+    text = sample.main([f'--out_dir={tmp_path}/a', '--num_samples=2', '--max_new_tokens=30', '--top_k=0', '--device=cpu'])
+    assert max(map(max, text)) < 257
+
+
+def test_compiled_and_float16_runs_train_the_same(data_dir, tmp_path):
+    words = ['--lowrank=attn,logit', '--heads=2', '--rank=2', '--head_input=split', '--merge_every=2',
+             '--param_dtype=float32', '--dtype=float32']
+    plain = train(data_dir, tmp_path / 'a', *words)['best_val_loss']
+    assert train(data_dir, tmp_path / 'b', *words, '--compile=True')['best_val_loss'] == pytest.approx(plain, abs=1e-3)
+    half = train(data_dir, tmp_path / 'c', *words, '--dtype=float16', '--max_iters=12')  # its scaler skips the first steps
+    assert half['scaler']['scale'] < 65536 and half['best_val_loss'] < 5.3
+
+
 def test_sampled_text_is_the_same_with_heads_applied_or_merged(data_dir, tmp_path, capsys):
     train(data_dir, tmp_path / 'a', '--lowrank=attn,logit', '--heads=2', '--rank=2', '--head_input=split', '--merge_every=3')
     words = [f'--out_dir={tmp_path}/a', '--num_samples=2', '--max_new_tokens=20', '--prompt=doc', '--device=cpu']
@@ -1443,13 +1467,25 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
             ('--n_embd=17', 'n_head'),
             ('--lowrank=nowhere', 'c_attn'),
             ('--merge_every=5', 'lowrank'),
-            ('--head_input=both', "'split'"),
+            ('--head_input=both', "'split'"), ('--heads=0', 'heads=0'), ('--eval_interval=0', 'eval_interval'),
+            ('--galore_rank=0', 'galore_rank'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
+            ('--dtype=float16', 'param_dtype'), ('--param_dtype=foo', 'param_dtype'), ('--device=foo', "'cuda:N'"),
             ('--init_from=nothing.safetensors', 'nothing.safetensors')]:
         refused(capsys, lambda: train(data_dir, out, word), *needles)
     refused(capsys, lambda: train(data_dir, out, '--lowrank=attn', '--head_input=split', '--heads=3'), 'heads=3')
     refused(capsys, lambda: train(data_dir, out, '--lowrank=attn', '--merge_every=5'), 'merge_reset=True')
     refused(capsys, lambda: train(data_dir, out, '--init_from=resume', '--n_layer=3'), 'n_layer=2', '3')
     refused(capsys, lambda: train(data_dir, tmp_path / 'none', '--init_from=resume'), 'ckpt.pt')
+    refused(capsys, lambda: train_llama.main(tiny(data_dir, out, '--init_from=resume')), 'another script')
+    os.mkdir(tmp_path / 'best')
+    (tmp_path / 'best' / 'ckpt.pt').write_bytes((out / 'best.pt').read_bytes())
+    refused(capsys, lambda: train(data_dir, tmp_path / 'best', '--init_from=resume'), 'weights alone')
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--head_input=split', '--head_compute=sequential'),
+            "'parallel'")
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--merge_reset=True'), 'merge_every')
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
+                                  '--optimizer=galore', '--galore_rank=2'), "'adamw'")
+    assert not (tmp_path / 'x').exists()
     if not torch.cuda.is_available():
         refused(capsys, lambda: train(data_dir, out, '--device=cuda'), '--device=cpu')
     assert (out / 'ckpt.pt').read_bytes() == held

@@ -9,6 +9,7 @@ Times are medians of interleaved runs, as ratios within one process. Cells go to
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -23,8 +24,8 @@ import torch.nn as nn
 
 import config
 import galore
-from galore import GaLoreAdamW, take_bases
-from lowrank import MHLoRALinear, apply_mhlora, count_parameters
+from galore import GaLoreAdamW, param_groups, take_bases
+from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters
 from model import GPT, GPTConfig
 from prepare import Tokens
 
@@ -188,7 +189,8 @@ def speed_step(device, repeats):
         for name in functions:
             cell = dict(bench='speed_step', dtype=dtype, optimizer=name, ms=1000 * statistics.median(seconds[name]),
                         to_galore_torch=ratio(seconds, name, 'galore-torch'))
-            print(f"step {dtype:10}{name:18}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch", flush=True)
+            print(f"step {dtype:10}{name:18}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
+                  flush=True)
             cells.append(cell)
     return cells
 
@@ -239,18 +241,58 @@ def speed_energy(device, steps=(1, 100, 300)):
                     least[kind] = min(least.get(kind, 1.0), energy(bases) / exact)
             for kind, value in least.items():
                 cells.append(dict(bench='speed_energy', step=step, rank=rank, start=kind, least_of_svd=value))
-                print(f'energy, step {step:3}, rank {rank:2} of width 256, {kind}: at least {value:.4f} of the SVD', flush=True)
+                print(f'energy, step {step:3}, rank {rank:2} of width 256, {kind}: at least {value:.4f} of the SVD',
+                      flush=True)
         optimizer.step()
     return cells
 
 
+def speed_nanogpt(path, repeats):
+    """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
+    spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    x, y = torch.randint(50257, (2, 4, 512))
+
+    def stepper(model, optimizer, loss_of):
+        def step():
+            loss_of(model).backward()
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return step
+    model = theirs.GPT(theirs.GPTConfig(block_size=512, vocab_size=50257))
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), 'cpu')
+    functions = {'nanoGPT': stepper(model, optimizer, lambda net: net(x, y)[1])}
+    for dtype in ('float32', 'bfloat16'):
+        def loss_of(net, dtype=dtype):
+            with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
+                return net(x, y)
+        model = GPT(GPTConfig(block_size=512))
+        functions[f'ours, {dtype}'] = stepper(model, torch.optim.AdamW(param_groups(model, 0.1), fused=True), loss_of)
+    seconds = interleaved(functions, repeats)
+    cells = []
+    for name in functions:
+        cell = dict(bench='speed_nanogpt', loop=name, seconds=statistics.median(seconds[name]),
+                    tokens_per_s_to_nanogpt=ratio(seconds, 'nanoGPT', name))
+        print(f"{name:16}{cell['seconds']:7.2f} s/step{cell['tokens_per_s_to_nanogpt']:7.2f} of nanoGPT's tokens/s",
+              flush=True)
+        cells.append(cell)
+    return cells
+
+
 def speed(words):
-    # without keep_freed_memory: galore-torch is measured as its users have it
+    # without keep_freed_memory: galore-torch and nanoGPT are measured as their users have them
     options = argparse.ArgumentParser('bench.py speed')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--repeats', type=int, default=15)
+    options.add_argument('--repeats', type=int, default=12)
+    options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
     options = options.parse_args(words)
-    keep('speed', speed_step(options.device, options.repeats) + speed_refresh(options.device, 2) + speed_energy(options.device))
+    if options.nanogpt:
+        keep('speed', speed_nanogpt(options.nanogpt, options.repeats))
+    else:
+        keep('speed', speed_step(options.device, options.repeats) + speed_refresh(options.device, 2)
+             + speed_energy(options.device))
 
 
 # -----------------------------------------------------------------------------
@@ -306,8 +348,9 @@ def quality(words):
         method, changes = cell
         with tempfile.TemporaryDirectory() as folder:
             settings = {**SCREEN, 'min_lr': changes['learning_rate'] / 10, **changes, 'out_dir': folder}
-            ran = subprocess.run([sys.executable, 'train_gpt.py', *(f'--{key}={value}' for key, value in settings.items())],
-                                 cwd=HERE, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+            words = [f'--{key}={value}' for key, value in settings.items()]
+            ran = subprocess.run([sys.executable, 'train_gpt.py', *words], cwd=HERE, capture_output=True, text=True,
+                                 env={**os.environ, 'OMP_NUM_THREADS': '1'})
             said = (ran.stderr.strip().splitlines() or [''])[-1]
             if ran.returncode and ' is nan at step' not in said and ' is inf at step' not in said:
                 print(f'{method} {changes} did not run: {said}', flush=True)
@@ -320,7 +363,8 @@ def quality(words):
                 last, loss = lines[-2], lines[-1]['val_loss']
             cell = {'method': method, 'settings': changes, 'val_loss': loss, 'steps': SCREEN['max_iters'],
                     'trainable_parameters': last.get('trainable_parameters'),
-                    'optimizer_state_bytes': last.get('optimizer_state_bytes'), 'ms_per_step_one_thread': last.get('dt_ms')}
+                    'optimizer_state_bytes': last.get('optimizer_state_bytes'),
+                    'ms_per_step_one_thread': last.get('dt_ms')}
         keep('quality', [cell])
         print(f"{method:10} {loss if loss is None else round(loss, 4)}  {changes}"
               + (f'  {said}' if loss is None else ''), flush=True)

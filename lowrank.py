@@ -19,7 +19,8 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # the product
 
-# Operations per token, R = H r (shared, stacked) or r (split), twice that where merged heads train on; `loop` is the plain loop over heads:
+# Operations per token; R = H r (shared, stacked) or r (split), twice that where merged heads train on (their products
+# are taken off again); `loop` is the plain loop over heads:
 #
 #                      forward            backward                 passes over a (tokens, m) or (tokens, n) array
 #   dense, trained     2 m n              4 m n                    none besides its own output

@@ -67,7 +67,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         b, t, c = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (batch, head, time, c / head)
+        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(b, t, c)), self.dropout, self.training)
 
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, logits (batch, time, vocab)."""
+        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
         x = self.hidden(idx)
         return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets)
 
@@ -258,7 +258,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head or config.n_head % config.n_kv_head or config.n_embd // config.n_head % 2:
-            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} do not fit: '
+            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} clash: '
                              'n_embd / n_head has to be a whole even number, n_head a multiple of n_kv_head')
         self.config = config
         self.model = nn.ModuleDict(dict(
@@ -290,7 +290,7 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, logits (batch, time, vocab)."""
+        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
         x = self.hidden(idx)
         return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets)
 

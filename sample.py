@@ -51,7 +51,8 @@ def main(argv):
         merge(model)
 
     generator = torch.Generator(dev).manual_seed(seed)
-    start = torch.tensor([tokens.encode_ordinary(prompt) or [tokens.eot_token]] * num_samples, device=dev)  # (num_samples, time)
+    start = tokens.encode_ordinary(prompt) or [tokens.eot_token]
+    start = torch.tensor([start] * num_samples, device=dev)  # (num_samples, time)
     with averaged_heads(model):
         texts = generate(model, start, max_new_tokens, temperature, top_k, generator, tokens.n_vocab).tolist()
     for text in texts:

@@ -1496,7 +1496,10 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
 # -----------------------------------------------------------------------------
 # two ranks: one spawn for all distributed laws
 
-RANKS = {'full': ['--gradient_accumulation_steps=2'], 'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2']}
+RANKS = {'full': ['--gradient_accumulation_steps=2'],
+         'relora': ['--lowrank=attn,logit', '--rank=2', '--merge_every=2', '--merge_reset=True'],
+         'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2'],
+         'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power']}
 
 
 def two_ranks(data_dir, out):
@@ -1508,16 +1511,19 @@ def two_ranks(data_dir, out):
     torch.distributed.init_process_group = lambda *a: None if torch.distributed.is_initialized() else join(*a)
     for name, words in RANKS.items():
         train_gpt.main(tiny(data_dir, f'{out}/{name}', *words))
+    # a run of one process goes on with two
+    train_gpt.main(tiny(data_dir, f'{out}/resumed', *RANKS['mhlora'], '--max_iters=8', '--init_from=resume'))
     real()
 
 
 def test_two_ranks_train_the_same_as_one(data_dir, tmp_path):
+    train(data_dir, tmp_path / 'resumed', *RANKS['mhlora'])
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
                     sys.executable, '-c', f'import test_lowrank as t; t.two_ranks({data_dir!r}, {str(tmp_path)!r})'],
                    cwd=HERE, check=True, timeout=100)
-    for name, words in RANKS.items():
+    for name, words in {**RANKS, 'resumed': [*RANKS['mhlora'], '--max_iters=8']}.items():
         one = train(data_dir, tmp_path / 'one' / name, *words)
         two = config.load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')
         for key, value in one['model'].items():
-            assert torch.allclose(value, two['model'][key], rtol=0, atol=1e-12), (name, key)
-        assert one['best_val_loss'] == pytest.approx(two['best_val_loss'], abs=1e-12)
+            assert torch.allclose(value, two['model'][key], rtol=0, atol=1e-10), (name, key)
+        assert one['best_val_loss'] == pytest.approx(two['best_val_loss'], abs=1e-10)

@@ -1,6 +1,6 @@
 # A small GPT with multi-head LoRA on Python's own sources, byte by byte: the first thing to run.
 # python train_gpt.py config/quickstart.py
-# Two CPU cores: 2 minutes, validation loss 2.38 nats a byte
+# Two CPU cores: 2 minutes, validation loss 2.29 nats a byte
 out_dir = 'out/quickstart'
 dataset = 'stdlib'
 block_size, batch_size = 256, 8

@@ -341,7 +341,7 @@ def state_bytes(optimizer):
                if torch.is_tensor(x))
 
 
-def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', moments='keep', rule='galore',
+def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='power', moments='keep', rule='galore',
                  proj_type='std'):
     """The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 

@@ -6,6 +6,6 @@ dataset = 'c4'
 size, param_dtype, dtype = '1b', 'bfloat16', 'bfloat16'
 block_size, batch_size, gradient_accumulation_steps = 256, 16, 32
 checkpointing = True
-optimizer, galore_rank, galore_basis = 'galore', 1024, 'power'
+optimizer, galore_rank = 'galore', 1024
 max_iters, warmup_iters, eval_interval = 5000, 500, 500
 learning_rate, min_lr = 0.01, 0.001

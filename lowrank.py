@@ -44,7 +44,7 @@ class _FrozenPlusHeads(torch.autograd.Function):
         z = torch.bmm(grouped, A.mT)  # (groups, tokens / groups, r)
         y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.mT, alpha=scale)
         ctx.save_for_backward(flat, weight, A, B, z)
-        ctx.scale, ctx.gain, ctx.has_bias = scale, gain, bias is not None
+        ctx.scale, ctx.gain = scale, gain
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod

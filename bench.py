@@ -310,32 +310,29 @@ def quality_cells():
         return dict(lowrank='attn,mlp', heads=count, rank=rank, alpha=float(alpha), learning_rate=2e-3, **more)
     galore_64 = dict(optimizer='galore', galore_rank=64, galore_gap=50, beta2=0.999, learning_rate=2e-2)
     power = {**galore_64, 'galore_basis': 'power'}
-    for lr in (1e-3, 2e-3, 4e-3, 8e-3):
+    for lr in (2e-3, 1e-3, 4e-3):
         yield 'full rank', dict(learning_rate=lr)
-    yield 'MHLoRA', heads_on(4, 16, 16)
-    yield 'LTE', heads_on(4, 16, 16, head_input='split', merge_every=10)
-    yield 'GaLore', {**galore_64, 'galore_basis': 'svd'}
     yield 'GaLore', power
-    yield 'GaLore', {**power, 'galore_moments': 'rotate'}
-    yield 'GaLore', {**power, 'galore_rule': 'fira'}
-    for rank, alpha in ((64, 64), (4, 4)):
-        yield 'MHLoRA', heads_on(4, rank, alpha)
-    for every in (1, 50):
-        yield 'LTE', heads_on(4, 16, 16, head_input='split', merge_every=every)
-    for every in (50, 100):
-        yield 'ReLoRA', heads_on(1, 64, 64, merge_every=every, merge_reset=True, rewarm_iters=5)
-    yield 'GaLore', {**power, 'learning_rate': 1e-2}
-    yield 'GaLore', {**power, 'galore_rank': 16}
-    for rank, alpha in ((4, 16), (16, 64)):
-        yield 'MHLoRA', heads_on(4, rank, alpha)
-    yield 'LTE', heads_on(4, 16, 64, head_input='split', merge_every=10)
+    for lr in (1e-2, 4e-2):
+        yield 'GaLore', {**power, 'learning_rate': lr}
+    for lr in (1e-2, 2e-2):
+        yield 'GaLore', {**galore_64, 'galore_basis': 'svd', 'learning_rate': lr}
+        yield 'GaLore', {**power, 'galore_moments': 'rotate', 'learning_rate': lr}
+        yield 'GaLore', {**power, 'galore_rule': 'fira', 'learning_rate': lr}
     yield 'GaLore', {**power, 'galore_moments': 'reset'}
     yield 'GaLore', {**galore_64, 'galore_basis': 'random'}
-    for rank in (32, 128):
+    for rank in (16, 32, 128):
         yield 'GaLore', {**power, 'galore_rank': rank}
-    yield 'GaLore', {**power, 'galore_rule': 'fira', 'learning_rate': 1e-2}
-    yield 'GaLore', {**galore_64, 'galore_basis': 'svd', 'learning_rate': 1e-2}
-    yield 'GaLore', {**power, 'galore_moments': 'rotate', 'learning_rate': 1e-2}
+    for seed in (1, 2):  # how much is noise
+        yield 'full rank', dict(learning_rate=2e-3, seed=seed)
+        yield 'GaLore', {**power, 'seed': seed}
+    for rank, alpha in ((4, 4), (16, 16), (64, 64), (4, 16), (16, 64), (64, 256)):
+        yield 'MHLoRA', heads_on(4, rank, alpha)
+    for every in (1, 10, 50):
+        yield 'LTE', heads_on(4, 16, 16, head_input='split', merge_every=every)
+    yield 'LTE', heads_on(4, 16, 64, head_input='split', merge_every=10)
+    for every in (50, 100):
+        yield 'ReLoRA', heads_on(1, 64, 64, merge_every=every, merge_reset=True, rewarm_iters=5)
 
 
 def quality(words):

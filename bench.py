@@ -312,6 +312,9 @@ def quality_cells():
     power = {**galore_64, 'galore_basis': 'power'}
     for lr in (2e-3, 1e-3, 4e-3):
         yield 'full rank', dict(learning_rate=lr)
+    yield 'full rank', dict(learning_rate=2e-3, grad_clip=1.0)
+    yield 'full rank', dict(learning_rate=2e-3, beta2=0.999)
+    yield 'full rank', dict(learning_rate=5e-4)
     yield 'GaLore', power
     for lr in (1e-2, 4e-2):
         yield 'GaLore', {**power, 'learning_rate': lr}

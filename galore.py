@@ -11,7 +11,12 @@ with orthonormal P (m, r), Q (n, r) taken anew from the gradient every `update_p
 
 Optimizer state of a matrix, in numbers of the parameter's dtype: P m r and moments 2 n r if projected on the left, n r
 and 2 m r on the right, (m + n) r and 2 r r on both sides ('full'); AdamW has 2 m n. Besides, two Python counters, and
-one float32 for Fira.
+one float32 for Fira. With state_bits=8 a number of the moments takes 1 + 4 / 256 bytes.
+
+Lean training, in three steps that do not depend on each other:
+    project_backward   linears whose backward forms P^T G directly; the gradient (m, n) exists at a refresh only
+    per_layer          a parameter is updated as soon as its gradient is complete, which is then freed
+    state_bits=8       moments in 8 bits, block by block
 """
 
 import math
@@ -22,11 +27,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
+from lowrank import average_over_ranks_
+
 # What a group with `rank` may leave out. A script written for galore-torch gets galore-torch.
 GALORE_DEFAULTS = dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', moments='keep', rule='galore',
-                       stagger=False)
+                       stagger=False, state_bits=32)
 CHOICES = dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'), basis=('svd', 'power', 'random'),
-               moments=('keep', 'rotate', 'reset'), rule=('galore', 'fira'))
+               moments=('keep', 'rotate', 'reset'), rule=('galore', 'fira'), state_bits=(32, 8))
 FIRA_GROWTH = 1.01  # Fira, section 4.2: the norm of the rest may grow by this factor a step
 
 # -----------------------------------------------------------------------------
@@ -177,6 +184,81 @@ def fira_scale(G, R, N, dim, last_norm):
 
 
 # -----------------------------------------------------------------------------
+# Moments in 8 bits
+
+# Blocks of 256 numbers share a float32, their largest magnitude `top` (Dettmers et al., 8-bit optimizers, arXiv
+# 2110.02861). Between zero and it, level l stands for top (l / levels)^power: fine steps where the numbers are small.
+BLOCK = 256
+EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
+              'exp_avg_sq': (255, 4, torch.uint8)}  # of this one the root is what counts, over many magnitudes
+CHUNK = 2**22  # numbers that are float32 at a time
+
+
+def raised(x, power):
+    return x.square() if power == 2 else x.square().square_()
+
+
+def encode(x, age, levels, power, dtype):
+    """Codes (numbers,) of `dtype` and tops (blocks,) of x (numbers,), float32. Off by less than one level, which is
+    top ((l + 1)^power - l^power) / levels^power, and right on average: x goes up or down by a threshold that runs
+    through (0, 1) with `age`. Rounded to the nearest level a second moment would never decay, 0.1% a step being less
+    than half a level. Unsigned codes are at least 1: the update divides by the root of the second moment."""
+    blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
+    top = torch.linalg.vector_norm(blocks, ord=math.inf, dim=1, keepdim=True)  # (blocks, 1)
+    part = blocks.abs().div_(top.clamp_min(torch.finfo(x.dtype).tiny))  # in [0, 1]
+    low = (part.sqrt() if power == 2 else part.sqrt().sqrt_()).mul_(levels).floor_().clamp_(max=levels - 1)
+    below, above = raised(low / levels, power), raised((low + 1).div_(levels), power)
+    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # nothing random
+    code = low.add_(part.sub_(below) > above.sub_(below).mul_(threshold))
+    code = code.mul_(blocks.sign()) if dtype == torch.int8 else code.clamp_(min=1)
+    return code.to(dtype).flatten()[:len(x)], top.flatten()
+
+
+def decode(code, top, levels, power):
+    """The numbers (numbers,), float32, that `encode` made into code (numbers,) and top (blocks,)."""
+    part = F.pad(code.float(), (0, -len(code) % BLOCK)).view(-1, BLOCK) / levels
+    part = part * part.abs() if power == 2 else raised(part, power)
+    return part.mul_(top[:, None]).flatten()[:len(code)]
+
+
+def new_moments(state, like, bits):
+    """Moments of zero for numbers like `like`: in its dtype, or in 8 bits if it has at least 16 blocks."""
+    for key, (_, _, dtype) in EIGHT_BITS.items():
+        if bits == 8 and like.numel() >= 16 * BLOCK:
+            state[key] = torch.zeros(like.shape, dtype=dtype, device=like.device)
+            state[key + '_top'] = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
+        else:
+            state[key] = torch.zeros_like(like)
+
+
+def read_moments(state, numbers=slice(None), blocks=slice(None)):
+    """First and second moment in float32 out of 8 bits, flat, or a chunk of them."""
+    return [decode(state[key].view(-1)[numbers], state[key + '_top'][blocks], levels, power)
+            for key, (levels, power, _) in EIGHT_BITS.items()]
+
+
+def write_moments(state, moments, numbers=slice(None), blocks=slice(None)):
+    """What `read_moments` reads."""
+    for x, (key, kind) in zip(moments, EIGHT_BITS.items()):
+        state[key].view(-1)[numbers], state[key + '_top'][blocks] = encode(x, state['age'], *kind)
+
+
+def adam_step_(R, state, betas, eps, correct_bias):
+    """`adam_` with the moments of a state, whose age counts this gradient already. Uses R up and returns the direction.
+    8-bit moments are float32 in chunks only."""
+    if 'exp_avg_top' not in state:
+        return adam_(R, state['exp_avg'], state['exp_avg_sq'], state['age'], betas, eps, correct_bias)
+    R = R.contiguous()
+    flat = R.view(-1)
+    for i in range(0, len(flat), CHUNK):
+        where = slice(i, i + CHUNK), slice(i // BLOCK, (i + CHUNK) // BLOCK)
+        moments = read_moments(state, *where)
+        flat[where[0]] = adam_(flat[where[0]].float(), *moments, state['age'], betas, eps, correct_bias)
+        write_moments(state, moments, *where)
+    return R
+
+
+# -----------------------------------------------------------------------------
 # One matrix, one step
 
 def refresh_(state, G, group, seed):
@@ -185,10 +267,17 @@ def refresh_(state, G, group, seed):
     new = take_bases(G, rank, *sides(G.shape, group['proj_type']), group['basis'], old, seed)
     state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
     if 'exp_avg' in state and group['moments'] == 'rotate':
-        M, V = rotate_moments(state['exp_avg'], state['exp_avg_sq'], old, new)
-        state['exp_avg'].copy_(M), state['exp_avg_sq'].copy_(V)  # in place, so that their layout stays
+        if 'exp_avg_top' in state:
+            M, V = (x.view(state['exp_avg'].shape) for x in read_moments(state))
+            old, new = ([basis if basis is None else basis.float() for basis in bases] for bases in (old, new))
+            write_moments(state, [x.flatten() for x in rotate_moments(M, V, old, new)])
+        else:
+            M, V = rotate_moments(state['exp_avg'], state['exp_avg_sq'], old, new)
+            state['exp_avg'].copy_(M), state['exp_avg_sq'].copy_(V)  # in place, so that their layout stays
     elif 'exp_avg' in state and group['moments'] == 'reset':
-        state['exp_avg'].zero_(), state['exp_avg_sq'].zero_()
+        for key in ('exp_avg', 'exp_avg_sq', 'exp_avg_top', 'exp_avg_sq_top'):
+            if key in state:
+                state[key].zero_()
         state['age'] = 0  # the bias correction starts again with the moments
 
 
@@ -197,14 +286,13 @@ def update_(W, R, state, group, G=None):
     Decay comes after the update as in galore-torch; it rides on the product as its beta."""
     P, Q = state.get('P'), state.get('Q')
     if 'exp_avg' not in state:
-        state['exp_avg'], state['exp_avg_sq'] = torch.zeros_like(R), torch.zeros_like(R)
+        new_moments(state, R, group['state_bits'])
     state['step'] += 1
     state['age'] += 1
     keep, fira = 1.0 - group['lr'] * group['weight_decay'], group['rule'] == 'fira'
     alpha = group['lr'] * group['scale'] * keep
     R_in = R.clone() if fira else None
-    U = adam_(R, state['exp_avg'], state['exp_avg_sq'], state['age'], group['betas'], group['eps'],
-              group['correct_bias'])
+    U = adam_step_(R, state, group['betas'], group['eps'], group['correct_bias'])
     if fira:  # -(P N + phi (G - P R)) = P (U + phi R) - phi G: no third product, no S
         last = state.get('rest_norm')
         if last is None:
@@ -219,16 +307,25 @@ def update_(W, R, state, group, G=None):
 
 def plain_step_(params, states, group):
     """torch.optim.AdamW, fused, for the parameters without a rank: eps after the bias correction, decay before the
-    update. State as there."""
+    update. State as there; with state_bits=8, matrices have theirs as GaLore's."""
+    fused = []
     for p, state in zip(params, states):
         if not state:
+            new_moments(state, p, group.get('state_bits', 32))
             age = 0.0 if group['correct_bias'] else math.inf
-            state.update(step=torch.full((), age, dtype=torch.float32, device=p.device),
-                         exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    moments = ([state[key] for state in states] for key in ('exp_avg', 'exp_avg_sq'))
-    adamw(params, [p.grad for p in params], *moments, [], [state['step'] for state in states], fused=True,
-          amsgrad=False, maximize=False, beta1=group['betas'][0], beta2=group['betas'][1], lr=group['lr'],
-          weight_decay=group['weight_decay'], eps=group['eps'])
+            state.update({'age': 0} if 'exp_avg_top' in state else
+                         {'step': torch.full((), age, dtype=torch.float32, device=p.device)})
+        if 'exp_avg_top' in state:
+            state['age'] += 1
+            eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['age']) if group['correct_bias'] else 1.0)
+            direction = adam_step_(p.grad, state, group['betas'], eps, group['correct_bias'])
+            p.mul_(1 - group['lr'] * group['weight_decay']).add_(direction, alpha=group['lr'])
+        else:
+            fused.append((p, p.grad, state['exp_avg'], state['exp_avg_sq'], state['step']))
+    if fused:
+        params, grads, M, V, ages = map(list, zip(*fused))
+        adamw(params, grads, M, V, [], ages, fused=True, amsgrad=False, maximize=False, beta1=group['betas'][0],
+              beta2=group['betas'][1], lr=group['lr'], weight_decay=group['weight_decay'], eps=group['eps'])
 
 
 # -----------------------------------------------------------------------------
@@ -240,35 +337,50 @@ class GaLoreAdamW(torch.optim.Optimizer):
     Drop-in for the class of that name in galore-torch 1.0. Keys of such a group, as there: `rank`, `update_proj_gap`
     (steps between refreshes), `scale` (multiplies lr), `proj_type` ('std', 'reverse_std', 'left', 'right', 'full'); our
     own, all optional: `basis` ('svd' | 'power' | 'random'), `moments` ('keep' | 'rotate' | 'reset' at a refresh),
-    `rule` ('galore' | 'fira'), `stagger` (spread the refreshes over the period). Arithmetic as in galore-torch: eps
-    before the bias correction, decay after the update. Groups without `rank` follow torch.optim.AdamW. Matrices are
-    (m, n) or stacked (H, m, n), each of the H with its own basis.
+    `rule` ('galore' | 'fira'), `stagger` (spread the refreshes over the period), `state_bits` (32: moments in the
+    parameter's dtype, or 8; also for groups without rank). Arithmetic as in galore-torch: eps before the bias
+    correction, decay after the update. Groups without `rank` follow torch.optim.AdamW. Matrices are (m, n) or stacked
+    (H, m, n), each of the H with its own basis.
 
-    State is tensors and numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the
-    device. `no_deprecation_warning` is accepted and means nothing. `seed` is for the random bases. `max_norm`
-    clips what is stepped on: the norm of all projected and plain gradients together, 0: no clipping.
+    per_layer: a parameter is updated during the backward pass, as soon as its gradient is complete, and the gradient
+    is freed; `step` has nothing left to do. With gradient accumulation the loop sets `last_micro_batch` before each
+    backward pass. There is no DDP then: `world_size` ranks average each gradient here, when it is complete.
+    max_norm: clips what is stepped on to this norm, that of all projected and plain gradients together, or, per layer,
+    of each one; 0: no clipping. seed is for the random bases. `no_deprecation_warning` is accepted and means nothing.
+
+    `gradient_norm` is the norm of what the last step stepped on, before clipping, a tensor. State is tensors and
+    numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the device.
     Raises ValueError for a setting that makes no sense. A rank above the smaller side of a matrix is clamped, with a
     warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
-                 no_deprecation_warning=False, seed=0, max_norm=0.0):
+                 no_deprecation_warning=False, seed=0, max_norm=0.0, per_layer=False, world_size=1):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f'{lr=}, {eps=} and {weight_decay=} must be at least 0, {betas=} in [0, 1)')
+        self.order = {}  # matrix: (its group's number, its own number among all matrices)
+        self.received = {}  # matrix: P^T G so far, from the projected backward
+        self.apart = set()  # parameters whose gradients DDP does not see, so that we average them
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias, seed=seed))
-        self.max_norm = max_norm
+        self.max_norm, self.per_layer, self.world_size, self.last_micro_batch = max_norm, per_layer, world_size, True
+        self.norms, self.gradient_norm = [], torch.zeros(())
+        if per_layer:
+            for number, group in enumerate(self.param_groups):
+                for p in group['params']:
+                    self.apart.add(p)
+                    p.register_post_accumulate_grad_hook(lambda p, number=number: self._complete(p, number))
 
     def add_param_group(self, group):
         super().add_param_group(group)
         group = self.param_groups[-1]
-        if 'rank' not in group:
-            return
-        for key, value in GALORE_DEFAULTS.items():
+        for key, value in GALORE_DEFAULTS.items() if 'rank' in group else ():
             group.setdefault(key, value)
         for key, allowed in CHOICES.items():
-            if group[key] not in allowed:
+            if key in group and group[key] not in allowed:
                 raise ValueError(f"{key}={group[key]!r} is not one of {', '.join(map(repr, allowed))}")
+        if 'rank' not in group:
+            return
         for key in ('rank', 'update_proj_gap'):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
@@ -276,13 +388,82 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError("rule='fira' needs a one-sided projection, proj_type='full' has two: set 'std'")
         names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
         clamped = []
+        number = len(self.param_groups) - 1
         for name, p in zip(names, group['params']):
             if p.dim() not in (2, 3):
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group without rank')
             if group['rank'] > min(p.shape[-2:]):
                 clamped.append(f'{name} {tuple(p.shape)}')
+            self.order[p] = number, len(self.order)
         if clamped:
             warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {', '.join(clamped)}")
+
+    def _matrix(self, p):
+        """(state, group, seed, whether new bases are due) of a matrix. It needs bases when it has none, and then once a
+        period."""
+        number, index = self.order[p]
+        state, group = self.state[p], self.param_groups[number]
+        if not state:
+            state.update(step=0, age=0)  # of the run; of the moments
+        due = refresh_due(state['step'], group['update_proj_gap'], index if group['stagger'] else 0, len(self.order))
+        due = due and state['step'] > 0 or not ('P' in state or 'Q' in state)
+        return state, group, ((group['seed'] << 44) + (index << 28) + state['step']) % 2**63, due
+
+    def _take(self, p):
+        """The projected gradient R of a matrix, complete; new bases first, where they are due."""
+        state, group, seed, due = self._matrix(p)
+        R = self.received.pop(p, None)
+        if p in self.apart:
+            average_over_ranks_(p.grad if R is None else R, self.world_size)
+        if R is None:
+            if due:
+                refresh_(state, p.grad, group, seed)
+            R = project(p.grad, state.get('P'), state.get('Q'))
+        return R, state, group
+
+    def _shrink(self, gradients, scaled):
+        """Notes the norm of the gradients and clips what is `scaled` to it."""
+        norm = nn.utils.get_total_norm(gradients)
+        self.norms.append(norm.float())
+        if self.max_norm:
+            for g in scaled:
+                g.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0).to(g.dtype))
+
+    @torch.no_grad()
+    def _complete(self, p, number):
+        """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
+        if not self.last_micro_batch:
+            return
+        if p in self.order:
+            R, state, group = self._take(p)
+            self._shrink([R], [R, p.grad] if group['rule'] == 'fira' else [R])
+            update_(p, R, state, group, p.grad)
+        else:
+            average_over_ranks_(p.grad, self.world_size)
+            self._shrink([p.grad], [p.grad])
+            plain_step_([p], [self.state[p]], self.param_groups[number])
+        p.grad = None
+
+    @torch.no_grad()
+    def receive(self, p, dy, x):
+        """A matrix's part of the projected backward: takes in G = dy^T x from dy (tokens, m), x (tokens, n).
+
+        R = P^T G = (dy P)^T x adds up over micro-batches. Where new bases are due the full gradient does, in p.grad,
+        but not at the very start, when all matrices would hold one: the first bases are those of the first micro-batch,
+        averaged over ranks, one matrix after the other."""
+        state, group, seed, due = self._matrix(p)
+        P, Q = state.get('P'), state.get('Q')
+        if due and P is None and Q is None:
+            G = average_over_ranks_((dy.mT @ x).to(p.dtype), self.world_size)
+            refresh_(state, G, group, seed)
+            self.received[p] = project(G, state.get('P'), state.get('Q'))
+        elif due:
+            p.grad = (dy.mT @ x).to(p.dtype) if p.grad is None else p.grad.add_(dy.mT @ x)
+        else:  # the small product first: 2 r (m + n) operations a token instead of 2 m n
+            R = ((x.mT @ (dy @ P.to(dy.dtype))).mT if Q is None else dy.mT @ (x @ Q.to(x.dtype))).to(p.dtype)
+            self.received[p] = self.received[p].add_(R) if p in self.received else R
+        if self.per_layer:
+            self._complete(p, self.order[p][0])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -291,49 +472,112 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        matrices, plain = [], []  # (parameter, state, group); (parameters, group)
-        count = sum(len(group['params']) for group in self.param_groups if 'rank' in group)
-        index = -1  # of a matrix among all the projected ones
-        for group in self.param_groups:
-            if 'rank' not in group:
-                plain.append(([p for p in group['params'] if p.grad is not None], group))
-                continue
-            for p in group['params']:
-                index += 1
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, age=0)  # of the run; of the moments
-                seed = ((group['seed'] << 44) + (index << 28) + state['step']) % 2**63
-                if refresh_due(state['step'], group['update_proj_gap'], index if group['stagger'] else 0, count):
-                    refresh_(state, p.grad, group, seed)
-                matrices.append((p, state, group))
-
-        def projected(p, state):
-            return project(p.grad, state.get('P'), state.get('Q'))
+        matrices = [p for p in self.order if p.grad is not None or p in self.received]
+        plain = [([p for p in group['params'] if p.grad is not None], group)
+                 for group in self.param_groups if 'rank' not in group]
+        rest = [p.grad for params, _ in plain for p in params]
         if self.max_norm:  # the norm is one of all gradients, so all projected ones have to be held
-            held = [projected(p, state) for p, state, _ in matrices]
-            rest = [p.grad for params, _ in plain for p in params]
-            shrink = (self.max_norm / (nn.utils.get_total_norm(held + rest) + 1e-6)).clamp(max=1.0)
-            for g in (*held, *rest, *(p.grad for p, _, group in matrices if group['rule'] == 'fira')):
-                g.mul_(shrink)
-            held = iter(held)
-        for p, state, group in matrices:
-            update_(p, next(held) if self.max_norm else projected(p, state), state, group, p.grad)
+            held = [self._take(p) for p in matrices]
+            self._shrink([R for R, _, _ in held] + rest, [R for R, _, _ in held] + rest +
+                         [p.grad for p, (_, _, group) in zip(matrices, held) if group['rule'] == 'fira'])
+        for i, p in enumerate(matrices):
+            if self.max_norm:
+                taken = held[i]
+            else:
+                taken = self._take(p)
+                self._shrink([taken[0]], [])
+            update_(p, *taken, p.grad)
+            if p in self.apart:
+                p.grad = None
+        if rest and not self.max_norm:
+            self._shrink(rest, [])
         for params, group in plain:
             plain_step_(params, [self.state[p] for p in params], group)
+        self.gradient_norm = torch.stack(self.norms).norm() if self.norms else torch.zeros(())
+        self.norms.clear()
         return loss
+
+    def zero_grad(self, set_to_none=True):
+        """As in torch, the projected gradients too."""
+        super().zero_grad(set_to_none)
+        self.received.clear()
 
     def load_state_dict(self, state_dict):
         """As in torch, which casts state to the dtype of its parameter: right for moments and bases, not for these."""
         super().load_state_dict(state_dict)
         ids = (i for group in state_dict['param_groups'] for i in group['params'])
         for i, p in zip(ids, (p for group in self.param_groups for p in group['params'])):
-            for key, value in state_dict['state'].get(i, {}).items():
-                if key in ('step', 'rest_norm') and torch.is_tensor(value):
+            saved = state_dict['state'].get(i, {})
+            for key, value in saved.items():
+                if torch.is_tensor(value) and ('exp_avg_top' in saved or key in ('step', 'rest_norm')) \
+                        and key not in 'PQ':
                     self.state[p][key] = value.to(p.device)
 
+
+# -----------------------------------------------------------------------------
+# The projected backward
+
+class _ProjectedBackward(torch.autograd.Function):
+    """y = x W^T + b, whose backward hands dy and x to the optimizer and returns no gradient for W."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, optimizer):
+        ctx.save_for_backward(x, weight)
+        ctx.optimizer = optimizer
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        m, n = weight.shape
+        dy = dy.reshape(-1, m)  # (tokens, m)
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.to(dy.dtype)).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        ctx.optimizer.receive(weight, dy, x.reshape(-1, n))  # last: it may update the weight
+        return dx, None, dbias, None
+
+
+class ProjectedLinear(nn.Linear):
+    """A linear layer whose backward forms the projected gradient (see GaLoreAdamW.receive) instead of the full one.
+
+    GaLore is one LoRA head whose B = P is frozen (Torroba-Hennigen et al., "On the Duality between Gradient
+    Transformations and Adapters", 2025): per token 4 m n + 2 r (m + n) operations instead of 6 m n."""
+
+    def __init__(self, linear, optimizer):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device='meta')
+        self.weight, self.bias, self.optimizer = linear.weight, linear.bias, optimizer
+
+    @torch.compiler.disable  # it talks to the optimizer, so torch.compile breaks its graph here
+    def forward(self, x):
+        bias = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            bias = bias if bias is None else bias.to(x.dtype)
+        return _ProjectedBackward.apply(x, self.weight, bias, self.optimizer)
+
+
+def project_backward(model, optimizer):
+    """Replaces, in place, every nn.Linear of the model whose weight a GaLoreAdamW projects by a ProjectedLinear.
+
+    The same weights as with the full gradient, to rounding, but that the first bases come from the first micro-batch.
+    Linears with heads are left alone. ValueError where the projection has two sides or the rule is 'fira', which need
+    the full gradient."""
+    for group in optimizer.param_groups:
+        if 'rank' in group and (group['proj_type'] == 'full' or group['rule'] == 'fira'):
+            raise ValueError("the projected backward never sees the full gradient, which rule='fira' and "
+                             "proj_type='full' need: set galore_backward='full', or rule='galore' and one side")
+    linears = [(name, module) for name, module in model.named_modules()
+               if type(module) is nn.Linear and module.weight in optimizer.order]
+    for name, linear in linears:
+        model.set_submodule(name, ProjectedLinear(linear, optimizer))
+        optimizer.apart.add(linear.weight)
+
+
+# -----------------------------------------------------------------------------
+# From settings
 
 def state_bytes(optimizer):
     """Bytes of all tensors in an optimizer's state (any torch.optim.Optimizer)."""
@@ -342,7 +586,7 @@ def state_bytes(optimizer):
 
 
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='power', moments='keep', rule='galore',
-                 proj_type='std'):
+                 proj_type='std', state_bits=32):
     """The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
     With a rank, the matrices of attention and MLP (weights of nn.Linear below a module named attn, self_attn or mlp)
@@ -364,10 +608,49 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
         raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0')
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
                   rule=rule, stagger=True)
-    parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
+    bits = dict(state_bits=state_bits) if rank > 0 else {}
+    parts = (projected, weight_decay, {**galore, **bits}), (matrices, weight_decay, bits), (vectors, 0.0, bits)
     groups = [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay, **keys}
               for part, decay, keys in parts if part]
     grouped = [id(p) for group in groups for p in group['params']]
     assert sorted(grouped) == sorted({id(p) for p in model.parameters() if p.requires_grad}), \
         'the groups do not partition the trainable parameters'
     return groups
+
+
+def check_optimizer(settings, compute):
+    """Refuses (ValueError) settings of the optimizer that make no sense together. compute: the dtype computed in."""
+    s = settings
+    for key, allowed in dict(optimizer=('adamw', 'galore'), galore_backward=('full', 'projected'),
+                             galore_basis=CHOICES['basis'], galore_moments=CHOICES['moments'],
+                             galore_rule=CHOICES['rule'], state_bits=CHOICES['state_bits']).items():
+        if s[key] not in allowed:
+            raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    lean = [key for key, usual in (('galore_backward', 'full'), ('per_layer', False), ('state_bits', 32))
+            if s[key] != usual]
+    if lean and s['optimizer'] == 'adamw':
+        raise ValueError(f"{lean[0]}={s[lean[0]]!r} is for optimizer='galore': set that, or leave {lean[0]} alone")
+    if compute == 'float16' and lean and lean != ['state_bits']:
+        raise ValueError(f'{lean[0]}={s[lean[0]]!r} steps on gradients before a GradScaler has seen them: compute in '
+                         "another dtype than 'float16'")
+    if s['galore_backward'] == 'projected' and s['galore_rule'] == 'fira':
+        raise ValueError("galore_rule='fira' needs the full gradient: set galore_backward='full'")
+    if s['galore_backward'] == 'projected' and s['lowrank']:
+        raise ValueError("galore_backward='projected' is for full-rank weights, and heads have small gradients anyway: "
+                         "set galore_backward='full' or lowrank=''")
+
+
+def make_optimizer(model, settings, world_size=1):
+    """torch.optim.AdamW or GaLoreAdamW as a script's settings say; with galore_backward='projected' the model's linears
+    are replaced."""
+    s = settings
+    if s['optimizer'] == 'adamw':
+        return torch.optim.AdamW(param_groups(model, s['weight_decay']), lr=s['learning_rate'],
+                                 betas=(s['beta1'], s['beta2']), fused=True)
+    groups = param_groups(model, s['weight_decay'], s['galore_rank'], s['galore_gap'], s['galore_scale'],
+                          s['galore_basis'], s['galore_moments'], s['galore_rule'], state_bits=s['state_bits'])
+    optimizer = GaLoreAdamW(groups, lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
+                            max_norm=s['grad_clip'], per_layer=s['per_layer'], world_size=world_size)
+    if s['galore_backward'] == 'projected':
+        project_backward(model, optimizer)
+    return optimizer

@@ -171,6 +171,21 @@ class MHLoRALinear(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# ranks
+
+traffic = {'bytes': 0}  # what this process has put into collectives of its own so far; DDP's are not in it
+
+
+def average_over_ranks_(x, world_size):
+    """The average of a tensor over all ranks, in place; with one rank, the tensor itself."""
+    if world_size > 1:
+        traffic['bytes'] += x.numel() * x.element_size()
+        torch.distributed.all_reduce(x)  # gloo has no average
+        x.div_(world_size)
+    return x
+
+
+# -----------------------------------------------------------------------------
 # models
 
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.

@@ -8,7 +8,6 @@ Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_end
 """
 
 import sys
-import time
 from dataclasses import asdict
 
 import config
@@ -55,6 +54,9 @@ galore_scale = 0.25  # multiplies the learning rate of what is projected
 galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, under a tenth of the time) or 'random'
 galore_rule = 'galore'  # 'galore' or 'fira'
 galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
+galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
+per_layer = False  # update every parameter during the backward pass and free its gradient; clipping is then one by one
+state_bits = 32  # of the moments; 32: as the weights, 8: block by block
 learning_rate = 6e-4
 max_iters = 10000  # steps
 weight_decay = 0.1  # on matrices only
@@ -77,13 +79,12 @@ if __name__ == '__main__':
     config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
 
 import torch  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from galore import GaLoreAdamW, param_groups, state_bytes  # noqa: E402
+from galore import check_optimizer, make_optimizer, state_bytes  # noqa: E402
 from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, merge)
+                     drop_moments, merge, traffic)
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -98,6 +99,7 @@ def main(argv):
         config.need_positive(settings, ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'n_layer',
                                         'gradient_accumulation_steps', 'n_head', 'n_embd', 'heads', 'galore_rank'))
         check_settings(settings, world_size)
+        check_optimizer(settings, compute)
 
         # ---------------------------------------------------------------------
         # data
@@ -115,12 +117,12 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
-                'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer', 'galore_rank'))
+                'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout}))
         else:
             model = GPT.from_pretrained(init_from, block_size, dropout)
-        model.to(getattr(torch, param_dtype))
+        model.to(dev, getattr(torch, param_dtype))
         if train_data.vocab_size > model.config.vocab_size:
             raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
                              f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
@@ -129,21 +131,11 @@ def main(argv):
                          merge_reset or not merge_every)
         if checkpoint:
             model.load_state_dict(checkpoint['model'])
-    model.to(dev)
-    counts = count_parameters(model)
-    sync_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) * (world_size > 1)
+        counts = count_parameters(model)
 
-    # -------------------------------------------------------------------------
-    # optimizer
-    with config.refusals():
-        groups = param_groups(model, weight_decay, galore_rank if optimizer == 'galore' else 0, galore_gap, galore_scale,
-                              galore_basis, galore_moments, galore_rule)
-        if optimizer == 'galore':
-            adam = GaLoreAdamW(groups, lr=learning_rate, betas=(beta1, beta2), seed=seed, max_norm=grad_clip)
-        elif optimizer == 'adamw':
-            adam = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), fused=True)
-        else:
-            raise ValueError(f"optimizer={optimizer!r} is not known: set 'adamw' or 'galore'")
+        # ---------------------------------------------------------------------
+        # optimizer
+        adam = make_optimizer(model, settings, world_size)
         if dist_rank == 0:
             config.start_run(settings)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
@@ -152,11 +144,8 @@ def main(argv):
         del checkpoint
 
     # -------------------------------------------------------------------------
-    # wrapping: `net` computes, `model` is the same weights under their own names
-    net = torch.compile(model) if compile else model
-    if world_size > 1:
-        net = DDP(net, device_ids=[torch.device(dev).index] if device_type == 'cuda' else None, broadcast_buffers=False,
-                  gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
+    # `net` computes, `model` is the same weights under their own names
+    net, ddp_bytes = config.wrap(model, dev, world_size, compile, getattr(adam, 'apart', ()))
 
     def loss_of(x, y):
         if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
@@ -188,13 +177,9 @@ def main(argv):
     progress = tqdm(total=max_iters, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
     config.catch_signals()
     start, saved = step, step if init_from == 'resume' else None
-    running, since, clock = torch.zeros(2, device=dev), 0, time.perf_counter()  # sum of losses, norm of the gradient
-    stop = False
+    meter, sent, stop = config.start_meter(dev), 0, False
     while True:
-        lr = config.learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters or max_iters, min_lr,
-                                     merge_every if merge_reset else 0, rewarm_iters)
-        for group in adam.param_groups:
-            group['lr'] = lr
+        lr = config.set_learning_rate(adam, settings, step)
 
         # evaluate and save
         last = stop or step >= max_iters or eval_only
@@ -211,8 +196,7 @@ def main(argv):
                     save('best.pt')
                 save('ckpt.pt', optimizer=adam.state_dict(), scaler=scaler.state_dict())
                 saved = step
-            clock, since = time.perf_counter(), 0  # an evaluation is not a training step
-            running.zero_()
+            config.restart_meter(meter)
         if last:
             break
 
@@ -220,45 +204,43 @@ def main(argv):
         if dropout:
             torch.manual_seed(hash((seed, step, dist_rank)))  # the same masks after a resume
         for micro_step in range(gradient_accumulation_steps):
-            if world_size > 1:  # gradients travel once a step
-                net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1
+            # gradients travel, and with per_layer are stepped on, once a step
+            net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1
             x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
                                     world_size, heads if lowrank and head_input == 'split' else 1)
             loss = loss_of(x, y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
-            running[0] += loss.detach()
+            meter['sums'][0] += loss.detach()
         scaler.unscale_(adam)
-        running[1] = clip_gradients(model, grad_clip if optimizer == 'adamw' else 0.0)
+        norm = clip_gradients(model, grad_clip) if optimizer == 'adamw' else None  # GaLore clips what it projects
 
         # update, merge
         scaler.step(adam)
         scaler.update()
+        meter['sums'][1] = adam.gradient_norm if norm is None else norm
         adam.zero_grad(set_to_none=True)
         step += 1
-        since += 1
+        meter['steps'] += 1
         if merge_every and step % merge_every == 0:
             merge(model, torch.Generator().manual_seed(seed + step))
             if merge_reset:
                 drop_moments(model, adam)
 
-        # log: the only place where the host waits for the device
+        # log
         stop = config.stop_requested(world_size)
         if step % log_interval == 0 or step == max_iters or step % eval_interval == 0 or stop:
-            running[0] /= since
-            train_loss, gradient_norm = config.mean_over_ranks(running, world_size).tolist()
+            sync_bytes = ddp_bytes + (traffic['bytes'] - sent) // meter['steps']  # a step
+            train_loss, gradient_norm, seconds = config.read_meter(meter, world_size)
             config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
             if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
                 config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
-            seconds = (time.perf_counter() - clock) / since
-            record = {
-                'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
-                'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
-                'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}
+            sent = traffic['bytes']
             if dist_rank == 0:
-                config.log(settings, record, progress)
-            running.zero_()
-            clock, since = time.perf_counter(), 0
+                config.log(settings, {
+                    'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
+                    'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
+                    'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
+                    'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}, progress)
         progress.update()
 
     # -------------------------------------------------------------------------

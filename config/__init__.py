@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 # -----------------------------------------------------------------------------
 # mistakes: one sentence, exit code 2
@@ -122,6 +123,16 @@ def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, 
     return rate
 
 
+def set_learning_rate(optimizer, settings, step):
+    """Sets the learning rate of a step (`learning_rate_at`) as the settings say, and returns it."""
+    s = settings
+    rate = learning_rate_at(step, s['learning_rate'], s['warmup_iters'], s['lr_decay_iters'] or s['max_iters'],
+                            s['min_lr'], s['merge_every'] if s['merge_reset'] else 0, s['rewarm_iters'])
+    for group in optimizer.param_groups:
+        group['lr'] = rate
+    return rate
+
+
 # -----------------------------------------------------------------------------
 # processes
 
@@ -176,6 +187,25 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
             libc.mallopt(option, value)
+
+
+def wrap(model, device, world_size, compiled, apart=()):
+    """
+    The callable that computes with a model: compiled, if asked, and under DDP, if there are several ranks.
+
+    apart: parameters that DDP does not touch, because somebody else reduces their gradients, or they differ by rank.
+    Returns (callable, bytes that DDP reduces a step).
+    """
+    import torch
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    net = torch.compile(model) if compiled else model
+    carried = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad and p not in apart)
+    if world_size > 1 and carried:
+        DDP._set_params_and_buffers_to_ignore_for_model(net, [name for name, p in net.named_parameters() if p in apart])
+        net = DDP(net, device_ids=[torch.device(device).index] if device.startswith('cuda') else None,
+                  broadcast_buffers=False,
+                  gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
+    return net, carried * (world_size > 1)
 
 
 def mean_over_ranks(tensor, world_size):
@@ -309,6 +339,28 @@ def peak_memory_bytes(device):
         return torch.cuda.max_memory_allocated(device)
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def start_meter(device):
+    """What a loop adds up between two lines of the log: sums[0] of the losses, sums[1] the gradient's norm, steps."""
+    import torch
+    return {'sums': torch.zeros(2, device=device), 'steps': 0, 'clock': time.perf_counter()}
+
+
+def read_meter(meter, world_size):
+    """(mean loss of a step and gradient norm, both over all ranks, seconds a step); the meter starts again. This is the
+    only place of a training step where the host waits for the device."""
+    meter['sums'][0] /= meter['steps']
+    train_loss, gradient_norm = mean_over_ranks(meter['sums'], world_size).tolist()
+    seconds = (time.perf_counter() - meter['clock']) / meter['steps']
+    restart_meter(meter)
+    return train_loss, gradient_norm, seconds
+
+
+def restart_meter(meter):
+    """Forgets what was added up: an evaluation is not a training step."""
+    meter['sums'].zero_()
+    meter.update(steps=0, clock=time.perf_counter())
 
 
 def log(settings, record, progress):

@@ -1345,6 +1345,193 @@ def test_a_step_runs_on_fake_tensors():
 
 
 # -----------------------------------------------------------------------------
+# galore: projected backward, per layer, 8 bits
+
+
+def lean_run(steps=7, accumulation=1, first_micro_batch=False, max_norm=0.0, lean=(), checkpointing=False, **kwargs):
+    """A tiny LLaMA in float64 trained by GaLore on fixed tokens; `lean` holds 'projected' and 'per_layer'. The rank is
+    clamped nowhere; eight matrices (six wide or tall, two square) refresh at their own steps of a period of 3.
+    first_micro_batch: the first bases are those of the first micro-batch, as the projected backward takes them."""
+    torch.manual_seed(0)
+    net = models.Llama(models.LlamaConfig(block_size=8, vocab_size=31, n_embd=16, n_layer=1, n_head=2, n_mlp=24,
+                                          n_kv_head=1, checkpointing=checkpointing)).double()
+    groups = galore.param_groups(net, weight_decay=0.1, rank=3, gap=3, **kwargs)
+    optimizer = galore.GaLoreAdamW(groups, lr=0.05, max_norm=max_norm, per_layer='per_layer' in lean)
+    if 'projected' in lean:
+        galore.project_backward(net, optimizer)
+        assert sum(isinstance(module, galore.ProjectedLinear) for module in net.modules()) == 7
+    generator, losses, held = torch.Generator().manual_seed(1), [], []
+    for step in range(steps):
+        for micro_step in range(accumulation):
+            tokens = torch.randint(31, (2, 9), generator=generator)
+            optimizer.last_micro_batch = micro_step == accumulation - 1
+            loss = net(tokens[:, :-1], tokens[:, 1:]) / accumulation
+            loss.backward()
+            losses.append(loss.item())
+            if step == micro_step == 0 and first_micro_batch:
+                for p in optimizer.order:
+                    state, group, seed, _ = optimizer._matrix(p)
+                    galore.refresh_(state, p.grad, group, seed)
+        held.append(sum(p.grad is not None for p in optimizer.order))
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack([p.double().norm() for p in net.parameters()]), losses, held, optimizer, net
+
+
+@pytest.mark.parametrize('basis', ['svd', 'power'])
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_projected_backward_is_galore(basis, accumulation):
+    for max_norm in (0.0, 0.3):
+        full = lean_run(accumulation=accumulation, first_micro_batch=True, basis=basis, max_norm=max_norm)
+        mine = lean_run(accumulation=accumulation, basis=basis, max_norm=max_norm, lean=['projected'], checkpointing=True)
+        assert torch.allclose(full[0], mine[0], rtol=0, atol=1e-9) and np.allclose(full[1], mine[1], rtol=0, atol=1e-9)
+        for p, q in zip(full[4].parameters(), mine[4].parameters()):
+            assert torch.allclose(p, q, rtol=0, atol=1e-9)
+        assert full[2] == [7] * 7 and mine[2][0] == 0  # at the start no full gradient outlives its layer's backward
+        assert 0 < max(mine[2]) <= 3 and sum(mine[2]) == sum(
+            galore.refresh_due(step, 3, i, 7) for step in range(1, 7) for i in range(7))
+        assert full[3].gradient_norm.item() == pytest.approx(mine[3].gradient_norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('lean', [['per_layer'], ['projected', 'per_layer']], ids='-'.join)
+@pytest.mark.parametrize('rule', ['galore', 'fira'])
+def test_per_layer_is_the_same_run(lean, rule):
+    if rule == 'fira' and 'projected' in lean:
+        with pytest.raises(ValueError, match="galore_backward='full'"):
+            lean_run(lean=lean, rule=rule)
+        return
+    for accumulation in (1, 2):
+        whole = lean_run(accumulation=accumulation, first_micro_batch='projected' in lean, rule=rule)
+        mine = lean_run(accumulation=accumulation, lean=lean, rule=rule)
+        for p, q in zip(whole[4].parameters(), mine[4].parameters()):
+            assert torch.allclose(p, q, rtol=0, atol=1e-9)
+            assert q.grad is None
+        assert mine[2] == [0] * 7 and not mine[3].received
+        assert whole[3].gradient_norm.item() == pytest.approx(mine[3].gradient_norm.item(), rel=1e-5)
+    one = lean_run(steps=1, lean=lean, rule=rule, max_norm=1e-3)  # one by one each gradient comes down to the norm
+    norms = [one[3].state[p]['exp_avg'].norm().item() for p in one[3].order]  # of q and k they are smaller anyway
+    assert max(norms) < 1e-4 and sum(norm == pytest.approx(1e-4, rel=1e-2) for norm in norms) >= 4
+
+
+def test_gradients_of_the_projected_linear():
+    net = nn.Sequential(nn.Linear(5, 7, dtype=torch.float64), nn.Linear(7, 3, dtype=torch.float64))
+    optimizer = galore.GaLoreAdamW([dict(params=[net[0].weight, net[1].weight], rank=2, weight_decay=0.0),
+                                    dict(params=[net[0].bias, net[1].bias])], lr=0.0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    net(x).square().mean().backward()
+    galore.project_backward(net, optimizer)
+    expected = [p.grad for p in (net[0].weight, net[1].weight)]
+    plain = [(p.grad.clone(), setattr(p, 'grad', None))[0] for p in (x, net[0].bias, net[1].bias)]
+    net[0].weight.grad = net[1].weight.grad = None
+    net(x).square().mean().backward()
+    for a, p in zip(plain, (x, net[0].bias, net[1].bias)):
+        assert torch.allclose(a, p.grad, rtol=0, atol=1e-14)
+    for layer, G in zip(net, expected):
+        state = optimizer.state[layer.weight]
+        R = galore.project(G, state.get('P'), state.get('Q'))
+        assert torch.allclose(optimizer.received[layer.weight], R, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x, b: net[0](x) + b, (x, net[0].bias))
+    with torch.no_grad():  # and no gradient is formed where none is wanted
+        optimizer.received.clear()
+        net(x)
+    assert not optimizer.received
+
+
+@pytest.mark.parametrize('key', ['exp_avg', 'exp_avg_sq'])
+def test_8_bits_are_off_by_less_than_a_level(key):
+    levels, power, dtype = galore.EIGHT_BITS[key]
+    x = torch.randn(5003, generator=torch.Generator().manual_seed(0)) ** 3 * 1e-4
+    x[700:1200] = 0
+    if dtype == torch.uint8:
+        x = x.abs()
+    total = torch.zeros_like(x)
+    for age in range(400):
+        code, top = galore.encode(x, age, levels, power, dtype)
+        y = galore.decode(code, top, levels, power)
+        size = F.pad(x.abs(), (0, -len(x) % 256)).view(-1, 256).amax(1).repeat_interleave(256)[:len(x)]
+        level = (x.abs() / size.clamp_min(1e-30)) ** (1 / power) * levels
+        bound = size * ((level.floor() + 1) ** power - level.floor() ** power) / levels ** power
+        assert ((y - x).abs() <= bound * (1 + 1e-5) + 1e-7 * size).all()
+        total += y
+    off = (total / 400 - x).abs() / bound.clamp_min(1e-30)
+    assert off[x != 0].max() < 0.01 if dtype == torch.int8 else off[level >= 1].max() < 0.01  # right on average
+    assert code.dtype == dtype and code.numel() == x.numel() and top.shape == (20,)
+
+
+def test_an_8_bit_second_moment_decays():
+    state = {'step': 0, 'age': 0}
+    R = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    galore.new_moments(state, R, 8)
+    for step in range(600):
+        state['age'] += 1
+        galore.adam_step_(R.clone() if step == 0 else torch.zeros(64, 64), state, (0.9, 0.999), 1e-8, True)
+    M, V = galore.read_moments(state)
+    exact = 0.001 * R.square().flatten() * 0.999 ** 599
+    large = exact > 0.01 * exact.max()
+    assert (V / exact)[large].log().abs().median() < 0.05 and M.abs().max() < 1e-6
+
+
+def test_8_bit_training_follows_32_bits():
+    def run(bits, lean=()):
+        torch.manual_seed(0)
+        net = models.Llama(models.LlamaConfig(block_size=16, vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_mlp=96, n_kv_head=2))
+        groups = galore.param_groups(net, rank=64, gap=20, moments='rotate', state_bits=bits)
+        optimizer = galore.GaLoreAdamW(groups, lr=0.01, per_layer='per_layer' in lean)
+        generator, losses = torch.Generator().manual_seed(2), []
+        for _ in range(60):
+            start = torch.randint(97, (16, 1), generator=generator)
+            tokens = (start * 5 ** torch.arange(17) % 97)
+            loss = net(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return np.mean(losses[-10:]), galore.state_bytes(optimizer), optimizer
+    (a, wide, _), (b, narrow, optimizer) = run(32), run(8)
+    assert a < 1.0 and abs(a - b) < 0.1 * a, (a, b)
+    assert narrow < 0.75 * wide  # the bases stay as they are
+    (c, _, other) = run(8, ['per_layer'])
+    assert c == b
+    bytes_of = sum(2 * p.numel() + 2 * 4 * -(-p.numel() // 256) for g in optimizer.param_groups if 'rank' not in g
+                   for p in g['params'] if p.numel() >= 4096)
+    assert bytes_of == sum(x.numel() * x.element_size() for g in optimizer.param_groups if 'rank' not in g
+                           for p in g['params'] if p.numel() >= 4096 for x in optimizer.state[p].values() if torch.is_tensor(x))
+    fresh = galore.GaLoreAdamW(optimizer.param_groups, lr=0.01)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same_state(fresh.state_dict()['state'], optimizer.state_dict()['state'])
+
+
+LEAN = {'projected': ['--galore_backward=projected', '--grad_clip=0.5'],
+        'per_layer': ['--per_layer=True', '--galore_rule=fira'],
+        'lean': ['--galore_backward=projected', '--per_layer=True', '--state_bits=8', '--checkpointing=True',
+                 '--n_embd=64', '--n_mlp=96', '--galore_moments=rotate']}
+
+
+@pytest.mark.parametrize('name', LEAN)
+def test_lean_runs_resume_bit_for_bit(data_dir, tmp_path, name):
+    words = [*LEAN[name], '--galore_rank=64', '--galore_gap=3', '--vocab_size=257', '--n_mlp=80', '--batch_size=4',
+             '--gradient_accumulation_steps=2', '--param_dtype=bfloat16', '--dtype=bfloat16', '--n_layer=1', '--n_embd=64']
+
+    def run(out, *more):
+        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
+        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
+    whole = run('a', '--max_iters=8')
+    run('b')
+    resumed = run('b', '--max_iters=8', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
+        assert same_state(whole[key], resumed[key]), key
+    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
+    assert log[-1]['val_loss'] < log[0]['val_loss']
+
+
+def test_a_projected_model_compiles(data_dir, tmp_path):
+    words = ['--optimizer=galore', '--galore_backward=projected', '--galore_rank=3', '--galore_gap=2', '--n_layer=1',
+             '--param_dtype=float32', '--dtype=float32']
+    plain = train(data_dir, tmp_path / 'a', *words)['best_val_loss']
+    assert train(data_dir, tmp_path / 'b', *words, '--compile=True')['best_val_loss'] == pytest.approx(plain, abs=1e-3)
+
+
+# -----------------------------------------------------------------------------
 # the scripts
 
 
@@ -1468,7 +1655,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
             ('--lowrank=nowhere', 'c_attn'),
             ('--merge_every=5', 'lowrank'),
             ('--head_input=both', "'split'"), ('--heads=0', 'heads=0'), ('--eval_interval=0', 'eval_interval'),
-            ('--galore_rank=0', 'galore_rank'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
+            ('--galore_rank=0', 'galore_rank'), ('--per_layer=True', "optimizer='galore'"), ('--state_bits=16', '32, 8'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
             ('--dtype=float16', 'param_dtype'), ('--param_dtype=foo', 'param_dtype'), ('--device=foo', "'cuda:N'"),
             ('--init_from=nothing.safetensors', 'nothing.safetensors')]:
         refused(capsys, lambda: train(data_dir, out, word), *needles)
@@ -1499,7 +1686,12 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
 RANKS = {'full': ['--gradient_accumulation_steps=2'],
          'relora': ['--lowrank=attn,logit', '--rank=2', '--merge_every=2', '--merge_reset=True'],
          'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2'],
-         'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power']}
+         'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power'],
+         'projected': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
+                       '--gradient_accumulation_steps=2', '--grad_clip=0.2', '--max_iters=8'],
+         'per_layer': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
+                       '--gradient_accumulation_steps=2', '--per_layer=True', '--max_iters=8', '--n_embd=32',
+                       '--galore_rank=2']}
 
 
 def two_ranks(data_dir, out):

@@ -691,7 +691,8 @@ def main(argv):
         if getattr(args, option) != parser.get_default(option):
             refuse(f"--{option} is not for '{args.data}': leave it out")
     if min(args.shard_tokens, args.shard_bytes) < 1 or args.tokens is not None and args.tokens < 1:
-        refuse(f'--tokens {args.tokens}, --shard_tokens {args.shard_tokens}: give at least 1')
+        refuse(f'--tokens {args.tokens}, --shard_tokens {args.shard_tokens}, --shard_bytes {args.shard_bytes}: give at '
+               'least 1')
     if bool(args.input) != (args.data == 'text'):
         refuse("'text' needs --input FILE..., and nothing else takes it")
     if args.path and args.data not in (*HUB, *info):

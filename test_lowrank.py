@@ -700,8 +700,8 @@ def test_mistakes_with_images_name_the_remedy(tmp_path, image_root):
                              ('organmnist3d', 'volumes'), (f'octmnist --path {tmp_path}', 'octmnist.npz.*missing'),
                              (f'octmnist --size 64 --path {tmp_path}', 'octmnist_64.npz.*missing.*--path'),
                              ('pathmnist --size 32', '28'), ('digits --size 64', '--size'),
-                             ('digits --path x', '--path'), ('digits --tokens 3', '--tokens'), ('stdlib --shard_bytes 3', '--shard_bytes'),
-                             ('pathmnist --shard_bytes 0', 'at least 1')):
+                             ('digits --path x', '--path'), ('digits --tokens 3', '--tokens'),
+                             ('stdlib --shard_bytes 3', '--shard_bytes'), ('pathmnist --shard_bytes 0', 'at least 1')):
         with pytest.raises(prepare.DataError, match=message):
             prepare.main([*command.split(), '--root', str(tmp_path / 'data')])
     assert not (tmp_path / 'data').exists()

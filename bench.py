@@ -2,7 +2,8 @@
 Checks what the README claims, on any machine:
 
 $ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
-$ python bench.py speed       GaLore's step and its bases, against galore-torch (where it is installed) and the SVD
+$ python bench.py speed       GaLore's step, bases and projected backward, against galore-torch (where it is installed)
+$ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 
 Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
@@ -26,7 +27,7 @@ import config
 import galore
 from galore import GaLoreAdamW, param_groups, take_bases
 from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -183,13 +184,24 @@ def speed_step(device, repeats):
             weight.grad = torch.randn_like(weight)
             functions[name] = make([dict(params=[weight], rank=RANK, update_proj_gap=10**9, scale=0.25, proj_type='std',
                                          **more)], lr=0.01).step
+        projected = nn.Parameter(0.02 * torch.randn(SHAPE, device=device).to(getattr(torch, dtype)))
+        mine = GaLoreAdamW([dict(params=[projected], rank=RANK, update_proj_gap=10**9, basis='random')], lr=0.01)
+        mine.receive(projected, torch.randn(8, SHAPE[0], device=device).to(projected.dtype),
+                     torch.randn(8, SHAPE[1], device=device).to(projected.dtype))
+        mine.step()
+        R = torch.randn_like(mine.state[projected]['exp_avg'])
+
+        def update(mine=mine, projected=projected, R=R):
+            mine.received[projected] = R  # as the projected backward leaves it; the step uses it up
+            mine.step()
+        functions['ours, after the projected backward'] = update
         P, weight = galore.orthonormal(torch.randn(SHAPE[0], RANK, device=device)).to(weight.dtype), weight.detach()
         functions['two plain products'] = lambda: weight.addmm_(P, P.mT @ weight, alpha=-1e-9)
         seconds = interleaved(functions, repeats)
         for name in functions:
             cell = dict(bench='speed_step', dtype=dtype, optimizer=name, ms=1000 * statistics.median(seconds[name]),
                         to_galore_torch=ratio(seconds, name, 'galore-torch'))
-            print(f"step {dtype:10}{name:18}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
+            print(f"step {dtype:10}{name:36}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
                   flush=True)
             cells.append(cell)
     return cells
@@ -247,6 +259,44 @@ def speed_energy(device, steps=(1, 100, 300)):
     return cells
 
 
+def speed_lean(device, repeats):
+    """A whole training step of LLaMA in bfloat16, 8 x 256 tokens: full rank with fused AdamW, GaLore with the full and
+    with the projected backward. New bases for all matrices are a step of their own here, and a 200th of it is added."""
+    cells = []
+    cases = (('LLaMA 60M', '60m', None, 32000, 128), ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 256),
+             ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 128))
+    for case, size, layers, vocabulary, rank in cases:
+        width, depth, many, hidden = SIZES[size]
+        shape = LlamaConfig(256, vocabulary, width, layers or depth, many, hidden, many)
+        tokens, functions = torch.randint(32, (8, 256), device=device), {}
+        for name in ('full rank', 'GaLore', 'GaLore, projected', 'GaLore, projected, all bases new'):
+            model = Llama(shape).to(device, torch.bfloat16)
+            if name == 'full rank':
+                optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4, fused=True)
+            else:
+                gap = 1 if 'new' in name else 10**9
+                optimizer = GaLoreAdamW(param_groups(model, rank=rank, gap=gap), lr=1e-4)
+            if 'projected' in name:
+                galore.project_backward(model, optimizer)
+
+            def step(model=model, optimizer=optimizer):
+                loss = model(tokens, tokens) if layers is None else model.hidden(tokens).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            functions[name] = step
+        seconds = interleaved(functions, repeats)
+        new = ratio(seconds, 'GaLore, projected, all bases new', 'full rank')
+        for name in ('full rank', 'GaLore', 'GaLore, projected'):
+            steady = ratio(seconds, name, 'full rank')
+            cell = dict(bench='speed_lean', case=case, rank=rank, method=name, seconds=statistics.median(seconds[name]),
+                        to_full=steady, to_full_with_bases=steady + (new - steady) / 200 * (name != 'full rank'))
+            print(f"{case:34} rank {rank:4} {name:18}{cell['seconds']:7.3f} s/step{steady:7.3f} of full rank, "
+                  f"{cell['to_full_with_bases']:6.3f} with new bases every 200 steps", flush=True)
+            cells.append(cell)
+    return cells
+
+
 def speed_nanogpt(path, repeats):
     """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
@@ -286,13 +336,20 @@ def speed(words):
     options = argparse.ArgumentParser('bench.py speed')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--repeats', type=int, default=12)
+    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean'])
     options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
     options = options.parse_args(words)
     if options.nanogpt:
         keep('speed', speed_nanogpt(options.nanogpt, options.repeats))
-    else:
-        keep('speed', speed_step(options.device, options.repeats) + speed_refresh(options.device, 2)
-             + speed_energy(options.device))
+    if options.only in (None, 'step') and not options.nanogpt:
+        keep('speed', speed_step(options.device, options.repeats))
+    if options.only in (None, 'refresh') and not options.nanogpt:
+        keep('speed', speed_refresh(options.device, 2))
+    if options.only in (None, 'energy') and not options.nanogpt:
+        keep('speed', speed_energy(options.device))
+    if options.only in (None, 'lean') and not options.nanogpt:
+        config.keep_freed_memory()  # as the scripts do on a CPU
+        keep('speed', speed_lean(options.device, max(3, options.repeats // 2)))
 
 
 # -----------------------------------------------------------------------------

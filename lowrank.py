@@ -127,7 +127,7 @@ class MHLoRALinear(nn.Module):
     def reset_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing at first."""
         for head in range(self.heads):  # every rank draws all of them, so that they are the same on any number of ranks
-            drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # 16 bits: no QR
+            drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # QR needs it
             nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
             if head % self.workers == self.worker:
                 self.A[head // self.workers].copy_(drawn)
@@ -276,7 +276,7 @@ def whole_state(model, optimizer=None, replicas={}):
 @torch.no_grad()
 def load_whole_state(model, optimizer, checkpoint, replicas={}):
     """
-    Loads the model of a checkpoint made by `whole_state`, and cuts checkpoint['optimizer'] down to what this rank holds.
+    Loads the model of a checkpoint made by `whole_state`, and cuts checkpoint['optimizer'] down to this rank's part.
 
     Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
     """
@@ -333,8 +333,8 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
         linear = linears[name]
         if uses.count(id(linear.weight)) > 1:  # tied: freezing it would freeze the embedding
             linear.weight = nn.Parameter(linear.weight.detach().clone())
-        model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset, worker,
-                                               workers))
+        model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset,
+                                               worker, workers))
     return replaced
 
 
@@ -358,9 +358,10 @@ def check_settings(settings, world_size):
     if s['merge_reset'] and s['optimizer'] == 'galore':
         raise ValueError("merge_reset=True would drop GaLore's bases at every merge: set optimizer='adamw' or "
                          'merge_reset=False')
-    if s['sync'] == 'merge' and not (s['lowrank'] and s['head_input'] == 'split' and s['merge_every'] and world_size > 1):
-        raise ValueError("sync='merge' averages, when split heads merge, what several ranks train beside them: set lowrank, "
-                         "head_input='split' and merge_every and start it with torchrun, or set sync='step'")
+    split = s['lowrank'] and s['head_input'] == 'split'
+    if s['sync'] == 'merge' and not (split and s['merge_every'] and world_size > 1):
+        raise ValueError("sync='merge' averages what several ranks train beside split heads when these merge: set "
+                         "lowrank, head_input='split' and merge_every and start it with torchrun, or set sync='step'")
     if not s['lowrank']:
         return
     if s['head_input'] == 'split':
@@ -373,8 +374,8 @@ def check_settings(settings, world_size):
         if s['heads'] % world_size:
             raise ValueError(f"heads={s['heads']} do not split over {world_size} ranks: set a multiple")
         if world_size > 1 and (s['per_layer'] or s['state_bits'] == 8):
-            raise ValueError("split heads on several ranks are not averaged, and saved head by head: set per_layer=False and "
-                             "state_bits=32")
+            raise ValueError("split heads on several ranks are not averaged, and saved head by head: set "
+                             "per_layer=False and state_bits=32")
     elif s['merge_every'] and not s['merge_reset']:
         raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
                          "head_input='split' (LTE)")
@@ -387,8 +388,8 @@ def head_layers(model):
 
 @torch.no_grad()
 def merge(model, generator=None, replicas={}):
-    """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3), see MHLoRALinear.merge; and
-    averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks."""
+    """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3; see MHLoRALinear.merge),
+    and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks."""
     for layer in head_layers(model):
         layer.merge(generator)
     for p in replicas.values():

@@ -3,6 +3,7 @@ The laws of the repository, one section for each room: `pytest test_lowrank.py`.
 against independent formulations; the scripts run for real, on tiny data.
 """
 
+import copy
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -1902,6 +1904,13 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
+    split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split'}
+    for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'), ({'sync': 'always'}, 2, "'step'"),
+                                 ({'state_bits': 8}, 2, 'state_bits=32'), ({'sync': 'merge'}, 2, 'merge_every'),
+                                 ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun')]:
+        with pytest.raises(ValueError, match=said):
+            lowrank.check_settings({**split, **changes}, count)
+    lowrank.check_settings({**split, 'sync': 'merge', 'merge_every': 2}, 2)
     if not torch.cuda.is_available():
         refused(capsys, lambda: train(data_dir, out, '--device=cuda'), '--device=cpu')
     assert (out / 'ckpt.pt').read_bytes() == held
@@ -1914,37 +1923,166 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
 
 RANKS = {'full': ['--gradient_accumulation_steps=2'],
          'relora': ['--lowrank=attn,logit', '--rank=2', '--merge_every=2', '--merge_reset=True'],
-         'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2'],
+         'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2', '--max_iters=8'],
          'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power'],
          'projected': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
                        '--gradient_accumulation_steps=2', '--grad_clip=0.2', '--max_iters=8'],
          'per_layer': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
                        '--gradient_accumulation_steps=2', '--per_layer=True', '--max_iters=8', '--n_embd=32',
                        '--galore_rank=2']}
+# evaluated and saved at steps 4 and 8, both between two merges
+LTE = ['--lowrank=attn,mlp', '--heads=4', '--rank=2', '--head_input=split', '--merge_every=3', '--max_iters=8']
+SPLIT = {'lte': LTE, 'reset': [*LTE, '--merge_reset=True'],
+         'lte_galore': [*LTE, '--optimizer=galore', '--galore_rank=1', '--galore_basis=svd', '--grad_clip=0.0']}
+REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
+
+
+def share_one_group():
+    """The runs of train_gpt.main share the process group that the first one joins; returns what ends it."""
+    torch.set_num_threads(1)
+    join, end = torch.distributed.init_process_group, torch.distributed.destroy_process_group
+    torch.distributed.init_process_group = lambda *a: None if torch.distributed.is_initialized() else join(*a)
+    torch.distributed.destroy_process_group = torch.distributed.barrier  # rank 0's files are written when a run ends
+    return end
 
 
 def two_ranks(data_dir, out):
-    """What each rank runs: every case, in one process group."""
-    torch.set_num_threads(1)
-    real = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda: None  # the cases share the group that the first one joins
-    join = torch.distributed.init_process_group
-    torch.distributed.init_process_group = lambda *a: None if torch.distributed.is_initialized() else join(*a)
-    for name, words in RANKS.items():
+    """What each of two ranks of torchrun runs."""
+    end = share_one_group()
+    for name, words in {**RANKS, **SPLIT, 'replicas': REPLICAS}.items():
         train_gpt.main(tiny(data_dir, f'{out}/{name}', *words))
+    for name, words in {**SPLIT, 'replicas': REPLICAS}.items():  # stopped in the middle of a period
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_half', *words, '--max_iters=4'))
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(f'{out}/{name}_half', f'{out}/{name}_on')
+        torch.distributed.barrier()
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_on', *words, '--init_from=resume'))
     # a run of one process goes on with two
-    train_gpt.main(tiny(data_dir, f'{out}/resumed', *RANKS['mhlora'], '--max_iters=8', '--init_from=resume'))
-    real()
+    for name, words in (('mhlora', RANKS['mhlora']), ('lte', LTE)):
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_joined', *words, '--init_from=resume'))
+    merged_weights_have_the_same_bits_on_every_rank()
+    all_ranks_skip_a_step_that_overflows_on_one()
+    end()
 
 
-def test_two_ranks_train_the_same_as_one(data_dir, tmp_path):
-    train(data_dir, tmp_path / 'resumed', *RANKS['mhlora'])
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
-                    sys.executable, '-c', f'import test_lowrank as t; t.two_ranks({data_dir!r}, {str(tmp_path)!r})'],
-                   cwd=HERE, check=True, timeout=100)
-    for name, words in {**RANKS, 'resumed': [*RANKS['mhlora'], '--max_iters=8']}.items():
+def four_ranks(rank, store, data_dir, out):
+    """What each of four ranks runs; they are forked, so that torch is imported once."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='4')
+    torch.distributed.init_process_group('gloo', f'file://{store}', rank=rank, world_size=4)
+    end = share_one_group()
+    for name in ('lte', 'reset'):
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_four', *SPLIT[name]))
+    with pytest.raises(SystemExit):  # says: as many as before
+        train_gpt.main(tiny(data_dir, f'{out}/replicas_half', *REPLICAS, '--init_from=resume'))
+    end()
+
+
+def merged_weights_have_the_same_bits_on_every_rank():
+    rank = torch.distributed.get_rank()
+    for dtype, merge_reset in ((torch.float32, False), (torch.bfloat16, True)):
+        gpt = tiny_gpt().to(dtype)
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, 2, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
+        replicas = lowrank.replica_parameters(gpt)
+        torch.manual_seed(rank)
+        for _ in range(2):
+            with torch.no_grad():
+                for p in gpt.parameters():
+                    p.add_(0.1 * torch.randn_like(p) if p.requires_grad else 0)
+            plain, idx = tiny_gpt().to(dtype), torch.arange(16)[None]
+            plain.load_state_dict(lowrank.merged_state_dict(gpt, replicas))
+            with lowrank.averaged_heads(gpt, replicas):
+                assert torch.allclose(gpt(idx)[0], plain(idx)[0], atol=1e-5 if dtype == torch.float32 else 0.1)
+            lowrank.merge(gpt, torch.Generator().manual_seed(5), replicas)
+            for p in plain.load_state_dict(gpt.state_dict(), strict=False) and gpt.parameters():
+                if p not in lowrank.own_factors(gpt):
+                    assert torch.equal(*lowrank.gather_over_ranks(p))
+
+
+def all_ranks_skip_a_step_that_overflows_on_one():
+    p, scaler = nn.Parameter(torch.ones(3)), torch.amp.GradScaler('cpu')
+    optimizer = torch.optim.AdamW([p], fused=True)
+    scaler.scale(p.sum() * (1.0 if torch.distributed.get_rank() else math.inf)).backward()
+    scaler.unscale_(optimizer)
+    config.share_overflow(scaler, optimizer, 2)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**15
+
+
+def logged(out, key):
+    """{step: value} of a key in log.jsonl."""
+    with open(f'{out}/log.jsonl') as file:
+        return {record['step']: record[key] for record in map(json.loads, file) if key in record}
+
+
+def by_hand(data_dir, steps):
+    """sync='merge' written down for two workers of two heads each: their models after so many steps."""
+    torch.manual_seed(train_gpt.defaults['seed'])
+    whole = models.GPT(models.GPTConfig(16, 257, 2, 2, 16)).double()
+    workers = [copy.deepcopy(whole) for _ in range(2)]
+    for gpt, heads in ((whole, 4), (workers[0], 2), (workers[1], 2)):
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), heads, 2, 4.0, 'split', merge_reset=False)
+    for k, gpt in enumerate(workers):  # worker k has the heads k and k + 2
+        gpt.load_state_dict({name: x[k::2] if name.split('.')[-1][:1] in 'AB' else x for name, x in whole.state_dict().items()})
+    optimizers = [torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0)
+                  for gpt in workers]
+    data = prepare.Tokens('tiny', 'train', 16, data_dir)
+    for step in range(steps):
+        for k, (gpt, optimizer) in enumerate(zip(workers, optimizers)):
+            optimizer.param_groups[0]['lr'] = config.learning_rate_at(step, 0.01, 2, 20, 6e-5)
+            optimizer.zero_grad()
+            gpt(*data.batch(4, step, seed=train_gpt.defaults['seed'], rank=k, world_size=2, heads=2)).backward()
+            optimizer.step()
+        if step % 3 == 2:
+            with torch.no_grad():
+                for layers in zip(*map(lowrank.head_layers, workers)):
+                    change = sum(layer.B @ layer.A - layer.B_merged @ layer.A_merged for layer in layers).sum(0)
+                    for layer in layers:
+                        layer.weight += 4.0 / 2 / 4 * change  # s / H
+                        layer.A_merged.copy_(layer.A), layer.B_merged.copy_(layer.B)
+                for one, two in zip(*(gpt.parameters() for gpt in workers)):
+                    if one.requires_grad and one.dim() < 3:
+                        one.copy_((one + two) / 2), two.copy_(one)
+    return workers
+
+
+def test_any_number_of_ranks_trains_the_same(data_dir, tmp_path):
+    for name, words in (('mhlora', RANKS['mhlora']), ('lte', LTE)):
+        train(data_dir, tmp_path / f'{name}_joined', *words, '--max_iters=4')
+    python, where = [sys.executable, '-c'], (data_dir, str(tmp_path))
+    for command in ([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
+                     *python, f'import test_lowrank as t; t.two_ranks(*{where})'],
+                    [*python, 'import test_lowrank as t; t.torch.multiprocessing.start_processes('
+                     f't.four_ranks, {(f"{tmp_path}/store", *where)}, 4, start_method="fork")']):
+        subprocess.run(command, cwd=HERE, check=True, timeout=100)
+
+    def saved(name):
+        return config.load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')
+    for name in SPLIT:  # two ranks began, one goes on
+        train(data_dir, tmp_path / f'{name}_half', *SPLIT[name], '--init_from=resume')
+    for name, words in {**RANKS, **SPLIT}.items():
         one = train(data_dir, tmp_path / 'one' / name, *words)
-        two = config.load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')
-        for key, value in one['model'].items():
-            assert torch.allclose(value, two['model'][key], rtol=0, atol=1e-10), (name, key)
-        assert one['best_val_loss'] == pytest.approx(two['best_val_loss'], abs=1e-10)
+        for other in (name, f'{name}_half', f'{name}_on', f'{name}_joined', f'{name}_four'):
+            if (tmp_path / other).exists():
+                for key, value in one['model'].items():
+                    assert torch.allclose(value, saved(other)['model'][key], rtol=0, atol=1e-10), (other, key)
+                for key, tolerance in (('val_loss', 1e-10), ('train_loss', 2e-6)):  # the latter is added up in float32
+                    assert logged(tmp_path / other, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=tolerance)
+    for name in (*SPLIT, 'replicas'):  # bit for bit at the same number of ranks
+        for key in ('model', 'optimizer', 'replicas', 'step', 'best_val_loss'):
+            assert same_state(saved(name)[key], saved(f'{name}_on')[key]), (name, key)
+    assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
+
+    workers, state = by_hand(data_dir, 8), saved('replicas')
+    for k, gpt in enumerate(workers):
+        for name, x in gpt.state_dict().items():
+            held = state['model'][name][k::2] if name.split('.')[-1][:1] in 'AB' else \
+                state['replicas'][name][k] if name in state['replicas'] else state['model'][name]
+            assert name == 'lm_head.weight' or torch.allclose(x, held, atol=1e-10), name
+
+    # bytes: 2 heads of rank 2 a rank, m + n = 256 a block, twice that where primes go along; 8 bytes a number
+    heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
+    for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
+                                              ('replicas', 2 * heads, 0, step)):
+        merging = each_step + (gather + at_merge) // 2  # merges after steps 3 and 6, a line every two steps
+        assert logged(tmp_path / name, 'sync_bytes') == {2: each_step, 4: merging, 6: merging, 8: each_step}, name

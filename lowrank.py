@@ -488,7 +488,8 @@ def clip_gradients(model, max_norm):
 
     max_norm: 0 only measures. Returns the norm of the whole gradient before clipping, as a tensor.
     """
-    factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)]
+    factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)
+               if f.requires_grad]
     own = {id(factor) for factor in factors}
     rest = [p for p in model.parameters() if id(p) not in own and p.grad is not None]
     norms = nn.utils.get_total_norm([p.grad for p in rest])[None]

@@ -21,6 +21,7 @@ Lean training, in three steps that do not depend on each other:
 
 import math
 import warnings
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -416,7 +417,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             state.update(step=0, age=0)  # of the run; of the moments
         due = refresh_due(state['step'], group['update_proj_gap'], index if group['stagger'] else 0, len(self.order))
         due = not group.get('factor') and (due and state['step'] > 0 or not ('P' in state or 'Q' in state))
-        return state, group, ((group['seed'] << 44) + (index << 28) + state['step']) % 2**63, due
+        return state, group, hash((group['seed'], index, state['step'])) % 2**32, due  # torch uses 32 bits of a seed
 
     def _take(self, p):
         """The projected gradient R of a matrix, complete; new bases first, where they are due."""
@@ -603,8 +604,6 @@ def renew_bases(model, optimizer, step, merge_every, shared=False):
     for index, layer in enumerate(layers):
         p = layer.trained
         state, group, seed, _ = optimizer._matrix(p)
-        if group['basis'] == 'sketch' and layer.watch is None:
-            layer.watch = lambda dy, x, R, layer=layer, state=state: watch(layer, state, dy, x, R)
         if refresh_due(step // merge_every, group['update_proj_gap'] // merge_every, index, len(layers)):
             if group['basis'] == 'sketch' and 'sketch' in state:
                 new = orthonormal(state['sketch'])
@@ -623,7 +622,8 @@ def take_head_bases(layer, state, group, seed, dy, x, shared_by):
     def bases(G, head):
         was = None if first else old[head]
         was = (was, None) if layer.left else (None, was)
-        P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, seed + (head << 56))
+        mine = head * layer.workers + layer.worker  # the head's number among those of all ranks
+        P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, hash((seed, mine)) % 2**32)
         return P if layer.left else Q
     if shared_by:
         G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), shared_by)
@@ -644,9 +644,12 @@ def set_basis(layer, state, group, new):
         layer.A.copy_(new.mT)
 
 
-def watch(layer, state, dy, x, R):
+@torch.no_grad()
+def watch(layer, optimizer, dy, x, R):
+    """Takes G G^T P = G R^T of each head into a running average (heads, m, r), or G^T G Q = G^T R for a basis on the
+    right: one step of subspace iteration on the averaged G G^T, for 2 r (m + n) operations a token, without G."""
     Y = torch.bmm(dy.mT, torch.bmm(x, R.mT)) if layer.left else torch.bmm(x.mT, torch.bmm(dy, R))
-    Y = Y.to(layer.weight.dtype)
+    Y, state = Y.to(layer.weight.dtype), optimizer.state[layer.trained]
     state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(SKETCH_DECAY).add_(Y)
 
 
@@ -733,6 +736,8 @@ def make_optimizer(model, settings, world_size=1):
         optimizer = GaLoreAdamW(groups, lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
                                 world_size=world_size)
         optimizer.frozen = factors
+        for layer in layers if s['galore_basis'] == 'sketch' else ():
+            layer.watch = partial(watch, layer, optimizer)
         return optimizer
     if s['optimizer'] == 'adamw':
         return torch.optim.AdamW(param_groups(model, s['weight_decay']), lr=s['learning_rate'],

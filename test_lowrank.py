@@ -1889,6 +1889,9 @@ def test_galolte_resumes_bit_for_bit(data_dir, tmp_path, basis):
         resumed = train(data_dir, tmp_path / str(stop), *words, '--max_iters=8', '--init_from=resume')
         for key in ('model', 'optimizer', 'step'):
             assert same_state(whole[key], resumed[key]), key
+    bases = [value if value.shape[1] > 3 else value.mT for key, value in whole['model'].items()
+             if key.endswith('.A')]  # every layer of GPT-2 is tall or square but c_proj of the MLP
+    assert sum(torch.allclose(Q.mT @ Q, torch.eye(3).double(), atol=1e-9) for Q in bases) == 6
 
 
 # -----------------------------------------------------------------------------

@@ -209,6 +209,8 @@ def main(argv):
             break
 
         # forward, backward
+        if head_basis == 'gradient' and step % merge_every == 0:
+            renew_bases(model, adam, step, merge_every, basis_from == 'shared')
         if dropout:
             torch.manual_seed(hash((seed, step, dist_rank)))  # the same masks after a resume
         for micro_step in range(gradient_accumulation_steps):

@@ -227,6 +227,20 @@ def share_overflow(scaler, optimizer, world_size):
             dist.all_reduce(found)
 
 
+def leave(world_size):
+    """
+    Ends what `join` began.
+
+    gloo's threads let go of the tensors of a collective some time after it returns, and need the interpreter's lock for
+    it, which the end of DDP or of Python holds while it waits for them: without the pause a process now and then hung
+    or aborted when all was done (torch 2.13).
+    """
+    if world_size > 1:
+        import torch.distributed as dist
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
 _stop = {'signal': 0}
 
 

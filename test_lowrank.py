@@ -2137,12 +2137,14 @@ def merged_weights_have_the_same_bits_on_every_rank():
 def all_ranks_skip_a_step_that_overflows_on_one():
     p, scaler = nn.Parameter(torch.ones(3)), torch.amp.GradScaler('cpu')
     optimizer = torch.optim.AdamW([p], fused=True)
-    scaler.scale(p.sum() * (1.0 if torch.distributed.get_rank() else math.inf)).backward()
-    scaler.unscale_(optimizer)
-    config.share_overflow(scaler, optimizer, 2)
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**15
+    for overflows in ((0,), (0, 1)):  # on which ranks
+        optimizer.zero_grad()
+        scaler.scale(p.sum() * (math.inf if torch.distributed.get_rank() in overflows else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        config.share_overflow(scaler, optimizer, 2)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**14
 
 
 def logged(out, key):

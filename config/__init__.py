@@ -224,7 +224,7 @@ def share_overflow(scaler, optimizer, world_size):
     if world_size > 1 and scaler.is_enabled():
         import torch.distributed as dist
         for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
-            dist.all_reduce(found)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)  # fused Adam takes 1 for yes, and 2 for no
 
 
 def leave(world_size):

@@ -1769,7 +1769,7 @@ GALOLTE = dict(optimizer='adamw', head_basis='gradient', weight_decay=0.1, rank=
                galore_basis='svd', galore_moments='rotate', learning_rate=0.05, beta1=0.9, beta2=0.999, seed=0)
 
 
-def tiny_llama():
+def one_block_llama():
     torch.manual_seed(0)
     return models.Llama(models.LlamaConfig(block_size=8, vocab_size=31, n_embd=16, n_layer=1, n_head=2, n_mlp=24,
                                            n_kv_head=1)).double()
@@ -1777,7 +1777,7 @@ def tiny_llama():
 
 def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
     """Losses of a tiny LLaMA trained by GaLoLTE, the merged weights, the model and the optimizer."""
-    net, settings = tiny_llama(), {**GALOLTE, **changes}
+    net, settings = one_block_llama(), {**GALOLTE, **changes}
     lowrank.apply_mhlora(net, ('attn', 'mlp'), heads, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
     optimizer, losses = galore.make_optimizer(net, settings), []
     generator = torch.Generator().manual_seed(1)
@@ -1798,7 +1798,7 @@ def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
 def galore_workers(steps, merge_every, heads, basis='svd', moments='rotate', shared=False):
     """The same by hand: a model for each worker, stepped by GaLoreAdamW on its own rows, whose matrices are averaged at
     merges; the other parameters get the averaged gradient. Refreshes fall on merges, layers taking turns."""
-    nets, optimizers, losses = [tiny_llama() for _ in range(heads)], [], []
+    nets, optimizers, losses = [one_block_llama() for _ in range(heads)], [], []
     for net in nets:
         groups = galore.param_groups(net, weight_decay=0.1, rank=3, gap=4, basis=basis, moments=moments)
         optimizers.append(galore.GaLoreAdamW(groups, lr=0.05, seed=0))
@@ -1842,13 +1842,13 @@ def test_galolte_heads_are_galore_workers_that_are_averaged(heads, basis, moment
     for key, value in weights.items():
         assert torch.allclose(value, mine[1][key], rtol=0, atol=1e-10), key
     trained = sum(p.numel() for p in mine[2].parameters() if p.requires_grad)
-    rest = sum(p.numel() for key, p in tiny_llama().named_parameters() if 'proj' not in key)
+    rest = sum(p.numel() for key, p in one_block_llama().named_parameters() if 'proj' not in key)
     assert trained == rest + heads * sum(3 * max(layer.weight.shape) for layer in lowrank.head_layers(mine[2]))
 
 
 def test_a_shared_basis_is_that_of_the_averaged_gradient():
     _, _, net, _ = galolte_run(1, 1, heads=2, batch=4, shared=True)
-    plain = tiny_llama()
+    plain = one_block_llama()
     tokens = torch.randint(31, (4, 9), generator=torch.Generator().manual_seed(1))
     plain(tokens[:, :-1], tokens[:, 1:]).backward()
     for layer, module in zip(lowrank.head_layers(net), (m for m in plain.model.modules() if isinstance(m, nn.Linear))):
@@ -2140,12 +2140,14 @@ def merged_weights_have_the_same_bits_on_every_rank():
 def all_ranks_skip_a_step_that_overflows_on_one():
     p, scaler = nn.Parameter(torch.ones(3)), torch.amp.GradScaler('cpu')
     optimizer = torch.optim.AdamW([p], fused=True)
-    scaler.scale(p.sum() * (1.0 if torch.distributed.get_rank() else math.inf)).backward()
-    scaler.unscale_(optimizer)
-    config.share_overflow(scaler, optimizer, 2)
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**15
+    for overflows in ((0,), (0, 1)):  # on which ranks
+        optimizer.zero_grad()
+        scaler.scale(p.sum() * (math.inf if torch.distributed.get_rank() in overflows else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        config.share_overflow(scaler, optimizer, 2)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**14
 
 
 def logged(out, key):

@@ -259,8 +259,7 @@ def main(argv):
     if dist_rank == 0 and step > start:
         print(f'{out_dir}/ckpt.pt holds step {saved}, lowest validation loss so far {best_val_loss:.4f}; '
               '--init_from=resume goes on')
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
+    config.leave(world_size)
     return best_val_loss
 
 

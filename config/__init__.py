@@ -224,7 +224,21 @@ def share_overflow(scaler, optimizer, world_size):
     if world_size > 1 and scaler.is_enabled():
         import torch.distributed as dist
         for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
-            dist.all_reduce(found)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)  # fused Adam takes 1 for yes, and 2 for no
+
+
+def leave(world_size):
+    """
+    Ends what `join` began.
+
+    gloo's threads let go of the tensors of a collective some time after it returns, and need the interpreter's lock for
+    it, which the end of DDP or of Python holds while it waits for them: without the pause a process now and then hung
+    or aborted when all was done (torch 2.13).
+    """
+    if world_size > 1:
+        import torch.distributed as dist
+        time.sleep(0.1)
+        dist.destroy_process_group()
 
 
 _stop = {'signal': 0}

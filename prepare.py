@@ -3,24 +3,37 @@ python prepare.py stdlib                                   the sources of Python
 python prepare.py text --input a.txt b.jsonl --name mine   local .txt, .jsonl (field text), .parquet (column text)
 python prepare.py cnn_dailymail [--path FOLDER]            news; FOLDER: a copy of the hub's files, without the internet
 python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
+python prepare.py digits                                   scikit-learn's digits at 32 x 32, three channels (seconds)
+python prepare.py digits_shifted                           the same under another look: inverted, coloured, rotated
+python prepare.py pathmnist --size 224 [--path FOLDER]     any 2D MedMNIST; FOLDER: the .npz, without the internet
 
-Token shards: their writer (this command line) and their reader (`Tokens`, for the training scripts). data/NAME/ holds
-train_000000.bin ..., val_000000.bin ... and meta.json, written last. A shard is a header of 32 bytes (magic, version,
-bytes an item, number of items, zeros) and the tokens, little-endian; end-of-text ends every document. An interrupted
-command, given again, goes on at the last whole shard. What is there already is left alone (exit code 0 for the same
-command, 2 for another one) unless --overwrite is given.
+Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts). data/NAME/
+holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json, written last. A shard is
+a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items, little-endian. They are
+tokens, where end-of-text ends every document, or images: the label, one byte (one a class where there are several
+labels), and the pixels (channels, size, size). An interrupted command, given again, goes on at the last whole shard
+(images: begins anew). What is there already is left alone (exit code 0 for the same command, 2 for another one) unless
+--overwrite is given.
 """
 import argparse
 import codecs
+import contextlib
 import difflib
 import glob
 import hashlib
+import importlib.util
+import io
 import itertools
 import json
+import math
 import os
+import re
+import runpy
 import struct
 import sys
 import sysconfig
+import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -36,6 +49,7 @@ HUB = {  # repository, the columns that make a document, the files of each split
                       {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
     'c4': ('allenai/c4', ['text'], {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}),
 }
+DIGITS = ('digits', 'digits_shifted')
 
 
 class DataError(ValueError):
@@ -183,6 +197,81 @@ def hub_documents(name, path, limit):
 
 
 # -----------------------------------------------------------------------------
+# sources of images: they yield (split, labels (n, 1 or classes), images (n, channels, size, size)) in chunks
+
+def digit_images(shifted):
+    """scikit-learn's digits, 8 x 8, enlarged; the order, and with it the splits, is fixed."""
+    from scipy.ndimage import rotate
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    enlarge = np.maximum(0, 1 - abs(at[:, None] - np.arange(8)))  # (32, 8), bilinear
+    ink = (enlarge @ (data.images / 16) @ enlarge.T)[:, None]  # (n, 1, 32, 32)
+    images, count = ink.repeat(3, 1), len(ink)
+    order = permute(np.arange(count), count, 0)
+    if shifted:  # dark on a light ground of its own hue
+        ink = rotate(ink, 30, (3, 2), reshape=False, order=1)
+        hue = order[:, None, None, None] / count + np.arange(3)[:, None, None] / 3  # (n, 3, 1, 1)
+        images = (1 - ink) * (0.7 + 0.3 * np.cos(2 * np.pi * hue))
+    images = (255 * images).round().astype(np.uint8)
+    for split, rows in zip(('train', 'val', 'test'), np.split(order, [count * 3 // 5, count * 4 // 5])):
+        yield split, data.target[rows, None], images[rows]
+
+
+def medmnist_info():
+    """medmnist.INFO, read from its file: the package itself imports torch and scikit-learn, which takes seconds."""
+    return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
+
+
+def medmnist_images(path, size, info, download):
+    """Streamed out of MedMNIST's archive `path`; info: its entry of medmnist.INFO. The headers and all labels first."""
+    shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
+    classes = len(info['label'])
+    width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
+    if download:
+        import medmnist
+        data = object.__new__(getattr(medmnist, info['python_class']))  # its constructor would read a split into memory
+        data.root, data.info, data.size_flag = str(path.parent), info, '' if size == 28 else f'_{size}'
+        try:
+            data.download()
+        except RuntimeError:
+            raise DataError(f"{info['url' + data.size_flag]} cannot be downloaded: connect and run it again, or use "
+                            f"--path FOLDER with {path.name} in it") from None
+
+    def open_images(split):  # the file behind its header, and what that says
+        file = archive.open(f'{split}_images.npy')
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return file, *read(file)
+
+    labels = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for split in ('train', 'val', 'test'):
+                labels[split] = found = np.load(io.BytesIO(archive.read(f'{split}_labels.npy')))
+                _, (count, *image), fortran, dtype = open_images(split)
+                if (*image,) != shape or dtype != np.uint8 or fortran:
+                    raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not {shape} (uint8): "
+                                    "correct --size or get the archive of this size")
+                if not count or found.shape != (count, width) or found.min() < 0 or found.max() >= limit:
+                    raise DataError(f"'{path}' has {split} labels of shape {found.shape} from {found.min(initial=0)} "
+                                    f"to {found.max(initial=0)}, not {(count, width)} from 0 to {limit - 1}, as there "
+                                    f"are {classes} classes: get the archive of this flag")
+            rows = max(1, 2**20 // math.prod(shape))
+            for split, found in labels.items():
+                with open_images(split)[0] as file:
+                    for chunk in np.split(found, range(rows, len(found), rows)):
+                        pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
+                        yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
+                    if file.read(1):  # asking for more also compares the checksum
+                        raise EOFError
+    except DataError:
+        raise
+    except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        raise DataError(f"'{path}' is damaged or no archive of MedMNIST: get it again") from None
+
+
+# -----------------------------------------------------------------------------
 # writer
 
 def sync(path):
@@ -202,6 +291,18 @@ def write_json(path, value):
     temporary = path.with_suffix('.tmp')
     temporary.write_text(json.dumps(value, indent=1) + '\n')
     publish(temporary, path)
+
+
+def publish_shard(file, split, number, kind, count, item):
+    """Give a written shard (header of zeros, `count` items of `item` bytes) its header and name. Its entry in meta."""
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, VERSION, item, count))
+    file.close()
+    with open(file.name, 'rb') as whole:
+        digest = hashlib.file_digest(whole, 'sha256').hexdigest()
+    path = Path(file.name).with_name(f'{split}_{number:06d}.bin')
+    publish(file.name, path)
+    return {'file': path.name, 'split': split, kind: count, 'sha256': digest}
 
 
 def write_shards(folder, meta, documents, encoding):
@@ -228,15 +329,9 @@ def write_shards(folder, meta, documents, encoding):
         for split, file in files.items():
             shards = [shard for shard in meta['shards'] if shard['split'] == split]
             count = meta['tokens'][split] - sum(shard['tokens'] for shard in shards)
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, count))
-            file.close()
-            with open(file.name, 'rb') as whole:
-                digest = hashlib.file_digest(whole, 'sha256').hexdigest()
             if count:
-                path = folder / f'{split}_{len(shards):06d}.bin'
-                publish(file.name, path)
-                meta['shards'].append({'file': path.name, 'split': split, 'tokens': count, 'sha256': digest})
+                meta['shards'].append(publish_shard(file, split, len(shards), 'tokens', count, dtype.itemsize))
+            file.close()
         write_json(folder / 'progress.json', meta)
 
     codecs.register_error('replace_and_count', replace)
@@ -266,12 +361,40 @@ def write_shards(folder, meta, documents, encoding):
     close_shards()
 
 
+@contextlib.contextmanager
+def claim(folder, settings, overwrite):
+    """Locks the data set `folder`: yields its progress.json, {} for a new one, None if it is there already."""
+    from filelock import FileLock
+    folder.mkdir(parents=True, exist_ok=True)
+    complete, progress = folder / 'meta.json', folder / 'progress.json'
+    with FileLock(folder / '.lock'):  # of two trainings started side by side one prepares, the other waits
+        if overwrite:
+            complete.unlink(missing_ok=True)
+            progress.unlink(missing_ok=True)
+        found = next((json.loads(path.read_text()) for path in (complete, progress) if path.exists()), {})
+        for key, value in settings.items() if found else ():
+            if found.get(key) != value:
+                raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not {value!r}: choose "
+                                "another --name, or --overwrite it")
+        if complete.exists():
+            open_shards(folder, found)
+            print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
+            found = None
+        yield found
+
+
+def finish(folder, meta):
+    write_json(folder / 'meta.json', meta)
+    for path in folder.glob('*.tmp'):
+        path.unlink()
+    (folder / 'progress.json').unlink(missing_ok=True)
+
+
 def write_data(folder, documents, settings, fraction, overwrite):
     """The data set `folder` from documents(), unless it is there. settings: source, tokenizer, shard_tokens, limit.
 
     Where the source has no validation split, `fraction` of the documents is validation, by their hash; if that is none,
     as happens with a handful of documents, the one with the lowest hash is."""
-    from filelock import FileLock
     encoding = tokenizer(settings['tokenizer'])
 
     def fresh(val_below):  # documents: pieces, where a .txt is cut
@@ -279,67 +402,115 @@ def write_data(folder, documents, settings, fraction, overwrite):
                 'lowest_hash': 2**64, 'replaced_bytes': 0, 'consumed': 0, 'tokens': {'train': 0, 'val': 0},
                 'documents': {'train': 0, 'val': 0}, 'shards': []}
 
-    folder.mkdir(parents=True, exist_ok=True)
-    complete, progress = folder / 'meta.json', folder / 'progress.json'
-    with FileLock(folder / '.lock'):  # of two trainings started side by side one prepares, the other waits
-        if overwrite:
-            complete.unlink(missing_ok=True)
-            progress.unlink(missing_ok=True)
-        found = [json.loads(path.read_text()) for path in (complete, progress) if path.exists()]
-        meta = found[0] if found else fresh(int(fraction * 2**64))
-        for key, value in settings.items():
-            if meta[key] != value:
-                raise DataError(f"'{folder}' holds a data set with {key} {meta[key]!r}, not {value!r}: choose another "
-                                "--name, or --overwrite it")
-        if complete.exists():
-            for shard in meta['shards']:
-                open_shard(folder / shard['file'], shard['tokens'])
-            print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
+    with claim(folder, settings, overwrite) as meta:
+        if meta is None:
             return
+        meta = meta or fresh(int(fraction * 2**64))
         write_shards(folder, meta, documents, encoding)
         if not meta['tokens']['val']:
             meta = fresh(meta['lowest_hash'] + 1)
             write_shards(folder, meta, documents, encoding)
         if not all(meta['tokens'].values()):
-            progress.unlink()
+            (folder / 'progress.json').unlink()
             raise DataError(f"'{folder}' has too little text to train and to validate on ({meta['tokens']}): add some")
         del meta['consumed'], meta['lowest_hash']
-        write_json(complete, meta)
-        for path in (progress, *folder.glob('*.tmp')):
-            path.unlink()
+        finish(folder, meta)
     print(f"'{folder}': {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation tokens "
           f"({meta['tokenizer']}), {meta['replaced_bytes']:,} bytes that were not UTF-8 replaced")
+
+
+def write_images(folder, chunks, settings, overwrite):
+    """The image data set `folder` from chunks(), unless it is there. settings: source, kind 'images', size, channels,
+    classes (names), task and flag (medmnist's), shard_bytes. meta.json has also mean and std of the training pixels, a
+    channel each, in units of 255."""
+    from tqdm import tqdm
+    with claim(folder, settings, overwrite) as meta:
+        if meta is None:
+            return
+        for path in [*folder.glob('*.bin'), *folder.glob('*.tmp')]:
+            path.unlink()  # left by a crash, or overwritten
+        meta = {**settings, 'images': {}, 'shards': []}
+        (bytes_an_item, item), = item_types(meta).items()
+        histogram = np.zeros((settings['channels'], 256))  # of the training pixels
+
+        def shard_of(chunk):
+            split, labels, _ = chunk
+            before = meta['images'].get(split, 0)
+            meta['images'][split] = before + len(labels)
+            return split, before * bytes_an_item // settings['shard_bytes']
+
+        with tqdm(unit='img', unit_scale=True, disable=None) as bar:
+            for (split, _), group in itertools.groupby(chunks(), shard_of):
+                with open(folder / f'{split}.tmp', 'wb') as file:
+                    file.write(bytes(HEADER.size))
+                    for _, labels, images in group:
+                        records = np.empty(len(images), item)
+                        records['label'], records['image'] = labels, images
+                        file.write(records)
+                        bar.update(len(records))
+                        if split == 'train':
+                            channels = np.moveaxis(records['image'], 1, 0)
+                            histogram += [np.bincount(channel.ravel(), minlength=256) for channel in channels]
+                    count = (file.tell() - HEADER.size) // bytes_an_item
+                    number = sum(shard['split'] == split for shard in meta['shards'])
+                    meta['shards'].append(publish_shard(file, split, number, 'images', count, bytes_an_item))
+        histogram, values = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
+        mean = histogram @ values
+        meta['mean'], meta['std'] = mean.tolist(), np.sqrt(histogram @ values**2 - mean**2).tolist()
+        finish(folder, meta)
+    counts = ', '.join(f'{count:,} {split}' for split, count in meta['images'].items())
+    print(f"'{folder}': {counts} images of {meta['size']} x {meta['size']} in {meta['channels']} channels, "
+          f"{len(meta['classes'])} classes ({meta['task']})")
 
 
 # -----------------------------------------------------------------------------
 # reader
 
-def open_shard(path, tokens):
-    """Memory-mapped tokens (count,) of a shard, uint16 or uint32. DataError for anything but a whole one."""
+def item_types(meta):
+    """{bytes: type} of what an item of the shards may be."""
+    if meta.get('kind') != 'images':
+        return DTYPES
+    labels = len(meta['classes']) if meta['task'].startswith('multi-label') else 1
+    item = np.dtype([('label', 'u1', (labels,)), ('image', 'u1', (meta['channels'], meta['size'], meta['size']))])
+    return {item.itemsize: item}
+
+
+def open_shard(path, items, types=DTYPES):
+    """Memory-mapped items (count,) of a shard: tokens, uint16 or uint32. DataError for anything but a whole one."""
     remedy = 'prepare the data set again with --overwrite'
     if not path.exists():
         raise MissingData(f"'{path}' is missing: {remedy}")
     with open(path, 'rb') as file:
         magic, version, item, count = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b'\0'))
-    if (magic, version) != (MAGIC, VERSION) or item not in DTYPES:
+    if (magic, version) != (MAGIC, VERSION) or item not in types:
         raise DataError(f"'{path}' is no shard of version {VERSION} (it begins with {magic!r}, version {version}, "
                         f"{item} bytes an item): {remedy}")
-    if path.stat().st_size != HEADER.size + item * count or count != tokens:
+    if path.stat().st_size != HEADER.size + item * count or count != items:
         raise DataError(f"'{path}' is damaged ({path.stat().st_size} bytes; its header says {count} items of {item}, "
-                        f"meta.json {tokens}): {remedy}")
-    return np.asarray(np.memmap(path, DTYPES[item], 'r', HEADER.size, (count,)))  # a plain array is cheaper to slice
+                        f"meta.json {items}): {remedy}")
+    return np.asarray(np.memmap(path, types[item], 'r', HEADER.size, (count,)))  # a plain array is cheaper to slice
+
+
+def open_shards(folder, meta, split=None):
+    """The shards of a split, or all."""
+    kind, types = meta.get('kind', 'tokens'), item_types(meta)
+    return [open_shard(folder / shard['file'], shard[kind], types) for shard in meta['shards']
+            if split in (None, shard['split'])]
 
 
 def ensure(name, root='data'):
-    """Prepare an embedded data set (stdlib) when it is missing; MissingData (a FileNotFoundError) for any other."""
+    """Prepare an embedded data set (stdlib, digits, digits_shifted) when it is missing; MissingData (a
+    FileNotFoundError) for any other."""
     if Path(root, name, 'meta.json').exists():
         return
-    if name != 'stdlib':
+    if name not in ('stdlib', *DIGITS):
         state = 'only half prepared' if Path(root, name, 'progress.json').exists() else 'not there'
         arguments = name if name in {*TOKENIZERS} - {'text'} else f'text --input FILE --name {name}'
+        if flag := re.fullmatch('([a-z]+mnist)(?:_(64|128|224))?', name):
+            arguments = f'{flag[1]} --size {flag[2] or 28}'
         arguments += '' if str(root) == 'data' else f' --root {root}'
         raise MissingData(f"data set '{name}' is {state}: run 'python prepare.py {arguments}'")
-    main(['stdlib', '--root', str(root)])
+    main([name, '--root', str(root)])
 
 
 def permute(index, size, *key):
@@ -362,64 +533,132 @@ def permute(index, size, *key):
     return out.astype(np.int64)
 
 
-class Tokens:
-    """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
+class Split:
+    """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads items, and `first`, the
+    number of the first item of each shard, with their total at the end."""
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. DataError (a ValueError) for a broken
-    file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is missing."""
-
-    def __init__(self, name, split, block_size, root='data'):
+    def __init__(self, name, split, kind, root):
         ensure(name, root)
         folder = Path(root, name)
         self.meta = json.loads((folder / 'meta.json').read_text())
+        held = self.meta.get('kind', 'tokens')
+        if held != kind:
+            raise DataError(f"data set '{name}' holds {held}, not {kind}: choose one of {kind}")
+        self.shards = open_shards(folder, self.meta, split)
+        if not self.shards:
+            raise DataError(f"data set '{name}' has no split '{split}': use one of {', '.join(self.meta[kind])}")
+
+    def locate(self, index):
+        """(row, shard, place in the shard) of every item of `index` (rows,)."""
+        shards = np.searchsorted(self.first, index, 'right') - 1
+        for row, (item, shard) in enumerate(zip(index.tolist(), shards.tolist())):
+            yield row, self.shards[shard], item - int(self.first[shard])
+
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rank=0, world_size=1, heads=1):
+        """Items rank::world_size of one micro-batch: x, y of batch_size / world_size rows.
+
+        A pure function of its arguments. Every epoch shows every item once, in an order keyed by (seed, epoch). Row j
+        of the micro-batch belongs to head j % (heads * world_size) of all ranks; the rows of this rank's `heads` come
+        head by head, so that x.view(heads, -1, *x.shape[1:]) is one shard a head."""
+        assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
+        rows = np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
+        sequence = (step * accumulation + micro_step) * batch_size + rows
+        count = int(self.first[-1])
+        epochs, index = np.divmod(sequence, count)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            index[here] = permute(index[here], count, seed, epoch)
+        return self.items(index)
+
+
+class Tokens(Split):
+    """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
+
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. `batch` gives inputs and targets
+    (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than the data,
+    MissingData (a FileNotFoundError too) where something is missing."""
+
+    def __init__(self, name, split, block_size, root='data'):
+        super().__init__(name, split, 'tokens', root)
         self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
-        mine = [shard for shard in self.meta['shards'] if shard['split'] == split]
-        if not mine:
-            raise DataError(f"data set '{name}' has no split '{split}': use one of {', '.join(self.meta['tokens'])}")
-        self.shards = [open_shard(folder / shard['file'], shard['tokens']) for shard in mine]
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])  # window of each shard
         self.num_windows = int(self.first[-1])
         if not self.num_windows:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
                             f"set block_size to {max(map(len, self.shards)) - 1} or less")
 
-    def windows(self, index):
-        """Inputs and targets (rows, block_size), int64, of the windows `index` (rows,)."""
+    def items(self, index):
         data = np.empty((2, len(index), self.block_size), np.int64)
-        shards = np.searchsorted(self.first, index, 'right') - 1
-        for row, (window, shard) in enumerate(zip(index.tolist(), shards.tolist())):
-            start = (window - int(self.first[shard])) * self.block_size
-            tokens = self.shards[shard]
+        for row, tokens, window in self.locate(index):
+            start = window * self.block_size
             data[0, row] = tokens[start:start + self.block_size]
             data[1, row] = tokens[start + 1:start + 1 + self.block_size]
         import torch
         x, y = torch.from_numpy(data)
         return x, y
 
-    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rank=0, world_size=1, heads=1):
-        """x, y (batch_size / world_size, block_size), int64: rows rank::world_size of one micro-batch.
-
-        A pure function of its arguments. Every epoch shows every window once, in an order keyed by (seed, epoch). Row j
-        of the micro-batch belongs to head j % (heads * world_size) of all ranks; the rows of this rank's `heads` come
-        head by head, so that x.view(heads, -1, block_size) is one shard a head."""
-        assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
-        rows = np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
-        sequence = (step * accumulation + micro_step) * batch_size + rows
-        epochs, index = np.divmod(sequence, self.num_windows)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            index[here] = permute(index[here], self.num_windows, seed, epoch)
-        return self.windows(index)
-
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
         """For evaluation: rows rank::world_size of batch `index` of `count`, windows spread evenly over the split."""
         assert batch_size % world_size == 0, (batch_size, world_size)
         rows = index * batch_size + np.arange(rank, batch_size, world_size)
-        return self.windows(rows * self.num_windows // (count * batch_size))
+        return self.items(rows * self.num_windows // (count * batch_size))
+
+
+class Images(Split):
+    """The images of one split, 'train', 'val' or 'test'; len() is their number.
+
+    `meta` is meta.json (see write_images), `classes` the names of the `num_classes` classes, `task` medmnist's word for
+    the task, `size` the pixels of a side, `channels` 1 or 3. `batch` gives images (rows, channels, size, size), uint8,
+    and labels: int64 (rows,), or float32 (rows, num_classes) where an image has several. Errors as for Tokens."""
+
+    def __init__(self, name, split, root='data'):
+        super().__init__(name, split, 'images', root)
+        self.classes, self.task, self.size, self.channels = (
+            self.meta[key] for key in ('classes', 'task', 'size', 'channels'))
+        self.num_classes = len(self.classes)
+        self.first = np.cumsum([0, *map(len, self.shards)])
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def items(self, index):
+        item = self.shards[0].dtype
+        images, labels = (np.empty((len(index), *item[key].shape), np.uint8) for key in ('image', 'label'))
+        for row, shard, place in self.locate(index):
+            images[row], labels[row] = shard['image'][place], shard['label'][place]
+        import torch
+        labels = torch.from_numpy(labels)
+        return torch.from_numpy(images), labels.float() if labels.shape[1] > 1 else labels[:, 0].long()
+
+    def fixed_batch(self, index, batch_size, rank=0, world_size=1):
+        """For evaluation: rows rank::world_size of batch `index`, in the order of the split, as `batch` gives them.
+
+        Over all ranks, batches 0 to ceil(len / batch_size) - 1 hold every image once. The last one is short where
+        batch_size does not divide len, so that a rank may have one row less than another there, or none."""
+        return self.items(np.arange(index * batch_size + rank, min((index + 1) * batch_size, len(self)), world_size))
 
 
 # -----------------------------------------------------------------------------
 # command line
+
+def prepare_images(args, info):
+    """args: those of the command line; info: the data set's entry of medmnist.INFO, None for digits."""
+    if info:
+        name = args.data + f'_{args.size}' * (args.size != 28)  # as MedMNIST names its files
+        path = Path(args.path or args.root, f'{name}.npz')
+        if args.path and not path.is_file():
+            raise MissingData(f"'{path}' is missing: --path is a folder with MedMNIST's archives")
+        source = f'{path.name} ({path.stat().st_size} bytes)' if args.path else info[f'url{name[len(args.data):]}']
+        chunks = partial(medmnist_images, path, args.size, info, not args.path)
+        about = {'size': args.size, 'channels': info['n_channels'], 'classes': [*info['label'].values()],
+                 'task': info['task'], 'flag': args.data}
+    else:
+        name, source = args.data, f'load_digits of scikit-learn, as {args.data}'
+        chunks = partial(digit_images, name == 'digits_shifted')
+        about = {'size': 32, 'channels': 3, 'classes': [*'0123456789'], 'task': 'multi-class', 'flag': None}
+    settings = {'source': source, 'kind': 'images', **about, 'shard_bytes': args.shard_bytes}
+    write_images(Path(args.root, args.name or name), chunks, settings, args.overwrite)
+
 
 def main(argv):
     """Prepare one data set. DataError for a user's mistake. A data set that is there already is left alone."""
@@ -429,25 +668,40 @@ def main(argv):
     parser = argparse.ArgumentParser('prepare.py', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument('data', help=' | '.join(TOKENIZERS))
+    parser.add_argument('data', help=' | '.join([*TOKENIZERS, *DIGITS, 'a flag of MedMNIST']))
     parser.add_argument('--input', nargs='+', metavar='FILE', help='text: the .txt, .jsonl and .parquet files')
-    parser.add_argument('--path', help="cnn_dailymail, c4: a folder with the hub's files, instead of the internet")
+    parser.add_argument('--path', help="a folder with the hub's or MedMNIST's files, instead of the internet")
     parser.add_argument('--tokens', type=int, help='stop after the document in which the training split gets this long')
     parser.add_argument('--tokenizer', choices=['gpt2', 'bytes'], help='bytes for stdlib, else gpt2')
     parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens of a shard')
-    parser.add_argument('--name', help='of the folder under the root; default: that of the data')
+    parser.add_argument('--size', type=int, choices=[28, 64, 128, 224], default=28, help='MedMNIST: pixels of a side')
+    parser.add_argument('--shard_bytes', type=int, default=10**9, help='of a shard of images')
+    parser.add_argument('--name', help='of the folder under the root; default: that of the data, with _SIZE unless 28')
     parser.add_argument('--root', default='data')
     parser.add_argument('--overwrite', action='store_true', help='prepare anew what is there already')
     args = parser.parse_args(argv)
-    if args.data not in TOKENIZERS:
-        nearest = difflib.get_close_matches(args.data, TOKENIZERS, 1, 0)[0]
+    info = {} if args.data in (*TOKENIZERS, *DIGITS) else medmnist_info()
+    known = [*TOKENIZERS, *DIGITS, *(flag for flag in info if not flag.endswith('3d'))]
+    if args.data in info and args.data not in known:
+        refuse(f"'{args.data}' holds volumes: choose a MedMNIST of images, such as pathmnist")
+    if args.data not in known:
+        nearest = difflib.get_close_matches(args.data.lower(), known, 1, 0)[0]
         refuse(f"unknown data set '{args.data}': did you mean '{nearest}'?")
-    if args.shard_tokens < 1 or args.tokens is not None and args.tokens < 1:
-        refuse(f'--tokens {args.tokens}, --shard_tokens {args.shard_tokens}: give at least 1')
+    for option in ['shard_bytes'] if args.data in TOKENIZERS else ['tokens', 'tokenizer', 'shard_tokens']:
+        if getattr(args, option) != parser.get_default(option):
+            refuse(f"--{option} is not for '{args.data}': leave it out")
+    if min(args.shard_tokens, args.shard_bytes) < 1 or args.tokens is not None and args.tokens < 1:
+        refuse(f'--tokens {args.tokens}, --shard_tokens {args.shard_tokens}, --shard_bytes {args.shard_bytes}: give at '
+               'least 1')
     if bool(args.input) != (args.data == 'text'):
         refuse("'text' needs --input FILE..., and nothing else takes it")
-    if args.path and args.data not in HUB:
-        refuse(f"--path is for {' and '.join(HUB)}, not for '{args.data}'")
+    if args.path and args.data not in (*HUB, *info):
+        refuse(f"--path is for {', '.join(HUB)} and MedMNIST, not for '{args.data}'")
+    if args.size != 28 and not info:
+        refuse(f"--size is for MedMNIST, not for '{args.data}'")
+    if args.data not in TOKENIZERS:
+        prepare_images(args, info.get(args.data))
+        return
     fraction = 0.05
     if args.data == 'stdlib':
         source, documents = f'standard library of Python {sys.version.split()[0]}', stdlib_documents

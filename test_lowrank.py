@@ -4,6 +4,7 @@ against independent formulations; the scripts run for real, on tiny data.
 """
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -503,6 +505,233 @@ def test_gpt2_tokens_round_trip(tmp_path):
     assert data.vocab_size == 50257 and data.meta['eot'] == encoding.eot_token and data.shards[0].dtype == '<u2'
     text = ''.join(encoding.decode(all_tokens(tmp_path, 'text', s).tolist()) for s in ('train', 'val'))
     assert sorted(text.replace('<|endoftext|>', '').splitlines()) == sorted(path.read_text().splitlines())
+
+
+# -----------------------------------------------------------------------------
+# prepare: images
+
+INFO = prepare.medmnist_info()
+COUNTS = {'train': 1000, 'val': 30, 'test': 41}
+
+
+def archive(folder, flag='pathmnist', size=28, compressed=False, counts=COUNTS, **changes):
+    """An archive in MedMNIST's layout, of noise with every class in it; changes: other arrays."""
+    rng, info = np.random.default_rng(0), INFO[flag]
+    classes, arrays = len(info['label']), {}
+    for split, count in counts.items():
+        shape = (count, size, size, 3) if info['n_channels'] == 3 else (count, size, size)
+        arrays[f'{split}_images'] = rng.integers(0, 256, shape, np.uint8)
+        labels = rng.integers(0, 2, (count, classes)) if flag == 'chestmnist' else np.arange(count)[:, None] % classes
+        arrays[f'{split}_labels'] = labels.astype(np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{flag}{"" if size == 28 else f"_{size}"}.npz'
+    (np.savez_compressed if compressed else np.savez)(path, **{**arrays, **changes})
+    return path
+
+
+def prepare_images(root, flag='pathmnist', *options):
+    prepare.main([flag, '--path', str(root), '--root', str(root), '--shard_bytes', '1_000_000', *options])
+
+
+@pytest.fixture(scope='module')
+def image_root(tmp_path_factory):
+    """A root with digits, digits_shifted and a tiny pathmnist in three training shards."""
+    root = tmp_path_factory.mktemp('images')
+    archive(root)
+    prepare_images(root)
+    for name in prepare.DIGITS:
+        prepare.ensure(name, root)
+    return root
+
+
+@pytest.mark.parametrize('flag, size, compressed', [
+    ('pathmnist', 28, False), ('pathmnist', 28, True), ('chestmnist', 28, True), ('pneumoniamnist', 28, False),
+    ('retinamnist', 64, True)])
+def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
+    import medmnist
+    archive(tmp_path, flag, size, compressed, {'train': 70, 'val': 30, 'test': 41})
+    prepare_images(tmp_path, flag, '--size', str(size))
+    name = flag if size == 28 else f'{flag}_{size}'
+    for split in COUNTS:
+        data = prepare.Images(name, split, tmp_path)
+        x, y = data.fixed_batch(0, 100)
+        theirs = getattr(medmnist, INFO[flag]['python_class'])(split, root=tmp_path, size=size)
+        images, labels = zip(*(theirs[i] for i in range(len(data))))
+        assert len(data) == theirs.imgs.shape[0] == data.meta['images'][split]
+        assert x.dtype == torch.uint8 and x.is_contiguous() and x.shape[1:] == (data.channels, size, size)
+        assert np.array_equal(x.permute(0, 2, 3, 1).numpy().squeeze(), np.stack([np.array(image) for image in images]))
+        multi = flag == 'chestmnist'
+        assert y.dtype == (torch.float32 if multi else torch.int64) and y.ndim == 1 + multi
+        assert np.array_equal(y.numpy().reshape(len(y), -1), np.stack(labels))
+        if split == 'train':
+            pixels = x.double() / 255
+            assert np.allclose(data.meta['mean'], pixels.mean((0, 2, 3)))
+            assert np.allclose(data.meta['std'], pixels.std((0, 2, 3), correction=0))
+    assert data.meta['kind'] == 'images' and data.meta['flag'] == flag and data.task == INFO[flag]['task']
+    assert data.classes == list(INFO[flag]['label'].values()) and data.num_classes == len(data.classes)
+    assert data.channels == INFO[flag]['n_channels'] and data.size == size
+
+
+def test_an_archive_that_medmnist_has_downloaded_is_not_downloaded_again(tmp_path):
+    path = archive(tmp_path)
+    info = {**INFO['pathmnist'], 'MD5': hashlib.md5(path.read_bytes()).hexdigest()}
+    chunks = list(prepare.medmnist_images(path, 28, info, download=True))
+    assert sum(len(labels) for _, labels, _ in chunks) == sum(COUNTS.values())
+
+
+def test_image_shards_keep_the_contract(image_root):
+    data = prepare.Images('pathmnist', 'train', image_root)
+    assert [len(shard) for shard in data.shards] == [445, 445, 110]  # 1 MB read at a time
+    for shard in data.meta['shards']:
+        content = (image_root / 'pathmnist' / shard['file']).read_bytes()
+        assert content[:32] == b'nLRshard' + struct.pack('<IIQQ', 1, 1 + 3 * 28 * 28, shard['images'], 0)
+        assert hashlib.sha256(content).hexdigest() == shard['sha256']
+    assert content[32] == data.fixed_batch(0, 1)[1].item() == 0  # the first image's label comes first
+    assert not list((image_root / 'pathmnist').glob('*.tmp'))
+
+
+def test_every_image_once_an_epoch_and_the_batch_depends_on_its_arguments_only(image_root):
+    data, again = (prepare.Images('pathmnist', 'train', image_root) for _ in range(2))
+    order = [torch.cat([data.batch(50, epoch * 20 + step, seed=1)[0] for step in range(20)]) for epoch in (0, 1)]
+    everything = data.fixed_batch(0, 1000)[0]
+    sums = [x.flatten(1).double() @ torch.arange(28. * 28 * 3).double() for x in (everything, *order)]
+    assert len(set(sums[0].tolist())) == 1000
+    assert all(torch.equal(s.sort()[0], sums[0].sort()[0]) for s in sums) and not torch.equal(*sums[1:])
+    x, y = data.batch(48, 3, 1, accumulation=2, seed=1)
+    for same in (again.batch(48, 3, 1, accumulation=2, seed=1), data.batch(48, 7, seed=1)):
+        assert torch.equal(x, same[0]) and torch.equal(y, same[1])
+    assert not torch.equal(x, data.batch(48, 7, seed=2)[0])
+
+
+def test_rows_of_ranks_and_heads_unite_to_the_batch(image_root):
+    data = prepare.Images('pathmnist', 'train', image_root)
+    whole = data.batch(24, 2)
+    for heads, world_size in ((1, 1), (4, 1), (2, 2), (1, 4)):
+        for rank in range(world_size):
+            x, y = data.batch(24, 2, rank=rank, world_size=world_size, heads=heads)
+            for head in range(heads):
+                mine = slice(head * world_size + rank, None, heads * world_size)
+                assert torch.equal(x.view(heads, -1, 3, 28, 28)[head], whole[0][mine])
+                assert torch.equal(y.view(heads, -1)[head], whole[1][mine])
+
+
+def test_fixed_batches_hold_every_image_once(image_root):
+    data = prepare.Images('pathmnist', 'test', image_root)
+    whole = data.fixed_batch(0, 41)
+    for world_size in (1, 2, 3):
+        for batch_size in (6, 12, 39):  # the last of 39 has two rows: the third rank has none
+            x, y = torch.empty_like(whole[0]), torch.full_like(whole[1], -1)
+            for index in range(math.ceil(41 / batch_size)):
+                for rank in range(world_size):
+                    images, labels = data.fixed_batch(index, batch_size, rank, world_size)
+                    mine = slice(index * batch_size + rank, (index + 1) * batch_size, world_size)
+                    assert images.shape[1:] == (3, 28, 28) and (y[mine] == -1).all()
+                    x[mine], y[mine] = images, labels
+            assert torch.equal(x, whole[0]) and torch.equal(y, whole[1])
+
+
+def test_shifted_digits_are_the_digits_under_another_look(image_root):
+    counts = 0
+    for split in COUNTS:
+        digits, shifted = (prepare.Images(name, split, image_root) for name in prepare.DIGITS)
+        (x, y), (x2, y2) = digits.fixed_batch(0, 2000), shifted.fixed_batch(0, 2000)
+        assert torch.equal(y, y2) and y.bincount().min() > 25 and x.shape == x2.shape == (len(y), 3, 32, 32)
+        assert torch.equal(x[:, 0], x[:, 1]) and (x2.amax(1) != x2.amin(1)).any((1, 2)).all()  # coloured
+        assert (x.float().mean((1, 2, 3)) < x2.float().mean((1, 2, 3))).float().mean() > 0.9  # inverted
+        counts += len(y)
+    assert counts == 1797 and digits.task == 'multi-class' and digits.classes == list('0123456789')
+
+
+def test_an_interrupted_command_begins_anew_and_an_archive_is_converted_once(tmp_path, monkeypatch, capsys):
+    archive(tmp_path)
+    with monkeypatch.context() as patch:
+        done, replace = [], os.replace
+
+        def stop(*paths):
+            if len(done) == 2:
+                raise KeyboardInterrupt
+            done.append(replace(*paths))
+
+        patch.setattr(os, 'replace', stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_images(tmp_path)
+    assert len(list((tmp_path / 'pathmnist').glob('*.bin'))) == 2
+    with pytest.raises(FileNotFoundError, match="'pathmnist' is not there: run 'python prepare.py pathmnist --size 28"):
+        prepare.Images('pathmnist', 'val', tmp_path)
+    prepare_images(tmp_path)
+    prepare_images(tmp_path, 'pathmnist', '--name', 'whole')
+    parts, whole = shard_bytes(tmp_path / 'pathmnist'), shard_bytes(tmp_path / 'whole')
+    assert parts == whole and len(whole) == 6
+    prepare_images(tmp_path)
+    assert 'already there' in capsys.readouterr().out
+    with pytest.raises(prepare.DataError, match='holds a data set with shard_bytes 1000000, not 7: .*--overwrite'):
+        prepare_images(tmp_path, 'pathmnist', '--shard_bytes', '7')
+    assert shard_bytes(tmp_path / 'pathmnist') == whole
+
+
+def test_broken_archives_are_refused_in_one_sentence(tmp_path):
+    path = archive(tmp_path)
+    whole = path.read_bytes()
+    images = np.zeros((30, 28, 28, 3), np.uint8)
+    at = whole.index(b'val_images.npy') + 5000  # inside the pixels
+    for content, message in (
+            (whole[:-50_000], 'damaged'), (whole[:100], 'damaged'), (b'', 'damaged'),
+            (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:], 'damaged'),  # only the checksum tells
+            (dict(val_images=images[:, :14, :14]), r"val images of shape \(14, 14, 3\).*not \(28, 28, 3\).*--size"),
+            (dict(val_images=images[..., 0]), r'val images of shape \(28, 28\)'),
+            (dict(val_images=images / 255), 'val images .* .float64., not'),
+            (dict(val_labels=np.full((30, 1), 9)), 'val labels .* to 9, not .* from 0 to 8, as there are 9 classes'),
+            (dict(val_labels=np.zeros((29, 1), np.uint8)), r'val labels of shape \(29, 1\)'),
+            (dict(val_labels=np.zeros((30, 1), object)), 'damaged')):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            archive(tmp_path, **content)
+        with pytest.raises(prepare.DataError, match=f'pathmnist.npz.*{message}') as refusal:
+            prepare_images(tmp_path)
+        assert '\n' not in str(refusal.value) and not (tmp_path / 'pathmnist' / 'meta.json').exists()
+    np.savez(path, train_images=images)
+    with pytest.raises(prepare.DataError, match='pathmnist.npz.*no archive of MedMNIST'):
+        prepare_images(tmp_path)
+
+
+def test_mistakes_with_images_name_the_remedy(tmp_path, image_root):
+    for command, message in (('pathmist', "did you mean 'pathmnist'"), ('PathMNIST', "did you mean 'pathmnist'"),
+                             ('organmnist3d', 'volumes'), (f'octmnist --path {tmp_path}', 'octmnist.npz.*missing'),
+                             (f'octmnist --size 64 --path {tmp_path}', 'octmnist_64.npz.*missing.*--path'),
+                             ('pathmnist --size 32', '28'), ('digits --size 64', '--size'),
+                             ('digits --path x', '--path'), ('digits --tokens 3', '--tokens'),
+                             ('stdlib --shard_bytes 3', '--shard_bytes'), ('pathmnist --shard_bytes 0', 'at least 1')):
+        with pytest.raises(prepare.DataError, match=message):
+            prepare.main([*command.split(), '--root', str(tmp_path / 'data')])
+    assert not (tmp_path / 'data').exists()
+    with pytest.raises(FileNotFoundError, match="run 'python prepare.py bloodmnist --size 224 --root"):
+        prepare.Images('bloodmnist_224', 'train', tmp_path)
+    with pytest.raises(ValueError, match="'digits' holds images, not tokens"):
+        prepare.Tokens('digits', 'train', 8, image_root)
+    with pytest.raises(ValueError, match="no split 'valid': use one of train, val, test"):
+        prepare.Images('digits', 'valid', image_root)
+
+
+def test_memory_does_not_grow_with_the_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'pathmnist_224.npz', 'w') as file:
+        for split, count in (('train', 400), ('val', 4), ('test', 4)):
+            with file.open(f'{split}_images.npy', 'w') as out:
+                header = {'descr': '|u1', 'fortran_order': False, 'shape': (count, 224, 224, 3)}
+                np.lib.format.write_array_header_1_0(out, header)
+                for _ in range(count):
+                    out.write(os.urandom(224 * 224 * 3))
+            with file.open(f'{split}_labels.npy', 'w') as out:
+                np.lib.format.write_array(out, np.zeros((count, 1), np.uint8))
+    assert os.path.getsize(tmp_path / 'pathmnist_224.npz') > 60e6
+    if not os.path.exists('/proc/self/status'):
+        pytest.skip('only Linux tells the peak of the resident size in /proc (that of getrusage survives exec)')
+    code = ('import prepare, re, sys, tqdm, filelock\n'
+            'peak = lambda: int(re.search("VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1])\n'
+            'before = peak(); prepare.main(sys.argv[1:]); print(peak() - before)')
+    command = ['pathmnist', '--size', '224', '--path', str(tmp_path), '--root', str(tmp_path)]
+    run = subprocess.run([sys.executable, '-c', code, *command], cwd=HERE, capture_output=True, text=True, check=True)
+    assert 0 < int(run.stdout.split()[-1]) * 1024 < 30e6, run.stdout
 
 
 # -----------------------------------------------------------------------------

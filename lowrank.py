@@ -97,7 +97,7 @@ class MHLoRALinear(nn.Module):
     heads, rank, alpha: H, r, and alpha of s = alpha / r. head_input, head_compute: see `apply_mhlora`.
     merge_reset: whether `merge` draws A anew and zeroes B, or lets them train on (LTE's default) and remembers their
     values A_merged, B_merged, which are then subtracted.
-    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused projection) have heads, each its own;
+    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused projection) have heads, each its own:
     A is then (H, thirds r, n) and B (H, thirds m / 3, r), as if q, k and v were layers of their own.
     Attributes: weight (m, n), bias (m,) or None, A (H, r, n), B (H, m, r).
     """
@@ -208,7 +208,7 @@ def average_over_ranks_(x, world_size):
 
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
-FUSED = ('qkv', 'c_attn')  # linear layers (timm's, GPT-2's) that compute q, k and v in one product, a third of the rows each
+FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v at once, a third of the outputs each
 
 
 def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_input='shared', head_compute='parallel',
@@ -368,7 +368,7 @@ def freeze_rest(model, kinds=('logit',)):
 
 
 def adapter_parts(model, about):
-    """(tensors of an adapter: what trains, and the output layer; its description: `about` and a checksum of the rest)."""
+    """(tensors of an adapter: what trains, and the output layer; its metadata: `about` and a checksum of the rest)."""
     parts, base = {}, hashlib.sha256()
     for name, p in model.named_parameters():
         if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.')):

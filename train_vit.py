@@ -15,7 +15,7 @@ import config
 # settings: ViT-B/16 on PathMNIST, full fine-tuning of timm's pretrained weights
 # run
 out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, adapter.safetensors, confusion.png
-init_from = 'pretrained'  # 'scratch', 'resume', 'pretrained' (timm's hub), a file of timm's weights, or a best.pt of ours
+init_from = 'pretrained'  # 'scratch', 'resume', 'pretrained' (timm's hub), or a file: timm's weights, a best.pt of ours
 adapter = ''  # an adapter.safetensors to load on top: heads and classifier
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 500  # steps between evaluations on the whole validation split; each writes a checkpoint
@@ -35,10 +35,10 @@ patch_size = None
 n_layer = None
 n_head = None
 n_embd = None
-train = 'auto'  # besides heads: 'all', 'classifier' (no biases and norms: LoRA as in PEFT; without heads a linear probe), or
+train = 'auto'  # besides heads: 'all', 'classifier' (biases and norms frozen: as in PEFT; without heads a linear probe), or
 #                 'auto': 'classifier' with heads, 'all' without
 # heads
-lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (the classifier) or names of modules
+lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
 heads = 1  # low-rank heads of a layer
 rank = 4  # of each head
 alpha = 4.0  # the heads' product is scaled by alpha / rank
@@ -80,6 +80,7 @@ defaults = config.defaults(globals())
 if __name__ == '__main__':
     config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
 
+import contextlib  # noqa: E402
 import difflib  # noqa: E402
 import os  # noqa: E402
 
@@ -103,7 +104,7 @@ SHAPE = dict(img_size='img_size', patch_size='patch_size', n_layer='depth', n_em
 
 def create(shape, num_classes, hub=False, weights=None):
     """
-    timm's model of that shape (settings by name), with drawn weights, those of timm's hub, or a state dict in timm's form.
+    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in timm's form.
 
     timm fits weights to another image or patch size. ValueError: a name, a shape or weights that do not go together.
     """
@@ -117,12 +118,12 @@ def create(shape, num_classes, hub=False, weights=None):
         vit = timm.create_model(name, pretrained=hub or bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except (RuntimeError, TypeError, AssertionError) as error:
-        what = f"the weights '{init_from}'" if weights else 'the settings ' + (str(changes) if changes else 'of this run')
+        what = f"the weights '{init_from}'" if weights else f'{changes or "the pretrained weights"}'
         raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
                          'n_layer, n_embd, n_head, patch_size as they belong together') from None
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it again, "
-                         'or set init_from to a file of them (model.safetensors)') from None
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it again, or "
+                         'set init_from to a file of them (model.safetensors)') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and heads with them
         raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one, such as 'vit_base_patch16_224'")
     return vit
@@ -142,9 +143,11 @@ def read_weights(path, shape, classes, keep):
     Of our checkpoint the shape fills in what is not set. The classifier stays if it is one of the same classes (timm's
     files do not name theirs: of as many); otherwise it is drawn anew, or refused (ValueError) where `keep` is True.
     """
-    try:
-        checkpoint = config.load_checkpoint(path)
-    except ValueError:  # not ours
+    checkpoint = None
+    if not path.endswith('.safetensors'):
+        with contextlib.suppress(ValueError):  # not ours
+            checkpoint = config.load_checkpoint(path)
+    if not checkpoint:
         try:
             weights = timm.models.load_state_dict(path)
         except Exception as error:  # of pickle, zipfile, safetensors
@@ -156,8 +159,8 @@ def read_weights(path, shape, classes, keep):
         saved = checkpoint['model_config']
         for key in ('model', 'n_layer', 'n_embd', 'n_head'):
             if key not in saved or shape[key] not in (None, saved[key]):
-                raise ValueError(f"'{path}' is a checkpoint with {key}={saved.get(key)!r}, this run says {shape[key]!r}: "
-                                 'set the same, or choose another init_from')
+                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says {shape.get(key)!r}: set "
+                                 'the same, or choose another init_from')
         shape = {key: saved[key] if value is None else value for key, value in shape.items()}
         full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
         put_heads(full, checkpoint['settings'])
@@ -242,7 +245,7 @@ def draw_confusion(matrix, classes, path):
     share = matrix / matrix.sum(1, keepdims=True).clip(1)
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for (true, said), count in np.ndenumerate(matrix):
-        axes.text(said, true, count, ha='center', va='center', size=8, color='white' if share[true, said] > 0.5 else 'black')
+        axes.text(said, true, count, ha='center', va='center', size=8, color='wk'[int(share[true, said] < 0.5)])
     names = [name if len(name) < 25 else f'{name[:23]}..' for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
@@ -272,7 +275,7 @@ def main(argv):
 
         # ---------------------------------------------------------------------
         # data
-        train_data, val_data, test_data = (prepare.Images(dataset, split, data_dir) for split in ('train', 'val', 'test'))
+        train_data, val_data, test_data = (prepare.Images(dataset, name, data_dir) for name in ('train', 'val', 'test'))
         classes, task = list(train_data.classes), train_data.task
         images_a_step = batch_size * gradient_accumulation_steps
         if epochs:
@@ -290,14 +293,14 @@ def main(argv):
                 *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset',
                 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             if checkpoint['classes'] != classes:
-                raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} of "
-                                 f'data set {dataset!r}: resume with the data it was started with')
+                raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} "
+                                 f'of data set {dataset!r}: resume with the data it was started with')
             step, best_val_auc, shape = checkpoint['step'], checkpoint['best_val_auc'], checkpoint['model_config']
         elif os.path.isfile(init_from):
             shape, weights = read_weights(init_from, shape, classes, keep=eval_only and not adapter)
         elif init_from not in ('scratch', 'pretrained'):
-            raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained', or "
-                             'the path of a best.pt or of weights of timm')
+            raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained', "
+                             'or the path of a best.pt or of weights of timm')
         vit = create(shape, len(classes), init_from == 'pretrained', weights).to(dev, getattr(torch, param_dtype))
         put_heads(vit, settings)
         alone = bool(lowrank) and train != 'all' and not merge_every  # heads and classifier on a base that never changes
@@ -341,7 +344,7 @@ def main(argv):
 
     @torch.no_grad()
     def evaluate(name, data):
-        """A record for the log and the confusion matrix of a whole split. The ranks share the work, each gets all scores."""
+        """A record for the log and the confusion matrix of a whole split. Ranks share the work, each gets all scores."""
         vit.eval()
         wide = torch.promote_types(getattr(torch, param_dtype), torch.float32)
         _, y = data.fixed_batch(0, 1)
@@ -373,8 +376,8 @@ def main(argv):
     # loop
     if dist_rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-              f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {dev}, {compute}, "
-              f"{world_size} rank{'s' * (world_size > 1)}")
+              f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {dev}, "
+              f"{compute}, {world_size} rank{'s' * (world_size > 1)}")
     progress = tqdm(total=steps, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
     config.catch_signals()
     start, saved = step, step if init_from == 'resume' else None
@@ -411,7 +414,7 @@ def main(argv):
             images, y = map(to_device, train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed,
                                                         dist_rank, world_size, shards))
             if augment:
-                rows = np.arange(dist_rank, batch_size, world_size).reshape(-1, shards).T.ravel()  # as `batch` orders them
+                rows = np.arange(dist_rank, batch_size, world_size).reshape(-1, shards).T.ravel()  # as `batch` has them
                 images = augmented(images, augment, (seed, step, micro_step), batch_size, rows)
             loss = criterion(logits_of(images), y) / gradient_accumulation_steps
             scaler.scale(loss).backward()

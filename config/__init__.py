@@ -365,8 +365,8 @@ def restart_meter(meter):
 
 def log(settings, record, progress):
     """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
-    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
-             'test_loss': 'test  {:.4f}', 'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
+    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
+             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
              'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
              'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
     words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])

@@ -3,7 +3,7 @@
 # Two CPU cores, after vit_quickstart.py: not yet run
 out_dir = 'out/vit_digits_adapt'
 init_from = 'out/vit_quickstart/best.pt'
-dataset, augment = 'digits_shifted', 'crop'
+dataset = 'digits_shifted'
 batch_size = 64
 model = 'vit_tiny_patch16_224'
 lowrank, heads, rank, alpha = 'attn', 1, 8, 8.0

@@ -2,7 +2,8 @@
 Checks what the README claims, on any machine:
 
 $ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
-$ python bench.py speed       GaLore's step and its bases, against galore-torch (where it is installed) and the SVD
+$ python bench.py speed       GaLore's step, bases and projected backward, against galore-torch (where it is installed)
+$ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 
 Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -24,9 +26,9 @@ import torch.nn as nn
 
 import config
 import galore
-from galore import GaLoreAdamW, param_groups, take_bases
+from galore import GaLoreAdamW, make_optimizer, param_groups, state_bytes, take_bases
 from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -183,13 +185,24 @@ def speed_step(device, repeats):
             weight.grad = torch.randn_like(weight)
             functions[name] = make([dict(params=[weight], rank=RANK, update_proj_gap=10**9, scale=0.25, proj_type='std',
                                          **more)], lr=0.01).step
+        projected = nn.Parameter(0.02 * torch.randn(SHAPE, device=device).to(getattr(torch, dtype)))
+        mine = GaLoreAdamW([dict(params=[projected], rank=RANK, update_proj_gap=10**9, basis='random')], lr=0.01)
+        mine.receive(projected, torch.randn(8, SHAPE[0], device=device).to(projected.dtype),
+                     torch.randn(8, SHAPE[1], device=device).to(projected.dtype))
+        mine.step()
+        R = torch.randn_like(mine.state[projected]['exp_avg'])
+
+        def update(mine=mine, projected=projected, R=R):
+            mine.received[projected] = R  # as the projected backward leaves it; the step uses it up
+            mine.step()
+        functions['ours, after the projected backward'] = update
         P, weight = galore.orthonormal(torch.randn(SHAPE[0], RANK, device=device)).to(weight.dtype), weight.detach()
         functions['two plain products'] = lambda: weight.addmm_(P, P.mT @ weight, alpha=-1e-9)
         seconds = interleaved(functions, repeats)
         for name in functions:
             cell = dict(bench='speed_step', dtype=dtype, optimizer=name, ms=1000 * statistics.median(seconds[name]),
                         to_galore_torch=ratio(seconds, name, 'galore-torch'))
-            print(f"step {dtype:10}{name:18}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
+            print(f"step {dtype:10}{name:36}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
                   flush=True)
             cells.append(cell)
     return cells
@@ -247,6 +260,44 @@ def speed_energy(device, steps=(1, 100, 300)):
     return cells
 
 
+def speed_lean(device, repeats):
+    """A whole training step of LLaMA in bfloat16, 8 x 256 tokens: full rank with fused AdamW, GaLore with the full and
+    with the projected backward. New bases for all matrices are a step of their own here, and a 200th of it is added."""
+    cells = []
+    cases = (('LLaMA 60M', '60m', None, 32000, 128), ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 256),
+             ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 128))
+    for case, size, layers, vocabulary, rank in cases:
+        width, depth, many, hidden = SIZES[size]
+        shape = LlamaConfig(256, vocabulary, width, layers or depth, many, hidden, many)
+        tokens, functions = torch.randint(32, (8, 256), device=device), {}
+        for name in ('full rank', 'GaLore', 'GaLore, projected', 'GaLore, projected, all bases new'):
+            model = Llama(shape).to(device, torch.bfloat16)
+            if name == 'full rank':
+                optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4, fused=True)
+            else:
+                gap = 1 if 'new' in name else 10**9
+                optimizer = GaLoreAdamW(param_groups(model, rank=rank, gap=gap), lr=1e-4)
+            if 'projected' in name:
+                galore.project_backward(model, optimizer)
+
+            def step(model=model, optimizer=optimizer):
+                loss = model(tokens, tokens) if layers is None else model.hidden(tokens).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            functions[name] = step
+        seconds = interleaved(functions, repeats)
+        new = ratio(seconds, 'GaLore, projected, all bases new', 'full rank')
+        for name in ('full rank', 'GaLore', 'GaLore, projected'):
+            steady = ratio(seconds, name, 'full rank')
+            cell = dict(bench='speed_lean', case=case, rank=rank, method=name, seconds=statistics.median(seconds[name]),
+                        to_full=steady, to_full_with_bases=steady + (new - steady) / 200 * (name != 'full rank'))
+            print(f"{case:34} rank {rank:4} {name:18}{cell['seconds']:7.3f} s/step{steady:7.3f} of full rank, "
+                  f"{cell['to_full_with_bases']:6.3f} with new bases every 200 steps", flush=True)
+            cells.append(cell)
+    return cells
+
+
 def speed_nanogpt(path, repeats):
     """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
@@ -286,13 +337,164 @@ def speed(words):
     options = argparse.ArgumentParser('bench.py speed')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--repeats', type=int, default=12)
+    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean'])
     options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
     options = options.parse_args(words)
     if options.nanogpt:
         keep('speed', speed_nanogpt(options.nanogpt, options.repeats))
-    else:
-        keep('speed', speed_step(options.device, options.repeats) + speed_refresh(options.device, 2)
-             + speed_energy(options.device))
+    if options.only in (None, 'step') and not options.nanogpt:
+        keep('speed', speed_step(options.device, options.repeats))
+    if options.only in (None, 'refresh') and not options.nanogpt:
+        keep('speed', speed_refresh(options.device, 2))
+    if options.only in (None, 'energy') and not options.nanogpt:
+        keep('speed', speed_energy(options.device))
+    if options.only in (None, 'lean') and not options.nanogpt:
+        config.keep_freed_memory()  # as the scripts do on a CPU
+        keep('speed', speed_lean(options.device, max(3, options.repeats // 2)))
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+LLAMA_METHODS = {  # of the memory table; the last one is what llama_1b_galore_lean.py does
+    'full rank': dict(optimizer='adamw'),
+    'GaLore': dict(optimizer='galore'),
+    'GaLore, projected': dict(optimizer='galore', galore_backward='projected'),
+    'GaLore, projected, per layer': dict(optimizer='galore', galore_backward='projected', per_layer=True),
+    'the same, 8 bits, checkpointing': dict(optimizer='galore', galore_backward='projected', per_layer=True,
+                                            state_bits=8, checkpointing=True)}
+
+
+def llama_shape(settings, layers=None):
+    """The LlamaConfig that train_llama.py makes of its settings; layers: another depth."""
+    s = settings
+    width, depth, many, hidden = (s[key] or usual for key, usual in
+                                  zip(('n_embd', 'n_layer', 'n_head', 'n_mlp'), SIZES[s['size']]))
+    return LlamaConfig(s['block_size'], s['vocab_size'] or 32000, width, layers or depth, many, hidden,
+                       s['n_kv_head'] or many, checkpointing=s['checkpointing'])
+
+
+def train_steps(model, settings, steps, before_step=lambda: None):
+    """Trains a LLaMA for some steps on one micro-batch of made-up tokens, as train_llama.py does. Returns its optimizer."""
+    optimizer = make_optimizer(model, settings)
+    tokens = torch.zeros(settings['batch_size'], settings['block_size'], dtype=torch.int64)
+    for _ in range(steps):
+        before_step()
+        with torch.autocast('cpu', torch.bfloat16, enabled=settings['dtype'] != settings['param_dtype']):
+            loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def planned(settings, layers, batch_size):
+    """Peak bytes of two training steps by category, without computing anything: fake tensors and torch's MemTracker."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    settings, tracker = {**settings, 'batch_size': batch_size}, MemTracker()
+    torch.set_default_dtype(getattr(torch, settings['param_dtype']))
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it says so for every gradient that is None
+        model = Llama(llama_shape(settings, layers))
+        torch.set_default_dtype(torch.float32)
+        tracker.track_external(model)
+        with tracker:
+            optimizer = train_steps(model, settings, 2, tracker.reset_mod_stats)
+        peak = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]
+        total = peak['Total']
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        state = state_bytes(optimizer)
+        gradients = sum(value for key, value in peak.items() if getattr(key, 'name', '') == 'GRAD')
+    return dict(weights=weights, state=state, gradients=gradients, activations=total - weights - state - gradients,
+                total=total)
+
+
+def extrapolated(settings, layers, batch_size):
+    """`planned` for a deep model and a large batch, from two and three layers at one and two sequences: every category is
+    linear in each. (A shallow model may peak at another moment than a deep one; at full depth the numbers agree.)"""
+    corners = {(l, b): planned(settings, l, b) for l in (2, 3) for b in (1, 2)}
+
+    def line(key, b):
+        return corners[2, b][key] + (layers - 2) * (corners[3, b][key] - corners[2, b][key])
+    return {key: line(key, 1) + (batch_size - 1) * (line(key, 2) - line(key, 1)) for key in corners[2, 1]}
+
+
+def resident_peak():
+    """Peak resident bytes of this process (VmHWM: unlike ru_maxrss it knows nothing of the parent)."""
+    with open('/proc/self/status', encoding='utf-8') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
+
+
+def memory_real(settings, steps=3):
+    """Growth of the peak resident size over training steps, in a fresh process that gives freed memory back at once."""
+    code = ('import ctypes, json, sys, time, bench, torch; ctypes.CDLL(None).mallopt(-3, 1 << 18)\n'  # M_MMAP_THRESHOLD
+            'settings = json.loads(sys.argv[1]); before = bench.resident_peak()\n'
+            'with torch.device("meta"): model = bench.Llama(bench.llama_shape(settings))\n'
+            'model.to(getattr(torch, settings["param_dtype"])).to_empty(device="cpu").init_weights()\n'
+            'start = time.time(); bench.train_steps(model, settings, int(sys.argv[2]))\n'
+            'print(bench.resident_peak() - before, time.time() - start)')
+    ran = subprocess.run([sys.executable, '-c', code, json.dumps(settings), str(steps)], cwd=HERE, check=True,
+                         stdout=subprocess.PIPE, text=True)
+    grown, seconds = ran.stdout.split()
+    return int(grown), float(seconds)
+
+
+def memory(words):
+    import train_llama
+    options = argparse.ArgumentParser('bench.py memory')
+    options.add_argument('--sizes', nargs='+', default=['60m', '350m', '1b', '7b'], choices=SIZES)
+    options.add_argument('--real', nargs='*', default=['60m', '350m', '1b'], help='the sizes to run for real too')
+    options.add_argument('--config', help='plan this config of train_llama.py instead')
+    options.add_argument('--budget', default='12GiB', help='with --config: memory of the card')
+    options = options.parse_args(words)
+    base = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16', 'block_size': 256, 'batch_size': 1,
+            'vocab_size': 32000}
+    if options.config:
+        return plan(config.load({}, train_llama.defaults, [options.config]), options.budget)
+    print('LLaMA in bfloat16, 1 x 256 tokens, GB: planned with fake tensors, and growth of the resident size, measured')
+    print(f"{'size':6}{'method':34}{'rank':>6}{'weights':>9}{'state':>8}{'gradients':>11}{'activations':>13}"
+          f"{'planned':>9}{'of full':>9}{'measured':>10}{'of full':>9}")
+    cells, done = [], {(cell['size'], cell['method'], cell['rank']): cell for cell in kept('memory')}
+    for size in options.sizes:
+        width, depth = SIZES[size][:2]
+        for method, changes in LLAMA_METHODS.items():
+            rank = 0 if method == 'full rank' else width // 4 if '8 bits' in method else width // 2
+            settings = {**base, **changes, 'size': size, 'galore_rank': rank or 1}
+            cell = done.get((size, method, rank))
+            if cell is None:
+                cell = dict(bench='memory', size=size, method=method, rank=rank, **extrapolated(settings, depth, 1))
+                if size in options.real:
+                    cell['measured'], cell['seconds'] = memory_real(settings)
+                keep('memory', [cell])
+            if method == 'full rank':
+                full = cell
+            numbers = ''.join(f'{cell[key] / 1e9:{wide}.2f}' for key, wide in
+                              (('weights', 9), ('state', 8), ('gradients', 11), ('activations', 13), ('total', 9)))
+            real = f"{cell['measured'] / 1e9:10.2f}{cell['measured'] / full['measured']:9.2f}" if 'measured' in cell else ''
+            print(f"{size:6}{method:34}{rank:6}{numbers}{cell['total'] / full['total']:9.2f}{real}", flush=True)
+
+
+def plan(settings, budget):
+    """Which methods, dtypes and batch sizes of a config fit on a card of this size; computes nothing, needs no GPU."""
+    units = {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}
+    unit = next((unit for unit in units if budget.endswith(unit)), None)
+    if unit is None:
+        config.fail(f"--budget={budget!r} has no unit: write it as 12GiB or 12GB")
+    room, depth = float(budget.removesuffix(unit)) * units[unit], llama_shape(settings).n_layer
+    print(f"{settings['size']}, sequences of {settings['block_size']}, {budget}; the largest micro-batch that fits")
+    print(f"{'method':34}{'weights in':>12}{'checkpointing':>15}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
+    for method, changes in LLAMA_METHODS.items():
+        for dtype in ('float32', 'bfloat16'):
+            for checkpointing in (False, True):
+                if checkpointing < changes.get('checkpointing', False):
+                    continue
+                here = {**settings, 'dtype': 'bfloat16', 'param_dtype': dtype, **changes, 'checkpointing': checkpointing}
+                one, two = (extrapolated(here, depth, b) for b in (1, 2))
+                fits = int((room - one['total']) // (two['total'] - one['total'])) + 1
+                cell = {key: one[key] + (max(fits, 1) - 1) * (two[key] - one[key]) for key in one}
+                print(f"{method:34}{dtype:>12}{'yes' if checkpointing else 'no':>15}{fits if fits > 0 else 'none':>7}"
+                      f"{cell['total'] / 1e9:8.2f}{cell['weights'] / 1e9:9.2f}{cell['state'] / 1e9:8.2f}", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -301,7 +503,7 @@ def speed(words):
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
 SCREEN = dict(dataset='stdlib', block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256, max_iters=600,
               warmup_iters=60, eval_interval=600, eval_iters=40, log_interval=100, beta2=0.99, weight_decay=0.0,
-              grad_clip=0.0, device='cpu', dtype='bfloat16')
+              grad_clip=1.0, device='cpu', dtype='bfloat16')
 
 
 def quality_cells():
@@ -312,9 +514,9 @@ def quality_cells():
     power = {**galore_64, 'galore_basis': 'power'}
     for lr in (2e-3, 1e-3, 4e-3):
         yield 'full rank', dict(learning_rate=lr)
-    yield 'full rank', dict(learning_rate=2e-3, grad_clip=1.0)
     yield 'full rank', dict(learning_rate=2e-3, beta2=0.999)
-    yield 'full rank', dict(learning_rate=5e-4)
+    yield 'full rank', dict(learning_rate=2e-3, grad_clip=0.0)  # without it, larger rates do not learn
+    yield 'GaLore', {**power, 'grad_clip': 0.0}
     yield 'GaLore', power
     for lr in (1e-2, 4e-2):
         yield 'GaLore', {**power, 'learning_rate': lr}
@@ -377,7 +579,7 @@ def quality(words):
 
 
 if __name__ == '__main__':
-    benches = {'heads': heads, 'speed': speed, 'quality': quality}
+    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'quality': quality}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -432,7 +432,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _complete(self, p, number):
         """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
-        if not self.last_micro_batch:
+        if not self.last_micro_batch or p.grad is None and p not in self.received:  # the hook runs without one too
             return
         if p in self.order:
             R, state, group = self._take(p)
@@ -522,13 +522,13 @@ class _ProjectedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, optimizer):
-        ctx.save_for_backward(x, weight)
-        ctx.optimizer = optimizer
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.optimizer = weight, optimizer  # the parameter itself: checkpointing would hand back a copy
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         m, n = weight.shape
         dy = dy.reshape(-1, m)  # (tokens, m)
         dx = dbias = None

@@ -97,13 +97,14 @@ class MHLoRALinear(nn.Module):
     heads, rank, alpha: H, r, and alpha of s = alpha / r. head_input, head_compute: see `apply_mhlora`.
     merge_reset: whether `merge` draws A anew and zeroes B, or lets them train on (LTE's default) and remembers their
     values A_merged, B_merged, which are then subtracted.
-    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused projection) have heads, each its own:
+    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused layer) have heads of their own:
     A is then (H, thirds r, n) and B (H, thirds m / 3, r), as if q, k and v were layers of their own.
-    Attributes: weight (m, n), bias (m,) or None, A (H, r, n), B (H, m, r).
+    worker, workers: of several ranks that share the split heads, this one holds the heads worker::workers.
+    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r).
     """
 
     def __init__(self, linear, heads, rank, alpha, head_input='shared', head_compute='parallel', merge_reset=True,
-                 thirds=()):
+                 worker=0, workers=1, thirds=()):
         super().__init__()
         m, n = linear.weight.shape
         parts, rows = (len(thirds), m // 3) if thirds else (1, m)
@@ -113,10 +114,11 @@ class MHLoRALinear(nn.Module):
         self.in_features, self.out_features, self.thirds = n, m, tuple(thirds)
         self.heads, self.rank, self.scale = heads, rank, alpha / rank
         self.head_input, self.head_compute, self.merge_reset = head_input, head_compute, merge_reset
+        self.worker, self.workers = (worker, workers) if head_input == 'split' else (0, 1)
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias
-        self.A = nn.Parameter(self.weight.new_empty(heads, parts * rank, n))
-        self.B = nn.Parameter(self.weight.new_empty(heads, parts * rows, rank))
+        self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rank, n))
+        self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rows, rank))
         self.reset_heads()
         if not merge_reset:
             self.register_buffer('A_merged', torch.zeros_like(self.A))
@@ -129,10 +131,12 @@ class MHLoRALinear(nn.Module):
     @torch.no_grad()
     def reset_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing at first."""
-        for A in self.A.view(-1, self.rank, self.in_features):  # in float32: there is no QR of 16 bits
-            drawn = torch.empty(A.shape, dtype=torch.promote_types(A.dtype, torch.float32))
-            nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
-            A.copy_(drawn)
+        for head in range(self.heads):  # every rank draws all of them, so that they are the same on any number of ranks
+            drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # QR needs it
+            for A in drawn.split(self.rank):
+                nn.init.orthogonal_(A, gain=math.sqrt(self.in_features / self.rank), generator=generator)
+            if head % self.workers == self.worker:
+                self.A[head // self.workers].copy_(drawn)
         self.B.zero_()
 
     def on_all_rows(self, B):
@@ -144,6 +148,21 @@ class MHLoRALinear(nn.Module):
         rows = self.out_features // 3
         return torch.cat([F.pad(part, (0, 0, third * rows, (2 - third) * rows))  # (H, m, r)
                           for third, part in zip(self.thirds, B.split(rows, 1))], 2)
+
+    @contextlib.contextmanager
+    def all_heads(self):
+        """While this lasts, A and B (A_merged, B_merged too) are those of the heads of all ranks, in global order."""
+        factors = [self.A, self.B] + ([] if self.merge_reset else [self.A_merged, self.B_merged])
+        own = [factor.data for factor in factors]
+        if len(self.A) < self.heads:
+            flat = gather_over_ranks(torch.cat([x.flatten() for x in own]))  # one message: (ranks, numbers of one rank)
+            for factor, x, part in zip(factors, own, flat.split([x.numel() for x in own], 1)):
+                factor.data = in_global_order(part.view(self.workers, *x.shape))
+        try:
+            yield
+        finally:
+            for factor, x in zip(factors, own):
+                factor.data = x
 
     def pairs(self):
         """A, B with the heads' own products, and with what the last merges already put into W taken off again."""
@@ -160,11 +179,11 @@ class MHLoRALinear(nn.Module):
 
     def forward(self, x):
         if self.head_input == 'split':
-            if x.shape[0] % self.heads:
-                raise ValueError(f'a batch of {x.shape[0]} does not split over {self.heads} heads: '
+            if x.shape[0] % len(self.A):
+                raise ValueError(f'a batch of {x.shape[0]} does not split over {len(self.A)} heads: '
                                  'set batch_size to a multiple of heads times the number of ranks')
-            # the loss is a mean over the whole batch, a head's gradient that of the mean over its own part: H times
-            return frozen_plus_heads(x, self.weight, self.bias, *self.pairs(), self.scale, gain=self.heads)
+            # the loss is a mean over the whole batch of this rank, a head's gradient that of the mean over its own part
+            return frozen_plus_heads(x, self.weight, self.bias, *self.pairs(), self.scale, gain=len(self.A))
         if self.head_compute == 'parallel':
             return frozen_plus_heads(x, self.weight, self.bias, *self.stacked(), self.scale / self.heads)
         if torch.is_autocast_enabled(x.device.type):
@@ -175,12 +194,18 @@ class MHLoRALinear(nn.Module):
         return y
 
     @torch.no_grad()
-    def merge(self, generator=None):
-        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'), in float32 or wider; then reset, or remember A and B."""
-        (A,), (B,) = self.stacked()
+    def merged_weight(self):
+        """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider. Every rank
+        takes part, and gets the same bits: the sum is the same one on each."""
+        with self.all_heads():
+            (A,), (B,) = self.stacked()
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        merged = torch.addmm(self.weight.to(wide), B.to(wide), A.to(wide), alpha=self.scale / self.heads)  # (m, n)
-        self.weight.copy_(merged)
+        return torch.addmm(self.weight.to(wide), B.to(wide), A.to(wide), alpha=self.scale / self.heads)
+
+    @torch.no_grad()
+    def merge(self, generator=None):
+        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B."""
+        self.weight.copy_(self.merged_weight())
         if self.merge_reset:
             self.reset_heads(generator)
         else:
@@ -203,16 +228,102 @@ def average_over_ranks_(x, world_size):
     return x
 
 
+def gather_over_ranks(x):
+    """The tensors x of all ranks, (ranks, *x.shape), in x's own layout; nothing is added, so 16 bits do."""
+    if x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous():
+        return gather_over_ranks(x.mT).mT
+    x = x.detach().contiguous()
+    traffic['bytes'] += x.numel() * x.element_size()
+    gathered = x.new_empty(torch.distributed.get_world_size(), *x.shape)
+    torch.distributed.all_gather(list(gathered), x)
+    return gathered
+
+
+def in_global_order(x):
+    """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see Tokens.batch."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def own_factors(model):
+    """The set of what every rank holds for its own split heads, parameters and buffers: DDP must not touch it."""
+    return {x for layer in head_layers(model) if layer.workers > 1
+            for x in (layer.A, layer.B, *layer.buffers(recurse=False))}
+
+
+def replica_parameters(model):
+    """{name: parameter} of what is trained without heads: with sync='merge' each rank has its own (LTE's replicas)."""
+    factors = {factor for layer in head_layers(model) for factor in (layer.A, layer.B)}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
+
+
+def _averaged(p):
+    """A copy of a parameter, averaged over ranks in float32 or wider."""
+    wide = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+    return average_over_ranks_(wide, torch.distributed.get_world_size()).to(p.dtype)
+
+
+def _moments(model, optimizer, state, replicas, of_heads, of_replicas):
+    """An optimizer's state dict with of_heads, of_replicas applied to the tensors that belong to heads, to replicas."""
+    heads, others = own_factors(model), set(replicas.values())
+    change = {i: of_heads if p in heads else of_replicas for i, p in enumerate(
+        p for group in optimizer.param_groups for p in group['params']) if p in heads or p in others}
+    return {**state, 'state': {i: {key: change[i](x) if i in change and torch.is_tensor(x) and x.dim() else x
+                                   for key, x in values.items()} for i, values in state['state'].items()}}
+
+
+@torch.no_grad()
+def whole_state(model, optimizer=None, replicas={}):
+    """
+    What a checkpoint holds, as a dict; every rank takes part, and rank 0 gets all of it.
+
+    'model': its state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged: what is
+    evaluated. With an optimizer also 'optimizer', its state dict with the moments of all heads in the same order and
+    those of replicas stacked (ranks, ...), and 'replicas', {name: (ranks, ...)}.
+    """
+    with averaged_heads(model, replicas):
+        whole = {'model': model.state_dict()}
+    if optimizer is not None:
+        def kept(x):
+            return x.cpu() if torch.distributed.get_rank() == 0 else None  # one tensor at a time is on the device
+        whole['optimizer'] = _moments(model, optimizer, optimizer.state_dict(), replicas, lambda x: kept(
+            in_global_order(gather_over_ranks(x))), lambda x: kept(gather_over_ranks(x)))
+        whole['replicas'] = {name: kept(gather_over_ranks(p)) for name, p in replicas.items()}
+    return whole
+
+
+@torch.no_grad()
+def load_whole_state(model, optimizer, checkpoint, replicas={}):
+    """
+    Loads the model of a checkpoint made by `whole_state`, and cuts checkpoint['optimizer'] down to this rank's part.
+
+    Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
+    """
+    weights, workers = dict(checkpoint['model']), max([layer.workers for layer in head_layers(model)], default=1)
+    for name, layer in model.named_modules():
+        if isinstance(layer, MHLoRALinear):
+            for key in {'A', 'B', 'A_merged', 'B_merged'} & layer.state_dict().keys():
+                weights[f'{name}.{key}'] = weights[f'{name}.{key}'][layer.worker::layer.workers]
+    model.load_state_dict(weights)
+    for name, p in replicas.items():
+        if len(checkpoint['replicas'][name]) != workers:
+            raise ValueError(f"with sync='merge' each of {len(checkpoint['replicas'][name])} ranks saved its own "
+                             f'parameters, and here are {workers}: resume on as many as before')
+        p.copy_(checkpoint['replicas'][name][torch.distributed.get_rank()])
+    rank = torch.distributed.get_rank() if workers > 1 else 0
+    checkpoint['optimizer'] = _moments(model, optimizer, checkpoint['optimizer'], replicas,
+                                       lambda x: x[rank::workers].clone(), lambda x: x[rank].clone())
+
+
 # -----------------------------------------------------------------------------
 # models
 
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
-FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v at once, a third of the outputs each
+FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v, each a third of the outputs
 
 
 def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_input='shared', head_compute='parallel',
-                 merge_reset=True):
+                 merge_reset=True, worker=0, workers=1):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
@@ -221,6 +332,7 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
     head_input: 'shared', every head sees every token, or 'split', head h sees the h-th part of the batch.
     head_compute: 'parallel', all heads in one pair of products, or 'sequential', a loop (the same result, slower).
     merge_reset: what `merge` does with the heads, see MHLoRALinear.
+    worker, workers: number of this rank and number of ranks, over which split heads are spread; heads must divide.
     Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and
     the embedding stays trainable: the count of parameters rises.
     Returns the names of the replaced layers. ValueError: a target that matches nothing, or what another one covers.
@@ -248,14 +360,15 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
         if uses.count(id(linear.weight)) > 1:  # tied: freezing it would freeze the embedding
             linear.weight = nn.Parameter(linear.weight.detach().clone())
         model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset,
-                                               () if None in thirds else sorted(thirds)))
+                                               worker, workers, () if None in thirds else sorted(thirds)))
     return list(replaced)
 
 
 def check_settings(settings, world_size):
     """Refuses (ValueError) settings of heads that make no sense together; world_size: the number of ranks."""
     s = settings
-    for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential')).items():
+    for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
+                             sync=('step', 'merge')).items():
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
     if s['batch_size'] % world_size:
@@ -271,6 +384,10 @@ def check_settings(settings, world_size):
     if s['merge_reset'] and s['optimizer'] == 'galore':
         raise ValueError("merge_reset=True would drop GaLore's bases at every merge: set optimizer='adamw' or "
                          'merge_reset=False')
+    split = s['lowrank'] and s['head_input'] == 'split'
+    if s['sync'] == 'merge' and not (split and s['merge_every'] and world_size > 1):
+        raise ValueError("sync='merge' averages what several ranks train beside split heads when these merge: set "
+                         "lowrank, head_input='split' and merge_every and start it with torchrun, or set sync='step'")
     if not s['lowrank']:
         return
     if s['head_input'] == 'split':
@@ -280,8 +397,11 @@ def check_settings(settings, world_size):
             raise ValueError("grad_clip with optimizer='galore' knows no norm of each split head: set grad_clip=0.0")
         if s['batch_size'] % s['heads']:
             raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
-        if world_size > 1:
-            raise ValueError(f"head_input='split' runs in one process, not {world_size}: start it without torchrun")
+        if s['heads'] % world_size:
+            raise ValueError(f"heads={s['heads']} do not split over {world_size} ranks: set a multiple")
+        if world_size > 1 and (s['per_layer'] or s['state_bits'] == 8):
+            raise ValueError("split heads on several ranks are not averaged, and saved head by head: set "
+                             "per_layer=False and state_bits=32")
     elif s['merge_every'] and not s['merge_reset']:
         raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
                          "head_input='split' (LTE)")
@@ -292,23 +412,49 @@ def head_layers(model):
     return [module for module in model.modules() if isinstance(module, MHLoRALinear)]
 
 
-def merge(model, generator=None):
-    """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3); see MHLoRALinear.merge."""
+@torch.no_grad()
+def merge(model, generator=None, replicas={}):
+    """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3; see MHLoRALinear.merge),
+    and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks."""
     for layer in head_layers(model):
         layer.merge(generator)
+    for p in replicas.values():
+        p.copy_(_averaged(p))
 
 
 @contextlib.contextmanager
-def averaged_heads(model):
-    """While this lasts, split heads act on every token, averaged: the function of the merged weights, for evaluation."""
+def averaged_heads(model, replicas={}):
+    """While this lasts, split heads act on every token, averaged: the function of the merged weights, for evaluation.
+    On several ranks all take part, and hold the heads of all ranks and the average of `replicas`."""
     split = [layer for layer in head_layers(model) if layer.head_input == 'split']
-    for layer in split:
-        layer.head_input = 'shared'
-    try:
-        yield
-    finally:
-        for layer in split:
-            layer.head_input = 'split'
+    own = [(p, p.data) for p in replicas.values()]
+    with contextlib.ExitStack() as stack:
+        try:
+            for layer in split:
+                layer.head_input = 'shared'
+                stack.enter_context(layer.all_heads())
+            for p, _ in own:
+                p.data = _averaged(p)
+            yield
+        finally:
+            for layer in split:
+                layer.head_input = 'split'
+            for p, x in own:
+                p.data = x
+
+
+@torch.no_grad()
+def merged_state_dict(model, replicas={}):
+    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights; the model
+    itself stays as it is. On several ranks all take part. A weight that was tied is there twice, see `apply_mhlora`."""
+    with averaged_heads(model, replicas):
+        state = model.state_dict()
+        for name, layer in model.named_modules():
+            if isinstance(layer, MHLoRALinear):
+                state[f'{name}.weight'] = layer.merged_weight().to(layer.weight.dtype)
+                for key in ('A', 'B', 'A_merged', 'B_merged'):
+                    state.pop(f'{name}.{key}', None)
+    return state
 
 
 def drop_moments(model, optimizer):
@@ -341,7 +487,8 @@ def clip_gradients(model, max_norm):
 
 
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other)."""
+    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other);
+    of heads that are split over ranks this rank's."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     factors = {id(factor) for layer in head_layers(model) for factor in (layer.A, layer.B)}
     for name, parameter in model.named_parameters():  # a tied weight comes once, under its first name
@@ -383,9 +530,12 @@ def save_adapter(model, path, about):
 
     about: what has to be the same when it is loaded, such as the model's name, rank and alpha; kept as metadata, with a
     checksum of the frozen weights."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     parts, about = adapter_parts(model, about)
-    save_file({name: part.cpu().contiguous() for name, part in parts.items()}, f'{path}.tmp', about)
+    with open(f'{path}.tmp', 'wb') as file:
+        file.write(save({name: part.cpu().contiguous() for name, part in parts.items()}, about))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(f'{path}.tmp', path)
 
 

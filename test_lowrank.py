@@ -3,6 +3,7 @@ The laws of the repository, one section for each room: `pytest test_lowrank.py`.
 against independent formulations; the scripts run for real, on tiny data.
 """
 
+import copy
 import gzip
 import hashlib
 import io
@@ -10,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -1576,6 +1578,193 @@ def test_a_step_runs_on_fake_tensors():
 
 
 # -----------------------------------------------------------------------------
+# galore: projected backward, per layer, 8 bits
+
+
+def lean_run(steps=7, accumulation=1, first_micro_batch=False, max_norm=0.0, lean=(), checkpointing=False, **kwargs):
+    """A tiny LLaMA in float64 trained by GaLore on fixed tokens; `lean` holds 'projected' and 'per_layer'. The rank is
+    clamped nowhere; eight matrices (six wide or tall, two square) refresh at their own steps of a period of 3.
+    first_micro_batch: the first bases are those of the first micro-batch, as the projected backward takes them."""
+    torch.manual_seed(0)
+    net = models.Llama(models.LlamaConfig(block_size=8, vocab_size=31, n_embd=16, n_layer=1, n_head=2, n_mlp=24,
+                                          n_kv_head=1, checkpointing=checkpointing)).double()
+    groups = galore.param_groups(net, weight_decay=0.1, rank=3, gap=3, **kwargs)
+    optimizer = galore.GaLoreAdamW(groups, lr=0.05, max_norm=max_norm, per_layer='per_layer' in lean)
+    if 'projected' in lean:
+        galore.project_backward(net, optimizer)
+        assert sum(isinstance(module, galore.ProjectedLinear) for module in net.modules()) == 7
+    generator, losses, held = torch.Generator().manual_seed(1), [], []
+    for step in range(steps):
+        for micro_step in range(accumulation):
+            tokens = torch.randint(31, (2, 9), generator=generator)
+            optimizer.last_micro_batch = micro_step == accumulation - 1
+            loss = net(tokens[:, :-1], tokens[:, 1:]) / accumulation
+            loss.backward()
+            losses.append(loss.item())
+            if step == micro_step == 0 and first_micro_batch:
+                for p in optimizer.order:
+                    state, group, seed, _ = optimizer._matrix(p)
+                    galore.refresh_(state, p.grad, group, seed)
+        held.append(sum(p.grad is not None for p in optimizer.order))
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack([p.double().norm() for p in net.parameters()]), losses, held, optimizer, net
+
+
+@pytest.mark.parametrize('basis', ['svd', 'power'])
+@pytest.mark.parametrize('accumulation', [1, 2])
+def test_projected_backward_is_galore(basis, accumulation):
+    for max_norm in (0.0, 0.3):
+        full = lean_run(accumulation=accumulation, first_micro_batch=True, basis=basis, max_norm=max_norm)
+        mine = lean_run(accumulation=accumulation, basis=basis, max_norm=max_norm, lean=['projected'], checkpointing=True)
+        assert torch.allclose(full[0], mine[0], rtol=0, atol=1e-9) and np.allclose(full[1], mine[1], rtol=0, atol=1e-9)
+        for p, q in zip(full[4].parameters(), mine[4].parameters()):
+            assert torch.allclose(p, q, rtol=0, atol=1e-9)
+        assert full[2] == [7] * 7 and mine[2][0] == 0  # at the start no full gradient outlives its layer's backward
+        assert 0 < max(mine[2]) <= 3 and sum(mine[2]) == sum(
+            galore.refresh_due(step, 3, i, 7) for step in range(1, 7) for i in range(7))
+        assert full[3].gradient_norm.item() == pytest.approx(mine[3].gradient_norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('lean', [['per_layer'], ['projected', 'per_layer']], ids='-'.join)
+@pytest.mark.parametrize('rule', ['galore', 'fira'])
+def test_per_layer_is_the_same_run(lean, rule):
+    if rule == 'fira' and 'projected' in lean:
+        with pytest.raises(ValueError, match="galore_backward='full'"):
+            lean_run(lean=lean, rule=rule)
+        return
+    for accumulation in (1, 2):
+        whole = lean_run(accumulation=accumulation, first_micro_batch='projected' in lean, rule=rule)
+        mine = lean_run(accumulation=accumulation, lean=lean, rule=rule)
+        for p, q in zip(whole[4].parameters(), mine[4].parameters()):
+            assert torch.allclose(p, q, rtol=0, atol=1e-9)
+            assert q.grad is None
+        assert mine[2] == [0] * 7 and not mine[3].received
+        assert whole[3].gradient_norm.item() == pytest.approx(mine[3].gradient_norm.item(), rel=1e-5)
+    one = lean_run(steps=1, lean=lean, rule=rule, max_norm=1e-3)  # one by one each gradient comes down to the norm
+    norms = [one[3].state[p]['exp_avg'].norm().item() for p in one[3].order]  # of q and k they are smaller anyway
+    assert max(norms) < 1e-4 and sum(norm == pytest.approx(1e-4, rel=1e-2) for norm in norms) >= 4
+
+
+def test_gradients_of_the_projected_linear():
+    net = nn.Sequential(nn.Linear(5, 7, dtype=torch.float64), nn.Linear(7, 3, dtype=torch.float64))
+    optimizer = galore.GaLoreAdamW([dict(params=[net[0].weight, net[1].weight], rank=2, weight_decay=0.0),
+                                    dict(params=[net[0].bias, net[1].bias])], lr=0.0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    net(x).square().mean().backward()
+    galore.project_backward(net, optimizer)
+    expected = [p.grad for p in (net[0].weight, net[1].weight)]
+    plain = [(p.grad.clone(), setattr(p, 'grad', None))[0] for p in (x, net[0].bias, net[1].bias)]
+    net[0].weight.grad = net[1].weight.grad = None
+    net(x).square().mean().backward()
+    for a, p in zip(plain, (x, net[0].bias, net[1].bias)):
+        assert torch.allclose(a, p.grad, rtol=0, atol=1e-14)
+    for layer, G in zip(net, expected):
+        state = optimizer.state[layer.weight]
+        R = galore.project(G, state.get('P'), state.get('Q'))
+        assert torch.allclose(optimizer.received[layer.weight], R, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x, b: net[0](x) + b, (x, net[0].bias))
+    with torch.no_grad():  # and no gradient is formed where none is wanted
+        optimizer.received.clear()
+        net(x)
+    assert not optimizer.received
+
+
+@pytest.mark.parametrize('key', ['exp_avg', 'exp_avg_sq'])
+def test_8_bits_are_off_by_less_than_a_level(key):
+    levels, power, dtype = galore.EIGHT_BITS[key]
+    x = torch.randn(5003, generator=torch.Generator().manual_seed(0)) ** 3 * 1e-4
+    x[700:1200] = 0
+    if dtype == torch.uint8:
+        x = x.abs()
+    total = torch.zeros_like(x)
+    for age in range(400):
+        code, top = galore.encode(x, age, levels, power, dtype)
+        y = galore.decode(code, top, levels, power)
+        size = F.pad(x.abs(), (0, -len(x) % 256)).view(-1, 256).amax(1).repeat_interleave(256)[:len(x)]
+        level = (x.abs() / size.clamp_min(1e-30)) ** (1 / power) * levels
+        bound = size * ((level.floor() + 1) ** power - level.floor() ** power) / levels ** power
+        assert ((y - x).abs() <= bound * (1 + 1e-5) + 1e-7 * size).all()
+        total += y
+    off = (total / 400 - x).abs() / bound.clamp_min(1e-30)
+    assert off[x != 0].max() < 0.01 if dtype == torch.int8 else off[level >= 1].max() < 0.01  # right on average
+    assert code.dtype == dtype and code.numel() == x.numel() and top.shape == (20,)
+
+
+def test_an_8_bit_second_moment_decays():
+    state = {'step': 0, 'age': 0}
+    R = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    galore.new_moments(state, R, 8)
+    for step in range(600):
+        state['age'] += 1
+        galore.adam_step_(R.clone() if step == 0 else torch.zeros(64, 64), state, (0.9, 0.999), 1e-8, True)
+    M, V = galore.read_moments(state)
+    exact = 0.001 * R.square().flatten() * 0.999 ** 599
+    large = exact > 0.01 * exact.max()
+    assert (V / exact)[large].log().abs().median() < 0.05 and M.abs().max() < 1e-6
+
+
+def test_8_bit_training_follows_32_bits():
+    def run(bits, lean=()):
+        torch.manual_seed(0)
+        net = models.Llama(models.LlamaConfig(block_size=16, vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_mlp=96, n_kv_head=2))
+        groups = galore.param_groups(net, rank=64, gap=20, moments='rotate', state_bits=bits)
+        optimizer = galore.GaLoreAdamW(groups, lr=0.01, per_layer='per_layer' in lean)
+        generator, losses = torch.Generator().manual_seed(2), []
+        for _ in range(60):
+            start = torch.randint(97, (16, 1), generator=generator)
+            tokens = (start * 5 ** torch.arange(17) % 97)
+            loss = net(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return np.mean(losses[-10:]), galore.state_bytes(optimizer), optimizer
+    (a, wide, _), (b, narrow, optimizer) = run(32), run(8)
+    assert a < 1.0 and abs(a - b) < 0.1 * a, (a, b)
+    assert narrow < 0.75 * wide  # the bases stay as they are
+    (c, _, other) = run(8, ['per_layer'])
+    assert c == b
+    bytes_of = sum(2 * p.numel() + 2 * 4 * -(-p.numel() // 256) for g in optimizer.param_groups if 'rank' not in g
+                   for p in g['params'] if p.numel() >= 4096)
+    assert bytes_of == sum(x.numel() * x.element_size() for g in optimizer.param_groups if 'rank' not in g
+                           for p in g['params'] if p.numel() >= 4096 for x in optimizer.state[p].values() if torch.is_tensor(x))
+    fresh = galore.GaLoreAdamW(optimizer.param_groups, lr=0.01)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert same_state(fresh.state_dict()['state'], optimizer.state_dict()['state'])
+
+
+LEAN = {'projected': ['--galore_backward=projected', '--grad_clip=0.5'],
+        'per_layer': ['--per_layer=True', '--galore_rule=fira'],
+        'lean': ['--galore_backward=projected', '--per_layer=True', '--state_bits=8', '--checkpointing=True',
+                 '--n_embd=64', '--n_mlp=96', '--galore_moments=rotate']}
+
+
+@pytest.mark.parametrize('name', LEAN)
+def test_lean_runs_resume_bit_for_bit(data_dir, tmp_path, name):
+    words = [*LEAN[name], '--galore_rank=64', '--galore_gap=3', '--vocab_size=257', '--n_mlp=80', '--batch_size=4',
+             '--gradient_accumulation_steps=2', '--param_dtype=bfloat16', '--dtype=bfloat16', '--n_layer=1', '--n_embd=64']
+
+    def run(out, *more):
+        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
+        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
+    whole = run('a', '--max_iters=8')
+    run('b')
+    resumed = run('b', '--max_iters=8', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
+        assert same_state(whole[key], resumed[key]), key
+    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
+    assert log[-1]['val_loss'] < log[0]['val_loss']
+
+
+def test_a_projected_model_compiles(data_dir, tmp_path):
+    words = ['--optimizer=galore', '--galore_backward=projected', '--galore_rank=3', '--galore_gap=2', '--n_layer=1',
+             '--param_dtype=float32', '--dtype=float32']
+    plain = train(data_dir, tmp_path / 'a', *words)['best_val_loss']
+    assert train(data_dir, tmp_path / 'b', *words, '--compile=True')['best_val_loss'] == pytest.approx(plain, abs=1e-3)
+
+
+# -----------------------------------------------------------------------------
 # the scripts
 
 
@@ -1699,7 +1888,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
             ('--lowrank=nowhere', 'c_attn'),
             ('--merge_every=5', 'lowrank'),
             ('--head_input=both', "'split'"), ('--heads=0', 'heads=0'), ('--eval_interval=0', 'eval_interval'),
-            ('--galore_rank=0', 'galore_rank'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
+            ('--galore_rank=0', 'galore_rank'), ('--per_layer=True', "optimizer='galore'"), ('--state_bits=16', '32, 8'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
             ('--dtype=float16', 'param_dtype'), ('--param_dtype=foo', 'param_dtype'), ('--device=foo', "'cuda:N'"),
             ('--init_from=nothing.safetensors', 'nothing.safetensors')]:
         refused(capsys, lambda: train(data_dir, out, word), *needles)
@@ -1717,6 +1906,13 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
+    split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split'}
+    for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'), ({'sync': 'always'}, 2, "'step'"),
+                                 ({'state_bits': 8}, 2, 'state_bits=32'), ({'sync': 'merge'}, 2, 'merge_every'),
+                                 ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun')]:
+        with pytest.raises(ValueError, match=said):
+            lowrank.check_settings({**split, **changes}, count)
+    lowrank.check_settings({**split, 'sync': 'merge', 'merge_every': 2}, 2)
     if not torch.cuda.is_available():
         refused(capsys, lambda: train(data_dir, out, '--device=cuda'), '--device=cpu')
     assert (out / 'ckpt.pt').read_bytes() == held
@@ -1976,43 +2172,180 @@ def test_mistakes_with_a_vit_are_one_sentence(image_root, tmp_path, capsys):
 
 RANKS = {'full': ['--gradient_accumulation_steps=2'],
          'relora': ['--lowrank=attn,logit', '--rank=2', '--merge_every=2', '--merge_reset=True'],
-         'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2'],
-         'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power']}
+         'mhlora': ['--lowrank=attn,logit', '--heads=2', '--rank=2', '--max_iters=8'],
+         'galore': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_basis=power'],
+         'projected': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
+                       '--gradient_accumulation_steps=2', '--grad_clip=0.2', '--max_iters=8'],
+         'per_layer': ['--optimizer=galore', '--galore_rank=3', '--galore_gap=3', '--galore_backward=projected',
+                       '--gradient_accumulation_steps=2', '--per_layer=True', '--max_iters=8', '--n_embd=32',
+                       '--galore_rank=2']}
+# evaluated and saved at steps 4 and 8, both between two merges
+LTE = ['--lowrank=attn,mlp', '--heads=4', '--rank=2', '--head_input=split', '--merge_every=3', '--max_iters=8']
+SPLIT = {'lte': LTE, 'reset': [*LTE, '--merge_reset=True'],
+         'lte_galore': [*LTE, '--optimizer=galore', '--galore_rank=1', '--galore_basis=svd', '--grad_clip=0.0']}
+REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
 
 
-VIT = ['--lowrank=q,v', '--heads=2', '--rank=2', '--augment=flip,crop', '--gradient_accumulation_steps=2']
+VIT = {'vit': ['--lowrank=q,v', '--heads=2', '--rank=2', '--augment=flip,crop', '--gradient_accumulation_steps=2'],
+       'vit_lte': ['--lowrank=q,mlp', '--heads=4', '--rank=2', '--head_input=split', '--merge_every=2', '--train=all',
+                   '--augment=crop', '--max_iters=3']}
 
 
-def two_ranks(data_dir, image_root, out):
-    """What each rank runs: every case, in one process group."""
+def share_one_group():
+    """The runs of train_gpt.main share the process group that the first one joins; returns what ends it."""
     torch.set_num_threads(1)
-    real = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda: None  # the cases share the group that the first one joins
-    join = torch.distributed.init_process_group
+    join, end = torch.distributed.init_process_group, torch.distributed.destroy_process_group
     torch.distributed.init_process_group = lambda *a: None if torch.distributed.is_initialized() else join(*a)
-    for name, words in RANKS.items():
+    torch.distributed.destroy_process_group = torch.distributed.barrier  # rank 0's files are written when a run ends
+    return end
+
+
+def two_ranks(data_dir, out, image_root):
+    """What each of two ranks of torchrun runs."""
+    end = share_one_group()
+    for name, words in VIT.items():
+        train_vit.main(tiny_vit(image_root, f'{out}/{name}', *words))
+    for name, words in {**RANKS, **SPLIT, 'replicas': REPLICAS}.items():
         train_gpt.main(tiny(data_dir, f'{out}/{name}', *words))
+    for name, words in {**SPLIT, 'replicas': REPLICAS}.items():  # stopped in the middle of a period
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_half', *words, '--max_iters=4'))
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(f'{out}/{name}_half', f'{out}/{name}_on')
+        torch.distributed.barrier()
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_on', *words, '--init_from=resume'))
     # a run of one process goes on with two
-    train_gpt.main(tiny(data_dir, f'{out}/resumed', *RANKS['mhlora'], '--max_iters=8', '--init_from=resume'))
-    train_vit.main(tiny_vit(image_root, f'{out}/vit', *VIT))
-    real()
+    for name, words in (('mhlora', RANKS['mhlora']), ('lte', LTE)):
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_joined', *words, '--init_from=resume'))
+    merged_weights_have_the_same_bits_on_every_rank()
+    all_ranks_skip_a_step_that_overflows_on_one()
+    end()
 
 
-def test_two_ranks_train_the_same_as_one(data_dir, image_root, tmp_path):
-    train(data_dir, tmp_path / 'resumed', *RANKS['mhlora'])
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
-                    sys.executable, '-c', 'import test_lowrank as t; t.two_ranks'
-                    f'({data_dir!r}, {str(image_root)!r}, {str(tmp_path)!r})'],
-                   cwd=HERE, check=True, timeout=100)
-    for name, words in {**RANKS, 'resumed': [*RANKS['mhlora'], '--max_iters=8']}.items():
+def four_ranks(rank, store, data_dir, out):
+    """What each of four ranks runs; they are forked, so that torch is imported once."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='4')
+    torch.distributed.init_process_group('gloo', f'file://{store}', rank=rank, world_size=4)
+    end = share_one_group()
+    for name in ('lte', 'reset'):
+        train_gpt.main(tiny(data_dir, f'{out}/{name}_four', *SPLIT[name]))
+    with pytest.raises(SystemExit):  # says: as many as before
+        train_gpt.main(tiny(data_dir, f'{out}/replicas_half', *REPLICAS, '--init_from=resume'))
+    end()
+
+
+def merged_weights_have_the_same_bits_on_every_rank():
+    rank = torch.distributed.get_rank()
+    for dtype, merge_reset in ((torch.float32, False), (torch.bfloat16, True)):
+        gpt = tiny_gpt().to(dtype)
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, 2, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
+        replicas = lowrank.replica_parameters(gpt)
+        torch.manual_seed(rank)
+        for _ in range(2):
+            with torch.no_grad():
+                for p in gpt.parameters():
+                    p.add_(0.1 * torch.randn_like(p) if p.requires_grad else 0)
+            plain, idx = tiny_gpt().to(dtype), torch.arange(16)[None]
+            plain.load_state_dict(lowrank.merged_state_dict(gpt, replicas))
+            with lowrank.averaged_heads(gpt, replicas):
+                assert torch.allclose(gpt(idx)[0], plain(idx)[0], atol=1e-5 if dtype == torch.float32 else 0.1)
+            lowrank.merge(gpt, torch.Generator().manual_seed(5), replicas)
+            for p in plain.load_state_dict(gpt.state_dict(), strict=False) and gpt.parameters():
+                if p not in lowrank.own_factors(gpt):
+                    assert torch.equal(*lowrank.gather_over_ranks(p))
+
+
+def all_ranks_skip_a_step_that_overflows_on_one():
+    p, scaler = nn.Parameter(torch.ones(3)), torch.amp.GradScaler('cpu')
+    optimizer = torch.optim.AdamW([p], fused=True)
+    scaler.scale(p.sum() * (1.0 if torch.distributed.get_rank() else math.inf)).backward()
+    scaler.unscale_(optimizer)
+    config.share_overflow(scaler, optimizer, 2)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**15
+
+
+def logged(out, key):
+    """{step: value} of a key in log.jsonl."""
+    with open(f'{out}/log.jsonl') as file:
+        return {record['step']: record[key] for record in map(json.loads, file) if key in record}
+
+
+def by_hand(data_dir, steps):
+    """sync='merge' written down for two workers of two heads each: their models after so many steps."""
+    torch.manual_seed(train_gpt.defaults['seed'])
+    whole = models.GPT(models.GPTConfig(16, 257, 2, 2, 16)).double()
+    workers = [copy.deepcopy(whole) for _ in range(2)]
+    for gpt, heads in ((whole, 4), (workers[0], 2), (workers[1], 2)):
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), heads, 2, 4.0, 'split', merge_reset=False)
+    for k, gpt in enumerate(workers):  # worker k has the heads k and k + 2
+        gpt.load_state_dict({name: x[k::2] if name.split('.')[-1][:1] in 'AB' else x for name, x in whole.state_dict().items()})
+    optimizers = [torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0)
+                  for gpt in workers]
+    data = prepare.Tokens('tiny', 'train', 16, data_dir)
+    for step in range(steps):
+        for k, (gpt, optimizer) in enumerate(zip(workers, optimizers)):
+            optimizer.param_groups[0]['lr'] = config.learning_rate_at(step, 0.01, 2, 20, 6e-5)
+            optimizer.zero_grad()
+            gpt(*data.batch(4, step, seed=train_gpt.defaults['seed'], rank=k, world_size=2, heads=2)).backward()
+            optimizer.step()
+        if step % 3 == 2:
+            with torch.no_grad():
+                for layers in zip(*map(lowrank.head_layers, workers)):
+                    change = sum(layer.B @ layer.A - layer.B_merged @ layer.A_merged for layer in layers).sum(0)
+                    for layer in layers:
+                        layer.weight += 4.0 / 2 / 4 * change  # s / H
+                        layer.A_merged.copy_(layer.A), layer.B_merged.copy_(layer.B)
+                for one, two in zip(*(gpt.parameters() for gpt in workers)):
+                    if one.requires_grad and one.dim() < 3:
+                        one.copy_((one + two) / 2), two.copy_(one)
+    return workers
+
+
+def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
+    for name, words in (('mhlora', RANKS['mhlora']), ('lte', LTE)):
+        train(data_dir, tmp_path / f'{name}_joined', *words, '--max_iters=4')
+    python, where = [sys.executable, '-c'], (data_dir, str(tmp_path))
+    for command in ([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
+                     *python, f'import test_lowrank as t; t.two_ranks(*{where}, {str(image_root)!r})'],
+                    [*python, 'import test_lowrank as t; t.torch.multiprocessing.start_processes('
+                     f't.four_ranks, {(f"{tmp_path}/store", *where)}, 4, start_method="fork")']):
+        subprocess.run(command, cwd=HERE, check=True, timeout=100)
+
+    def saved(name):
+        return config.load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')
+    for name in SPLIT:  # two ranks began, one goes on
+        train(data_dir, tmp_path / f'{name}_half', *SPLIT[name], '--init_from=resume')
+    for name, words in {**RANKS, **SPLIT}.items():
         one = train(data_dir, tmp_path / 'one' / name, *words)
-        two = config.load_checkpoint(f'{tmp_path}/{name}/ckpt.pt')
+        for other in (name, f'{name}_half', f'{name}_on', f'{name}_joined', f'{name}_four'):
+            if (tmp_path / other).exists():
+                for key, value in one['model'].items():
+                    assert torch.allclose(value, saved(other)['model'][key], rtol=0, atol=1e-10), (other, key)
+                for key, tolerance in (('val_loss', 1e-10), ('train_loss', 2e-6)):  # the latter is added up in float32
+                    assert logged(tmp_path / other, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=tolerance)
+    for name in (*SPLIT, 'replicas'):  # bit for bit at the same number of ranks
+        for key in ('model', 'optimizer', 'replicas', 'step', 'best_val_loss'):
+            assert same_state(saved(name)[key], saved(f'{name}_on')[key]), (name, key)
+    assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
+
+    for name, words in VIT.items():
+        one, log = see(image_root, tmp_path / 'one' / name, *words)
         for key, value in one['model'].items():
-            assert torch.allclose(value, two['model'][key], rtol=0, atol=1e-10), (name, key)
-        assert one['best_val_loss'] == pytest.approx(two['best_val_loss'], abs=1e-10)
-    one, log = see(image_root, tmp_path / 'one' / 'vit', *VIT)
-    two = config.load_checkpoint(f'{tmp_path}/vit/ckpt.pt')
-    for key, value in one['model'].items():
-        assert torch.allclose(value, two['model'][key], rtol=0, atol=1e-10), key
-    last = json.loads((tmp_path / 'vit' / 'log.jsonl').read_text().splitlines()[-1])  # the test split, shared by the ranks
-    assert last['test_loss'] == pytest.approx(log[-1]['test_loss'], abs=1e-10) and last['test_auc'] == log[-1]['test_auc']
+            assert torch.allclose(value, saved(name)['model'][key], rtol=0, atol=1e-10), (name, key)
+        for key in ('val_loss', 'test_loss', 'test_auc'):  # the ranks share a split
+            assert logged(tmp_path / name, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=1e-10)
+
+    workers, state = by_hand(data_dir, 8), saved('replicas')
+    for k, gpt in enumerate(workers):
+        for name, x in gpt.state_dict().items():
+            held = state['model'][name][k::2] if name.split('.')[-1][:1] in 'AB' else \
+                state['replicas'][name][k] if name in state['replicas'] else state['model'][name]
+            assert name == 'lm_head.weight' or torch.allclose(x, held, atol=1e-10), name
+
+    # bytes: 2 heads of rank 2 a rank, m + n = 256 a block, twice that where primes go along; 8 bytes a number
+    heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
+    for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
+                                              ('replicas', 2 * heads, 0, step)):
+        merging = each_step + (gather + at_merge) // 2  # merges after steps 3 and 6, a line every two steps
+        assert logged(tmp_path / name, 'sync_bytes') == {2: each_step, 4: merging, 6: merging, 8: each_step}, name

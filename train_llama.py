@@ -47,6 +47,7 @@ head_input = 'shared'  # 'shared': every head sees every token; 'split': each it
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, with split heads on ranks, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
 optimizer = 'galore'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
@@ -86,7 +87,7 @@ from tqdm import tqdm  # noqa: E402
 import prepare  # noqa: E402
 from galore import check_optimizer, make_optimizer, state_bytes  # noqa: E402
 from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, merge, traffic)
+                     drop_moments, load_whole_state, merge, own_factors, replica_parameters, traffic, whole_state)
 from model import SIZES, Llama, LlamaConfig  # noqa: E402
 
 
@@ -123,7 +124,7 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'n_kv_head', 'block_size', 'vocab_size', 'lowrank',
-                'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset', 'param_dtype', 'optimizer',
+                'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer',
                 'galore_rank', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': checkpointing})
@@ -137,14 +138,15 @@ def main(argv):
                              f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
         if lowrank:
             apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
-                         merge_reset or not merge_every)
-        if checkpoint:
-            model.load_state_dict(checkpoint['model'])
+                         merge_reset or not merge_every, dist_rank, world_size)
+        replicas = replica_parameters(model) if sync == 'merge' else {}
         counts = count_parameters(model)
 
         # ---------------------------------------------------------------------
         # optimizer
         adam = make_optimizer(model, settings, world_size)
+        if checkpoint:
+            load_whole_state(model, adam, checkpoint, replicas)
         if dist_rank == 0:
             config.start_run(settings)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
@@ -154,7 +156,8 @@ def main(argv):
 
     # -------------------------------------------------------------------------
     # `net` computes, `model` is the same weights under their own names
-    net, ddp_bytes = config.wrap(model, dev, world_size, compile, getattr(adam, 'apart', ()))
+    apart = {*getattr(adam, 'apart', ()), *own_factors(model), *replicas.values()}
+    net, ddp_bytes = config.wrap(model, dev, world_size, compile, apart)
 
     def loss_of(x, y):
         if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
@@ -165,16 +168,17 @@ def main(argv):
     @torch.no_grad()
     def evaluate():
         model.eval()
-        with averaged_heads(model):
+        with averaged_heads(model, replicas):
             losses = [loss_of(*val_data.fixed_batch(i, eval_iters, batch_size, dist_rank, world_size))
                       for i in range(eval_iters)]
         model.train()
         return config.mean_over_ranks(torch.stack(losses).mean(), world_size).item()
 
-    def save(name, **extra):
+    def save(name, stepping=None, **extra):
+        whole = whole_state(model, stepping, replicas)  # every rank takes part
         if dist_rank == 0:
             config.save_checkpoint(f'{out_dir}/{name}', {
-                'model': model.state_dict(), 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
+                **whole, 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
                 'model_config': asdict(model.config), 'tokenizer': train_data.meta['tokenizer'], **extra})
 
     # -------------------------------------------------------------------------
@@ -203,9 +207,10 @@ def main(argv):
                 if val_loss is not None and val_loss < best_val_loss:
                     best_val_loss = val_loss
                     save('best.pt')
-                save('ckpt.pt', optimizer=adam.state_dict(), scaler=scaler.state_dict())
+                save('ckpt.pt', adam, scaler=scaler.state_dict())
                 saved = step
             config.restart_meter(meter)
+            sent = traffic['bytes']
         if last:
             break
 
@@ -214,11 +219,12 @@ def main(argv):
             # gradients travel, and with per_layer are stepped on, once a step
             net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1
             x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
-                                    world_size, heads if lowrank and head_input == 'split' else 1)
+                                    world_size, heads // world_size if lowrank and head_input == 'split' else 1)
             loss = loss_of(x, y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
             meter['sums'][0] += loss.detach()
         scaler.unscale_(adam)
+        config.share_overflow(scaler, adam, world_size)
         norm = clip_gradients(model, grad_clip) if optimizer == 'adamw' else None  # GaLore clips what it projects
 
         # update, merge
@@ -229,7 +235,7 @@ def main(argv):
         step += 1
         meter['steps'] += 1
         if merge_every and step % merge_every == 0:
-            merge(model, torch.Generator().manual_seed(seed + step))
+            merge(model, torch.Generator().manual_seed(seed + step), replicas)
             if merge_reset:
                 drop_moments(model, adam)
 

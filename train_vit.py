@@ -35,7 +35,7 @@ patch_size = None
 n_layer = None
 n_head = None
 n_embd = None
-train = 'auto'  # besides heads: 'all', 'classifier' (biases and norms frozen: as in PEFT; without heads a linear probe), or
+train = 'auto'  # besides heads: 'all', 'classifier' (biases, norms stay, as in PEFT; without heads: a linear probe) or
 #                 'auto': 'classifier' with heads, 'all' without
 # heads
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
@@ -46,6 +46,7 @@ head_input = 'shared'  # 'shared': every head sees every image; 'split': each it
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, with split heads on ranks, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
@@ -94,7 +95,8 @@ from tqdm import tqdm  # noqa: E402
 import prepare  # noqa: E402
 from galore import check_optimizer, make_optimizer, state_bytes  # noqa: E402
 from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, freeze_rest, load_adapter, merge, save_adapter, traffic)
+                     drop_moments, freeze_rest, load_adapter, load_whole_state, merge, merged_state_dict, own_factors,
+                     replica_parameters, save_adapter, traffic, whole_state)
 
 # -----------------------------------------------------------------------------
 # model
@@ -104,7 +106,7 @@ SHAPE = dict(img_size='img_size', patch_size='patch_size', n_layer='depth', n_em
 
 def create(shape, num_classes, hub=False, weights=None):
     """
-    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in timm's form.
+    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in its form.
 
     timm fits weights to another image or patch size. ValueError: a name, a shape or weights that do not go together.
     """
@@ -122,18 +124,18 @@ def create(shape, num_classes, hub=False, weights=None):
         raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
                          'n_layer, n_embd, n_head, patch_size as they belong together') from None
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it again, or "
-                         'set init_from to a file of them (model.safetensors)') from None
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it "
+                         'again, or set init_from to a file of them (model.safetensors)') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and heads with them
         raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one, such as 'vit_base_patch16_224'")
     return vit
 
 
-def put_heads(vit, s):
+def put_heads(vit, s, worker=0, workers=1):
     """Heads as the settings s say, on a model of `create`."""
     if s['lowrank']:
-        apply_mhlora(vit, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'], s['head_compute'],
-                     s['merge_reset'] or not s['merge_every'])
+        apply_mhlora(vit, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
+                     s['head_compute'], s['merge_reset'] or not s['merge_every'], worker, workers)
 
 
 def read_weights(path, shape, classes, keep):
@@ -159,15 +161,13 @@ def read_weights(path, shape, classes, keep):
         saved = checkpoint['model_config']
         for key in ('model', 'n_layer', 'n_embd', 'n_head'):
             if key not in saved or shape[key] not in (None, saved[key]):
-                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says {shape.get(key)!r}: set "
-                                 'the same, or choose another init_from')
+                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says "
+                                 f'{shape.get(key)!r}: set the same, or choose another init_from')
         shape = {key: saved[key] if value is None else value for key, value in shape.items()}
         full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
         put_heads(full, checkpoint['settings'])
         full.load_state_dict(checkpoint['model'])
-        merge(full)
-        weights = {name: x for name, x in full.state_dict().items()
-                   if name.split('.')[-1] not in ('A', 'B', 'A_merged', 'B_merged')}
+        weights = merged_state_dict(full)
         theirs, same = len(checkpoint['classes']), checkpoint['classes'] == list(classes)
     if not same and keep:
         raise ValueError(f"the classifier of '{path}' knows {theirs} classes, and not the {len(classes)} of data set "
@@ -223,8 +223,8 @@ def measure(logits, labels, task):
     """
     Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the confusion matrix.
 
-    logits (n, classes); labels (n,), or (n, classes) where an image has several; then there is no matrix (None), and the
-    accuracy of a class is that of its yes or no. Rows of the matrix are true classes, columns predicted ones.
+    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no matrix (None), and
+    the accuracy of a class is that of its yes or no. Rows of the matrix are true classes, columns predicted ones.
     """
     n, classes = logits.shape
     scores = (logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()).double().numpy()
@@ -265,9 +265,12 @@ def main(argv):
     device_type = dev.split(':')[0]
     with config.refusals():
         config.need_positive(settings, ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
-                                        'img_size', 'patch_size', 'n_layer', 'n_head', 'n_embd', 'heads', 'galore_rank'))
+                                        'img_size', 'patch_size', 'n_layer', 'n_head', 'n_embd', 'heads',
+                                        'galore_rank'))
         check_settings(settings, world_size)
         check_optimizer(settings, compute)
+        if adapter and head_input == 'split':
+            raise ValueError("an adapter has heads that see every image: set head_input='shared', or adapter=''")
         if train not in ('auto', 'all', 'classifier'):
             raise ValueError(f"train={train!r} is not known: set 'auto', 'all' or 'classifier'")
         if not {'flip', 'crop'}.issuperset(augment.split(',') if augment else ()):
@@ -291,34 +294,36 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset',
-                'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
+                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             if checkpoint['classes'] != classes:
-                raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} "
-                                 f'of data set {dataset!r}: resume with the data it was started with')
+                theirs = len(checkpoint['classes'])
+                raise ValueError(f'the checkpoint knows {theirs} classes, and not the {len(classes)} of data set '
+                                 f'{dataset!r}: resume with the data it was started with')
             step, best_val_auc, shape = checkpoint['step'], checkpoint['best_val_auc'], checkpoint['model_config']
         elif os.path.isfile(init_from):
             shape, weights = read_weights(init_from, shape, classes, keep=eval_only and not adapter)
         elif init_from not in ('scratch', 'pretrained'):
-            raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained', "
+            raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' "
                              'or the path of a best.pt or of weights of timm')
         vit = create(shape, len(classes), init_from == 'pretrained', weights).to(dev, getattr(torch, param_dtype))
-        put_heads(vit, settings)
-        alone = bool(lowrank) and train != 'all' and not merge_every  # heads and classifier on a base that never changes
+        put_heads(vit, settings, dist_rank, world_size)
+        alone = lowrank and train != 'all' and not merge_every and head_input == 'shared'  # on an unchanging base
         if train == 'classifier' or train == 'auto' and lowrank:
             freeze_rest(vit)
         about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
-        if checkpoint:
-            vit.load_state_dict(checkpoint['model'])
-        elif adapter:
+        if adapter and not checkpoint:
             load_adapter(vit, adapter, about)
         look = timm.data.resolve_data_config({}, model=vit)
         size = shape['img_size'] or look['input_size'][-1]
         mean, std = (torch.tensor(look[key], device=dev).view(3, 1, 1) for key in ('mean', 'std'))
+        replicas = replica_parameters(vit) if sync == 'merge' else {}
         counts = count_parameters(vit)
 
         # ---------------------------------------------------------------------
         # optimizer
         adam = make_optimizer(vit, settings, world_size)
+        if checkpoint:
+            load_whole_state(vit, adam, checkpoint, replicas)
         if eval_only:
             os.makedirs(out_dir, exist_ok=True)
         elif dist_rank == 0:
@@ -330,7 +335,8 @@ def main(argv):
 
     # -------------------------------------------------------------------------
     # `net` computes, `vit` is the same weights under their own names
-    net, ddp_bytes = config.wrap(vit, dev, world_size, compile, getattr(adam, 'apart', ()))
+    apart = {*getattr(adam, 'apart', ()), *own_factors(vit), *replicas.values()}
+    net, ddp_bytes = config.wrap(vit, dev, world_size, compile, apart)
 
     def to_device(x):
         # pinned, so that the copy overlaps with what the GPU still has to do
@@ -344,13 +350,13 @@ def main(argv):
 
     @torch.no_grad()
     def evaluate(name, data):
-        """A record for the log and the confusion matrix of a whole split. Ranks share the work, each gets all scores."""
+        """A whole split: a record for the log, and the confusion matrix. Ranks share the work; each gets all scores."""
         vit.eval()
         wide = torch.promote_types(getattr(torch, param_dtype), torch.float32)
         _, y = data.fixed_batch(0, 1)
         labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=dev)  # (n,) or (n, classes)
         logits = torch.zeros(len(data), len(classes), dtype=wide, device=dev)
-        with averaged_heads(vit):
+        with averaged_heads(vit, replicas):
             for i in range(-(-len(data) // batch_size)):
                 images, y = data.fixed_batch(i, batch_size, dist_rank, world_size)
                 mine = slice(i * batch_size + dist_rank, (i + 1) * batch_size, world_size)
@@ -366,10 +372,11 @@ def main(argv):
         return {'step': step, f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc,
                 f'{name}_acc_by_class': by_class}, matrix
 
-    def save(name, **extra):
+    def save(name, stepping=None, **extra):
+        whole = whole_state(vit, stepping, replicas)  # every rank takes part
         if dist_rank == 0:
             config.save_checkpoint(f'{out_dir}/{name}', {
-                'model': vit.state_dict(), 'settings': settings, 'step': step, 'best_val_auc': best_val_auc,
+                **whole, 'settings': settings, 'step': step, 'best_val_auc': best_val_auc,
                 'model_config': shape, 'classes': classes, **extra})
 
     # -------------------------------------------------------------------------
@@ -391,7 +398,7 @@ def main(argv):
             better = False
             if not stop:  # a signal wants the checkpoint soon
                 record, _ = evaluate('val', val_data)
-                better = not record['val_auc'] < best_val_auc  # of equal ones, and where a class has no images, the last
+                better = not record['val_auc'] < best_val_auc  # the last of equals, or where AUC is undefined
                 if dist_rank == 0:
                     config.log(settings, record, progress)
             if step > start:
@@ -400,9 +407,10 @@ def main(argv):
                     save('best.pt')
                     if alone and dist_rank == 0:
                         save_adapter(vit, f'{out_dir}/adapter.safetensors', about)
-                save('ckpt.pt', optimizer=adam.state_dict(), scaler=scaler.state_dict())
+                save('ckpt.pt', adam, scaler=scaler.state_dict())
                 saved = step
             config.restart_meter(meter)
+            sent = traffic['bytes']
         if last:
             break
 
@@ -410,7 +418,7 @@ def main(argv):
         for micro_step in range(gradient_accumulation_steps):
             # gradients travel, and with per_layer are stepped on, once a step
             net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1
-            shards = heads if lowrank and head_input == 'split' else 1
+            shards = heads // world_size if lowrank and head_input == 'split' else 1
             images, y = map(to_device, train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed,
                                                         dist_rank, world_size, shards))
             if augment:
@@ -420,6 +428,7 @@ def main(argv):
             scaler.scale(loss).backward()
             meter['sums'][0] += loss.detach()
         scaler.unscale_(adam)
+        config.share_overflow(scaler, adam, world_size)
         norm = clip_gradients(vit, grad_clip) if optimizer == 'adamw' else None  # GaLore clips what it projects
 
         # update, merge
@@ -430,7 +439,7 @@ def main(argv):
         step += 1
         meter['steps'] += 1
         if merge_every and step % merge_every == 0:
-            merge(vit, torch.Generator().manual_seed(seed + step))
+            merge(vit, torch.Generator().manual_seed(seed + step), replicas)
             if merge_reset:
                 drop_moments(vit, adam)
 
@@ -456,9 +465,10 @@ def main(argv):
     if not stop:
         if world_size > 1:
             torch.distributed.barrier()  # rank 0 has written best.pt
-        if not eval_only and os.path.exists(f'{out_dir}/best.pt'):
-            vit.load_state_dict(config.load_checkpoint(f'{out_dir}/best.pt')['model'])
-        record, matrix = evaluate('test', test_data)
+        with averaged_heads(vit, replicas):  # best.pt holds the heads of all ranks
+            if not eval_only and os.path.exists(f'{out_dir}/best.pt'):
+                vit.load_state_dict(config.load_checkpoint(f'{out_dir}/best.pt')['model'])
+            record, matrix = evaluate('test', test_data)
         if dist_rank == 0:
             config.log(settings, record, progress)
             print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'

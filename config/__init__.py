@@ -193,7 +193,8 @@ def wrap(model, device, world_size, compiled, apart=()):
     """
     The callable that computes with a model: compiled, if asked, and under DDP, if there are several ranks.
 
-    apart: parameters that DDP does not touch, because somebody else reduces their gradients, or they differ by rank.
+    apart: a set of parameters and buffers that DDP does not touch, because somebody else reduces their gradients, or
+    they differ by rank.
     Returns (callable, bytes that DDP reduces a step).
     """
     import torch
@@ -201,7 +202,8 @@ def wrap(model, device, world_size, compiled, apart=()):
     net = torch.compile(model) if compiled else model
     carried = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad and p not in apart)
     if world_size > 1 and carried:
-        DDP._set_params_and_buffers_to_ignore_for_model(net, [name for name, p in net.named_parameters() if p in apart])
+        DDP._set_params_and_buffers_to_ignore_for_model(
+            net, [name for named in (net.named_parameters(), net.named_buffers()) for name, x in named if x in apart])
         net = DDP(net, device_ids=[torch.device(device).index] if device.startswith('cuda') else None,
                   broadcast_buffers=False,
                   gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
@@ -215,6 +217,14 @@ def mean_over_ranks(tensor, world_size):
         dist.all_reduce(tensor)
         tensor /= world_size
     return tensor
+
+
+def share_overflow(scaler, optimizer, world_size):
+    """After `scaler.unscale_`: where a gradient of one rank alone overflows float16, all ranks skip the step."""
+    if world_size > 1 and scaler.is_enabled():
+        import torch.distributed as dist
+        for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
+            dist.all_reduce(found)
 
 
 _stop = {'signal': 0}
@@ -366,7 +376,8 @@ def restart_meter(meter):
 def log(settings, record, progress):
     """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
     shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
-             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
+             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
+             'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
              'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
              'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
     words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])

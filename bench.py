@@ -528,6 +528,12 @@ def quality_cells():
     yield 'GaLore', {**galore_64, 'galore_basis': 'random'}
     for rank in (16, 32, 128):
         yield 'GaLore', {**power, 'galore_rank': rank}
+    lte = dict(lowrank='attn,mlp', heads=4, rank=64, head_input='split', head_basis='gradient', galore_basis='power',
+               galore_moments='rotate', beta2=0.999, learning_rate=2e-2)
+    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50}
+    yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50}
+    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
+    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'basis_from': 'shared'}
     for seed in (1, 2):  # how much is noise
         yield 'full rank', dict(learning_rate=2e-3, seed=seed)
         yield 'GaLore', {**power, 'seed': seed}

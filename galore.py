@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import average_over_ranks_
+from lowrank import average_over_ranks_, head_layers
 
 # What a group with `rank` may leave out. A script written for galore-torch gets galore-torch.
 GALORE_DEFAULTS = dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', moments='keep', rule='galore',
                        stagger=False, state_bits=32)
-CHOICES = dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'), basis=('svd', 'power', 'random'),
+CHOICES = dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'), basis=('svd', 'power', 'random', 'sketch'),
                moments=('keep', 'rotate', 'reset'), rule=('galore', 'fira'), state_bits=(32, 8))
 FIRA_GROWTH = 1.01  # Fira, section 4.2: the norm of the rest may grow by this factor a step
 
@@ -114,11 +114,11 @@ def take_bases(G, rank, left, right, basis='svd', old=(None, None), seed=0):
 # Arithmetic inside the subspace
 
 def project(G, P, Q):
-    """R = P^T G Q (..., r, n), (..., m, r) or (..., r, r); a side whose basis is None stays as it is.
+    """R = P^T G Q (..., r, n), (..., m, r) or (..., r, r); a side whose basis is None stays as it is, and G too.
     P^T G is computed as the transposed view of G^T P: rows of r numbers, which are aligned where the n = 5461 of
     LLaMA-1B are not, take a third less time on a CPU."""
     if P is None:
-        return G @ Q
+        return G if Q is None else G @ Q
     if Q is None:
         return (G.mT @ P).mT
     return P.mT @ (G @ Q) if G.shape[-2] <= G.shape[-1] else (G.mT @ P).mT @ Q  # the smaller intermediate
@@ -266,6 +266,11 @@ def refresh_(state, G, group, seed):
     old, rank = (state.get('P'), state.get('Q')), min(group['rank'], *G.shape[-2:])
     new = take_bases(G, rank, *sides(G.shape, group['proj_type']), group['basis'], old, seed)
     state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
+    carry_moments_(state, group, old, new)
+
+
+def carry_moments_(state, group, old, new):
+    """What `moments` says about the moments of one matrix when new bases (P, Q) take the place of old ones."""
     if 'exp_avg' in state and group['moments'] == 'rotate':
         if 'exp_avg_top' in state:
             M, V = (x.view(state['exp_avg'].shape) for x in read_moments(state))
@@ -300,7 +305,10 @@ def update_(W, R, state, group, G=None):
         phi, state['rest_norm'] = fira_scale(G, R_in, U, -2 if Q is None else -1, last)
         phi = phi.to(W.dtype)
         U.addcmul_(R_in, phi)
-    add_back_(W, U, P, Q, alpha, keep)
+    if P is None and Q is None:  # a head's factor
+        W.mul_(keep).add_(U, alpha=alpha)
+    else:
+        add_back_(W, U, P, Q, alpha, keep)
     if fira:
         W.addcmul_(G, phi, value=-alpha)
 
@@ -360,6 +368,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f'{lr=}, {eps=} and {weight_decay=} must be at least 0, {betas=} in [0, 1)')
         self.order = {}  # matrix: (its group's number, its own number among all matrices)
         self.received = {}  # matrix: P^T G so far, from the projected backward
+        self.frozen = {}  # factor of a head: the weight that it moves, which decays with it (GaLoLTE)
         self.apart = set()  # parameters whose gradients DDP does not see, so that we average them
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias, seed=seed))
@@ -406,7 +415,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if not state:
             state.update(step=0, age=0)  # of the run; of the moments
         due = refresh_due(state['step'], group['update_proj_gap'], index if group['stagger'] else 0, len(self.order))
-        due = due and state['step'] > 0 or not ('P' in state or 'Q' in state)
+        due = not group.get('factor') and (due and state['step'] > 0 or not ('P' in state or 'Q' in state))
         return state, group, ((group['seed'] << 44) + (index << 28) + state['step']) % 2**63, due
 
     def _take(self, p):
@@ -487,6 +496,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 taken = self._take(p)
                 self._shrink([taken[0]], [])
             update_(p, *taken, p.grad)
+            if p in self.frozen and taken[2]['weight_decay']:
+                self.frozen[p].mul_(1.0 - taken[2]['lr'] * taken[2]['weight_decay'])
             if p in self.apart:
                 p.grad = None
         if rest and not self.max_norm:
@@ -577,6 +588,69 @@ def project_backward(model, optimizer):
 
 
 # -----------------------------------------------------------------------------
+# GaLoLTE: heads of LTE (lowrank.py) whose one factor is a basis of the head's own gradient
+
+SKETCH_DECAY = 0.9  # of a step
+
+
+@torch.no_grad()
+def renew_bases(model, optimizer, step, merge_every, shared=False):
+    """GaLoLTE: lets the layers whose turn it is take new bases from the gradient of this step, from 0. To be called
+    before the forward pass, when heads have just merged (so that what is trained is zero). The layers take turns within
+    `update_proj_gap` steps; the first bases are taken at once. shared: one basis for all heads and ranks, of the averaged
+    gradient, which travels for it."""
+    layers = [layer for layer in head_layers(model) if layer.head_basis == 'gradient']
+    for index, layer in enumerate(layers):
+        p = layer.trained
+        state, group, seed, _ = optimizer._matrix(p)
+        if group['basis'] == 'sketch' and layer.watch is None:
+            layer.watch = lambda dy, x, R, layer=layer, state=state: watch(layer, state, dy, x, R)
+        if refresh_due(step // merge_every, group['update_proj_gap'] // merge_every, index, len(layers)):
+            if group['basis'] == 'sketch' and 'sketch' in state:
+                new = orthonormal(state['sketch'])
+                set_basis(layer, state, group, new)
+            else:
+                layer.take_basis = lambda dy, x, layer=layer, state=state, group=group, seed=seed: take_head_bases(
+                    layer, state, group, seed, dy, x, optimizer.world_size if shared else 0)
+
+
+def take_head_bases(layer, state, group, seed, dy, x, shared_by):
+    """New bases for the heads of a layer from dy (heads, tokens, m), x (heads, tokens, n), one head after the other."""
+    old, dtype = layer.B if layer.left else layer.A.mT, layer.weight.dtype  # (heads, m, r) or (heads, n, r)
+    kind = 'power' if group['basis'] == 'sketch' else group['basis']
+    first = state['step'] == 0
+
+    def bases(G, head):
+        was = None if first else old[head]
+        was = (was, None) if layer.left else (None, was)
+        P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, seed + (head << 56))
+        return P if layer.left else Q
+    if shared_by:
+        G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), shared_by)
+        new = bases(G, 0).expand(old.shape)
+    else:
+        new = torch.stack([bases((b.mT @ a).to(dtype), head) for head, (b, a) in enumerate(zip(dy, x))])
+    set_basis(layer, state, group, new)
+    layer.take_basis = None
+
+
+def set_basis(layer, state, group, new):
+    old = layer.B if layer.left else layer.A.mT
+    if layer.left:
+        carry_moments_(state, group, (old, None), (new, None))
+        layer.B.copy_(new)
+    else:
+        carry_moments_(state, group, (None, old), (None, new))
+        layer.A.copy_(new.mT)
+
+
+def watch(layer, state, dy, x, R):
+    Y = torch.bmm(dy.mT, torch.bmm(x, R.mT)) if layer.left else torch.bmm(x.mT, torch.bmm(dy, R))
+    Y = Y.to(layer.weight.dtype)
+    state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(SKETCH_DECAY).add_(Y)
+
+
+# -----------------------------------------------------------------------------
 # From settings
 
 def state_bytes(optimizer):
@@ -644,6 +718,22 @@ def make_optimizer(model, settings, world_size=1):
     """torch.optim.AdamW or GaLoreAdamW as a script's settings say; with galore_backward='projected' the model's linears
     are replaced."""
     s = settings
+    if s['optimizer'] == 'adamw' and s['head_basis'] == 'gradient':
+        layers = [layer for layer in head_layers(model) if layer.head_basis == 'gradient']
+        factors = {layer.trained: layer.weight for layer in layers}
+        groups = []
+        for group in param_groups(model, s['weight_decay']):  # the factors step as GaLore does inside its bases
+            for inside in (False, True):
+                pairs = [(p, name) for p, name in zip(group['params'], group['param_names']) if (p in factors) == inside]
+                more = dict(rank=s['rank'], factor=True, update_proj_gap=s['galore_gap'], scale=s['galore_scale'],
+                            basis=s['galore_basis'], moments=s['galore_moments']) if inside else {}
+                if pairs:
+                    groups.append({'params': [p for p, _ in pairs], 'param_names': [name for _, name in pairs],
+                                   'weight_decay': group['weight_decay'], **more})
+        optimizer = GaLoreAdamW(groups, lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
+                                world_size=world_size)
+        optimizer.frozen = factors
+        return optimizer
     if s['optimizer'] == 'adamw':
         return torch.optim.AdamW(param_groups(model, s['weight_decay']), lr=s['learning_rate'],
                                  betas=(s['beta1'], s['beta2']), fused=True)

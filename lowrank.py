@@ -7,6 +7,10 @@ Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r) trained; s = alpha / r.
     head_input='shared':  y = W x + (s / H) sum_h B_h A_h x            every head sees every token (MHLoRA)
     head_input='split':   y = W x + s (B_h A_h - B_h' A_h') x          head h sees its own part of the batch (LTE)
     merge:                W <- W + (s / H) sum_h (B_h A_h - B_h' A_h') heads are averaged, primes: at the last merge
+
+With head_basis='gradient' (GaLoLTE) one factor of each split head is not trained but a basis of the head's gradient, as in
+GaLore: B = P for wide matrices (A trained), A = Q^T for tall ones (B trained). Then s = 1, and a merge zeroes what is
+trained, moments surviving. galore.py takes the bases.
 """
 
 import contextlib
@@ -38,7 +42,7 @@ class _FrozenPlusHeads(torch.autograd.Function):
     """y = x W^T + b + scale * (x A^T) B^T for each group; see `frozen_plus_heads`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, gain):
+    def forward(ctx, x, weight, bias, A, B, scale, gain, layer):
         groups, _, n = A.shape
         flat = x.reshape(-1, n)  # (tokens, n)
         y = F.linear(flat, weight.to(x.dtype), bias)  # (tokens, m)
@@ -46,7 +50,7 @@ class _FrozenPlusHeads(torch.autograd.Function):
         z = torch.bmm(grouped, A.mT)  # (groups, tokens / groups, r)
         y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.mT, alpha=scale)
         ctx.save_for_backward(flat, weight, A, B, z)
-        ctx.scale, ctx.gain = scale, gain
+        ctx.scale, ctx.gain, ctx.layer = scale, gain, layer
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -55,6 +59,11 @@ class _FrozenPlusHeads(torch.autograd.Function):
         groups, r, n = A.shape
         dflat = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
         dgrouped = dflat.view(groups, -1, dy.shape[-1])  # (groups, tokens / groups, m)
+        if ctx.layer is not None and ctx.layer.take_basis is not None:  # GaLoLTE: a new basis, from this very gradient
+            ctx.layer.take_basis(dgrouped, flat.view(groups, -1, n))
+            A, B = ctx.layer.pairs()
+            A, B = A.to(flat.dtype), B.to(flat.dtype)
+            z = torch.bmm(flat.view(groups, -1, n), A.mT)
         dz = torch.bmm(dgrouped, B).mul_(ctx.scale)  # (groups, tokens / groups, r)
         dx = dA = dB = dbias = None
         if ctx.needs_input_grad[0]:
@@ -68,21 +77,28 @@ class _FrozenPlusHeads(torch.autograd.Function):
             dA = dA.mul_(ctx.gain) if ctx.gain != 1 else dA
         if ctx.needs_input_grad[4]:
             dB = torch.bmm(z.mT, dgrouped).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r), faster than dy^T z
-        return dx, None, dbias, dA, dB, None, None
+        if ctx.layer is not None and ctx.layer.watch is not None:
+            ctx.layer.watch(dgrouped, flat.view(groups, -1, n), dA if dB is None else dB)
+        return dx, None, dbias, dA, dB, None, None, None
 
 
-def frozen_plus_heads(x, weight, bias, A, B, scale, gain=1):
+def frozen_plus_heads(x, weight, bias, A, B, scale, gain=1, layer=None):
     """
     A frozen linear plus low-rank products that accumulate into its output, with no gradient for the weight.
 
     x (..., n); weight (m, n); bias (m,) or None; A (groups, r, n), B (groups, m, r): the leading dimension of x is
     cut into `groups` equal parts, one for each pair. scale multiplies B A; gain multiplies the gradients of A and B.
+    layer: an MHLoRALinear whose basis may be due, see `take_basis` there.
     Under autocast everything is computed in autocast's dtype. Returns (..., m).
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, A, B, bias = x.to(dtype), A.to(dtype), B.to(dtype), bias if bias is None else bias.to(dtype)
-    return _FrozenPlusHeads.apply(x, weight, bias, A, B, scale, gain)
+    return _FrozenPlusHeads.apply(x, weight, bias, A, B, scale, gain, layer)
+
+
+# GaLoLTE's backward talks to the optimizer, so torch.compile breaks its graph here
+uncompiled_heads = torch.compiler.disable(frozen_plus_heads)
 
 
 # -----------------------------------------------------------------------------
@@ -99,12 +115,13 @@ class MHLoRALinear(nn.Module):
     values A_merged, B_merged, which are then subtracted.
     thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused layer) have heads of their own:
     A is then (H, thirds r, n) and B (H, thirds m / 3, r), as if q, k and v were layers of their own.
+    head_basis: 'trained', or 'gradient': GaLoLTE, one factor of each head is a basis of its gradient.
     worker, workers: of several ranks that share the split heads, this one holds the heads worker::workers.
     Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r).
     """
 
     def __init__(self, linear, heads, rank, alpha, head_input='shared', head_compute='parallel', merge_reset=True,
-                 worker=0, workers=1, thirds=()):
+                 worker=0, workers=1, head_basis='trained', thirds=()):
         super().__init__()
         m, n = linear.weight.shape
         parts, rows = (len(thirds), m // 3) if thirds else (1, m)
@@ -119,7 +136,13 @@ class MHLoRALinear(nn.Module):
         self.bias = linear.bias
         self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rank, n))
         self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rows, rank))
-        self.reset_heads()
+        self.head_basis, self.left, self.take_basis, self.watch = head_basis, m < n, None, None
+        if head_basis == 'gradient':  # take_basis(dy, x): set by galore.py while a basis is due, unsets itself
+            self.scale, self.merge_reset, merge_reset = 1.0, True, True  # there is nothing to subtract after a merge
+            (self.B if self.left else self.A).requires_grad_(False)
+            nn.init.zeros_(self.A), nn.init.zeros_(self.B)
+        else:
+            self.reset_heads()
         if not merge_reset:
             self.register_buffer('A_merged', torch.zeros_like(self.A))
             self.register_buffer('B_merged', torch.zeros_like(self.B))
@@ -164,6 +187,11 @@ class MHLoRALinear(nn.Module):
             for factor, x in zip(factors, own):
                 factor.data = x
 
+    @property
+    def trained(self):
+        """With head_basis='gradient': the factor that is trained, A of a wide matrix, B of a tall or square one."""
+        return self.A if self.left else self.B
+
     def pairs(self):
         """A, B with the heads' own products, and with what the last merges already put into W taken off again."""
         B = self.on_all_rows(self.B)
@@ -183,7 +211,9 @@ class MHLoRALinear(nn.Module):
                 raise ValueError(f'a batch of {x.shape[0]} does not split over {len(self.A)} heads: '
                                  'set batch_size to a multiple of heads times the number of ranks')
             # the loss is a mean over the whole batch of this rank, a head's gradient that of the mean over its own part
-            return frozen_plus_heads(x, self.weight, self.bias, *self.pairs(), self.scale, gain=len(self.A))
+            heads_of = frozen_plus_heads if self.head_basis == 'trained' else uncompiled_heads
+            return heads_of(x, self.weight, self.bias, *self.pairs(), self.scale, len(self.A),
+                            None if self.head_basis == 'trained' else self)
         if self.head_compute == 'parallel':
             return frozen_plus_heads(x, self.weight, self.bias, *self.stacked(), self.scale / self.heads)
         if torch.is_autocast_enabled(x.device.type):
@@ -206,7 +236,9 @@ class MHLoRALinear(nn.Module):
     def merge(self, generator=None):
         """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B."""
         self.weight.copy_(self.merged_weight())
-        if self.merge_reset:
+        if self.head_basis == 'gradient':
+            self.trained.zero_()
+        elif self.merge_reset:
             self.reset_heads(generator)
         else:
             self.A_merged.copy_(self.A)
@@ -323,7 +355,7 @@ FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k 
 
 
 def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_input='shared', head_compute='parallel',
-                 merge_reset=True, worker=0, workers=1):
+                 merge_reset=True, worker=0, workers=1, head_basis='trained'):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
@@ -333,6 +365,7 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
     head_compute: 'parallel', all heads in one pair of products, or 'sequential', a loop (the same result, slower).
     merge_reset: what `merge` does with the heads, see MHLoRALinear.
     worker, workers: number of this rank and number of ranks, over which split heads are spread; heads must divide.
+    head_basis: 'trained', or 'gradient' (needs split heads): see MHLoRALinear; galore.make_optimizer takes the bases.
     Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and
     the embedding stays trainable: the count of parameters rises.
     Returns the names of the replaced layers. ValueError: a target that matches nothing, or what another one covers.
@@ -355,12 +388,15 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
             if None in thirds and len(thirds) > 1:
                 raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of it: leave "
                                  'one of the two out')
+    if head_basis == 'gradient' and any(None not in thirds for thirds in replaced.values()):
+        raise ValueError("head_basis='gradient' takes the bases of whole layers, and lowrank="
+                         f"'{','.join(targets)}' has a part of one: set 'attn' instead of q, k or v")
     for name, thirds in replaced.items():
         linear = linears[name]
         if uses.count(id(linear.weight)) > 1:  # tied: freezing it would freeze the embedding
             linear.weight = nn.Parameter(linear.weight.detach().clone())
         model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset,
-                                               worker, workers, () if None in thirds else sorted(thirds)))
+                                               worker, workers, head_basis, () if None in thirds else sorted(thirds)))
     return list(replaced)
 
 
@@ -368,7 +404,8 @@ def check_settings(settings, world_size):
     """Refuses (ValueError) settings of heads that make no sense together; world_size: the number of ranks."""
     s = settings
     for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
-                             sync=('step', 'merge')).items():
+                             sync=('step', 'merge'), head_basis=('trained', 'gradient'),
+                             basis_from=('own', 'shared')).items():
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
     if s['batch_size'] % world_size:
@@ -388,6 +425,15 @@ def check_settings(settings, world_size):
     if s['sync'] == 'merge' and not (split and s['merge_every'] and world_size > 1):
         raise ValueError("sync='merge' averages what several ranks train beside split heads when these merge: set "
                          "lowrank, head_input='split' and merge_every and start it with torchrun, or set sync='step'")
+    if s['head_basis'] == 'gradient':
+        if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
+            raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "
+                             "merge_reset=False and optimizer='adamw'")
+        if s['galore_gap'] % s['merge_every']:
+            raise ValueError(f"galore_gap={s['galore_gap']} is no multiple of merge_every={s['merge_every']}: bases are "
+                             'taken at merges, set one')
+    elif s['basis_from'] != 'own':
+        raise ValueError("basis_from='shared' is for head_basis='gradient': set that, or basis_from='own'")
     if not s['lowrank']:
         return
     if s['head_input'] == 'split':
@@ -471,7 +517,8 @@ def clip_gradients(model, max_norm):
 
     max_norm: 0 only measures. Returns the norm of the whole gradient before clipping, as a tensor.
     """
-    factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)]
+    factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)
+               if f.requires_grad]
     own = {id(factor) for factor in factors}
     rest = [p for p in model.parameters() if id(p) not in own and p.grad is not None]
     norms = nn.utils.get_total_norm([p.grad for p in rest])[None]

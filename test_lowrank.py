@@ -1765,6 +1765,135 @@ def test_a_projected_model_compiles(data_dir, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# GaLoLTE: LTE's heads in GaLore's subspaces
+
+GALOLTE = dict(optimizer='adamw', head_basis='gradient', weight_decay=0.1, rank=3, galore_gap=4, galore_scale=0.25,
+               galore_basis='svd', galore_moments='rotate', learning_rate=0.05, beta1=0.9, beta2=0.999, seed=0)
+
+
+def galolte_llama():
+    torch.manual_seed(0)
+    return models.Llama(models.LlamaConfig(block_size=8, vocab_size=31, n_embd=16, n_layer=1, n_head=2, n_mlp=24,
+                                           n_kv_head=1)).double()
+
+
+def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
+    """Losses of a tiny LLaMA trained by GaLoLTE, the merged weights, the model and the optimizer."""
+    net, settings = galolte_llama(), {**GALOLTE, **changes}
+    lowrank.apply_mhlora(net, ('attn', 'mlp'), heads, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
+    optimizer, losses = galore.make_optimizer(net, settings), []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        tokens = torch.randint(31, (batch, 9), generator=generator)
+        if step % merge_every == 0:
+            galore.renew_bases(net, optimizer, step, merge_every, shared)
+        loss = net(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % merge_every == 0:
+            lowrank.merge(net)
+    return losses, lowrank.merged_state_dict(net), net, optimizer
+
+
+def galore_workers(steps, merge_every, heads, basis='svd', moments='rotate', shared=False):
+    """The same by hand: a model for each worker, stepped by GaLoreAdamW on its own rows, whose matrices are averaged at
+    merges; the other parameters get the averaged gradient. Refreshes fall on merges, layers taking turns."""
+    nets, optimizers, losses = [galolte_llama() for _ in range(heads)], [], []
+    for net in nets:
+        groups = galore.param_groups(net, weight_decay=0.1, rank=3, gap=4, basis=basis, moments=moments)
+        optimizers.append(galore.GaLoreAdamW(groups, lr=0.05, seed=0))
+    count, generator, due = len(optimizers[0].order), torch.Generator().manual_seed(1), galore.refresh_due
+    try:
+        galore.refresh_due = lambda step, gap, index=0, n=1: \
+            step == 0 or (step - index * (4 // merge_every) // count * merge_every) % gap == 0
+        for step in range(steps):
+            tokens = torch.randint(31, (2 * heads, 9), generator=generator)
+            each = [net(part[:, :-1], part[:, 1:]) for net, part in zip(nets, tokens.view(heads, 2, 9))]
+            sum(each).backward()
+            losses.append(sum(loss.item() for loss in each) / heads)
+            for together in zip(*(net.parameters() for net in nets)):
+                if together[0] not in optimizers[0].order:
+                    mean = sum(p.grad for p in together) / heads
+                    for p in together:
+                        p.grad = mean.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if (step + 1) % merge_every == 0:
+                for together in zip(*(net.parameters() for net in nets)):
+                    mean = sum(p.data for p in together) / heads
+                    for p in together:
+                        p.data.copy_(mean)
+    finally:
+        galore.refresh_due = due
+    return losses, {key: sum(net.state_dict()[key] for net in nets) / heads for key in nets[0].state_dict()}
+
+
+@pytest.mark.parametrize('heads, basis, moments, merge_every', [
+    (1, 'svd', 'rotate', 1), (1, 'power', 'keep', 2), (1, 'svd', 'reset', 4),
+    (3, 'svd', 'rotate', 2), (3, 'svd', 'keep', 4), (2, 'power', 'rotate', 1)])
+def test_galolte_heads_are_galore_workers_that_are_averaged(heads, basis, moments, merge_every):
+    """One head is GaLore itself; three are three workers."""
+    if basis == 'power' and heads > 1:
+        basis = 'svd'  # each head starts from a sketch of its own
+    losses, weights = galore_workers(13, merge_every, heads, basis, moments)
+    mine = galolte_run(13, merge_every, heads, 2 * heads, galore_basis=basis, galore_moments=moments)
+    assert np.allclose(losses, mine[0], rtol=0, atol=1e-10)
+    for key, value in weights.items():
+        assert torch.allclose(value, mine[1][key], rtol=0, atol=1e-10), key
+    trained = sum(p.numel() for p in mine[2].parameters() if p.requires_grad)
+    rest = sum(p.numel() for key, p in galolte_llama().named_parameters() if 'proj' not in key)
+    assert trained == rest + heads * sum(3 * max(layer.weight.shape) for layer in lowrank.head_layers(mine[2]))
+
+
+def test_a_shared_basis_is_that_of_the_averaged_gradient():
+    _, _, net, _ = galolte_run(1, 1, heads=2, batch=4, shared=True)
+    plain = galolte_llama()
+    tokens = torch.randint(31, (4, 9), generator=torch.Generator().manual_seed(1))
+    plain(tokens[:, :-1], tokens[:, 1:]).backward()
+    for layer, module in zip(lowrank.head_layers(net), (m for m in plain.model.modules() if isinstance(m, nn.Linear))):
+        basis = galore.take_bases(module.weight.grad, 3, layer.left, not layer.left)[0 if layer.left else 1]
+        for mine in (layer.B if layer.left else layer.A.mT):
+            assert torch.allclose(mine.abs(), basis.abs(), atol=1e-9)
+
+
+def test_a_sketch_follows_the_averaged_gradient_without_ever_forming_it():
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(30, 20, bias=False)).double()
+    lowrank.apply_mhlora(layer, ('0',), 1, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
+    optimizer = galore.make_optimizer(layer, {**GALOLTE, 'galore_basis': 'sketch', 'galore_gap': 20, 'weight_decay': 0.0,
+                                              'learning_rate': 0.0})
+    U, _ = torch.linalg.qr(torch.randn(20, 3, dtype=torch.float64))
+    for step in range(41):  # gradients whose leading directions are U
+        if step % 10 == 0:
+            galore.renew_bases(layer, optimizer, step, 10)
+        x = torch.randn(50, 30, dtype=torch.float64)
+        dy = (3 * torch.randn(50, 3, dtype=torch.float64) @ U.T + 0.3 * torch.randn(50, 20, dtype=torch.float64))
+        layer(x).backward(dy * (step > 0) + torch.randn_like(dy) * (step == 0))
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % 10 == 0:
+            lowrank.merge(layer)
+    P = layer[0].B[0]
+    assert torch.allclose(P.T @ P, torch.eye(3, dtype=torch.float64), atol=1e-12)
+    assert (U.T @ P).square().sum() > 0.95 * 3
+
+
+@pytest.mark.parametrize('basis', ['power', 'sketch'])
+def test_galolte_resumes_bit_for_bit(data_dir, tmp_path, basis):
+    words = ['--lowrank=attn,mlp', '--heads=2', '--rank=3', '--head_input=split', '--head_basis=gradient', '--merge_every=3',
+             '--galore_gap=6', f'--galore_basis={basis}', '--galore_moments=rotate', '--gradient_accumulation_steps=2']
+    whole = train(data_dir, tmp_path / 'a', *words, '--max_iters=8')
+    for stop in (3, 4):  # at a merge, where bases are due, and between two
+        train(data_dir, tmp_path / str(stop), *words, f'--max_iters={stop}')
+        resumed = train(data_dir, tmp_path / str(stop), *words, '--max_iters=8', '--init_from=resume')
+        for key in ('model', 'optimizer', 'step'):
+            assert same_state(whole[key], resumed[key]), key
+
+
+# -----------------------------------------------------------------------------
 # the scripts
 
 
@@ -1903,6 +2032,10 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--head_input=split', '--head_compute=sequential'),
             "'parallel'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--merge_reset=True'), 'merge_every')
+    galolte = ['--lowrank=attn', '--head_input=split', '--head_basis=gradient', '--merge_every=3']
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=10'), 'galore_gap=10', 'merge_every=3')
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--optimizer=galore'), "optimizer='adamw'")
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--basis_from=shared'), "head_basis='gradient'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
@@ -2008,6 +2141,8 @@ def test_targets_that_cover_each_other_or_nothing_are_refused():
                              (['c_attn'], 'no linear layer')):
         with pytest.raises(ValueError, match=message):
             lowrank.apply_mhlora(drawn_vit(), targets)
+    with pytest.raises(ValueError, match='bases of whole layers'):
+        lowrank.apply_mhlora(drawn_vit(), ['q'], rank=2, head_input='split', head_basis='gradient')
     assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == ['transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn']
 
 
@@ -2070,8 +2205,10 @@ def test_images_are_normalised_as_timm_has_it():
     ['--lowrank=q,v,mlp', '--rank=2', '--heads=2', '--param_dtype=float32', '--dtype=bfloat16'],
     ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--merge_every=3', '--train=all', '--augment=flip'],
     ['--optimizer=galore', '--galore_rank=3', '--galore_gap=2', '--galore_backward=projected', '--state_bits=8', '--grad_clip=0'],
+    ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--head_basis=gradient', '--merge_every=1',
+     '--galore_gap=3'],
     ['--train=classifier', '--param_dtype=float32', '--dtype=float16'],
-], ids=['full', 'lora', 'lte', 'galore', 'probe'])
+], ids=['full', 'lora', 'lte', 'galore', 'galolte', 'probe'])
 def test_a_vit_resumes_bit_for_bit(image_root, tmp_path, words):
     whole, log = see(image_root, tmp_path / 'a', *words, '--max_iters=4', '--lr_decay_iters=20')
     see(image_root, tmp_path / 'b', *words, '--lr_decay_iters=20')
@@ -2183,6 +2320,9 @@ RANKS = {'full': ['--gradient_accumulation_steps=2'],
 LTE = ['--lowrank=attn,mlp', '--heads=4', '--rank=2', '--head_input=split', '--merge_every=3', '--max_iters=8']
 SPLIT = {'lte': LTE, 'reset': [*LTE, '--merge_reset=True'],
          'lte_galore': [*LTE, '--optimizer=galore', '--galore_rank=1', '--galore_basis=svd', '--grad_clip=0.0']}
+SPLIT['galolte'] = [*LTE, '--head_basis=gradient', '--galore_basis=svd', '--galore_gap=6', '--galore_moments=rotate']
+SPLIT['galolte_shared'] = [*SPLIT['galolte'], '--basis_from=shared']
+SPLIT['galolte_sketch'] = [*SPLIT['galolte'], '--galore_basis=sketch']
 REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
 
 

@@ -43,6 +43,8 @@ rank = 4  # of each head
 alpha = 4.0  # the heads' product is scaled by alpha / rank
 head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
+head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
+basis_from = 'own'  # 'own': of each head's gradient, 'shared': of the averaged one
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 sync = 'step'  # parameters without heads: every 'step', or, with split heads on ranks, averaged at every 'merge' (LTE)
@@ -83,7 +85,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, state_bytes  # noqa: E402
+from galore import check_optimizer, make_optimizer, renew_bases, state_bytes  # noqa: E402
 from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
                      drop_moments, load_whole_state, merge, own_factors, replica_parameters, traffic, whole_state)
 from model import GPT, GPTConfig  # noqa: E402
@@ -130,7 +132,7 @@ def main(argv):
                              f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
         if lowrank:
             apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
-                         merge_reset or not merge_every, dist_rank, world_size)
+                         merge_reset or not merge_every, dist_rank, world_size, head_basis)
         replicas = replica_parameters(model) if sync == 'merge' else {}
         counts = count_parameters(model)
 

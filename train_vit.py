@@ -44,6 +44,8 @@ rank = 4  # of each head
 alpha = 4.0  # the heads' product is scaled by alpha / rank
 head_input = 'shared'  # 'shared': every head sees every image; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
+head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
+basis_from = 'own'  # 'own': of each head's gradient, 'shared': of the averaged one
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 sync = 'step'  # parameters without heads: every 'step', or, with split heads on ranks, averaged at every 'merge' (LTE)
@@ -93,7 +95,7 @@ from medmnist.evaluator import getACC, getAUC  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, state_bytes  # noqa: E402
+from galore import check_optimizer, make_optimizer, renew_bases, state_bytes  # noqa: E402
 from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
                      drop_moments, freeze_rest, load_adapter, load_whole_state, merge, merged_state_dict, own_factors,
                      replica_parameters, save_adapter, traffic, whole_state)
@@ -135,7 +137,8 @@ def put_heads(vit, s, worker=0, workers=1):
     """Heads as the settings s say, on a model of `create`."""
     if s['lowrank']:
         apply_mhlora(vit, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     s['head_compute'], s['merge_reset'] or not s['merge_every'], worker, workers)
+                     s['head_compute'], s['merge_reset'] or not s['merge_every'], worker, workers,
+                     s['head_basis'])
 
 
 def read_weights(path, shape, classes, keep):
@@ -415,6 +418,8 @@ def main(argv):
             break
 
         # forward, backward
+        if head_basis == 'gradient' and step % merge_every == 0:
+            renew_bases(vit, adam, step, merge_every, basis_from == 'shared')
         for micro_step in range(gradient_accumulation_steps):
             # gradients travel, and with per_layer are stepped on, once a step
             net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1

@@ -1,7 +1,7 @@
 """
 Trains a vision transformer of timm on images: full fine-tuning, a linear probe, LoRA, heads, GaLore, or from scratch:
 
-$ python prepare.py digits && python train_vit.py config/vit_quickstart.py
+$ python train_vit.py config/vit_quickstart.py
 $ python train_vit.py config/vit_base_pathmnist_lora.py --rank=16
 $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt --eval_only=True
 $ torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist_full.py

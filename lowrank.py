@@ -14,7 +14,9 @@ trained, moments surviving. galore.py takes the bases.
 """
 
 import contextlib
+import hashlib
 import math
+import os
 
 import torch
 import torch.nn as nn
@@ -111,26 +113,29 @@ class MHLoRALinear(nn.Module):
     heads, rank, alpha: H, r, and alpha of s = alpha / r. head_input, head_compute: see `apply_mhlora`.
     merge_reset: whether `merge` draws A anew and zeroes B, or lets them train on (LTE's default) and remembers their
     values A_merged, B_merged, which are then subtracted.
+    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused layer) have heads of their own:
+    A is then (H, thirds r, n) and B (H, thirds m / 3, r), as if q, k and v were layers of their own.
     head_basis: 'trained', or 'gradient': GaLoLTE, one factor of each head is a basis of its gradient.
     worker, workers: of several ranks that share the split heads, this one holds the heads worker::workers.
     Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r).
     """
 
     def __init__(self, linear, heads, rank, alpha, head_input='shared', head_compute='parallel', merge_reset=True,
-                 worker=0, workers=1, head_basis='trained'):
+                 worker=0, workers=1, head_basis='trained', thirds=()):
         super().__init__()
         m, n = linear.weight.shape
-        if not 1 <= rank <= min(m, n):
-            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
-                             f'set a rank between 1 and {min(m, n)}')
-        self.in_features, self.out_features = n, m
+        parts, rows = (len(thirds), m // 3) if thirds else (1, m)
+        if not 1 <= rank <= min(rows, n):
+            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {rows} outputs: '
+                             f'set a rank between 1 and {min(rows, n)}')
+        self.in_features, self.out_features, self.thirds = n, m, tuple(thirds)
         self.heads, self.rank, self.scale = heads, rank, alpha / rank
         self.head_input, self.head_compute, self.merge_reset = head_input, head_compute, merge_reset
         self.worker, self.workers = (worker, workers) if head_input == 'split' else (0, 1)
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias
-        self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, rank, n))
-        self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, m, rank))
+        self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rank, n))
+        self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rows, rank))
         self.head_basis, self.left, self.take_basis, self.watch = head_basis, m < n, None, None
         if head_basis == 'gradient':  # take_basis(dy, x): set by galore.py while a basis is due, unsets itself
             self.scale, self.merge_reset, merge_reset = 1.0, True, True  # there is nothing to subtract after a merge
@@ -151,10 +156,21 @@ class MHLoRALinear(nn.Module):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing at first."""
         for head in range(self.heads):  # every rank draws all of them, so that they are the same on any number of ranks
             drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # QR needs it
-            nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
+            for A in drawn.split(self.rank):
+                nn.init.orthogonal_(A, gain=math.sqrt(self.in_features / self.rank), generator=generator)
             if head % self.workers == self.worker:
                 self.A[head // self.workers].copy_(drawn)
         self.B.zero_()
+
+    def on_all_rows(self, B):
+        """B (H, thirds m / 3, r) as a matrix (H, m, thirds r): each third in its rows and next to its A, zeros around.
+
+        The products then are those of any other layer; the zeros cost operations, but r of them are few."""
+        if not self.thirds:
+            return B
+        rows = self.out_features // 3
+        return torch.cat([F.pad(part, (0, 0, third * rows, (2 - third) * rows))  # (H, m, r)
+                          for third, part in zip(self.thirds, B.split(rows, 1))], 2)
 
     @contextlib.contextmanager
     def all_heads(self):
@@ -178,9 +194,11 @@ class MHLoRALinear(nn.Module):
 
     def pairs(self):
         """A, B with the heads' own products, and with what the last merges already put into W taken off again."""
+        B = self.on_all_rows(self.B)
         if self.merge_reset:
-            return self.A, self.B
-        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)  # (H, 2 r, n), (H, m, 2 r)
+            return self.A, B
+        merged = self.on_all_rows(self.B_merged)
+        return torch.cat([self.A, self.A_merged], 1), torch.cat([B, -merged], 2)  # (H, 2 r, n), (H, m, 2 r)
 
     def stacked(self):
         """All heads as one pair of rank R = H r: A (1, R, n), B (1, m, R)."""
@@ -333,6 +351,7 @@ def load_whole_state(model, optimizer, checkpoint, replicas={}):
 
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
+FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v, each a third of the outputs
 
 
 def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_input='shared', head_compute='parallel',
@@ -341,7 +360,7 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
     targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its
-    dotted name is replaced. heads, rank, alpha: H, r, alpha.
+    dotted name is replaced. 'q', 'k', 'v' are also the thirds of a fused projection. heads, rank, alpha: H, r, alpha.
     head_input: 'shared', every head sees every token, or 'split', head h sees the h-th part of the batch.
     head_compute: 'parallel', all heads in one pair of products, or 'sequential', a loop (the same result, slower).
     merge_reset: what `merge` does with the heads, see MHLoRALinear.
@@ -349,26 +368,36 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
     head_basis: 'trained', or 'gradient' (needs split heads): see MHLoRALinear; galore.make_optimizer takes the bases.
     Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and
     the embedding stays trainable: the count of parameters rises.
-    Returns the names of the replaced layers. ValueError: a target that matches nothing.
+    Returns the names of the replaced layers. ValueError: a target that matches nothing, or what another one covers.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     uses = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
-    replaced = []
+    replaced = {}  # names, and which thirds of their outputs get heads: [None] for all
     for target in targets:
         wanted = KINDS.get(target, (target,))
-        matched = [name for name in linears if any(part in wanted for part in name.split('.'))]
+        matched = {name: None for name in linears if any(part in wanted for part in name.split('.'))}
+        if target in ('q', 'k', 'v'):
+            matched |= {name: 'qkv'.index(target) for name in linears if name.split('.')[-1] in FUSED}
         if not matched:
             there = sorted({name.split('.')[-1] for name in linears})
             raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' or one of "
                              f"{', '.join(there)}")
-        replaced += [name for name in matched if name not in replaced]
-    for name in replaced:
+        for name, third in matched.items():
+            thirds = replaced.setdefault(name, [])
+            thirds += [third] * (third not in thirds)
+            if None in thirds and len(thirds) > 1:
+                raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of it: leave "
+                                 'one of the two out')
+    if head_basis == 'gradient' and any(None not in thirds for thirds in replaced.values()):
+        raise ValueError("head_basis='gradient' takes the bases of whole layers, and lowrank="
+                         f"'{','.join(targets)}' has a part of one: set 'attn' instead of q, k or v")
+    for name, thirds in replaced.items():
         linear = linears[name]
         if uses.count(id(linear.weight)) > 1:  # tied: freezing it would freeze the embedding
             linear.weight = nn.Parameter(linear.weight.detach().clone())
         model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset,
-                                               worker, workers, head_basis))
-    return replaced
+                                               worker, workers, head_basis, () if None in thirds else sorted(thirds)))
+    return list(replaced)
 
 
 def check_settings(settings, world_size):
@@ -517,3 +546,58 @@ def count_parameters(model):
             kind = next((kind for kind, names in KINDS.items() if any(part in names for part in parts)), 'other')
             counts['heads' if id(parameter) in factors else kind] += parameter.numel()
     return counts
+
+
+def freeze_rest(model, kinds=('logit',)):
+    """Freezes all but the heads and the layers of the given kinds: LoRA as in PEFT, where biases and norms stay too."""
+    factors = {id(factor) for layer in head_layers(model) for factor in (layer.A, layer.B)}
+    names = {name for kind in kinds for name in KINDS[kind]}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in factors and names.isdisjoint(name.split('.')):
+            parameter.requires_grad_(False)
+
+
+# -----------------------------------------------------------------------------
+# adapters
+
+
+def adapter_parts(model, about):
+    """(tensors of an adapter: what trains, and the output layer; its metadata: `about` and a checksum of the rest)."""
+    parts, base = {}, hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.')):
+            parts[name] = p.detach()
+        else:
+            base.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return parts, {**{key: str(value) for key, value in about.items()}, 'base': base.hexdigest()[:16]}
+
+
+def save_adapter(model, path, about):
+    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors.
+
+    about: what has to be the same when it is loaded, such as the model's name, rank and alpha; kept as metadata, with a
+    checksum of the frozen weights."""
+    from safetensors.torch import save
+    parts, about = adapter_parts(model, about)
+    with open(f'{path}.tmp', 'wb') as file:
+        file.write(save({name: part.cpu().contiguous() for name, part in parts.items()}, about))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f'{path}.tmp', path)
+
+
+def load_adapter(model, path, about):
+    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any other."""
+    from safetensors import SafetensorError, safe_open
+    parts, about = adapter_parts(model, about)
+    try:
+        with safe_open(path, 'pt') as file:
+            theirs, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
+    for key, value in about.items():
+        if theirs.get(key) != value:
+            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
+                             'that it was trained on, with the same heads')
+    for name, part in parts.items():
+        part.copy_(saved[name])

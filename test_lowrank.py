@@ -22,6 +22,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ import prepare
 import sample
 import train_gpt
 import train_llama
+import train_vit
 
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -118,7 +120,7 @@ def test_every_config_file_is_accepted_and_says_what_it_is():
             with open(path, encoding='utf-8') as file:
                 head = [file.readline() for _ in range(3)]
             assert head[0].startswith('# ') and 'train_' in head[1] and ':' in head[2], name
-            script = train_llama if name.startswith('llama') else train_gpt
+            script = {'llama': train_llama, 'vit': train_vit}.get(name.split('_')[0], train_gpt)
             assert config.load({}, script.defaults, [path])['out_dir'] == f'out/{name[:-3]}'
 
 
@@ -2055,6 +2057,257 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
 
 
 # -----------------------------------------------------------------------------
+# vit
+
+
+def tiny_vit(root, out_dir, *words):
+    """The settings of a tiny run in float64: a ViT of two layers from scratch on the tiny pathmnist."""
+    return [f'--data_dir={root}', f'--out_dir={out_dir}', '--dataset=pathmnist', '--init_from=scratch', '--n_layer=2',
+            '--model=vit_tiny_patch16_224', '--img_size=28', '--patch_size=14', '--n_head=2', '--n_embd=16',
+            '--batch_size=4', '--eval_interval=2', '--log_interval=2', '--warmup_iters=2', '--learning_rate=0.01',
+            '--param_dtype=float64', '--dtype=float64', '--device=cpu', '--max_iters=2', *words]
+
+
+def see(root, out_dir, *words):
+    """Runs train_vit.py's main on a tiny model: (the checkpoint it ends with, the records of its log)."""
+    train_vit.main(tiny_vit(root, out_dir, *words))
+    with open(f'{out_dir}/log.jsonl', encoding='utf-8') as file:
+        log = [json.loads(line) for line in file]
+    return os.path.exists(f'{out_dir}/ckpt.pt') and config.load_checkpoint(f'{out_dir}/ckpt.pt'), log
+
+
+def drawn_vit():
+    torch.manual_seed(0)
+    shape = dict(model='vit_tiny_patch16_224', img_size=28, patch_size=14, n_layer=2, n_head=2, n_embd=16)
+    return train_vit.create(shape, 9).double()
+
+
+def move_heads(model):
+    with torch.no_grad():
+        for layer in lowrank.head_layers(model):
+            layer.B.copy_(torch.randn(layer.B.shape, generator=torch.Generator().manual_seed(layer.B.numel())) / 50)
+
+
+@pytest.mark.parametrize('targets', ['attn', 'q,v', 'k', 'mlp', 'logit', 'attn,mlp,logit'])
+@pytest.mark.parametrize('head_input', ['shared', 'split'])
+def test_heads_on_a_vit_keep_its_outputs_and_merge(targets, head_input):
+    vit, x = drawn_vit(), torch.randn(4, 3, 28, 28, dtype=torch.float64)
+    plain = vit(x)
+    names = lowrank.apply_mhlora(vit, targets.split(','), 2, 3, 6.0, head_input, merge_reset=False)
+    assert len(names) == {'attn': 4, 'mlp': 4, 'logit': 1, 'attn,mlp,logit': 9}.get(targets, 2)
+    assert torch.allclose(vit(x), plain, atol=1e-12)
+    for _ in range(2):  # the second time earlier values are taken off
+        move_heads(vit)
+        with lowrank.averaged_heads(vit):
+            before = vit(x)
+            assert not torch.allclose(before, plain, atol=1e-5)
+            lowrank.merge(vit)
+            assert torch.allclose(vit(x), before, atol=1e-12)
+        for layer in lowrank.head_layers(vit):
+            layer.A.data.mul_(-1.5)
+
+
+@pytest.mark.parametrize('words', [{}, dict(head_compute='sequential'), dict(head_input='split')])
+def test_heads_on_slices_of_qkv_equal_three_separate_linears(words):
+    torch.manual_seed(0)
+    fused, apart = nn.Linear(6, 12).double(), [nn.Linear(6, 4).double() for _ in 'qkv']
+    with torch.no_grad():
+        for own, W, b in zip(apart, fused.weight.split(4), fused.bias.split(4)):
+            own.weight.copy_(W), own.bias.copy_(b)
+    layer = lowrank.MHLoRALinear(fused, 2, 3, 6.0, thirds=(0, 2), **words)
+    three = [lowrank.MHLoRALinear(own, 2, 3, 6.0, **words) for own in apart]
+    assert layer.A.shape == (2, 6, 6) and layer.B.shape == (2, 8, 3)
+    nn.init.normal_(layer.B)
+    with torch.no_grad():
+        for own, A, B in zip(three[::2], layer.A.split(3, 1), layer.B.split(4, 1)):  # k keeps its B of zeros
+            own.A.copy_(A), own.B.copy_(B)
+    x, dy = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, 5, 12, dtype=torch.float64)
+    y, parts = layer(x), torch.cat([own(x) for own in three], -1)
+    assert torch.allclose(y, parts, atol=1e-12)
+    y.backward(dy), parts.backward(dy)
+    for got, name, dim in ((layer.A, 'A', 1), (layer.B, 'B', 1)):
+        wanted = torch.cat([getattr(own, name).grad for own in three[::2]], dim)
+        assert torch.allclose(got.grad, wanted, atol=1e-12), name
+
+
+def test_melo_trains_so_many_parameters():
+    with torch.device('meta'):
+        vit = timm.create_model('vit_base_patch16_224', num_classes=9)
+    lowrank.apply_mhlora(vit, ['q', 'v'], heads=1, rank=4)
+    lowrank.freeze_rest(vit)
+    counts = lowrank.count_parameters(vit)
+    assert counts['heads'] == 147_456 and counts['trainable'] == 147_456 + 769 * 9 == 147_456 + counts['logit']
+
+
+def test_targets_that_cover_each_other_or_nothing_are_refused():
+    for targets, message in ((['attn', 'q'], "'attn,q' puts heads on blocks.0.attn.qkv"), (['v', 'qkv'], 'leave one'),
+                             (['c_attn'], 'no linear layer')):
+        with pytest.raises(ValueError, match=message):
+            lowrank.apply_mhlora(drawn_vit(), targets)
+    with pytest.raises(ValueError, match='bases of whole layers'):
+        lowrank.apply_mhlora(drawn_vit(), ['q'], rank=2, head_input='split', head_basis='gradient')
+    assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == ['transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn']
+
+
+def auc_by_hand(positive, score):
+    """The share of pairs of a positive and a negative in which the positive scores higher; equal ones count half."""
+    pairs = [(a > b) + 0.5 * (a == b) for a, p in zip(score, positive) for b, q in zip(score, positive) if p and not q]
+    return sum(pairs) / len(pairs)
+
+
+def test_metrics_agree_with_a_hand_computation():
+    logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).round(decimals=1)
+    y = torch.arange(30) % 3
+    for task in ('multi-class', 'ordinal-regression'):
+        accuracy, auc, by_class, matrix = train_vit.measure(logits, y, task)
+        p = logits.exp() / logits.exp().sum(1, keepdim=True)
+        right = [max(range(3), key=row.__getitem__) == label for row, label in zip(logits.tolist(), y.tolist())]
+        assert accuracy == pytest.approx(sum(right) / 30) and matrix.sum() == 30
+        assert by_class == pytest.approx([sum(right[c::3]) / 10 for c in range(3)])
+        assert auc == pytest.approx(sum(auc_by_hand(y == c, p[:, c]) for c in range(3)) / 3)
+    accuracy, auc, _, matrix = train_vit.measure(logits[:, :2], y % 2, 'binary-class')
+    assert auc == pytest.approx(auc_by_hand(y % 2 == 1, (logits[:, 1] - logits[:, 0]).sigmoid()))
+    assert accuracy == pytest.approx(matrix.diagonal().sum() / 30)
+    several = torch.stack([y == 0, y < 2, torch.arange(30) < 9], 1).float()
+    accuracy, auc, by_class, matrix = train_vit.measure(logits, several, 'multi-label, binary-class')
+    assert matrix is None and by_class == pytest.approx(((logits > 0) == (several > 0)).double().mean(0).tolist())
+    assert accuracy == pytest.approx(sum(by_class) / 3)
+    assert auc == pytest.approx(sum(auc_by_hand(several[:, c] > 0, logits[:, c]) for c in range(3)) / 3)
+    p = logits.sigmoid()
+    by_hand = -(several * p.log() + (1 - several) * (1 - p).log()).mean()
+    assert train_vit.criterion(logits, several).item() == pytest.approx(by_hand.item())
+
+
+def test_augmentation_is_a_function_of_its_key_and_of_the_row():
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    both = train_vit.augmented(images, 'flip,crop', (1, 2, 0), 8, np.arange(8))
+    assert torch.equal(both, train_vit.augmented(images, 'flip,crop', (1, 2, 0), 8, np.arange(8)))
+    assert torch.equal(both[1::2], train_vit.augmented(images[1::2], 'flip,crop', (1, 2, 0), 8, np.arange(1, 8, 2)))
+    assert not torch.equal(both, train_vit.augmented(images, 'flip,crop', (1, 3, 0), 8, np.arange(8)))
+    flipped = train_vit.augmented(images, 'flip', (0,), 8, np.arange(8))
+    turned = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, images)]
+    assert 0 < sum(turned) < 8 and all(t or torch.equal(a, b) for t, a, b in zip(turned, flipped, images))
+    wide = F.pad(images.float(), (2, 2, 2, 2), mode='replicate').byte()
+    for a, b in zip(train_vit.augmented(images, 'crop', (0,), 8, np.arange(8)), wide):
+        assert any(torch.equal(a, b[:, i:i + 16, j:j + 16]) for i in range(5) for j in range(5))
+
+
+def test_images_are_normalised_as_timm_has_it():
+    grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
+    x = train_vit.normalised(grey, 28, mean, std, torch.float32)
+    assert torch.allclose(x * std + mean, (grey / 255).expand(2, 3, 28, 28), atol=1e-6)
+    from torchvision.transforms.functional import InterpolationMode, resize
+    theirs = resize(grey, [56, 56], InterpolationMode.BICUBIC, antialias=True)
+    ours = train_vit.normalised(grey, 56, 0, 1, torch.float32) * 255
+    assert (ours[:, :1] - theirs).abs().max() < 1
+
+
+@pytest.mark.parametrize('words', [
+    ['--augment=flip,crop', '--gradient_accumulation_steps=2'],
+    ['--lowrank=q,v,mlp', '--rank=2', '--heads=2', '--param_dtype=float32', '--dtype=bfloat16'],
+    ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--merge_every=3', '--train=all', '--augment=flip'],
+    ['--optimizer=galore', '--galore_rank=3', '--galore_gap=2', '--galore_backward=projected', '--state_bits=8', '--grad_clip=0'],
+    ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--head_basis=gradient', '--merge_every=1',
+     '--galore_gap=3'],
+    ['--train=classifier', '--param_dtype=float32', '--dtype=float16'],
+], ids=['full', 'lora', 'lte', 'galore', 'galolte', 'probe'])
+def test_a_vit_resumes_bit_for_bit(image_root, tmp_path, words):
+    whole, log = see(image_root, tmp_path / 'a', *words, '--max_iters=4', '--lr_decay_iters=20')
+    see(image_root, tmp_path / 'b', *words, '--lr_decay_iters=20')
+    resumed, again = see(image_root, tmp_path / 'b', *words, '--max_iters=4', '--lr_decay_iters=20', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_val_auc'):
+        assert same_state(whole[key], resumed[key]), key
+    best = max(record['val_auc'] for record in log if record.get('val_auc') and record['step'])
+    assert whole['step'] == 4 and whole['best_val_auc'] == best
+    assert [record['step'] for record in log if 'val_loss' in record] == [0, 2, 4]
+    test, = (record for record in log if 'test_loss' in record)
+    assert test['test_auc'] == again[-1]['test_auc'] and len(test['test_acc_by_class']) == 9
+    assert {'train_loss', 'images_per_s', 'peak_memory_bytes', 'trainable_parameters'} <= log[1].keys()
+    assert (tmp_path / 'a' / 'confusion.png').stat().st_size > 1000
+
+
+def test_epochs_are_passes_over_the_images_and_a_run_learns(tmp_path):
+    archive(tmp_path, 'pneumoniamnist', counts=dict(train=64, val=30, test=30))
+    x = np.random.default_rng(0).integers(0, 128, (64, 28, 28)).astype(np.uint8)
+    x += 100 * (np.arange(64) % 2)[:, None, None].astype(np.uint8)  # grey; ill ones are lighter
+    archive(tmp_path, 'pneumoniamnist', counts=dict(train=64, val=30, test=30), train_images=x, val_images=x[:30], test_images=x[:30])
+    prepare_images(tmp_path, 'pneumoniamnist')
+    state, log = see(tmp_path, tmp_path / 'a', '--dataset=pneumoniamnist', '--epochs=3', '--batch_size=8', '--eval_interval=9')
+    assert state['step'] == 24 and log[-1]['test_auc'] > 0.95
+
+
+def test_several_labels_an_image_train_and_evaluate(tmp_path):
+    archive(tmp_path, 'chestmnist', counts=dict(train=20, val=30, test=30))
+    prepare_images(tmp_path, 'chestmnist')
+    state, log = see(tmp_path, tmp_path / 'a', '--dataset=chestmnist')
+    assert len(log[-1]['test_acc_by_class']) == 14 and not (tmp_path / 'a' / 'confusion.png').exists()
+    assert log[-1]['test_acc'] == pytest.approx(np.mean(log[-1]['test_acc_by_class']))
+
+
+def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(image_root, tmp_path, capsys):
+    from safetensors.torch import save_file
+    torch.manual_seed(3)
+    names = dict(img_size=28, patch_size=14, depth=2, num_heads=2, embed_dim=16)
+    theirs = timm.create_model('vit_tiny_patch16_224', num_classes=9, **names)
+    save_file(theirs.state_dict(), tmp_path / 'theirs.safetensors')
+    torch.save(theirs.state_dict(), tmp_path / 'theirs.pt')
+    asked = [f'--init_from={tmp_path}/theirs.safetensors', '--eval_only=True']
+    _, log = see(image_root, tmp_path / 'a', *asked)
+    x, y = prepare.Images('pathmnist', 'val', image_root).fixed_batch(0, 30)
+    loss = F.cross_entropy(theirs.double()((x.double() / 255 - 0.5) / 0.5), y).item()
+    assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-6) and 'test_acc' in log[1]
+    assert see(image_root, tmp_path / 'b', f'--init_from={tmp_path}/theirs.pt', '--eval_only=True')[1] == log
+    see(image_root, tmp_path / 'c', f'--init_from={tmp_path}/theirs.pt', '--img_size=42')  # the embedding of places resized
+    # ours: split heads that merge, then full fine-tuning from what they made of it, with another classifier
+    see(image_root, tmp_path / 'lte', '--lowrank=attn', '--heads=2', '--rank=2', '--head_input=split', '--merge_every=2')
+    first, = (record for record in see(image_root, tmp_path / 'd', f'--init_from={tmp_path}/lte/best.pt',
+                                       '--eval_only=True', '--n_layer=None')[1] if 'val_loss' in record)
+    record = json.loads((tmp_path / 'lte' / 'log.jsonl').read_text().splitlines()[2])
+    assert record['step'] == 2 and first['val_loss'] == pytest.approx(record['val_loss'], abs=1e-6)
+    other, _ = see(image_root, tmp_path / 'e', f'--init_from={tmp_path}/lte/best.pt', '--dataset=digits', '--n_layer=None')
+    assert other['model']['head.weight'].shape == (10, 16) and other['model_config']['n_layer'] == 2
+    refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/lte/best.pt', '--dataset=digits',
+                                '--eval_only=True'), '9 classes', "10 of data set 'digits'")
+    refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/theirs.pt', '--n_layer=3'),
+            'theirs.pt', 'n_layer')
+    refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/lte/best.pt', '--n_head=4'), 'n_head=2', '4')
+
+
+def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(image_root, tmp_path, capsys):
+    base = f'{tmp_path}/base/best.pt'
+    see(image_root, tmp_path / 'base')
+    words = [f'--init_from={base}', '--lowrank=q,v,logit', '--rank=2', '--alpha=8']
+    state, log = see(image_root, tmp_path / 'a', *words, '--learning_rate=0.1')
+    path = tmp_path / 'a' / 'adapter.safetensors'
+    assert path.stat().st_size < (tmp_path / 'a' / 'best.pt').stat().st_size / 2
+    again = [*words, f'--adapter={path}', '--eval_only=True']
+    loaded = see(image_root, tmp_path / 'b', *again)[1]
+    wanted = {**log[-1], 'step': 0}
+    assert loaded[-1] == wanted and loaded[0]['val_auc'] == state['best_val_auc']
+    see(image_root, tmp_path / 'other', '--seed=7')
+    for more, needle in (([f'--init_from={tmp_path}/other/best.pt'], 'base='), (['--alpha=4'], 'alpha=8.0, not 4.0'),
+                         (['--lowrank=q,k'], 'lowrank='), ([f'--adapter={base}'], 'best.pt')):
+        refused(capsys, lambda: see(image_root, tmp_path / 'c', *again, *more), needle)
+    see(image_root, tmp_path / 'lte', '--lowrank=attn', '--rank=2', '--train=all')
+    assert not (tmp_path / 'lte' / 'adapter.safetensors').exists()  # the rest trained too
+
+
+def test_mistakes_with_a_vit_are_one_sentence(image_root, tmp_path, capsys):
+    see(image_root, tmp_path / 'a')
+    (tmp_path / 'bad.safetensors').write_bytes(b'no')
+    for word, *needles in [
+            ('--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"), ('--dataset=bloodmnist', 'prepare.py'),
+            ('--n_head=3', 'num_heads', 'n_embd'), ('--augment=flop', "'flip'"), ('--train=some', "'classifier'"),
+            ('--init_from=nowhere.pt', 'nowhere.pt'), (f'--init_from={tmp_path}/bad.safetensors', 'bad.safetensors'),
+            ('--lowrank=attn,q', 'qkv'), ('--batch_size=0', 'batch_size'),
+            ('--max_iters=9', 'already holds a run')]:
+        refused(capsys, lambda: see(image_root, tmp_path / 'a', word), *needles)
+    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--model=vit_small_patch16_224'), 'model=')
+    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--dataset=digits'), '9 classes', "10 of")
+
+
+# -----------------------------------------------------------------------------
 # two ranks: one spawn for all distributed laws
 
 RANKS = {'full': ['--gradient_accumulation_steps=2'],
@@ -2076,6 +2329,11 @@ SPLIT['galolte_sketch'] = [*SPLIT['galolte'], '--galore_basis=sketch']
 REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
 
 
+VIT = {'vit': ['--lowrank=q,v', '--heads=2', '--rank=2', '--augment=flip,crop', '--gradient_accumulation_steps=2'],
+       'vit_lte': ['--lowrank=q,mlp', '--heads=4', '--rank=2', '--head_input=split', '--merge_every=2', '--train=all',
+                   '--augment=crop', '--max_iters=3']}
+
+
 def share_one_group():
     """The runs of train_gpt.main share the process group that the first one joins; returns what ends it."""
     torch.set_num_threads(1)
@@ -2085,9 +2343,11 @@ def share_one_group():
     return end
 
 
-def two_ranks(data_dir, out):
+def two_ranks(data_dir, out, image_root):
     """What each of two ranks of torchrun runs."""
     end = share_one_group()
+    for name, words in VIT.items():
+        train_vit.main(tiny_vit(image_root, f'{out}/{name}', *words))
     for name, words in {**RANKS, **SPLIT, 'replicas': REPLICAS}.items():
         train_gpt.main(tiny(data_dir, f'{out}/{name}', *words))
     for name, words in {**SPLIT, 'replicas': REPLICAS}.items():  # stopped in the middle of a period
@@ -2187,12 +2447,12 @@ def by_hand(data_dir, steps):
     return workers
 
 
-def test_any_number_of_ranks_trains_the_same(data_dir, tmp_path):
+def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
     for name, words in (('mhlora', RANKS['mhlora']), ('lte', LTE)):
         train(data_dir, tmp_path / f'{name}_joined', *words, '--max_iters=4')
     python, where = [sys.executable, '-c'], (data_dir, str(tmp_path))
     for command in ([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
-                     *python, f'import test_lowrank as t; t.two_ranks(*{where})'],
+                     *python, f'import test_lowrank as t; t.two_ranks(*{where}, {str(image_root)!r})'],
                     [*python, 'import test_lowrank as t; t.torch.multiprocessing.start_processes('
                      f't.four_ranks, {(f"{tmp_path}/store", *where)}, 4, start_method="fork")']):
         subprocess.run(command, cwd=HERE, check=True, timeout=100)
@@ -2213,6 +2473,13 @@ def test_any_number_of_ranks_trains_the_same(data_dir, tmp_path):
         for key in ('model', 'optimizer', 'replicas', 'step', 'best_val_loss'):
             assert same_state(saved(name)[key], saved(f'{name}_on')[key]), (name, key)
     assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
+
+    for name, words in VIT.items():
+        one, log = see(image_root, tmp_path / 'one' / name, *words)
+        for key, value in one['model'].items():
+            assert torch.allclose(value, saved(name)['model'][key], rtol=0, atol=1e-10), (name, key)
+        for key in ('val_loss', 'test_loss', 'test_auc'):  # the ranks share a split
+            assert logged(tmp_path / name, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=1e-10)
 
     workers, state = by_hand(data_dir, 8), saved('replicas')
     for k, gpt in enumerate(workers):

@@ -314,7 +314,7 @@ def start_run(settings):
         wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
     os.makedirs(out_dir, exist_ok=True)
     if settings['init_from'] != 'resume':
-        for name in held + ['log.jsonl']:
+        for name in held + ['log.jsonl', 'adapter.safetensors']:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, name))
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
@@ -389,8 +389,11 @@ def restart_meter(meter):
 
 def log(settings, record, progress):
     """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
-    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'dt_ms': '{:8.1f} ms/step',
-             'tokens_per_s': '{:>9,.0f} tokens/s', 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
+    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
+             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
+             'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
+             'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
+             'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
     words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
              for key, form in shown.items() if key in record]
     progress.write(f"step {record['step']:>6} | " + ' | '.join(words), file=sys.stdout)

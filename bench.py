@@ -445,6 +445,7 @@ def memory(words):
     options = argparse.ArgumentParser('bench.py memory')
     options.add_argument('--sizes', nargs='+', default=['60m', '350m', '1b', '7b'], choices=SIZES)
     options.add_argument('--real', nargs='*', default=['60m', '350m', '1b'], help='the sizes to run for real too')
+    options.add_argument('--lean', action='store_true', help='only the leanest method, against nothing')
     options.add_argument('--config', help='plan this config of train_llama.py instead')
     options.add_argument('--budget', default='12GiB', help='with --config: memory of the card')
     options = options.parse_args(words)
@@ -458,7 +459,8 @@ def memory(words):
     cells, done = [], {(cell['size'], cell['method'], cell['rank']): cell for cell in kept('memory')}
     for size in options.sizes:
         width, depth = SIZES[size][:2]
-        for method, changes in LLAMA_METHODS.items():
+        full = None
+        for method, changes in list(LLAMA_METHODS.items())[-1 if options.lean else 0:]:
             rank = 0 if method == 'full rank' else width // 4 if '8 bits' in method else width // 2
             settings = {**base, **changes, 'size': size, 'galore_rank': rank or 1}
             cell = done.get((size, method, rank))
@@ -471,8 +473,12 @@ def memory(words):
                 full = cell
             numbers = ''.join(f'{cell[key] / 1e9:{wide}.2f}' for key, wide in
                               (('weights', 9), ('state', 8), ('gradients', 11), ('activations', 13), ('total', 9)))
-            real = f"{cell['measured'] / 1e9:10.2f}{cell['measured'] / full['measured']:9.2f}" if 'measured' in cell else ''
-            print(f"{size:6}{method:34}{rank:6}{numbers}{cell['total'] / full['total']:9.2f}{real}", flush=True)
+            of_full = f"{cell['total'] / full['total']:9.2f}" if full else 9 * ' '
+            real = f"{cell['measured'] / 1e9:10.2f}" if 'measured' in cell else ''
+            real += f"{cell['measured'] / full['measured']:9.2f}" if real and full else ''
+            print(f'{size:6}{method:34}{rank:6}{numbers}{of_full}{real}', flush=True)
+            if options.lean and 'measured' in cell:
+                print(f"three steps, the first bases included: {cell['seconds']:.0f} s")
 
 
 def plan(settings, budget):

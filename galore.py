@@ -623,7 +623,7 @@ def take_head_bases(layer, state, group, seed, dy, x, shared_by):
         was = None if first else old[head]
         was = (was, None) if layer.left else (None, was)
         mine = head * layer.workers + layer.worker  # the head's number among those of all ranks
-        P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, hash((seed, mine)) % 2**32)
+        P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, (seed + mine) % 2**32)
         return P if layer.left else Q
     if shared_by:
         G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), shared_by)
@@ -649,7 +649,7 @@ def watch(layer, optimizer, dy, x, R):
     """Takes G G^T P = G R^T of each head into a running average (heads, m, r), or G^T G Q = G^T R for a basis on the
     right: one step of subspace iteration on the averaged G G^T, for 2 r (m + n) operations a token, without G."""
     Y = torch.bmm(dy.mT, torch.bmm(x, R.mT)) if layer.left else torch.bmm(x.mT, torch.bmm(dy, R))
-    Y, state = Y.to(layer.weight.dtype), optimizer.state[layer.trained]
+    Y, state = Y.to(layer.weight.dtype).mul_(len(dy)), optimizer.state[layer.trained]  # dy: of the mean over all heads
     state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(SKETCH_DECAY).add_(Y)
 
 

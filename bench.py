@@ -4,12 +4,14 @@ Checks what the README claims, on any machine:
 $ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
 $ python bench.py speed       GaLore's step, bases and projected backward, against galore-torch (where it is installed)
 $ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
+$ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against full
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 
 Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,11 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 import config
 import galore
 from galore import GaLoreAdamW, make_optimizer, param_groups, state_bytes, take_bases
-from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters
+from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, freeze_rest
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -390,8 +395,6 @@ def train_steps(model, settings, steps, before_step=lambda: None):
 
 def planned(settings, layers, batch_size):
     """Peak bytes of two training steps by category, without computing anything: fake tensors and torch's MemTracker."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
     settings, tracker = {**settings, 'batch_size': batch_size}, MemTracker()
     torch.set_default_dtype(getattr(torch, settings['param_dtype']))
     with FakeTensorMode(), warnings.catch_warnings():
@@ -504,6 +507,107 @@ def plan(settings, budget):
 
 
 # -----------------------------------------------------------------------------
+# vision
+
+VIT_METHODS = {'full fine-tuning': {}, **{f'LoRA, rank {rank}': dict(rank=rank) for rank in (1, 2, 4, 8, 16, 32)},
+               'GaLore, rank 64': dict(galore=64), 'GaLore, rank 64, projected': dict(galore=64, projected=True)}
+
+
+def vit_trainer(name, method, batch_size, fake=contextlib.nullcontext()):
+    """(model, optimizer, step) of a timm ViT at 224 pixels and nine classes, computing in bfloat16. fake: a
+    FakeTensorMode, which timm cannot be built under, so that its tensors are replaced by fake ones."""
+    import timm
+    model, how = timm.create_model(name, num_classes=9), VIT_METHODS[method]
+    if isinstance(fake, FakeTensorMode):
+        for module in model.modules():
+            for key, p in module._parameters.items():
+                module._parameters[key] = p if p is None else nn.Parameter(fake.from_tensor(p.detach()))
+    with fake:
+        return (model, *vit_step(model, how, batch_size))
+
+
+def vit_step(model, how, batch_size):
+    """(optimizer, step) of one of VIT_METHODS."""
+    if 'rank' in how:
+        apply_mhlora(model, ('attn',), 1, how['rank'], how['rank'])
+        freeze_rest(model)
+    if 'galore' in how:
+        optimizer = GaLoreAdamW(param_groups(model, rank=how['galore']), lr=1e-3)
+        if 'projected' in how:
+            galore.project_backward(model, optimizer)
+    else:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    images, labels = torch.zeros(batch_size, 3, 224, 224), torch.zeros(batch_size, dtype=torch.int64)
+
+    def step():
+        with torch.autocast('cpu', torch.bfloat16):
+            loss = F.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, step
+
+
+def vit_planned(name, method, batch_size):
+    """Peak bytes of two steps by category, with fake tensors."""
+    tracker, fake = MemTracker(), FakeTensorMode()
+    model, optimizer, step = vit_trainer(name, method, batch_size, fake)
+    for module in model.modules():  # MemTracker wants a gradient of every parameter: frozen ones become buffers
+        for key in [key for key, p in module._parameters.items() if p is not None and not p.requires_grad]:
+            module.register_buffer(key, module._parameters.pop(key).detach())
+    with fake, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        tracker.track_external(model)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                step()
+        total = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total']
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    return dict(weights=weights, state=state_bytes(optimizer), total=total)
+
+
+def vit_real(name, method, batch_size):
+    """Growth of the peak resident size over three steps in a fresh process, bytes."""
+    code = ('import ctypes, sys, timm, bench; ctypes.CDLL(None).mallopt(-3, 1 << 18); before = bench.resident_peak()\n'
+            'step = bench.vit_trainer(sys.argv[1], sys.argv[2], int(sys.argv[3]))[2]\n'
+            'for _ in range(3): step()\n'
+            'print(bench.resident_peak() - before)')
+    ran = subprocess.run([sys.executable, '-c', code, name, method, str(batch_size)], cwd=HERE, check=True,
+                         stdout=subprocess.PIPE, text=True)
+    return int(ran.stdout)
+
+
+def vit(words):
+    options = argparse.ArgumentParser('bench.py vit')
+    options.add_argument('--models', nargs='+', default=['vit_base_patch16_224', 'vit_large_patch16_224'])
+    options.add_argument('--repeats', type=int, default=3)
+    options.add_argument('--batch_size', type=int, default=4, help='of what is run here; 32 is planned besides')
+    options = options.parse_args(words)
+    print(f'224 pixels, bfloat16 autocast, LoRA on qkv and proj with the classifier; {options.batch_size} images a step '
+          'are run, 32 planned; GB')
+    print(f"{'model':23}{'method':28}{'trainable':>12}{'planned, 32':>12}{'of full':>9}{'planned':>9}{'measured':>9}"
+          f"{'s/step':>8}{'of full':>9}")
+    for name in options.models:
+        trainers = {method: vit_trainer(name, method, options.batch_size) for method in VIT_METHODS}
+        seconds = interleaved({method: trainer[2] for method, trainer in trainers.items()}, options.repeats)
+        trainable = {method: count_parameters(trainer[0])['trainable'] for method, trainer in trainers.items()}
+        del trainers
+        full = None
+        for method in VIT_METHODS:
+            small, large = (vit_planned(name, method, b) for b in (options.batch_size, 32))
+            cell = dict(bench='vit', model=name, method=method, trainable=trainable[method], planned_32=large['total'],
+                        weights=large['weights'], state=large['state'], batch_size=options.batch_size,
+                        planned=small['total'], measured=vit_real(name, method, options.batch_size),
+                        seconds=statistics.median(seconds[method]), to_full=ratio(seconds, method, 'full fine-tuning'))
+            full = full or cell
+            keep('vit', [cell])
+            print(f"{name:23}{method:28}{cell['trainable']:12,}{large['total'] / 1e9:12.2f}"
+                  f"{large['total'] / full['planned_32']:9.2f}{small['total'] / 1e9:9.2f}{cell['measured'] / 1e9:9.2f}"
+                  f"{cell['seconds']:8.2f}{cell['to_full']:9.2f}", flush=True)
+
+
+# -----------------------------------------------------------------------------
 # quality
 
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
@@ -591,7 +695,7 @@ def quality(words):
 
 
 if __name__ == '__main__':
-    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'quality': quality}
+    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit, 'quality': quality}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

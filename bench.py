@@ -414,13 +414,10 @@ def planned(settings, layers, batch_size):
 
 
 def extrapolated(settings, layers, batch_size):
-    """`planned` for a deep model and a large batch, from two and three layers at one and two sequences: every category is
-    linear in each. (A shallow model may peak at another moment than a deep one; at full depth the numbers agree.)"""
-    corners = {(l, b): planned(settings, l, b) for l in (2, 3) for b in (1, 2)}
-
-    def line(key, b):
-        return corners[2, b][key] + (layers - 2) * (corners[3, b][key] - corners[2, b][key])
-    return {key: line(key, 1) + (batch_size - 1) * (line(key, 2) - line(key, 1)) for key in corners[2, 1]}
+    """`planned` for a deep model from two and three layers: every category is linear in their number. (A shallow model
+    may peak at another moment than a deep one; at 350M and 1B the totals agree with real runs.)"""
+    two, three = (planned(settings, shallow, batch_size) for shallow in (2, 3))
+    return {key: two[key] + (layers - 2) * (three[key] - two[key]) for key in two}
 
 
 def resident_peak():
@@ -478,10 +475,37 @@ def memory(words):
                               (('weights', 9), ('state', 8), ('gradients', 11), ('activations', 13), ('total', 9)))
             of_full = f"{cell['total'] / full['total']:9.2f}" if full else 9 * ' '
             real = f"{cell['measured'] / 1e9:10.2f}" if 'measured' in cell else ''
-            real += f"{cell['measured'] / full['measured']:9.2f}" if real and full else ''
+            real += f"{cell['measured'] / full['measured']:9.2f}" if real and 'measured' in (full or {}) else ''
             print(f'{size:6}{method:34}{rank:6}{numbers}{of_full}{real}', flush=True)
             if options.lean and 'measured' in cell:
                 print(f"three steps, the first bases included: {cell['seconds']:.0f} s")
+    draw_memory()
+
+
+def draw_memory():
+    """assets/memory.png: peak memory of LLaMA by category and method, and the measured total as a line."""
+    from matplotlib.figure import Figure
+    cells = kept('memory')
+    sizes = list(dict.fromkeys(cell['size'] for cell in cells))
+    figure = Figure((3.1 * len(sizes), 3.6), layout='constrained')
+    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
+        mine = sorted((cell for cell in cells if cell['size'] == size), key=lambda c: list(LLAMA_METHODS).index(c['method']))
+        names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that') for cell in mine]
+        left = [0.0] * len(mine)
+        for key, color in (('weights', '#4c72b0'), ('state', '#dd8452'), ('gradients', '#c44e52'), ('activations', '#8c8c8c')):
+            values = [cell[key] / 1e9 for cell in mine]
+            axes.barh(names, values, left=left, color=color,
+                      label='activations and buffers' if key == 'activations' else 'optimizer state' if key == 'state' else key)
+            left = [a + b for a, b in zip(left, values)]
+        for i, cell in enumerate(mine):
+            if 'measured' in cell:
+                axes.plot([cell['measured'] / 1e9] * 2, [i - 0.4, i + 0.4], color='black', lw=2,
+                          label='measured' if not i else None)
+        axes.invert_yaxis()
+        axes.set(title=f'LLaMA {size.upper()}', xlabel='peak memory, GB')
+        axes.tick_params('y', labelsize=7, labelleft=axes.get_subplotspec().is_first_col() or len(mine) < len(LLAMA_METHODS))
+    figure.legend(*axes.figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize=8)
+    figure.savefig(f'{HERE}/assets/memory.png', dpi=130)
 
 
 def plan(settings, budget):
@@ -492,18 +516,20 @@ def plan(settings, budget):
         config.fail(f"--budget={budget!r} has no unit: write it as 12GiB or 12GB")
     room, depth = float(budget.removesuffix(unit)) * units[unit], llama_shape(settings).n_layer
     print(f"{settings['size']}, sequences of {settings['block_size']}, {budget}; the largest micro-batch that fits")
-    print(f"{'method':34}{'weights in':>12}{'checkpointing':>15}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
+    print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
+    print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
     for method, changes in LLAMA_METHODS.items():
         for dtype in ('float32', 'bfloat16'):
-            for checkpointing in (False, True):
-                if checkpointing < changes.get('checkpointing', False):
-                    continue
-                here = {**settings, 'dtype': 'bfloat16', 'param_dtype': dtype, **changes, 'checkpointing': checkpointing}
-                one, two = (extrapolated(here, depth, b) for b in (1, 2))
-                fits = int((room - one['total']) // (two['total'] - one['total'])) + 1
-                cell = {key: one[key] + (max(fits, 1) - 1) * (two[key] - one[key]) for key in one}
-                print(f"{method:34}{dtype:>12}{'yes' if checkpointing else 'no':>15}{fits if fits > 0 else 'none':>7}"
-                      f"{cell['total'] / 1e9:8.2f}{cell['weights'] / 1e9:9.2f}{cell['state'] / 1e9:8.2f}", flush=True)
+            here = {**settings, 'dtype': 'bfloat16', 'param_dtype': dtype, **changes,
+                    'checkpointing': settings['checkpointing'] or changes.get('checkpointing', False)}
+            # the peak is that of the optimizer's step for small batches, then grows along a line with the activations
+            one, many, more = (extrapolated(here, depth, b) for b in (1, 32, 64))
+            slope = (more['total'] - many['total']) / 32
+            start = many['total'] - 32 * slope
+            fits = int((room - start) // slope) if one['total'] <= room else 0
+            total = max(one['total'], start + max(fits, 1) * slope)
+            print(f"{method:34}{dtype:>12}{fits or 'none':>7}{total / 1e9:8.2f}{one['weights'] / 1e9:9.2f}"
+                  f"{one['state'] / 1e9:8.2f}", flush=True)
 
 
 # -----------------------------------------------------------------------------

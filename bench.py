@@ -6,6 +6,7 @@ $ python bench.py speed       GaLore's step, bases and projected backward, again
 $ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against full
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
+$ python bench.py readme      renews the table of these losses in README.md
 
 Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
 """
@@ -720,8 +721,50 @@ def quality(words):
         list(pool.map(run, todo))
 
 
+# -----------------------------------------------------------------------------
+# README
+
+
+def label(cell):
+    """A cell's method and what it sets, in a few words."""
+    s, words = cell['settings'], [cell['method']]
+    if 'heads' in s:
+        words.append(f"{s['heads']} head{'s' * (s['heads'] > 1)} of rank {s['rank']}")
+    if 'alpha' in s:
+        words.append(f"alpha {s['alpha']:g}")
+    if 'galore_rank' in s:
+        words.append(f"rank {s['galore_rank']}")
+    words += [f"T = {s['merge_every']}"] * ('merge_every' in s) + [f"bases every {s['galore_gap']}"] * ('heads' in s and 'galore_gap' in s)
+    words += [s[key] for key in ('galore_basis',) if key in s] + ['shared bases'] * ('basis_from' in s)
+    words += [f"moments {s['galore_moments']}"] * ('galore_moments' in s and 'heads' not in s)
+    words += ["Fira's rule"] * ('galore_rule' in s) + ['no clipping'] * ('grad_clip' in s)
+    words += [f"beta2 {s['beta2']:g}"] * ('beta2' in s and cell['method'] == 'full rank')
+    words += [f"seed {s['seed']}"] * ('seed' in s)
+    return ', '.join([*words, f"lr {s['learning_rate']:g}"])
+
+
+def readme(words):
+    """Renews the table of the screened losses between the markers in README.md."""
+    cells = kept('quality')
+    order = list(dict.fromkeys(method for method, _ in quality_cells()))
+    cells.sort(key=lambda cell: (order.index(cell['method']), cell['val_loss'] or 9))
+    dates = sorted({cell['date'] for cell in cells})
+    lines = [f"Cells of {' to '.join(dates[::len(dates) - 1] if len(dates) > 1 else dates)}, torch {cells[0]['torch']}.", '',
+             '| method | trainable | optimizer state | validation loss |', '|---|---|---|---|']
+    for cell in cells:
+        loss = 'diverged' if cell['val_loss'] is None else f"{cell['val_loss']:.3f}"
+        numbers = ('', '') if cell['val_loss'] is None else (f"{cell['trainable_parameters'] / 1e6:.2f}M",
+                                                             f"{cell['optimizer_state_bytes'] / 1e6:.1f} MB")
+        lines.append(f'| {label(cell)} | {numbers[0]} | {numbers[1]} | {loss} |')
+    with open(f'{HERE}/README.md', encoding='utf-8') as file:
+        before, _, rest = file.read().partition('<!-- quality -->\n')
+    with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
+        file.write(before + '<!-- quality -->\n' + '\n'.join(lines) + '\n<!-- end -->\n' + rest.partition('<!-- end -->\n')[2])
+
+
 if __name__ == '__main__':
-    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit, 'quality': quality}
+    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit, 'quality': quality,
+               'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -387,7 +387,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key, value in GALORE_DEFAULTS.items() if 'rank' in group else ():
             group.setdefault(key, value)
         for key, allowed in CHOICES.items():
-            if key in group and group[key] not in allowed:
+            if key in group and (group[key] not in allowed or group[key] == 'sketch' and not group.get('factor')):
                 raise ValueError(f"{key}={group[key]!r} is not one of {', '.join(map(repr, allowed))}")
         if 'rank' not in group:
             return
@@ -635,6 +635,7 @@ def take_head_bases(layer, state, group, seed, dy, x, shared_by):
 
 
 def set_basis(layer, state, group, new):
+    """Puts new bases (heads, m, r), or (heads, n, r), into a layer; the moments go along."""
     old = layer.B if layer.left else layer.A.mT
     if layer.left:
         carry_moments_(state, group, (old, None), (new, None))
@@ -703,6 +704,9 @@ def check_optimizer(settings, compute):
                              galore_rule=CHOICES['rule'], state_bits=CHOICES['state_bits']).items():
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    if s['galore_basis'] == 'sketch' and s['head_basis'] != 'gradient':
+        raise ValueError("galore_basis='sketch' is made of the parts that GaLoLTE's heads compute: set "
+                         "head_basis='gradient', or galore_basis='power'")
     lean = [key for key, usual in (('galore_backward', 'full'), ('per_layer', False), ('state_bits', 32))
             if s[key] != usual]
     if lean and s['optimizer'] == 'adamw':

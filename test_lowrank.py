@@ -2039,6 +2039,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=10'), 'galore_gap=10', 'merge_every=3')
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--optimizer=galore'), "optimizer='adamw'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--basis_from=shared'), "head_basis='gradient'")
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--galore_basis=sketch'), "galore_basis='power'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()

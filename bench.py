@@ -727,19 +727,17 @@ def quality(words):
 
 def label(cell):
     """A cell's method and what it sets, in a few words."""
-    s, words = cell['settings'], [cell['method']]
-    if 'heads' in s:
+    s = cell['settings']
+    heads, words = 'heads' in s, [cell['method']]
+    if heads:
         words.append(f"{s['heads']} head{'s' * (s['heads'] > 1)} of rank {s['rank']}")
-    if 'alpha' in s:
-        words.append(f"alpha {s['alpha']:g}")
-    if 'galore_rank' in s:
-        words.append(f"rank {s['galore_rank']}")
-    words += [f"T = {s['merge_every']}"] * ('merge_every' in s) + [f"bases every {s['galore_gap']}"] * ('heads' in s and 'galore_gap' in s)
-    words += [s[key] for key in ('galore_basis',) if key in s] + ['shared bases'] * ('basis_from' in s)
-    words += [f"moments {s['galore_moments']}"] * ('galore_moments' in s and 'heads' not in s)
-    words += ["Fira's rule"] * ('galore_rule' in s) + ['no clipping'] * ('grad_clip' in s)
-    words += [f"beta2 {s['beta2']:g}"] * ('beta2' in s and cell['method'] == 'full rank')
-    words += [f"seed {s['seed']}"] * ('seed' in s)
+    for key, text, shown in (('alpha', 'alpha {:g}', True), ('galore_rank', 'rank {}', True), ('merge_every', 'T = {}', True),
+                             ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
+                             ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
+                             ('galore_rule', "{}'s rule", True), ('grad_clip', 'clipping at {:g}', True),
+                             ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
+        if key in s and shown:
+            words.append(text.format(s[key]))
     return ', '.join([*words, f"lr {s['learning_rate']:g}"])
 
 

@@ -380,15 +380,19 @@ def llama_shape(settings, layers=None):
                        s['n_kv_head'] or many, checkpointing=s['checkpointing'])
 
 
-def train_steps(model, settings, steps, before_step=lambda: None):
-    """Trains a LLaMA for some steps on one micro-batch of made-up tokens, as train_llama.py does. Returns its optimizer."""
+def train_steps(model, settings, steps, before=lambda: None):
+    """Trains a LLaMA for some steps on made-up tokens, as train_llama.py does. before() is called before every forward
+    pass. Returns the optimizer."""
     optimizer = make_optimizer(model, settings)
     tokens = torch.zeros(settings['batch_size'], settings['block_size'], dtype=torch.int64)
+    micro_steps = min(2, settings['gradient_accumulation_steps'])  # with several, gradients are held in the second one
     for _ in range(steps):
-        before_step()
-        with torch.autocast('cpu', torch.bfloat16, enabled=settings['dtype'] != settings['param_dtype']):
-            loss = model(tokens, tokens)
-        loss.backward()
+        for micro_step in range(micro_steps):
+            before()
+            optimizer.last_micro_batch = micro_step == micro_steps - 1
+            with torch.autocast('cpu', torch.bfloat16, enabled=settings['dtype'] != settings['param_dtype']):
+                loss = model(tokens, tokens)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
@@ -451,7 +455,7 @@ def memory(words):
     options.add_argument('--budget', default='12GiB', help='with --config: memory of the card')
     options = options.parse_args(words)
     base = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16', 'block_size': 256, 'batch_size': 1,
-            'vocab_size': 32000}
+            'vocab_size': 32000, 'gradient_accumulation_steps': 1}
     if options.config:
         return plan(config.load({}, train_llama.defaults, [options.config]), options.budget)
     print('LLaMA in bfloat16, 1 x 256 tokens, GB: planned with fake tensors, and growth of the resident size, measured')
@@ -490,13 +494,15 @@ def draw_memory():
     sizes = list(dict.fromkeys(cell['size'] for cell in cells))
     figure = Figure((3.1 * len(sizes), 3.6), layout='constrained')
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
-        mine = sorted((cell for cell in cells if cell['size'] == size), key=lambda c: list(LLAMA_METHODS).index(c['method']))
+        order = list(LLAMA_METHODS)
+        mine = sorted((cell for cell in cells if cell['size'] == size), key=lambda cell: order.index(cell['method']))
         names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that') for cell in mine]
         left = [0.0] * len(mine)
-        for key, color in (('weights', '#4c72b0'), ('state', '#dd8452'), ('gradients', '#c44e52'), ('activations', '#8c8c8c')):
+        for key, color, name in (('weights', '#4c72b0', 'weights'), ('state', '#dd8452', 'optimizer state'),
+                                 ('gradients', '#c44e52', 'gradients'),
+                                 ('activations', '#8c8c8c', 'activations and buffers')):
             values = [cell[key] / 1e9 for cell in mine]
-            axes.barh(names, values, left=left, color=color,
-                      label='activations and buffers' if key == 'activations' else 'optimizer state' if key == 'state' else key)
+            axes.barh(names, values, left=left, color=color, label=name)
             left = [a + b for a, b in zip(left, values)]
         for i, cell in enumerate(mine):
             if 'measured' in cell:
@@ -504,7 +510,8 @@ def draw_memory():
                           label='measured' if not i else None)
         axes.invert_yaxis()
         axes.set(title=f'LLaMA {size.upper()}', xlabel='peak memory, GB')
-        axes.tick_params('y', labelsize=7, labelleft=axes.get_subplotspec().is_first_col() or len(mine) < len(LLAMA_METHODS))
+        first = axes.get_subplotspec().is_first_col()
+        axes.tick_params('y', labelsize=7, labelleft=first or len(mine) < len(LLAMA_METHODS))
     figure.legend(*axes.figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize=8)
     figure.savefig(f'{HERE}/assets/memory.png', dpi=130)
 
@@ -515,7 +522,10 @@ def plan(settings, budget):
     unit = next((unit for unit in units if budget.endswith(unit)), None)
     if unit is None:
         config.fail(f"--budget={budget!r} has no unit: write it as 12GiB or 12GB")
-    room, depth = float(budget.removesuffix(unit)) * units[unit], llama_shape(settings).n_layer
+    try:
+        room, depth = float(budget.removesuffix(unit)) * units[unit], llama_shape(settings).n_layer
+    except ValueError:
+        config.fail(f'--budget={budget!r} is no number with a unit: write it as 12GiB or 12GB')
     print(f"{settings['size']}, sequences of {settings['block_size']}, {budget}; the largest micro-batch that fits")
     print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
     print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
@@ -757,7 +767,7 @@ def readme(words):
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
-        file.write(before + '<!-- quality -->\n' + '\n'.join(lines) + '\n<!-- end -->\n' + rest.partition('<!-- end -->\n')[2])
+        file.write('\n'.join([before + '<!-- quality -->', *lines, '<!-- end -->', rest.partition('<!-- end -->\n')[2]]))
 
 
 if __name__ == '__main__':

@@ -83,7 +83,7 @@ def take_bases(G, rank, left, right, basis='svd', old=(None, None), seed=0):
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
     Random numbers come from `seed` alone, so that resuming is exact and all ranks agree. A gradient that is not finite
     never reaches a decomposition: the old bases stay (without any, some orthonormal ones come back). Nothing here waits
-    for the device."""
+    for the device, but CUDA's SVD does."""
     m, n = G.shape[-2:]
     generator = None if basis == 'svd' else torch.Generator(G.device).manual_seed(seed)
     P = Q = None
@@ -358,7 +358,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     of each one; 0: no clipping. seed is for the random bases. `no_deprecation_warning` is accepted and means nothing.
 
     `gradient_norm` is the norm of what the last step stepped on, before clipping, a tensor. State is tensors and
-    numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the device.
+    numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the device (CUDA's SVD does).
     Raises ValueError for a setting that makes no sense. A rank above the smaller side of a matrix is clamped, with a
     warning.
     """
@@ -619,17 +619,17 @@ def take_head_bases(layer, state, group, seed, dy, x, shared_by):
     kind = 'power' if group['basis'] == 'sketch' else group['basis']
     first = state['step'] == 0
 
-    def bases(G, head):
+    def bases(G, head, mine=0):  # mine: the head's number among those of all ranks
         was = None if first else old[head]
         was = (was, None) if layer.left else (None, was)
-        mine = head * layer.workers + layer.worker  # the head's number among those of all ranks
         P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, (seed + mine) % 2**32)
         return P if layer.left else Q
     if shared_by:
         G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), shared_by)
         new = bases(G, 0).expand(old.shape)
     else:
-        new = torch.stack([bases((b.mT @ a).to(dtype), head) for head, (b, a) in enumerate(zip(dy, x))])
+        new = torch.stack([bases((b.mT @ a).to(dtype), head, head * layer.workers + layer.worker)
+                           for head, (b, a) in enumerate(zip(dy, x))])
     set_basis(layer, state, group, new)
     layer.take_basis = None
 
@@ -651,7 +651,8 @@ def watch(layer, optimizer, dy, x, R):
     right: one step of subspace iteration on the averaged G G^T, for 2 r (m + n) operations a token, without G."""
     Y = torch.bmm(dy.mT, torch.bmm(x, R.mT)) if layer.left else torch.bmm(x.mT, torch.bmm(dy, R))
     Y, state = Y.to(layer.weight.dtype).mul_(len(dy)), optimizer.state[layer.trained]  # dy: of the mean over all heads
-    state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(SKETCH_DECAY).add_(Y)
+    decay = SKETCH_DECAY if optimizer.last_micro_batch else 1.0
+    state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(decay).add_(Y)
 
 
 # -----------------------------------------------------------------------------
@@ -704,6 +705,14 @@ def check_optimizer(settings, compute):
                              galore_rule=CHOICES['rule'], state_bits=CHOICES['state_bits']).items():
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    if s['head_basis'] == 'gradient' and compute == 'float16':
+        raise ValueError("head_basis='gradient' takes bases from gradients before a GradScaler has seen them: compute in "
+                         "another dtype than 'float16'")
+    if s['head_basis'] == 'gradient' and s['galore_rule'] != 'galore':
+        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which GaLoLTE's heads do not form: set "
+                         "galore_rule='galore'")
+    if s['galore_basis'] == 'sketch' and s['basis_from'] == 'shared':
+        raise ValueError("galore_basis='sketch' is each head's own: set basis_from='own', or galore_basis='power'")
     if s['galore_basis'] == 'sketch' and s['head_basis'] != 'gradient':
         raise ValueError("galore_basis='sketch' is made of the parts that GaLoLTE's heads compute: set "
                          "head_basis='gradient', or galore_basis='power'")

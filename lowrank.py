@@ -253,7 +253,9 @@ traffic = {'bytes': 0}  # what this process has put into collectives of its own 
 
 def average_over_ranks_(x, world_size):
     """The average of a tensor over all ranks, in place; with one rank, the tensor itself."""
-    if world_size > 1:
+    if x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous():
+        average_over_ranks_(x.mT, world_size)  # the same memory: nccl takes contiguous tensors only
+    elif world_size > 1:
         traffic['bytes'] += x.numel() * x.element_size()
         torch.distributed.all_reduce(x)  # gloo has no average
         x.div_(world_size)
@@ -445,6 +447,9 @@ def check_settings(settings, world_size):
             raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
         if s['heads'] % world_size:
             raise ValueError(f"heads={s['heads']} do not split over {world_size} ranks: set a multiple")
+        if world_size > 1 and s['optimizer'] == 'galore' and s['galore_basis'] != 'svd':
+            raise ValueError(f"galore_basis={s['galore_basis']!r} would draw other bases for split heads on every number "
+                             "of ranks: set galore_basis='svd'")
         if world_size > 1 and (s['per_layer'] or s['state_bits'] == 8):
             raise ValueError("split heads on several ranks are not averaged, and saved head by head: set "
                              "per_layer=False and state_bits=32")

@@ -44,7 +44,7 @@ def main(argv):
     model.to(getattr(torch, s['param_dtype']))
     if s['lowrank']:
         apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     merge_reset=s['merge_reset'] or not s['merge_every'])
+                     merge_reset=s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
     model.load_state_dict(state['model'])
     model.to(dev).eval()
     if merged:

@@ -1891,6 +1891,7 @@ def test_galolte_resumes_bit_for_bit(data_dir, tmp_path, basis):
         resumed = train(data_dir, tmp_path / str(stop), *words, '--max_iters=8', '--init_from=resume')
         for key in ('model', 'optimizer', 'step'):
             assert same_state(whole[key], resumed[key]), key
+    sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])
     bases = [value if value.shape[1] > 3 else value.mT for key, value in whole['model'].items()
              if key.endswith('.A')]  # every layer of GPT-2 is tall or square but c_proj of the MLP
     assert sum(torch.allclose(Q.mT @ Q, torch.eye(3).double(), atol=1e-9) for Q in bases) == 6
@@ -2040,6 +2041,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--optimizer=galore'), "optimizer='adamw'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--basis_from=shared'), "head_basis='gradient'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--galore_basis=sketch'), "galore_basis='power'")
+    for word, needle in (('--galore_rule=fira', "galore_rule='fira'"), ('--basis_from=shared', "basis_from='own'")):
+        refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=3', '--galore_basis=sketch', word), needle)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
@@ -2325,7 +2328,7 @@ LTE = ['--lowrank=attn,mlp', '--heads=4', '--rank=2', '--head_input=split', '--m
 SPLIT = {'lte': LTE, 'reset': [*LTE, '--merge_reset=True'],
          'lte_galore': [*LTE, '--optimizer=galore', '--galore_rank=1', '--galore_basis=svd', '--grad_clip=0.0']}
 SPLIT['galolte'] = [*LTE, '--head_basis=gradient', '--galore_basis=svd', '--galore_gap=6', '--galore_moments=rotate']
-SPLIT['galolte_shared'] = [*SPLIT['galolte'], '--basis_from=shared']
+SPLIT['galolte_shared'] = [*SPLIT['galolte'], '--basis_from=shared', '--galore_basis=power']
 SPLIT['galolte_sketch'] = [*SPLIT['galolte'], '--galore_basis=sketch']
 REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
 

@@ -274,6 +274,10 @@ def main(argv):
         check_optimizer(settings, compute)
         if adapter and head_input == 'split':
             raise ValueError("an adapter has heads that see every image: set head_input='shared', or adapter=''")
+        if epochs < 0:
+            raise ValueError(f'{epochs=} makes no sense: set 0 (then max_iters counts) or more')
+        if eval_only and wandb_log:
+            raise ValueError('eval_only=True writes no run to wandb: set wandb_log=False')
         if train not in ('auto', 'all', 'classifier'):
             raise ValueError(f"train={train!r} is not known: set 'auto', 'all' or 'classifier'")
         if not {'flip', 'crop'}.issuperset(augment.split(',') if augment else ()):
@@ -296,7 +300,7 @@ def main(argv):
         if init_from == 'resume':
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
-                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'merge_every', 'merge_reset',
+                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'merge_every', 'merge_reset',
                 'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             if checkpoint['classes'] != classes:
                 theirs = len(checkpoint['classes'])
@@ -309,6 +313,8 @@ def main(argv):
             raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' "
                              'or the path of a best.pt or of weights of timm')
         vit = create(shape, len(classes), init_from == 'pretrained', weights).to(dev, getattr(torch, param_dtype))
+        del weights
+        vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
         put_heads(vit, settings, dist_rank, world_size)
         alone = lowrank and train != 'all' and not merge_every and head_input == 'shared'  # on an unchanging base
         if train == 'classifier' or train == 'auto' and lowrank:

@@ -1,6 +1,6 @@
 # GPT-2 124M with GaLoLTE on four GPUs: a head a card in its own gradient's subspace, merged every 10 steps.
 # python prepare.py cnn_dailymail && torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2_galolte_4gpu.py
-# Four GPUs of 12 GB: not yet run
+# Four GPUs of 12 GB with bfloat16: not yet run; cards without it need dtype = 'float32'
 out_dir = 'out/gpt2_galolte_4gpu'
 dataset = 'cnn_dailymail'
 block_size, batch_size, gradient_accumulation_steps = 512, 32, 4

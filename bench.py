@@ -5,6 +5,7 @@ $ python bench.py heads       time of multi-head LoRA, all heads at once against
 $ python bench.py speed       GaLore's step, bases and projected backward, against galore-torch (where it is installed)
 $ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against full
+$ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 $ python bench.py readme      renews the table of these losses in README.md
 
@@ -645,6 +646,55 @@ def vit(words):
 
 
 # -----------------------------------------------------------------------------
+# communication
+
+
+def sent_bytes(shapes, others, method, rank, itemsize=4):
+    """What one worker with one head puts into collectives, as `sync_bytes` in the log counts it: bytes (every step, at a
+    merge, at a refresh of one matrix after the other). shapes: (m, n) of attention's and MLP's matrices; others: the number
+    of all other parameters, averaged every step or, with sync='merge', in float32 at merges."""
+    gradients, small = sum(m * n for m, n in shapes), sum(min(rank, m, n) * max(m, n) for m, n in shapes)
+    factors = sum(min(rank, m, n) * (m + n) for m, n in shapes)
+    return {'full rank or GaLore, DDP': ((gradients + others) * itemsize, 0, 0),
+            'GaLore, projected': ((small + others) * itemsize, 0, (gradients - small) * itemsize),
+            'LTE': (others * itemsize, 2 * factors * itemsize, 0),  # the factors, and as they were at the last merge
+            "LTE, sync='merge'": (0, 2 * factors * itemsize + 4 * others, 0),
+            'GaLoLTE': (others * itemsize, factors * itemsize, 0),
+            "GaLoLTE, sync='merge'": (0, factors * itemsize + 4 * others, 0)}[method]
+
+
+def communication(words):
+    options = argparse.ArgumentParser('bench.py communication')
+    options.add_argument('--compute', type=float, default=1.0, help='seconds that a step computes')
+    options.add_argument('--workers', type=int, nargs='+', default=[4, 32, 256])
+    options.add_argument('--merge_every', type=int, default=10)
+    options.add_argument('--gap', type=int, default=200, help='steps between refreshes')
+    options = options.parse_args(words)
+    links = {'50 Mbit/s': 50e6 / 8, '1 Gbit/s': 1e9 / 8, '100 Gbit/s': 100e9 / 8}  # bytes a second of one worker
+    print(f'bytes in bfloat16, rank = width / 4, merges every {options.merge_every} steps, bases every {options.gap}; a ring '
+          'sends twice what is averaged, and what is gathered once for every other worker. A step that computes '
+          f'{options.compute:g} s takes so many seconds on each link:')
+    print(f"{'model':10}{'workers':>8}  {'method':28}{'put in, MB':>11}{'on the wire, MB':>16}"
+          + ''.join(f'{link:>12}' for link in links))
+    with torch.device('meta'):
+        models = {'GPT-2 124M': GPT(GPTConfig()), **{f'LLaMA {size}': Llama(LlamaConfig(256, 32000, *(
+            SIZES[size]), SIZES[size][2])) for size in ('1b', '7b')}}
+    for name, model in models.items():
+        shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
+        others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
+        rank = min(min(shape) for shape in shapes) // 4
+        for workers in options.workers:
+            for method in ('full rank or GaLore, DDP', 'GaLore, projected', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
+                           "GaLoLTE, sync='merge'"):
+                step, merging, refresh = sent_bytes(shapes, others, method, rank, 2)
+                averaged = step + refresh / options.gap + (4 * others / options.merge_every if 'sync' in method else 0)
+                gathered = (merging - (4 * others if 'sync' in method else 0)) / options.merge_every
+                wire = 2 * averaged * (workers - 1) / workers + gathered * (workers - 1)
+                print(f'{name:10}{workers:8}  {method:28}{(averaged + gathered) / 1e6:11.1f}{wire / 1e6:16.1f}'
+                      + ''.join(f'{options.compute + wire / speed:12.2f}' for speed in links.values()), flush=True)
+
+
+# -----------------------------------------------------------------------------
 # quality
 
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
@@ -771,8 +821,8 @@ def readme(words):
 
 
 if __name__ == '__main__':
-    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit, 'quality': quality,
-               'readme': readme}
+    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
+               'communication': communication, 'quality': quality, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -27,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import bench
 import config
 import galore
 import lowrank
@@ -2496,5 +2497,11 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
     heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
     for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
                                               ('replicas', 2 * heads, 0, step)):
+        if name != 'reset':
+            shapes = [tuple(layer.weight.shape) for layer in lowrank.head_layers(workers[0])]
+            others = sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
+            said = bench.sent_bytes(shapes, others, "LTE, sync='merge'" if name == 'replicas' else 'LTE', 2, 8)
+            # two heads a rank, and float64 parameters are averaged as such
+            assert said == (each_step, gather // 2 + at_merge * 4 // 8, 0)
         merging = each_step + (gather + at_merge) // 2  # merges after steps 3 and 6, a line every two steps
         assert logged(tmp_path / name, 'sync_bytes') == {2: each_step, 4: merging, 6: merging, 8: each_step}, name

@@ -533,6 +533,12 @@ def permute(index, size, *key):
     return out.astype(np.int64)
 
 
+def rows_of(batch_size, rank, world_size, heads):
+    """Which rows of a micro-batch a rank takes, in its own order: see Split.batch."""
+    assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
+    return np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
+
+
 class Split:
     """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads items, and `first`, the
     number of the first item of each shard, with their total at the end."""
@@ -560,8 +566,7 @@ class Split:
         A pure function of its arguments. Every epoch shows every item once, in an order keyed by (seed, epoch). Row j
         of the micro-batch belongs to head j % (heads * world_size) of all ranks; the rows of this rank's `heads` come
         head by head, so that x.view(heads, -1, *x.shape[1:]) is one shard a head."""
-        assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
-        rows = np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
+        rows = rows_of(batch_size, rank, world_size, heads)
         sequence = (step * accumulation + micro_step) * batch_size + rows
         count = int(self.first[-1])
         epochs, index = np.divmod(sequence, count)

@@ -433,8 +433,8 @@ def main(argv):
             images, y = map(to_device, train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed,
                                                         dist_rank, world_size, shards))
             if augment:
-                rows = np.arange(dist_rank, batch_size, world_size).reshape(-1, shards).T.ravel()  # as `batch` has them
-                images = augmented(images, augment, (seed, step, micro_step), batch_size, rows)
+                images = augmented(images, augment, (seed, step, micro_step), batch_size,
+                                   prepare.rows_of(batch_size, dist_rank, world_size, shards))
             loss = criterion(logits_of(images), y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
             meter['sums'][0] += loss.detach()

@@ -731,6 +731,8 @@ def quality_cells():
     yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50}
     yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
     yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'basis_from': 'shared'}
+    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch', 'learning_rate': 3e-2}
+    yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50, 'galore_basis': 'sketch'}
     for seed in (1, 2):  # how much is noise
         yield 'full rank', dict(learning_rate=2e-3, seed=seed)
         yield 'GaLore', {**power, 'seed': seed}

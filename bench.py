@@ -804,14 +804,14 @@ def label(cell):
 
 
 def readme(words):
-    """Renews the table of the screened losses between the markers in README.md."""
+    """Renews the table of the screened losses between the markers in README.md: the best five cells of each method."""
     cells = kept('quality')
     order = list(dict.fromkeys(method for method, _ in quality_cells()))
     cells.sort(key=lambda cell: (order.index(cell['method']), cell['val_loss'] or 9))
     dates = sorted({cell['date'] for cell in cells})
     lines = [f"Cells of {' to '.join(dates[::len(dates) - 1] if len(dates) > 1 else dates)}, torch {cells[0]['torch']}.", '',
              '| method | trainable | optimizer state | validation loss |', '|---|---|---|---|']
-    for cell in cells:
+    for cell in [cell for method in order for cell in [cell for cell in cells if cell['method'] == method][:5]]:
         loss = 'diverged' if cell['val_loss'] is None else f"{cell['val_loss']:.3f}"
         numbers = ('', '') if cell['val_loss'] is None else (f"{cell['trainable_parameters'] / 1e6:.2f}M",
                                                              f"{cell['optimizer_state_bytes'] / 1e6:.1f} MB")

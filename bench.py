@@ -462,7 +462,7 @@ def memory(words):
     print('LLaMA in bfloat16, 1 x 256 tokens, GB: planned with fake tensors, and growth of the resident size, measured')
     print(f"{'size':6}{'method':34}{'rank':>6}{'weights':>9}{'state':>8}{'gradients':>11}{'activations':>13}"
           f"{'planned':>9}{'of full':>9}{'measured':>10}{'of full':>9}")
-    cells, done = [], {(cell['size'], cell['method'], cell['rank']): cell for cell in kept('memory')}
+    done = {(cell['size'], cell['method'], cell['rank']): cell for cell in kept('memory')}
     for size in options.sizes:
         width, depth = SIZES[size][:2]
         full = None
@@ -524,9 +524,10 @@ def plan(settings, budget):
     if unit is None:
         config.fail(f"--budget={budget!r} has no unit: write it as 12GiB or 12GB")
     try:
-        room, depth = float(budget.removesuffix(unit)) * units[unit], llama_shape(settings).n_layer
+        room = float(budget.removesuffix(unit)) * units[unit]
     except ValueError:
         config.fail(f'--budget={budget!r} is no number with a unit: write it as 12GiB or 12GB')
+    depth = llama_shape(settings).n_layer
     print(f"{settings['size']}, sequences of {settings['block_size']}, {budget}; the largest micro-batch that fits")
     print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
     print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")

@@ -600,7 +600,7 @@ def renew_bases(model, optimizer, step, merge_every, shared=False):
     before the forward pass, when heads have just merged (so that what is trained is zero). The layers take turns within
     `update_proj_gap` steps; the first bases are taken at once. shared: one basis for all heads and ranks, of the averaged
     gradient, which travels for it."""
-    layers = [layer for layer in head_layers(model) if layer.head_basis == 'gradient']
+    layers = head_layers(model)
     for index, layer in enumerate(layers):
         p = layer.trained
         state, group, seed, _ = optimizer._matrix(p)
@@ -735,7 +735,7 @@ def make_optimizer(model, settings, world_size=1):
     are replaced."""
     s = settings
     if s['optimizer'] == 'adamw' and s['head_basis'] == 'gradient':
-        layers = [layer for layer in head_layers(model) if layer.head_basis == 'gradient']
+        layers = head_layers(model)
         factors = {layer.trained: layer.weight for layer in layers}
         groups = []
         for group in param_groups(model, s['weight_decay']):  # the factors step as GaLore does inside its bases

@@ -267,8 +267,9 @@ def medmnist_images(path, size, info, download):
                         raise EOFError
     except DataError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        raise DataError(f"'{path}' is damaged or no archive of MedMNIST: get it again") from None
+    except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        why = ' '.join(f'{type(error).__name__} {error}'.split())[:80]
+        raise DataError(f"'{path}' is damaged or no archive of MedMNIST ({why}): get it again") from error
 
 
 # -----------------------------------------------------------------------------

@@ -78,6 +78,20 @@ def refused(capsys, call, *needles):
         assert needle in said, said
 
 
+def a_llama_resumes_bit_for_bit(data_dir, tmp_path, words):
+    """Eight steps of train_llama.py are those of four and four more, and it learns."""
+    def run(out, *more):
+        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
+        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
+    whole = run('a', '--max_iters=8')
+    run('b')
+    resumed = run('b', '--max_iters=8', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
+        assert same_state(whole[key], resumed[key]), key
+    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
+    assert log[-1]['val_loss'] < log[0]['val_loss']
+
+
 def tiny_gpt(**changes):
     torch.manual_seed(0)
     return models.GPT(models.GPTConfig(**{**dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16), **changes}))
@@ -1746,16 +1760,7 @@ def test_lean_runs_resume_bit_for_bit(data_dir, tmp_path, name):
     words = [*LEAN[name], '--galore_rank=64', '--galore_gap=3', '--vocab_size=257', '--n_mlp=80', '--batch_size=4',
              '--gradient_accumulation_steps=2', '--param_dtype=bfloat16', '--dtype=bfloat16', '--n_layer=1', '--n_embd=64']
 
-    def run(out, *more):
-        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
-        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
-    whole = run('a', '--max_iters=8')
-    run('b')
-    resumed = run('b', '--max_iters=8', '--init_from=resume')
-    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
-        assert same_state(whole[key], resumed[key]), key
-    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
-    assert log[-1]['val_loss'] < log[0]['val_loss']
+    a_llama_resumes_bit_for_bit(data_dir, tmp_path, words)
 
 
 def test_a_projected_model_compiles(data_dir, tmp_path):
@@ -1939,16 +1944,7 @@ def test_resume_is_bit_for_bit(data_dir, tmp_path, words):
 def test_llama_with_galore_resumes_bit_for_bit(data_dir, tmp_path, words):
     words = [*words, '--galore_rank=3', '--galore_gap=3', '--vocab_size=257', '--n_mlp=24', '--gradient_accumulation_steps=2']
 
-    def run(out, *more):
-        train_llama.main(tiny(data_dir, tmp_path / out, *words, *more))
-        return config.load_checkpoint(f'{tmp_path}/{out}/ckpt.pt')
-    whole = run('a', '--max_iters=8')
-    run('b')
-    resumed = run('b', '--max_iters=8', '--init_from=resume')
-    for key in ('model', 'optimizer', 'step', 'best_val_loss'):
-        assert same_state(whole[key], resumed[key]), key
-    log = [json.loads(line) for line in open(tmp_path / 'a' / 'log.jsonl')]
-    assert log[-1]['val_loss'] < log[0]['val_loss']
+    a_llama_resumes_bit_for_bit(data_dir, tmp_path, words)
     assert len(sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
 
 

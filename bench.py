@@ -80,6 +80,52 @@ def kept(name):
         return [json.loads(line) for line in file]
 
 
+def run_cells(name, words, script, base, cells, results):
+    """
+    Trains what assets/NAME.jsonl lacks of the cells (method, settings) with a script, each on one thread in a fresh folder.
+
+    words: the command line. base: settings that all cells share; a cell's 'ranks' is the number of torchrun's processes.
+    results(records): what to keep of the lines of a run's log.jsonl, a dict, besides its last validation loss, which is
+    None where the run diverged.
+    """
+    options = argparse.ArgumentParser(f'bench.py {name}')
+    options.add_argument('--jobs', type=int, default=2, help='runs side by side, each on one thread')
+    options.add_argument('--methods', nargs='+', help='only these')
+    options = options.parse_args(words)
+    done = [(cell['method'], cell['settings']) for cell in kept(name)]
+    todo = [cell for cell in cells if cell not in done and cell[0] in (options.methods or cell[0])]
+    start, finished = time.time(), []
+
+    def run(cell):
+        method, changes = cell
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {**base, 'min_lr': changes['learning_rate'] / 10, **changes, 'out_dir': folder}
+            ranks = settings.pop('ranks', 1)
+            launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
+            ran = subprocess.run([sys.executable, *launch, script, *(f'--{key}={x}' for key, x in settings.items())],
+                                 cwd=HERE, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            said = next((line for line in reversed(ran.stderr.splitlines()) if 'rror: ' in line), ran.stderr[-300:])
+            if ran.returncode and ' is nan at step' not in ran.stderr and ' is inf at step' not in ran.stderr:
+                print(f'{method} {changes} did not run: {said}', flush=True)
+                return
+            records = []
+            if os.path.exists(f'{folder}/log.jsonl'):
+                with open(f'{folder}/log.jsonl', encoding='utf-8') as file:
+                    records = [json.loads(line) for line in file]
+        loss = None  # a run that diverged is a result too
+        if not ran.returncode:
+            loss = next(record['val_loss'] for record in reversed(records) if 'val_loss' in record)
+        keep(name, [{'method': method, 'settings': changes, 'val_loss': loss, **results(records)}])
+        finished.append(cell)
+        left = (time.time() - start) / len(finished) * (len(todo) - len(finished))
+        print(f"{method:14} {'diverged' if loss is None else f'{loss:.4f}'}  {changes}  ({left / 60:.0f} min left)",
+              flush=True)
+
+    print(f'{len(todo)} cells to run')
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, todo))
+
+
 # -----------------------------------------------------------------------------
 # heads
 
@@ -747,41 +793,11 @@ def quality_cells():
 
 
 def quality(words):
-    options = argparse.ArgumentParser('bench.py quality')
-    options.add_argument('--jobs', type=int, default=2, help='runs side by side, each on one thread')
-    options.add_argument('--methods', nargs='+', help='only these')
-    options = options.parse_args(words)
-
-    def run(cell):
-        method, changes = cell
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {**SCREEN, 'min_lr': changes['learning_rate'] / 10, **changes, 'out_dir': folder}
-            words = [f'--{key}={value}' for key, value in settings.items()]
-            ran = subprocess.run([sys.executable, 'train_gpt.py', *words], cwd=HERE, capture_output=True, text=True,
-                                 env={**os.environ, 'OMP_NUM_THREADS': '1'})
-            said = (ran.stderr.strip().splitlines() or [''])[-1]
-            if ran.returncode and ' is nan at step' not in said and ' is inf at step' not in said:
-                print(f'{method} {changes} did not run: {said}', flush=True)
-                return
-            if ran.returncode:  # a run that diverged is a result too
-                last, loss = {}, None
-            else:
-                with open(f'{folder}/log.jsonl', encoding='utf-8') as file:
-                    lines = [json.loads(line) for line in file]
-                last, loss = lines[-2], lines[-1]['val_loss']
-            cell = {'method': method, 'settings': changes, 'val_loss': loss, 'steps': SCREEN['max_iters'],
-                    'trainable_parameters': last.get('trainable_parameters'),
-                    'optimizer_state_bytes': last.get('optimizer_state_bytes'),
-                    'ms_per_step_one_thread': last.get('dt_ms')}
-        keep('quality', [cell])
-        print(f"{method:10} {loss if loss is None else round(loss, 4)}  {changes}"
-              + (f'  {said}' if loss is None else ''), flush=True)
-
-    done = [(cell['method'], cell['settings']) for cell in kept('quality')]
-    todo = [cell for cell in quality_cells() if cell not in done and cell[0] in (options.methods or cell[0])]
-    print(f'{len(todo)} cells to run')
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, todo))
+    def results(records):
+        last = next((record for record in reversed(records) if 'train_loss' in record), {})
+        return {'steps': SCREEN['max_iters'], 'trainable_parameters': last.get('trainable_parameters'),
+                'optimizer_state_bytes': last.get('optimizer_state_bytes'), 'ms_per_step_one_thread': last.get('dt_ms')}
+    run_cells('quality', words, 'train_gpt.py', SCREEN, list(quality_cells()), results)
 
 
 # -----------------------------------------------------------------------------

@@ -790,6 +790,24 @@ def quality_cells():
     yield 'LTE', heads_on(4, 16, 64, head_input='split', merge_every=10)
     for every in (50, 100):
         yield 'ReLoRA', heads_on(1, 64, 64, merge_every=every, merge_reset=True, rewarm_iters=5)
+    best = {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
+    yield 'GaLoLTE', {**best, 'grad_clip': 0.0}
+    for lr in (1e-3, 4e-3):
+        yield 'MHLoRA', {**heads_on(4, 16, 64), 'learning_rate': lr}
+    for lr in (4e-3, 1e-3):
+        yield 'LTE', {**heads_on(4, 16, 16, head_input='split', merge_every=10), 'learning_rate': lr}
+    for lr in (4e-3, 1e-3):
+        yield 'ReLoRA', {**heads_on(1, 64, 64, merge_every=100, merge_reset=True, rewarm_iters=5), 'learning_rate': lr}
+    yield 'GaLoLTE', {**best, 'galore_gap': 100}
+    yield 'GaLoLTE', {**best, 'merge_every': 50}
+    best = {**best, 'basis_from': 'shared'}
+    yield 'GaLoLTE', best
+    yield 'GaLoLTE', {**best, 'merge_every': 5}
+    yield 'GaLoLTE', {**best, 'merge_every': 50, 'learning_rate': 1e-2}
+    yield 'GaLoLTE', {**best, 'merge_every': 1}
+    yield 'GaLoLTE', {**best, 'merge_every': 50}
+    for every, lr in ((10, 2e-3), (10, 4e-3), (1, 2e-3), (50, 2e-3), (10, 1e-3)):
+        yield 'local AdamW', dict(ranks=4, sync='merge', merge_every=every, learning_rate=lr)
 
 
 def quality(words):

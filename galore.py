@@ -595,25 +595,31 @@ SKETCH_DECAY = 0.9  # of a step
 
 
 @torch.no_grad()
-def renew_bases(model, optimizer, step, merge_every, shared=False):
+def renew_bases(model, optimizer, step, merge_every):
     """GaLoLTE: lets the layers whose turn it is take new bases from the gradient of this step, from 0. To be called
     before the forward pass, when heads have just merged (so that what is trained is zero). The layers take turns within
-    `update_proj_gap` steps; the first bases are taken at once. shared: one basis for all heads and ranks, of the averaged
-    gradient, which travels for it."""
+    `update_proj_gap` steps; the first bases are taken at once. Where all heads and ranks share one basis, it is that of the
+    averaged gradient or sketch, and the first moments are averaged too: they are of the same coordinates then, and with
+    momentum of their own the workers drift apart."""
     layers = head_layers(model)
     for index, layer in enumerate(layers):
         p = layer.trained
         state, group, seed, _ = optimizer._matrix(p)
+        if layer.shared_basis and 'exp_avg' in state:
+            M = state['exp_avg']  # (heads, r, n), or (heads, m, r)
+            M.copy_(average_over_ranks_(M.mean(0), optimizer.world_size).expand_as(M))
         if refresh_due(step // merge_every, group['update_proj_gap'] // merge_every, index, len(layers)):
             if group['basis'] == 'sketch' and 'sketch' in state:
-                new = orthonormal(state['sketch'])
-                set_basis(layer, state, group, new)
+                Y = state['sketch']  # (heads, m, r), or (heads, n, r)
+                if layer.shared_basis:
+                    Y = average_over_ranks_(Y.mean(0), optimizer.world_size).expand_as(Y)
+                set_basis(layer, state, group, orthonormal(Y))
             else:
                 layer.take_basis = lambda dy, x, layer=layer, state=state, group=group, seed=seed: take_head_bases(
-                    layer, state, group, seed, dy, x, optimizer.world_size if shared else 0)
+                    layer, state, group, seed, dy, x, optimizer.world_size)
 
 
-def take_head_bases(layer, state, group, seed, dy, x, shared_by):
+def take_head_bases(layer, state, group, seed, dy, x, world_size):
     """New bases for the heads of a layer from dy (heads, tokens, m), x (heads, tokens, n), one head after the other."""
     old, dtype = layer.B if layer.left else layer.A.mT, layer.weight.dtype  # (heads, m, r) or (heads, n, r)
     kind = 'power' if group['basis'] == 'sketch' else group['basis']
@@ -624,8 +630,8 @@ def take_head_bases(layer, state, group, seed, dy, x, shared_by):
         was = (was, None) if layer.left else (None, was)
         P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, (seed + mine) % 2**32)
         return P if layer.left else Q
-    if shared_by:
-        G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), shared_by)
+    if layer.shared_basis:
+        G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), world_size)
         new = bases(G, 0).expand(old.shape)
     else:
         new = torch.stack([bases((b.mT @ a).to(dtype), head, head * layer.workers + layer.worker)
@@ -711,8 +717,6 @@ def check_optimizer(settings, compute):
     if s['head_basis'] == 'gradient' and s['galore_rule'] != 'galore':
         raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which GaLoLTE's heads do not form: set "
                          "galore_rule='galore'")
-    if s['galore_basis'] == 'sketch' and s['basis_from'] == 'shared':
-        raise ValueError("galore_basis='sketch' is each head's own: set basis_from='own', or galore_basis='power'")
     if s['galore_basis'] == 'sketch' and s['head_basis'] != 'gradient':
         raise ValueError("galore_basis='sketch' is made of the parts that GaLoLTE's heads compute: set "
                          "head_basis='gradient', or galore_basis='power'")
@@ -749,8 +753,9 @@ def make_optimizer(model, settings, world_size=1):
         optimizer = GaLoreAdamW(groups, lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
                                 world_size=world_size)
         optimizer.frozen = factors
-        for layer in layers if s['galore_basis'] == 'sketch' else ():
-            layer.watch = partial(watch, layer, optimizer)
+        for layer in layers:
+            layer.shared_basis = s['basis_from'] == 'shared'
+            layer.watch = partial(watch, layer, optimizer) if s['galore_basis'] == 'sketch' else None
         return optimizer
     if s['optimizer'] == 'adamw':
         return torch.optim.AdamW(param_groups(model, s['weight_decay']), lr=s['learning_rate'],

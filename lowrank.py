@@ -137,6 +137,7 @@ class MHLoRALinear(nn.Module):
         self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rank, n))
         self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rows, rank))
         self.head_basis, self.left, self.take_basis, self.watch = head_basis, m < n, None, None
+        self.shared_basis = False  # set by galore.py: all heads have the same one
         if head_basis == 'gradient':  # take_basis(dy, x): set by galore.py while a basis is due, unsets itself
             self.scale, self.merge_reset, merge_reset = 1.0, True, True  # there is nothing to subtract after a merge
             (self.B if self.left else self.A).requires_grad_(False)
@@ -226,11 +227,20 @@ class MHLoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider. Every rank
-        takes part, and gets the same bits: the sum is the same one on each."""
+        takes part, and gets the same bits. What travels is whichever is least on the wire: heads with one basis average
+        what they train, few heads gather their factors, many average their products."""
+        wide, m, n = torch.promote_types(self.weight.dtype, torch.float32), self.out_features, self.in_features
+        weight = self.weight.to(wide)
+        if self.shared_basis:
+            mean = average_over_ranks_(self.trained.to(wide).mean(0), self.workers)  # (r, n), or (m, r)
+            B, A = (self.B[0], mean) if self.left else (mean, self.A[0])
+            return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale)
+        if reduces_products(self.workers, self.heads, self.rank * max(1, len(self.thirds)), m, n, self.merge_reset):
+            (A,), (B,) = self.stacked()
+            return average_over_ranks_(B.to(wide) @ A.to(wide), self.workers).mul_(self.scale / len(self.A)).add_(weight)
         with self.all_heads():
             (A,), (B,) = self.stacked()
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return torch.addmm(self.weight.to(wide), B.to(wide), A.to(wide), alpha=self.scale / self.heads)
+        return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale / self.heads)
 
     @torch.no_grad()
     def merge(self, generator=None):
@@ -249,6 +259,12 @@ class MHLoRALinear(nn.Module):
 # ranks
 
 traffic = {'bytes': 0}  # what this process has put into collectives of its own so far; DDP's are not in it
+
+
+def reduces_products(workers, heads, rank, m, n, merge_reset):
+    """Whether a merge averages products (m, n), 2 m n numbers on a ring, or gathers the factors of all heads: r (m + n)
+    numbers a head, twice that where the last merge's go along."""
+    return workers > 1 and heads * rank * (m + n) * (1 if merge_reset else 2) > 2 * m * n
 
 
 def average_over_ranks_(x, world_size):
@@ -333,6 +349,7 @@ def load_whole_state(model, optimizer, checkpoint, replicas={}):
     Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
     """
     weights, workers = dict(checkpoint['model']), max([layer.workers for layer in head_layers(model)], default=1)
+    workers = torch.distributed.get_world_size() if replicas else workers
     for name, layer in model.named_modules():
         if isinstance(layer, MHLoRALinear):
             for key in {'A', 'B', 'A_merged', 'B_merged'} & layer.state_dict().keys():
@@ -414,8 +431,9 @@ def check_settings(settings, world_size):
         raise ValueError(f"batch_size={s['batch_size']} does not split over {world_size} ranks: set a multiple")
     if s['merge_every'] < 0:
         raise ValueError(f"merge_every={s['merge_every']} makes no sense: set 0 (never) or a number of steps")
-    if s['merge_every'] and not s['lowrank']:
-        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0")
+    if s['merge_every'] and not s['lowrank'] and s['sync'] == 'step':
+        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0, or "
+                         "sync='merge' to average whole weights")
     if s['merge_reset'] and not s['merge_every']:
         raise ValueError('merge_reset=True without merges does nothing: set merge_every, or merge_reset=False')
     if s['rewarm_iters'] and not s['merge_reset']:
@@ -424,9 +442,11 @@ def check_settings(settings, world_size):
         raise ValueError("merge_reset=True would drop GaLore's bases at every merge: set optimizer='adamw' or "
                          'merge_reset=False')
     split = s['lowrank'] and s['head_input'] == 'split'
-    if s['sync'] == 'merge' and not (split and s['merge_every'] and world_size > 1):
-        raise ValueError("sync='merge' averages what several ranks train beside split heads when these merge: set "
-                         "lowrank, head_input='split' and merge_every and start it with torchrun, or set sync='step'")
+    if s['sync'] == 'merge' and not ((split or not s['lowrank']) and s['merge_every'] and world_size > 1):
+        raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
+                         "merge_every, head_input='split' with lowrank, and start it with torchrun, or set sync='step'")
+    if s['sync'] == 'merge' and s['optimizer'] == 'galore' and not s['lowrank']:
+        raise ValueError("sync='merge' without heads trains whole weights on each rank: set optimizer='adamw'")
     if s['head_basis'] == 'gradient':
         if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
             raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "

@@ -47,7 +47,7 @@ head_basis = 'trained'  # 'gradient': one factor of each split head is a basis o
 basis_from = 'own'  # GaLoLTE: 'own', of each head's gradient, or 'shared', of the averaged one
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
-sync = 'step'  # parameters without heads: every 'step', or, with split heads on ranks, averaged at every 'merge' (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
 optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
@@ -210,7 +210,7 @@ def main(argv):
 
         # forward, backward
         if head_basis == 'gradient' and step % merge_every == 0:
-            renew_bases(model, adam, step, merge_every, basis_from == 'shared')
+            renew_bases(model, adam, step, merge_every)
         if dropout:
             torch.manual_seed(hash((seed, step, dist_rank)))  # the same masks after a resume
         for micro_step in range(gradient_accumulation_steps):

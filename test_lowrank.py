@@ -1774,7 +1774,8 @@ def test_a_projected_model_compiles(data_dir, tmp_path):
 # GaLoLTE: LTE's heads in GaLore's subspaces
 
 GALOLTE = dict(optimizer='adamw', head_basis='gradient', weight_decay=0.1, rank=3, galore_gap=4, galore_scale=0.25,
-               galore_basis='svd', galore_moments='rotate', learning_rate=0.05, beta1=0.9, beta2=0.999, seed=0)
+               galore_basis='svd', basis_from='own', galore_moments='rotate', learning_rate=0.05,
+               beta1=0.9, beta2=0.999, seed=0)
 
 
 def one_block_llama():
@@ -1783,7 +1784,7 @@ def one_block_llama():
                                            n_kv_head=1)).double()
 
 
-def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
+def galolte_run(steps, merge_every, heads=1, batch=2, **changes):
     """Losses of a tiny LLaMA trained by GaLoLTE, the merged weights, the model and the optimizer."""
     net, settings = one_block_llama(), {**GALOLTE, **changes}
     lowrank.apply_mhlora(net, ('attn', 'mlp'), heads, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
@@ -1792,7 +1793,7 @@ def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
     for step in range(steps):
         tokens = torch.randint(31, (batch, 9), generator=generator)
         if step % merge_every == 0:
-            galore.renew_bases(net, optimizer, step, merge_every, shared)
+            galore.renew_bases(net, optimizer, step, merge_every)
         loss = net(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         optimizer.step()
@@ -1805,13 +1806,16 @@ def galolte_run(steps, merge_every, heads=1, batch=2, shared=False, **changes):
 
 def galore_workers(steps, merge_every, heads, basis='svd', moments='rotate', shared=False):
     """The same by hand: a model for each worker, stepped by GaLoreAdamW on its own rows, whose matrices are averaged at
-    merges; the other parameters get the averaged gradient. Refreshes fall on merges, layers taking turns."""
+    merges; the other parameters get the averaged gradient. Refreshes fall on merges, layers taking turns. shared: bases
+    are those of the averaged gradient, and first moments are averaged at merges."""
     nets, optimizers, losses = [one_block_llama() for _ in range(heads)], [], []
     for net in nets:
         groups = galore.param_groups(net, weight_decay=0.1, rank=3, gap=4, basis=basis, moments=moments)
         optimizers.append(galore.GaLoreAdamW(groups, lr=0.05, seed=0))
     count, generator, due = len(optimizers[0].order), torch.Generator().manual_seed(1), galore.refresh_due
+    take, means = galore.take_bases, {}
     try:
+        galore.take_bases = lambda G, *a: take(means.get(G.data_ptr(), G), *a)
         galore.refresh_due = lambda step, gap, index=0, n=1: \
             step == 0 or (step - index * (4 // merge_every) // count * merge_every) % gap == 0
         for step in range(steps):
@@ -1824,6 +1828,8 @@ def galore_workers(steps, merge_every, heads, basis='svd', moments='rotate', sha
                     mean = sum(p.grad for p in together) / heads
                     for p in together:
                         p.grad = mean.clone()
+                elif shared:
+                    means.update({p.grad.data_ptr(): sum(p.grad for p in together) / heads for p in together})
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1832,20 +1838,25 @@ def galore_workers(steps, merge_every, heads, basis='svd', moments='rotate', sha
                     mean = sum(p.data for p in together) / heads
                     for p in together:
                         p.data.copy_(mean)
+                for ps in zip(*(optimizer.order for optimizer in optimizers)) if shared else ():
+                    each = [optimizer.state[p]['exp_avg'] for optimizer, p in zip(optimizers, ps)]
+                    mean = sum(each) / heads
+                    for M in each:
+                        M.copy_(mean)
     finally:
-        galore.refresh_due = due
+        galore.refresh_due, galore.take_bases = due, take
     return losses, {key: sum(net.state_dict()[key] for net in nets) / heads for key in nets[0].state_dict()}
 
 
-@pytest.mark.parametrize('heads, basis, moments, merge_every', [
-    (1, 'svd', 'rotate', 1), (1, 'power', 'keep', 2), (1, 'svd', 'reset', 4),
-    (3, 'svd', 'rotate', 2), (3, 'svd', 'keep', 4), (2, 'power', 'rotate', 1)])
-def test_galolte_heads_are_galore_workers_that_are_averaged(heads, basis, moments, merge_every):
+@pytest.mark.parametrize('heads, basis, moments, merge_every, shared', [
+    (1, 'svd', 'rotate', 1, False), (1, 'power', 'keep', 2, False), (1, 'svd', 'reset', 4, False),
+    (3, 'svd', 'rotate', 2, False), (3, 'svd', 'keep', 4, False), (2, 'svd', 'rotate', 1, False),
+    (3, 'svd', 'rotate', 2, True), (2, 'power', 'keep', 4, True)])
+def test_galolte_heads_are_galore_workers_that_are_averaged(heads, basis, moments, merge_every, shared):
     """One head is GaLore itself; three are three workers."""
-    if basis == 'power' and heads > 1:
-        basis = 'svd'  # each head starts from a sketch of its own
-    losses, weights = galore_workers(13, merge_every, heads, basis, moments)
-    mine = galolte_run(13, merge_every, heads, 2 * heads, galore_basis=basis, galore_moments=moments)
+    losses, weights = galore_workers(13, merge_every, heads, basis, moments, shared)
+    mine = galolte_run(13, merge_every, heads, 2 * heads, galore_basis=basis, galore_moments=moments,
+                       basis_from='shared' if shared else 'own')
     assert np.allclose(losses, mine[0], rtol=0, atol=1e-10)
     for key, value in weights.items():
         assert torch.allclose(value, mine[1][key], rtol=0, atol=1e-10), key
@@ -1855,7 +1866,7 @@ def test_galolte_heads_are_galore_workers_that_are_averaged(heads, basis, moment
 
 
 def test_a_shared_basis_is_that_of_the_averaged_gradient():
-    _, _, net, _ = galolte_run(1, 1, heads=2, batch=4, shared=True)
+    _, _, net, _ = galolte_run(1, 1, heads=2, batch=4, basis_from='shared')
     plain = one_block_llama()
     tokens = torch.randint(31, (4, 9), generator=torch.Generator().manual_seed(1))
     plain(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -2038,15 +2049,16 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--optimizer=galore'), "optimizer='adamw'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--basis_from=shared'), "head_basis='gradient'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--galore_basis=sketch'), "galore_basis='power'")
-    for word, needle in (('--galore_rule=fira', "galore_rule='fira'"), ('--basis_from=shared', "basis_from='own'")):
-        refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=3', '--galore_basis=sketch', word), needle)
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=3', '--galore_rule=fira'), "galore_rule='fira'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
     split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split'}
     for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'), ({'sync': 'always'}, 2, "'step'"),
                                  ({'state_bits': 8}, 2, 'state_bits=32'), ({'sync': 'merge'}, 2, 'merge_every'),
-                                 ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun')]:
+                                 ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun'),
+                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'optimizer': 'galore'}, 2, "'adamw'"),
+                                 ({'merge_every': 2, 'lowrank': ''}, 2, "sync='merge'")]:
         with pytest.raises(ValueError, match=said):
             lowrank.check_settings({**split, **changes}, count)
     lowrank.check_settings({**split, 'sync': 'merge', 'merge_every': 2}, 2)
@@ -2325,9 +2337,10 @@ LTE = ['--lowrank=attn,mlp', '--heads=4', '--rank=2', '--head_input=split', '--m
 SPLIT = {'lte': LTE, 'reset': [*LTE, '--merge_reset=True'],
          'lte_galore': [*LTE, '--optimizer=galore', '--galore_rank=1', '--galore_basis=svd', '--grad_clip=0.0']}
 SPLIT['galolte'] = [*LTE, '--head_basis=gradient', '--galore_basis=svd', '--galore_gap=6', '--galore_moments=rotate']
-SPLIT['galolte_shared'] = [*SPLIT['galolte'], '--basis_from=shared', '--galore_basis=power']
+SPLIT['galolte_shared'] = [*SPLIT['galolte'], '--basis_from=shared', '--galore_basis=sketch']
 SPLIT['galolte_sketch'] = [*SPLIT['galolte'], '--galore_basis=sketch']
 REPLICAS = [*LTE, '--sync=merge', '--grad_clip=0.0', '--weight_decay=0.0']
+LOCAL = ['--sync=merge', '--merge_every=3', '--max_iters=8', '--grad_clip=0.0', '--weight_decay=0.0']  # no heads at all
 
 
 VIT = {'vit': ['--lowrank=q,v', '--heads=2', '--rank=2', '--augment=flip,crop', '--gradient_accumulation_steps=2'],
@@ -2349,9 +2362,9 @@ def two_ranks(data_dir, out, image_root):
     end = share_one_group()
     for name, words in VIT.items():
         train_vit.main(tiny_vit(image_root, f'{out}/{name}', *words))
-    for name, words in {**RANKS, **SPLIT, 'replicas': REPLICAS}.items():
+    for name, words in {**RANKS, **SPLIT, 'replicas': REPLICAS, 'local': LOCAL}.items():
         train_gpt.main(tiny(data_dir, f'{out}/{name}', *words))
-    for name, words in {**SPLIT, 'replicas': REPLICAS}.items():  # stopped in the middle of a period
+    for name, words in {**SPLIT, 'replicas': REPLICAS, 'local': LOCAL}.items():  # stopped in the middle of a period
         train_gpt.main(tiny(data_dir, f'{out}/{name}_half', *words, '--max_iters=4'))
         if torch.distributed.get_rank() == 0:
             shutil.copytree(f'{out}/{name}_half', f'{out}/{name}_on')
@@ -2373,7 +2386,7 @@ def four_ranks(rank, store, data_dir, out):
     for name in ('lte', 'reset'):
         train_gpt.main(tiny(data_dir, f'{out}/{name}_four', *SPLIT[name]))
     with pytest.raises(SystemExit):  # says: as many as before
-        train_gpt.main(tiny(data_dir, f'{out}/replicas_half', *REPLICAS, '--init_from=resume'))
+        train_gpt.main(tiny(data_dir, f'{out}/local_half', *LOCAL, '--init_from=resume'))
     end()
 
 
@@ -2417,12 +2430,12 @@ def logged(out, key):
         return {record['step']: record[key] for record in map(json.loads, file) if key in record}
 
 
-def by_hand(data_dir, steps):
-    """sync='merge' written down for two workers of two heads each: their models after so many steps."""
+def by_hand(data_dir, steps, each):
+    """sync='merge' written down for two workers of so many heads each: their models after so many steps."""
     torch.manual_seed(train_gpt.defaults['seed'])
     whole = models.GPT(models.GPTConfig(16, 257, 2, 2, 16)).double()
     workers = [copy.deepcopy(whole) for _ in range(2)]
-    for gpt, heads in ((whole, 4), (workers[0], 2), (workers[1], 2)):
+    for gpt, heads in ((whole, 2 * each), (workers[0], each), (workers[1], each)) if each else ():
         lowrank.apply_mhlora(gpt, ('attn', 'mlp'), heads, 2, 4.0, 'split', merge_reset=False)
     for k, gpt in enumerate(workers):  # worker k has the heads k and k + 2
         gpt.load_state_dict({name: x[k::2] if name.split('.')[-1][:1] in 'AB' else x for name, x in whole.state_dict().items()})
@@ -2433,7 +2446,7 @@ def by_hand(data_dir, steps):
         for k, (gpt, optimizer) in enumerate(zip(workers, optimizers)):
             optimizer.param_groups[0]['lr'] = config.learning_rate_at(step, 0.01, 2, 20, 6e-5)
             optimizer.zero_grad()
-            gpt(*data.batch(4, step, seed=train_gpt.defaults['seed'], rank=k, world_size=2, heads=2)).backward()
+            gpt(*data.batch(4, step, seed=train_gpt.defaults['seed'], rank=k, world_size=2, heads=each or 1)).backward()
             optimizer.step()
         if step % 3 == 2:
             with torch.no_grad():
@@ -2470,7 +2483,7 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
                     assert torch.allclose(value, saved(other)['model'][key], rtol=0, atol=1e-10), (other, key)
                 for key, tolerance in (('val_loss', 1e-10), ('train_loss', 2e-6)):  # the latter is added up in float32
                     assert logged(tmp_path / other, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=tolerance)
-    for name in (*SPLIT, 'replicas'):  # bit for bit at the same number of ranks
+    for name in (*SPLIT, 'replicas', 'local'):  # bit for bit at the same number of ranks
         for key in ('model', 'optimizer', 'replicas', 'step', 'best_val_loss'):
             assert same_state(saved(name)[key], saved(f'{name}_on')[key]), (name, key)
     assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
@@ -2482,12 +2495,13 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
         for key in ('val_loss', 'test_loss', 'test_auc'):  # the ranks share a split
             assert logged(tmp_path / name, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=1e-10)
 
-    workers, state = by_hand(data_dir, 8), saved('replicas')
-    for k, gpt in enumerate(workers):
-        for name, x in gpt.state_dict().items():
-            held = state['model'][name][k::2] if name.split('.')[-1][:1] in 'AB' else \
-                state['replicas'][name][k] if name in state['replicas'] else state['model'][name]
-            assert name == 'lm_head.weight' or torch.allclose(x, held, atol=1e-10), name
+    for run, each in (('local', 0), ('replicas', 2)):
+        workers, state = by_hand(data_dir, 8, each), saved(run)
+        for k, gpt in enumerate(workers):
+            for name, x in gpt.state_dict().items():
+                held = state['model'][name][k::2] if name.split('.')[-1][:1] in 'AB' else \
+                    state['replicas'][name][k] if name in state['replicas'] else state['model'][name]
+                assert name == 'lm_head.weight' or torch.allclose(x, held, atol=1e-10), (run, name)
 
     # bytes: 2 heads of rank 2 a rank, m + n = 256 a block, twice that where primes go along; 8 bytes a number
     heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)

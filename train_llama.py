@@ -263,8 +263,9 @@ def main(argv):
     # -------------------------------------------------------------------------
     progress.close()
     if dist_rank == 0 and step > start:
-        print(f'{out_dir}/ckpt.pt holds step {saved}, lowest validation loss so far {best_val_loss:.4f}; '
-              '--init_from=resume goes on')
+        # none where a signal came before the first evaluation
+        so_far = f', lowest validation loss so far {best_val_loss:.4f}' if best_val_loss < float('inf') else ''
+        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
     config.leave(world_size)
     return best_val_loss
 

@@ -488,8 +488,9 @@ def main(argv):
                 draw_confusion(matrix, classes, f'{out_dir}/confusion.png')
     progress.close()
     if dist_rank == 0 and step > start:
-        print(f'{out_dir}/ckpt.pt holds step {saved}, highest validation AUC so far {best_val_auc:.4f}; '
-              '--init_from=resume goes on')
+        # none where a signal came before the first evaluation
+        so_far = f', highest validation AUC so far {best_val_auc:.4f}' if best_val_auc else ''
+        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
     config.leave(world_size)
     return best_val_auc
 

@@ -6,6 +6,7 @@ $ python bench.py speed       GaLore's step, bases and projected backward, again
 $ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against full
 $ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
+$ python bench.py spectrum    effective rank of weights, their change and gradients in training; kept methods are not run again
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 $ python bench.py readme      renews the table of these losses in README.md
 
@@ -33,8 +34,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import config
 import galore
-from galore import GaLoreAdamW, make_optimizer, param_groups, state_bytes, take_bases
-from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, freeze_rest
+from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
+from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest, merge,
+                     merged_state_dict)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -124,6 +126,36 @@ def run_cells(name, words, script, base, cells, results):
     print(f'{len(todo)} cells to run')
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(run, todo))
+
+
+def gpt_trainer(shape, settings, batch, device='cpu'):
+    """(model, step): a GPT of a GPTConfig, and step(number), which trains it on batch(number) as train_gpt.py does in one
+    process; settings: all that train_gpt.py has."""
+    s = settings
+    torch.manual_seed(s['seed'])
+    model = GPT(shape).to(device)
+    if s['lowrank']:
+        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
+                     merge_reset=s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+    optimizer = make_optimizer(model, s)
+
+    def step(number):
+        config.set_learning_rate(optimizer, s, number)
+        if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
+            renew_bases(model, optimizer, number, s['merge_every'])
+        x, y = batch(number)
+        with torch.autocast(device, getattr(torch, s['dtype']), enabled=s['dtype'] != 'float32'):
+            loss = model(x.to(device), y.to(device))
+        loss.backward()
+        if s['optimizer'] == 'adamw':  # GaLore clips what it projects
+            clip_gradients(model, s['grad_clip'])
+        optimizer.step()
+        optimizer.zero_grad()
+        if s['merge_every'] and (number + 1) % s['merge_every'] == 0:
+            merge(model, torch.Generator().manual_seed(s['seed'] + number + 1))
+            if s['merge_reset']:
+                drop_moments(model, optimizer)
+    return model, step
 
 
 # -----------------------------------------------------------------------------
@@ -801,6 +833,100 @@ def quality(words):
 
 
 # -----------------------------------------------------------------------------
+# spectrum
+
+SPECTRUM_STEPS = (0, 25, 50, 100, 200, 300)
+SPLIT = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, head_input='split', merge_every=10)  # LTE
+SPECTRUM_METHODS = {
+    'full rank': dict(learning_rate=2e-3),
+    'LoRA, rank 16': dict(lowrank='attn,mlp', heads=1, rank=16, alpha=16.0, learning_rate=2e-3),
+    'LTE, 4 heads of rank 16': dict(**SPLIT, learning_rate=2e-3),
+    'the same, drawn anew at merges': dict(**SPLIT, merge_reset=True, learning_rate=2e-3),
+    'GaLore, rank 64': dict(optimizer='galore', galore_rank=64, galore_gap=50, galore_basis='power', beta2=0.999,
+                            learning_rate=2e-2)}
+
+
+def effective_rank(W):
+    """exp of the entropy of the singular values of W (m, n), scaled to sum to one (Roy and Vetterli 2007): between 1 and
+    min(m, n), which it is where all are the same. 0 for a matrix of zeros, as its rank."""
+    values = torch.linalg.svdvals(W)
+    total = values.sum()
+    return torch.special.entr(values / total).sum().exp().item() if total else 0.0
+
+
+def spectrum_points(settings):
+    """Trains the GPT of the screening and measures at SPECTRUM_STEPS, as a mean over the matrices of attention and MLP,
+    the effective rank of what the weights (heads merged) have changed by, of the weights, and of the loss's full gradient
+    with respect to them on a batch that is always the same. Returns a dict for each step."""
+    data, held_out = (Tokens('stdlib', split, settings['block_size'], f'{HERE}/data') for split in ('train', 'val'))
+    x, y = held_out.fixed_batch(0, 1, settings['batch_size'])
+    shape = GPTConfig(settings['block_size'], data.vocab_size, *(settings[key] for key in ('n_layer', 'n_head', 'n_embd')))
+    groups = settings['heads'] if settings['head_input'] == 'split' else 1
+    model, step = gpt_trainer(shape, settings, lambda number: data.batch(
+        settings['batch_size'], number, seed=settings['seed'], heads=groups))
+    plain, start, points = GPT(shape), {}, []  # gradients are taken in a model without heads, in float32
+    for number in range(SPECTRUM_STEPS[-1] + 1):
+        if number in SPECTRUM_STEPS:
+            plain.load_state_dict(merged_state_dict(model))
+            plain.zero_grad()
+            loss = plain(x, y)
+            loss.backward()
+            ranks = {'change': [], 'weight': [], 'gradient': []}
+            for name, p in plain.named_parameters():
+                if name.startswith('transformer.h.') and p.dim() == 2:
+                    first = start.setdefault(name, p.detach().clone())
+                    for key, W in (('change', p.detach() - first), ('weight', p.detach()), ('gradient', p.grad)):
+                        ranks[key].append(effective_rank(W))
+            points.append(dict(step=number, loss=loss.item(), **{key: statistics.mean(x) for key, x in ranks.items()}))
+        if number < SPECTRUM_STEPS[-1]:
+            step(number)
+    return points
+
+
+def spectrum(words):
+    import train_gpt
+    options = argparse.ArgumentParser('bench.py spectrum')
+    options.add_argument('--methods', nargs='+', choices=SPECTRUM_METHODS, help='only these')
+    options = options.parse_args(words)
+    config.keep_freed_memory()  # as the scripts do on a CPU
+    base = {**train_gpt.defaults, **SCREEN, 'max_iters': SPECTRUM_STEPS[-1], 'warmup_iters': 30}
+    print('effective rank, exp(entropy of the normalised singular values), mean over attention and MLP, at most '
+          f"{SCREEN['n_embd']}")
+    print(f"{'method':32}{'step':>6}{'change':>9}{'weight':>9}{'gradient':>10}{'loss':>8}")
+    done = {cell['method']: cell for cell in kept('spectrum')}
+    for method, changes in SPECTRUM_METHODS.items():
+        cell = done.get(method)
+        if cell is None and method in (options.methods or SPECTRUM_METHODS):
+            begin = time.time()
+            points = spectrum_points({**base, 'min_lr': changes['learning_rate'] / 10, **changes})
+            cell = dict(method=method, settings=changes, points=points, seconds=time.time() - begin)
+            keep('spectrum', [cell])
+        for point in cell['points'] if cell else ():
+            print(f"{method:32}{point['step']:6}{point['change']:9.1f}{point['weight']:9.1f}{point['gradient']:10.1f}"
+                  f"{point['loss']:8.3f}", flush=True)
+    draw_spectrum()
+
+
+def draw_spectrum():
+    """assets/spectrum.png: effective ranks over training, a line for each method."""
+    from matplotlib.figure import Figure
+    cells = {cell['method']: cell for cell in kept('spectrum')}
+    figure = Figure((10, 3.8), layout='constrained')
+    panels = figure.subplots(1, 3)
+    for axes, (key, title) in zip(panels, (('change', 'what the weights changed by'), ('weight', 'weights, heads merged'),
+                                           ('gradient', 'full gradient'))):
+        for method in SPECTRUM_METHODS:
+            points = cells[method]['points'] if method in cells else []
+            points = [point for point in points if key != 'change' or point['step']]  # no change yet
+            axes.plot([point['step'] for point in points], [point[key] for point in points], 'o-', ms=3, label=method)
+        axes.set(title=title, xlabel='step')
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(f'{HERE}/assets/spectrum.png', dpi=130)
+
+
+# -----------------------------------------------------------------------------
 # README
 
 
@@ -841,7 +967,7 @@ def readme(words):
 
 if __name__ == '__main__':
     benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'quality': quality, 'readme': readme}
+               'communication': communication, 'quality': quality, 'spectrum': spectrum, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -6,7 +6,8 @@ $ python bench.py speed       GaLore's step, bases and projected backward, again
 $ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against full
 $ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
-$ python bench.py spectrum    effective rank of weights, their change and gradients in training; kept methods are not run again
+$ python bench.py layers      validation loss and trainable parameters by the layers that have heads
+$ python bench.py spectrum    effective rank of weights, of their change and of gradients over training
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 $ python bench.py readme      renews the table of these losses in README.md
 
@@ -129,8 +130,8 @@ def run_cells(name, words, script, base, cells, results):
 
 
 def gpt_trainer(shape, settings, batch, device='cpu'):
-    """(model, step): a GPT of a GPTConfig, and step(number), which trains it on batch(number) as train_gpt.py does in one
-    process; settings: all that train_gpt.py has."""
+    """(model, step): a GPT of a GPTConfig, and step(number), which trains it on batch(number) as train_gpt.py does in
+    one process; settings: all that train_gpt.py has."""
     s = settings
     torch.manual_seed(s['seed'])
     model = GPT(shape).to(device)
@@ -833,10 +834,67 @@ def quality(words):
 
 
 # -----------------------------------------------------------------------------
+# layers
+
+LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
+SPLIT = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, head_input='split', merge_every=10)  # LTE
+LETTERS = {'A': 'attn', 'M': 'mlp', 'L': 'logit'}
+
+
+def layers_cells():
+    """(method, settings): the letters of layers with heads; all else is at full rank, and the learning rate fixed."""
+    for seed in (1337, 1, 2):
+        for letters in ('none', 'A', 'M', 'L', 'AM', 'AL', 'ML', 'AML'):
+            targets = ','.join(LETTERS[letter] for letter in letters) if letters != 'none' else ''
+            yield letters, dict(**{**SPLIT, 'lowrank': targets} if targets else {}, learning_rate=2e-3, seed=seed)
+
+
+def layers(words):
+    def results(records):
+        counted = (x['trainable_parameters'] for x in records if 'trainable_parameters' in x)
+        return {'steps': LAYERS['max_iters'], 'trainable_parameters': next(counted, None)}
+    run_cells('layers', words, 'train_gpt.py', LAYERS, list(layers_cells()), results)
+    rows = []  # letters, trainable parameters, losses of the seeds
+    for letters in dict.fromkeys(letters for letters, _ in layers_cells()):
+        cells = [cell for cell in kept('layers') if cell['method'] == letters]
+        losses = [cell['val_loss'] for cell in cells if cell['val_loss'] is not None]
+        diverged = len(cells) - len(losses)
+        if losses:
+            trainable = next(cell['trainable_parameters'] for cell in cells if cell['val_loss'] is not None)
+            rows.append((letters, trainable, losses))
+        if diverged:
+            print(f'heads on {letters}: {diverged} of {len(cells)} seeds diverged')
+    print(f"\n{'heads on':10}{'trainable':>12}{'seeds':>7}{'validation loss':>17}{'min':>9}{'max':>9}")
+    for letters, trainable, losses in rows:
+        print(f'{letters:10}{trainable:12,}{len(losses):7}{statistics.mean(losses):17.4f}{min(losses):9.4f}'
+              f'{max(losses):9.4f}')
+    if rows:
+        draw_layers(rows)
+
+
+def draw_layers(rows):
+    """assets/layers.png: validation loss against trainable parameters; bars from the least to the largest of seeds."""
+    from matplotlib.figure import Figure
+    figure = Figure((6.4, 4.2), layout='constrained')
+    axes = figure.subplots()
+    for letters, trainable, losses in rows:
+        mean = statistics.mean(losses)
+        axes.errorbar(trainable / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]], fmt='o', capsize=3,
+                      color='black' if letters == 'none' else '#4c72b0')
+        right = 'L' in letters  # heads on the output layer move a point only a little to the right
+        axes.annotate(letters, (trainable / 1e6, mean), (6 if right else -6, 5), ha='left' if right else 'right',
+                      textcoords='offset points')
+    axes.margins(0.1)
+    axes.set(xlabel='trainable parameters, millions', ylabel='validation loss, nats per byte',
+             title='four split heads on A(ttn), M(lp), L(ogit)')
+    axes.grid(alpha=0.3)
+    figure.savefig(f'{HERE}/assets/layers.png', dpi=130)
+
+
+# -----------------------------------------------------------------------------
 # spectrum
 
 SPECTRUM_STEPS = (0, 25, 50, 100, 200, 300)
-SPLIT = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, head_input='split', merge_every=10)  # LTE
 SPECTRUM_METHODS = {
     'full rank': dict(learning_rate=2e-3),
     'LoRA, rank 16': dict(lowrank='attn,mlp', heads=1, rank=16, alpha=16.0, learning_rate=2e-3),
@@ -847,7 +905,7 @@ SPECTRUM_METHODS = {
 
 
 def effective_rank(W):
-    """exp of the entropy of the singular values of W (m, n), scaled to sum to one (Roy and Vetterli 2007): between 1 and
+    """exp of the entropy of the singular values of W (m, n), scaled to sum to one (Roy and Vetterli 2007): from 1 to
     min(m, n), which it is where all are the same. 0 for a matrix of zeros, as its rank."""
     values = torch.linalg.svdvals(W)
     total = values.sum()
@@ -856,11 +914,12 @@ def effective_rank(W):
 
 def spectrum_points(settings):
     """Trains the GPT of the screening and measures at SPECTRUM_STEPS, as a mean over the matrices of attention and MLP,
-    the effective rank of what the weights (heads merged) have changed by, of the weights, and of the loss's full gradient
-    with respect to them on a batch that is always the same. Returns a dict for each step."""
+    the effective rank of what the weights (heads merged) have changed by, of the weights, and of the loss's full
+    gradient with respect to them on a batch that is always the same. Returns a dict for each step."""
     data, held_out = (Tokens('stdlib', split, settings['block_size'], f'{HERE}/data') for split in ('train', 'val'))
     x, y = held_out.fixed_batch(0, 1, settings['batch_size'])
-    shape = GPTConfig(settings['block_size'], data.vocab_size, *(settings[key] for key in ('n_layer', 'n_head', 'n_embd')))
+    sizes = (settings[key] for key in ('n_layer', 'n_head', 'n_embd'))
+    shape = GPTConfig(settings['block_size'], data.vocab_size, *sizes)
     groups = settings['heads'] if settings['head_input'] == 'split' else 1
     model, step = gpt_trainer(shape, settings, lambda number: data.batch(
         settings['batch_size'], number, seed=settings['seed'], heads=groups))
@@ -913,8 +972,8 @@ def draw_spectrum():
     cells = {cell['method']: cell for cell in kept('spectrum')}
     figure = Figure((10, 3.8), layout='constrained')
     panels = figure.subplots(1, 3)
-    for axes, (key, title) in zip(panels, (('change', 'what the weights changed by'), ('weight', 'weights, heads merged'),
-                                           ('gradient', 'full gradient'))):
+    titles = {'change': 'what the weights changed by', 'weight': 'weights, heads merged', 'gradient': 'full gradient'}
+    for axes, (key, title) in zip(panels, titles.items()):
         for method in SPECTRUM_METHODS:
             points = cells[method]['points'] if method in cells else []
             points = [point for point in points if key != 'change' or point['step']]  # no change yet
@@ -967,7 +1026,7 @@ def readme(words):
 
 if __name__ == '__main__':
     benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'quality': quality, 'spectrum': spectrum, 'readme': readme}
+               'communication': communication, 'quality': quality, 'layers': layers, 'spectrum': spectrum, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -16,7 +16,9 @@ Times are medians of interleaved runs, as ratios within one process. Cells go to
 
 import argparse
 import contextlib
+import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -201,6 +203,24 @@ def heads_layer(device, repeats):
     return cells
 
 
+def heads_step(targets, compute, count, rank, sequences, dtype, device):
+    """(step, trainable parameters): a whole training step of GPT-2 124M with AdamW, sequences x 512 tokens. compute:
+    'full' (no heads), 'parallel' or 'sequential', `count` heads of this rank."""
+    model = GPT(GPTConfig(block_size=512)).to(device)
+    if compute != 'full':
+        apply_mhlora(model, targets.split(','), count, rank, head_compute=compute)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    tokens = torch.randint(50257, (sequences, 512), device=device)
+
+    def step():
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
+            loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, count_parameters(model)['trainable']
+
+
 def heads_model(device, repeats):
     """A training step of GPT-2 124M, 4 x 512 tokens, AdamW included: heads against full rank."""
     print('\nGPT-2 124M, 4 x 512 tokens, whole step with AdamW')
@@ -210,19 +230,7 @@ def heads_model(device, repeats):
         for targets in ('attn', 'attn,mlp', 'attn,mlp,logit'):
             functions, trainable = {}, {}
             for compute in ('full', 'parallel', 'sequential'):
-                model = GPT(GPTConfig(block_size=512)).to(device)
-                if compute != 'full':
-                    apply_mhlora(model, targets.split(','), heads=4, rank=4, head_compute=compute)
-                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-                tokens = torch.randint(50257, (4, 512), device=device)
-
-                def step(model=model, optimizer=optimizer):
-                    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
-                        loss = model(tokens, tokens)
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                functions[compute], trainable[compute] = step, count_parameters(model)['trainable']
+                functions[compute], trainable[compute] = heads_step(targets, compute, 4, 4, 4, dtype, device)
             seconds = interleaved(functions, repeats)
             for compute in functions:
                 cell = dict(bench='heads_model', dtype=dtype, targets=targets, compute=compute, heads=4, rank=4,
@@ -234,19 +242,69 @@ def heads_model(device, repeats):
     return cells
 
 
+def heads_figure(device, repeats, dtype):
+    """The same with 2 x 512 tokens and heads on attention, at several ranks and numbers of heads; what is already in
+    assets/heads.jsonl is not run again. Draws assets/heads.png."""
+    print(f'\nGPT-2 124M, 2 x 512 tokens, heads on attention, whole step with AdamW in {dtype}')
+    print(f"{'heads':>5}{'rank':>6}  {'compute':12}{'trainable':>12}{'of full':>9}{'s/step':>8}{'to full rank':>14}")
+    done = {(cell['heads'], cell['rank']) for cell in kept('heads')
+            if cell['bench'] == 'heads_figure' and (cell['dtype'], cell['device']) == (dtype, device)}
+    for count, rank in ((count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)):
+        if (count, rank) in done:
+            continue
+        made = {compute: heads_step('attn', compute, count, rank, 2, dtype, device)
+                for compute in ('full', 'parallel', 'sequential')}
+        seconds, cells = interleaved({compute: step for compute, (step, _) in made.items()}, repeats), []
+        for compute, (_, trainable) in made.items():
+            cell = dict(bench='heads_figure', device=device, dtype=dtype, compute=compute, heads=count, rank=rank,
+                        trainable=trainable, trainable_to_full=trainable / made['full'][1],
+                        seconds=statistics.median(seconds[compute]), to_full=ratio(seconds, compute, 'full'))
+            print(f"{count:5}{rank:6}  {compute:12}{trainable:12,}{cell['trainable_to_full']:9.3f}"
+                  f"{cell['seconds']:8.2f}{cell['to_full']:14.2f}", flush=True)
+            cells.append(cell)
+        keep('heads', cells)
+        del made
+        gc.collect()  # three models and their moments, before the next three
+    draw_heads(device, dtype)
+
+
+def draw_heads(device, dtype):
+    """assets/heads.png: time of a step in units of full rank against the rank, a panel for each number of heads."""
+    from matplotlib.figure import Figure
+    cells = [cell for cell in kept('heads') if cell['bench'] == 'heads_figure'
+             and (cell['dtype'], cell['device']) == (dtype, device)]
+    counts, ranks = (sorted({cell[key] for cell in cells}) for key in ('heads', 'rank'))
+    figure = Figure((3.1 * len(counts), 3.4), layout='constrained')
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for axes, count in zip(panels, counts):
+        for compute, style in (('parallel', 'o-'), ('sequential', 's--')):
+            mine = sorted((cell['rank'], cell['to_full']) for cell in cells
+                          if (cell['compute'], cell['heads']) == (compute, count))
+            axes.plot(*zip(*mine), style, label=compute)
+        axes.axhline(1.0, color='black', lw=1, label='full rank')
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(ranks, ranks)
+        axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel='time of a step, full rank = 1', ylim=(0, None))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(f'{HERE}/assets/heads.png', dpi=130)
+
+
 def heads(words):
     options = argparse.ArgumentParser('bench.py heads')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--repeats', type=int, default=5)
-    options.add_argument('--only', choices=['layer', 'model'])
+    options.add_argument('--repeats', type=int, help='5, and 3 for the figure')
+    options.add_argument('--only', choices=['layer', 'model', 'figure'])
+    options.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16', help='of the figure')
     options = options.parse_args(words)
     config.keep_freed_memory()  # as the scripts do on a CPU
-    cells = []
-    if options.only != 'model':
-        cells += heads_layer(options.device, 4 * options.repeats)
-    if options.only != 'layer':
-        cells += heads_model(options.device, options.repeats)
-    keep('heads', cells)
+    if options.only in (None, 'layer'):
+        keep('heads', heads_layer(options.device, 4 * (options.repeats or 5)))
+    if options.only in (None, 'model'):
+        keep('heads', heads_model(options.device, options.repeats or 5))
+    if options.only in (None, 'figure'):
+        heads_figure(options.device, options.repeats or 3, options.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -384,6 +442,55 @@ def speed_lean(device, repeats):
     return cells
 
 
+METHODS_SHAPE = GPTConfig(block_size=256, vocab_size=257, n_layer=8, n_head=8, n_embd=512)
+PRODUCT = 4096  # rows and columns of the products that are this machine's peak
+
+
+def speed_methods(device, repeats):
+    """Training of a GPT of width 512 by every method, as train_gpt.py does it, against the peak of matrix products."""
+    import train_gpt
+    width, layers = METHODS_SHAPE.n_embd, METHODS_SHAPE.n_layer
+    weights = 12 * layers * width**2 + METHODS_SHAPE.vocab_size * width  # of products: attention, MLP, output layer
+    galore_quarter = dict(optimizer='galore', galore_rank=width // 4)
+    lte = dict(lowrank='attn,mlp', heads=4, head_input='split', merge_every=10)
+    methods = {'full rank': {}, 'MHLoRA': dict(lowrank='attn,mlp', heads=4, rank=16), 'GaLore': galore_quarter,
+               'GaLore, projected': dict(**galore_quarter, galore_backward='projected'), 'LTE': dict(**lte, rank=16),
+               'GaLoLTE': dict(**lte, rank=width // 4, head_basis='gradient', galore_basis='sketch')}
+    x, y = torch.randint(METHODS_SHAPE.vocab_size, (2, 8, METHODS_SHAPE.block_size))
+    tokens, functions = x.numel(), {}
+    for name, changes in methods.items():
+        settings = {**train_gpt.defaults, 'dtype': 'bfloat16', **changes}
+        _, step = gpt_trainer(METHODS_SHAPE, settings, lambda number: (x, y), device)
+        numbers = itertools.count()
+
+        def steps(step=step, numbers=numbers):
+            for _ in range(10):
+                step(next(numbers))
+        functions[name] = steps
+    for dtype in ('bfloat16', 'float32'):
+        A = torch.randn(PRODUCT, PRODUCT, device=device).to(getattr(torch, dtype))
+        functions[dtype] = lambda A=A: A @ A
+    seconds = interleaved(functions, repeats)
+    peaks = {dtype: 2 * PRODUCT**3 / min(seconds[dtype]) for dtype in ('bfloat16', 'float32')}
+    print(f'GPT of {weights / 1e6:.1f}M weights in products (N), 8 x {METHODS_SHAPE.block_size} tokens a step, '
+          'bfloat16 autocast; ten steps at a time, with their merges and new bases')
+    print(f"peak: the best of {repeats} products of {PRODUCT} x {PRODUCT} matrices, "
+          f"{peaks['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, {peaks['float32'] / 1e9:.0f} in float32")
+    print('of peak: 6 N operations a token, those of full rank, for every method (MFU), over the peak in bfloat16')
+    print(f"{'method':20}{'s/step':>8}{'tokens/s':>10}{'to full rank':>14}{'of peak':>9}")
+    cells = []
+    for name in methods:
+        a_step = statistics.median(seconds[name]) / 10
+        cell = dict(bench='speed_methods', device=device, method=name, seconds=a_step, tokens_per_s=tokens / a_step,
+                    tokens_per_s_to_full=ratio(seconds, 'full rank', name), weights=weights,
+                    of_peak=6 * weights * tokens / a_step / peaks['bfloat16'], peak=peaks['bfloat16'],
+                    peak_float32=peaks['float32'])
+        print(f"{name:20}{a_step:8.3f}{cell['tokens_per_s']:10.0f}{cell['tokens_per_s_to_full']:14.2f}"
+              f"{cell['of_peak']:9.2f}", flush=True)
+        cells.append(cell)
+    return cells
+
+
 def speed_nanogpt(path, repeats):
     """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
@@ -423,7 +530,7 @@ def speed(words):
     options = argparse.ArgumentParser('bench.py speed')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--repeats', type=int, default=12)
-    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean'])
+    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean', 'methods'])
     options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
     options = options.parse_args(words)
     if options.nanogpt:
@@ -437,6 +544,9 @@ def speed(words):
     if options.only in (None, 'lean') and not options.nanogpt:
         config.keep_freed_memory()  # as the scripts do on a CPU
         keep('speed', speed_lean(options.device, max(3, options.repeats // 2)))
+    if options.only in (None, 'methods') and not options.nanogpt:
+        config.keep_freed_memory()
+        keep('speed', speed_methods(options.device, max(3, options.repeats // 4)))
 
 
 # -----------------------------------------------------------------------------
@@ -1026,7 +1136,8 @@ def readme(words):
 
 if __name__ == '__main__':
     benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'quality': quality, 'layers': layers, 'spectrum': spectrum, 'readme': readme}
+               'communication': communication, 'quality': quality, 'layers': layers, 'spectrum': spectrum,
+               'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

@@ -286,7 +286,7 @@ def draw_heads(device, dtype):
         axes.set_xticks(ranks, ranks)
         axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel='time of a step, full rank = 1', ylim=(0, None))
+    panels[0].set(ylabel='time of a step, full rank = 1', ylim=(0, 1.1 * max(cell['to_full'] for cell in cells)))
     figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
     figure.savefig(f'{HERE}/assets/heads.png', dpi=130)
 

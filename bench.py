@@ -7,6 +7,8 @@ $ python bench.py memory      peak memory by method: real runs, and planned ones
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against
                               full; finished cells are not run again
 $ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
+$ python bench.py layers      validation loss and trainable parameters by the layers that have heads
+$ python bench.py spectrum    effective rank of weights, of their change and of gradients over training
 $ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
 $ python bench.py convergence how fast LoRA and full fine-tuning adapt a small ViT; finished cells are not run again
 $ python bench.py readme      renews the table of these losses in README.md
@@ -16,7 +18,9 @@ Times are medians of interleaved runs, as ratios within one process. Cells go to
 
 import argparse
 import contextlib
+import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -35,8 +39,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import config
 import galore
-from galore import GaLoreAdamW, make_optimizer, param_groups, state_bytes, take_bases
-from lowrank import MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, freeze_rest
+from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
+from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest, merge,
+                     merged_state_dict)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -128,6 +133,36 @@ def run_cells(name, words, script, base, cells, results):
         list(pool.map(run, todo))
 
 
+def gpt_trainer(shape, settings, batch, device='cpu'):
+    """(model, step): a GPT of a GPTConfig, and step(number), which trains it on batch(number) as train_gpt.py does in
+    one process; settings: all that train_gpt.py has."""
+    s = settings
+    torch.manual_seed(s['seed'])
+    model = GPT(shape).to(device)
+    if s['lowrank']:
+        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
+                     merge_reset=s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+    optimizer = make_optimizer(model, s)
+
+    def step(number):
+        config.set_learning_rate(optimizer, s, number)
+        if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
+            renew_bases(model, optimizer, number, s['merge_every'])
+        x, y = batch(number)
+        with torch.autocast(device, getattr(torch, s['dtype']), enabled=s['dtype'] != 'float32'):
+            loss = model(x.to(device), y.to(device))
+        loss.backward()
+        if s['optimizer'] == 'adamw':  # GaLore clips what it projects
+            clip_gradients(model, s['grad_clip'])
+        optimizer.step()
+        optimizer.zero_grad()
+        if s['merge_every'] and (number + 1) % s['merge_every'] == 0:
+            merge(model, torch.Generator().manual_seed(s['seed'] + number + 1))
+            if s['merge_reset']:
+                drop_moments(model, optimizer)
+    return model, step
+
+
 # -----------------------------------------------------------------------------
 # heads
 
@@ -170,6 +205,24 @@ def heads_layer(device, repeats):
     return cells
 
 
+def heads_step(targets, compute, count, rank, sequences, dtype, device):
+    """(step, trainable parameters): a whole training step of GPT-2 124M with AdamW, sequences x 512 tokens. compute:
+    'full' (no heads), 'parallel' or 'sequential', `count` heads of this rank."""
+    model = GPT(GPTConfig(block_size=512)).to(device)
+    if compute != 'full':
+        apply_mhlora(model, targets.split(','), count, rank, head_compute=compute)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    tokens = torch.randint(50257, (sequences, 512), device=device)
+
+    def step():
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
+            loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step, count_parameters(model)['trainable']
+
+
 def heads_model(device, repeats):
     """A training step of GPT-2 124M, 4 x 512 tokens, AdamW included: heads against full rank."""
     print('\nGPT-2 124M, 4 x 512 tokens, whole step with AdamW')
@@ -179,19 +232,7 @@ def heads_model(device, repeats):
         for targets in ('attn', 'attn,mlp', 'attn,mlp,logit'):
             functions, trainable = {}, {}
             for compute in ('full', 'parallel', 'sequential'):
-                model = GPT(GPTConfig(block_size=512)).to(device)
-                if compute != 'full':
-                    apply_mhlora(model, targets.split(','), heads=4, rank=4, head_compute=compute)
-                optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-                tokens = torch.randint(50257, (4, 512), device=device)
-
-                def step(model=model, optimizer=optimizer):
-                    with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
-                        loss = model(tokens, tokens)
-                    loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                functions[compute], trainable[compute] = step, count_parameters(model)['trainable']
+                functions[compute], trainable[compute] = heads_step(targets, compute, 4, 4, 4, dtype, device)
             seconds = interleaved(functions, repeats)
             for compute in functions:
                 cell = dict(bench='heads_model', dtype=dtype, targets=targets, compute=compute, heads=4, rank=4,
@@ -203,19 +244,69 @@ def heads_model(device, repeats):
     return cells
 
 
+def heads_figure(device, repeats, dtype):
+    """The same with 2 x 512 tokens and heads on attention, at several ranks and numbers of heads; what is already in
+    assets/heads.jsonl is not run again. Draws assets/heads.png."""
+    print(f'\nGPT-2 124M, 2 x 512 tokens, heads on attention, whole step with AdamW in {dtype}')
+    print(f"{'heads':>5}{'rank':>6}  {'compute':12}{'trainable':>12}{'of full':>9}{'s/step':>8}{'to full rank':>14}")
+    done = {(cell['heads'], cell['rank']) for cell in kept('heads')
+            if cell['bench'] == 'heads_figure' and (cell['dtype'], cell['device']) == (dtype, device)}
+    for count, rank in ((count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)):
+        if (count, rank) in done:
+            continue
+        made = {compute: heads_step('attn', compute, count, rank, 2, dtype, device)
+                for compute in ('full', 'parallel', 'sequential')}
+        seconds, cells = interleaved({compute: step for compute, (step, _) in made.items()}, repeats), []
+        for compute, (_, trainable) in made.items():
+            cell = dict(bench='heads_figure', device=device, dtype=dtype, compute=compute, heads=count, rank=rank,
+                        trainable=trainable, trainable_to_full=trainable / made['full'][1],
+                        seconds=statistics.median(seconds[compute]), to_full=ratio(seconds, compute, 'full'))
+            print(f"{count:5}{rank:6}  {compute:12}{trainable:12,}{cell['trainable_to_full']:9.3f}"
+                  f"{cell['seconds']:8.2f}{cell['to_full']:14.2f}", flush=True)
+            cells.append(cell)
+        keep('heads', cells)
+        del made
+        gc.collect()  # three models and their moments, before the next three
+    draw_heads(device, dtype)
+
+
+def draw_heads(device, dtype):
+    """assets/heads.png: time of a step in units of full rank against the rank, a panel for each number of heads."""
+    from matplotlib.figure import Figure
+    cells = [cell for cell in kept('heads') if cell['bench'] == 'heads_figure'
+             and (cell['dtype'], cell['device']) == (dtype, device)]
+    counts, ranks = (sorted({cell[key] for cell in cells}) for key in ('heads', 'rank'))
+    figure = Figure((3.1 * len(counts), 3.4), layout='constrained')
+    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
+    for axes, count in zip(panels, counts):
+        for compute, style in (('parallel', 'o-'), ('sequential', 's--')):
+            mine = sorted((cell['rank'], cell['to_full']) for cell in cells
+                          if (cell['compute'], cell['heads']) == (compute, count))
+            axes.plot(*zip(*mine), style, label=compute)
+        axes.axhline(1.0, color='black', lw=1, label='full rank')
+        axes.set_xscale('log', base=2)
+        axes.set_xticks(ranks, ranks)
+        axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel='time of a step, full rank = 1', ylim=(0, 1.1 * max(cell['to_full'] for cell in cells)))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(f'{HERE}/assets/heads.png', dpi=130)
+
+
 def heads(words):
     options = argparse.ArgumentParser('bench.py heads')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--repeats', type=int, default=5)
-    options.add_argument('--only', choices=['layer', 'model'])
+    options.add_argument('--repeats', type=int, help='5, and 3 for the figure')
+    options.add_argument('--only', choices=['layer', 'model', 'figure'])
+    options.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16', help='of the figure')
     options = options.parse_args(words)
     config.keep_freed_memory()  # as the scripts do on a CPU
-    cells = []
-    if options.only != 'model':
-        cells += heads_layer(options.device, 4 * options.repeats)
-    if options.only != 'layer':
-        cells += heads_model(options.device, options.repeats)
-    keep('heads', cells)
+    if options.only in (None, 'layer'):
+        keep('heads', heads_layer(options.device, 4 * (options.repeats or 5)))
+    if options.only in (None, 'model'):
+        keep('heads', heads_model(options.device, options.repeats or 5))
+    if options.only in (None, 'figure'):
+        heads_figure(options.device, options.repeats or 3, options.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -353,6 +444,55 @@ def speed_lean(device, repeats):
     return cells
 
 
+METHODS_SHAPE = GPTConfig(block_size=256, vocab_size=257, n_layer=8, n_head=8, n_embd=512)
+PRODUCT = 4096  # rows and columns of the products that are this machine's peak
+
+
+def speed_methods(device, repeats):
+    """Training of a GPT of width 512 by every method, as train_gpt.py does it, against the peak of matrix products."""
+    import train_gpt
+    width, layers = METHODS_SHAPE.n_embd, METHODS_SHAPE.n_layer
+    weights = 12 * layers * width**2 + METHODS_SHAPE.vocab_size * width  # of products: attention, MLP, output layer
+    galore_quarter = dict(optimizer='galore', galore_rank=width // 4)
+    lte = dict(lowrank='attn,mlp', heads=4, head_input='split', merge_every=10)
+    methods = {'full rank': {}, 'MHLoRA': dict(lowrank='attn,mlp', heads=4, rank=16), 'GaLore': galore_quarter,
+               'GaLore, projected': dict(**galore_quarter, galore_backward='projected'), 'LTE': dict(**lte, rank=16),
+               'GaLoLTE': dict(**lte, rank=width // 4, head_basis='gradient', galore_basis='sketch')}
+    x, y = torch.randint(METHODS_SHAPE.vocab_size, (2, 8, METHODS_SHAPE.block_size))
+    tokens, functions = x.numel(), {}
+    for name, changes in methods.items():
+        settings = {**train_gpt.defaults, 'dtype': 'bfloat16', **changes}
+        _, step = gpt_trainer(METHODS_SHAPE, settings, lambda number: (x, y), device)
+        numbers = itertools.count()
+
+        def steps(step=step, numbers=numbers):
+            for _ in range(10):
+                step(next(numbers))
+        functions[name] = steps
+    for dtype in ('bfloat16', 'float32'):
+        A = torch.randn(PRODUCT, PRODUCT, device=device).to(getattr(torch, dtype))
+        functions[dtype] = lambda A=A: A @ A
+    seconds = interleaved(functions, repeats)
+    peaks = {dtype: 2 * PRODUCT**3 / min(seconds[dtype]) for dtype in ('bfloat16', 'float32')}
+    print(f'GPT of {weights / 1e6:.1f}M weights in products (N), 8 x {METHODS_SHAPE.block_size} tokens a step, '
+          'bfloat16 autocast; ten steps at a time, with their merges and new bases')
+    print(f"peak: the best of {repeats} products of {PRODUCT} x {PRODUCT} matrices, "
+          f"{peaks['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, {peaks['float32'] / 1e9:.0f} in float32")
+    print('of peak: 6 N operations a token, those of full rank, for every method (MFU), over the peak in bfloat16')
+    print(f"{'method':20}{'s/step':>8}{'tokens/s':>10}{'to full rank':>14}{'of peak':>9}")
+    cells = []
+    for name in methods:
+        a_step = statistics.median(seconds[name]) / 10
+        cell = dict(bench='speed_methods', device=device, method=name, seconds=a_step, tokens_per_s=tokens / a_step,
+                    tokens_per_s_to_full=ratio(seconds, 'full rank', name), weights=weights,
+                    of_peak=6 * weights * tokens / a_step / peaks['bfloat16'], peak=peaks['bfloat16'],
+                    peak_float32=peaks['float32'])
+        print(f"{name:20}{a_step:8.3f}{cell['tokens_per_s']:10.0f}{cell['tokens_per_s_to_full']:14.2f}"
+              f"{cell['of_peak']:9.2f}", flush=True)
+        cells.append(cell)
+    return cells
+
+
 def speed_nanogpt(path, repeats):
     """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
@@ -392,7 +532,7 @@ def speed(words):
     options = argparse.ArgumentParser('bench.py speed')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     options.add_argument('--repeats', type=int, default=12)
-    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean'])
+    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean', 'methods'])
     options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
     options = options.parse_args(words)
     if options.nanogpt:
@@ -406,6 +546,9 @@ def speed(words):
     if options.only in (None, 'lean') and not options.nanogpt:
         config.keep_freed_memory()  # as the scripts do on a CPU
         keep('speed', speed_lean(options.device, max(3, options.repeats // 2)))
+    if options.only in (None, 'methods') and not options.nanogpt:
+        config.keep_freed_memory()
+        keep('speed', speed_methods(options.device, max(3, options.repeats // 4)))
 
 
 # -----------------------------------------------------------------------------
@@ -927,6 +1070,158 @@ def show_convergence():
 
 
 # -----------------------------------------------------------------------------
+# layers
+
+LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
+SPLIT = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, head_input='split', merge_every=10)  # LTE
+LETTERS = {'A': 'attn', 'M': 'mlp', 'L': 'logit'}
+
+
+def layers_cells():
+    """(method, settings): the letters of layers with heads; all else is at full rank, and the learning rate fixed."""
+    for seed in (1337, 1, 2):
+        for letters in ('none', 'A', 'M', 'L', 'AM', 'AL', 'ML', 'AML'):
+            targets = ','.join(LETTERS[letter] for letter in letters) if letters != 'none' else ''
+            yield letters, dict(**{**SPLIT, 'lowrank': targets} if targets else {}, learning_rate=2e-3, seed=seed)
+
+
+def layers(words):
+    def results(records):
+        counted = (x['trainable_parameters'] for x in records if 'trainable_parameters' in x)
+        return {'steps': LAYERS['max_iters'], 'trainable_parameters': next(counted, None)}
+    run_cells('layers', words, 'train_gpt.py', LAYERS, list(layers_cells()), results)
+    rows = []  # letters, trainable parameters, losses of the seeds
+    for letters in dict.fromkeys(letters for letters, _ in layers_cells()):
+        cells = [cell for cell in kept('layers') if cell['method'] == letters]
+        losses = [cell['val_loss'] for cell in cells if cell['val_loss'] is not None]
+        diverged = len(cells) - len(losses)
+        if losses:
+            trainable = next(cell['trainable_parameters'] for cell in cells if cell['val_loss'] is not None)
+            rows.append((letters, trainable, losses))
+        if diverged:
+            print(f'heads on {letters}: {diverged} of {len(cells)} seeds diverged')
+    print(f"\n{'heads on':10}{'trainable':>12}{'seeds':>7}{'validation loss':>17}{'min':>9}{'max':>9}")
+    for letters, trainable, losses in rows:
+        print(f'{letters:10}{trainable:12,}{len(losses):7}{statistics.mean(losses):17.4f}{min(losses):9.4f}'
+              f'{max(losses):9.4f}')
+    if rows:
+        draw_layers(rows)
+
+
+def draw_layers(rows):
+    """assets/layers.png: validation loss against trainable parameters; bars from the least to the largest of seeds."""
+    from matplotlib.figure import Figure
+    figure = Figure((6.4, 4.2), layout='constrained')
+    axes = figure.subplots()
+    for letters, trainable, losses in rows:
+        mean = statistics.mean(losses)
+        axes.errorbar(trainable / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]], fmt='o', capsize=3,
+                      color='black' if letters == 'none' else '#4c72b0')
+        right = 'L' in letters  # heads on the output layer move a point only a little to the right
+        axes.annotate(letters, (trainable / 1e6, mean), (6 if right else -6, 5), ha='left' if right else 'right',
+                      textcoords='offset points')
+    axes.margins(0.1)
+    axes.set(xlabel='trainable parameters, millions', ylabel='validation loss, nats per byte',
+             title='four split heads on A(ttn), M(lp), L(ogit)')
+    axes.grid(alpha=0.3)
+    figure.savefig(f'{HERE}/assets/layers.png', dpi=130)
+
+
+# -----------------------------------------------------------------------------
+# spectrum
+
+SPECTRUM_STEPS = (0, 25, 50, 100, 200, 300)
+SPECTRUM_METHODS = {
+    'full rank': dict(learning_rate=2e-3),
+    'LoRA, rank 16': dict(lowrank='attn,mlp', heads=1, rank=16, alpha=16.0, learning_rate=2e-3),
+    'LTE, 4 heads of rank 16': dict(**SPLIT, learning_rate=2e-3),
+    'the same, drawn anew at merges': dict(**SPLIT, merge_reset=True, learning_rate=2e-3),
+    'GaLore, rank 64': dict(optimizer='galore', galore_rank=64, galore_gap=50, galore_basis='power', beta2=0.999,
+                            learning_rate=2e-2)}
+
+
+def effective_rank(W):
+    """exp of the entropy of the singular values of W (m, n), scaled to sum to one (Roy and Vetterli 2007): from 1 to
+    min(m, n), which it is where all are the same. 0 for a matrix of zeros, as its rank."""
+    values = torch.linalg.svdvals(W)
+    total = values.sum()
+    return torch.special.entr(values / total).sum().exp().item() if total else 0.0
+
+
+def spectrum_points(settings):
+    """Trains the GPT of the screening and measures at SPECTRUM_STEPS, as a mean over the matrices of attention and MLP,
+    the effective rank of what the weights (heads merged) have changed by, of the weights, and of the loss's full
+    gradient with respect to them on a batch that is always the same. Returns a dict for each step."""
+    data, held_out = (Tokens('stdlib', split, settings['block_size'], f'{HERE}/data') for split in ('train', 'val'))
+    x, y = held_out.fixed_batch(0, 1, settings['batch_size'])
+    sizes = (settings[key] for key in ('n_layer', 'n_head', 'n_embd'))
+    shape = GPTConfig(settings['block_size'], data.vocab_size, *sizes)
+    groups = settings['heads'] if settings['head_input'] == 'split' else 1
+    model, step = gpt_trainer(shape, settings, lambda number: data.batch(
+        settings['batch_size'], number, seed=settings['seed'], heads=groups))
+    plain, start, points = GPT(shape), {}, []  # gradients are taken in a model without heads, in float32
+    for number in range(SPECTRUM_STEPS[-1] + 1):
+        if number in SPECTRUM_STEPS:
+            plain.load_state_dict(merged_state_dict(model))
+            plain.zero_grad()
+            loss = plain(x, y)
+            loss.backward()
+            ranks = {'change': [], 'weight': [], 'gradient': []}
+            for name, p in plain.named_parameters():
+                if name.startswith('transformer.h.') and p.dim() == 2:
+                    first = start.setdefault(name, p.detach().clone())
+                    for key, W in (('change', p.detach() - first), ('weight', p.detach()), ('gradient', p.grad)):
+                        ranks[key].append(effective_rank(W))
+            points.append(dict(step=number, loss=loss.item(), **{key: statistics.mean(x) for key, x in ranks.items()}))
+        if number < SPECTRUM_STEPS[-1]:
+            step(number)
+    return points
+
+
+def spectrum(words):
+    import train_gpt
+    options = argparse.ArgumentParser('bench.py spectrum')
+    options.add_argument('--methods', nargs='+', choices=SPECTRUM_METHODS, help='only these')
+    options = options.parse_args(words)
+    config.keep_freed_memory()  # as the scripts do on a CPU
+    base = {**train_gpt.defaults, **SCREEN, 'max_iters': SPECTRUM_STEPS[-1], 'warmup_iters': 30}
+    print('effective rank, exp(entropy of the normalised singular values), mean over attention and MLP, at most '
+          f"{SCREEN['n_embd']}")
+    print(f"{'method':32}{'step':>6}{'change':>9}{'weight':>9}{'gradient':>10}{'loss':>8}")
+    done = {cell['method']: cell for cell in kept('spectrum')}
+    for method, changes in SPECTRUM_METHODS.items():
+        cell = done.get(method)
+        if cell is None and method in (options.methods or SPECTRUM_METHODS):
+            begin = time.time()
+            points = spectrum_points({**base, 'min_lr': changes['learning_rate'] / 10, **changes})
+            cell = dict(method=method, settings=changes, points=points, seconds=time.time() - begin)
+            keep('spectrum', [cell])
+        for point in cell['points'] if cell else ():
+            print(f"{method:32}{point['step']:6}{point['change']:9.1f}{point['weight']:9.1f}{point['gradient']:10.1f}"
+                  f"{point['loss']:8.3f}", flush=True)
+    draw_spectrum()
+
+
+def draw_spectrum():
+    """assets/spectrum.png: effective ranks over training, a line for each method."""
+    from matplotlib.figure import Figure
+    cells = {cell['method']: cell for cell in kept('spectrum')}
+    figure = Figure((10, 3.8), layout='constrained')
+    panels = figure.subplots(1, 3)
+    titles = {'change': 'what the weights changed by', 'weight': 'weights, heads merged', 'gradient': 'full gradient'}
+    for axes, (key, title) in zip(panels, titles.items()):
+        for method in SPECTRUM_METHODS:
+            points = cells[method]['points'] if method in cells else []
+            points = [point for point in points if key != 'change' or point['step']]  # no change yet
+            axes.plot([point['step'] for point in points], [point[key] for point in points], 'o-', ms=3, label=method)
+        axes.set(title=title, xlabel='step')
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(f'{HERE}/assets/spectrum.png', dpi=130)
+
+
+# -----------------------------------------------------------------------------
 # README
 
 
@@ -967,7 +1262,8 @@ def readme(words):
 
 if __name__ == '__main__':
     benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'quality': quality, 'convergence': convergence, 'readme': readme}
+               'communication': communication, 'quality': quality, 'convergence': convergence, 'layers': layers,
+               'spectrum': spectrum, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)

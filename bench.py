@@ -41,7 +41,7 @@ import config
 import galore
 from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
 from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest, merge,
-                     merged_state_dict)
+                     merged_state_dict, reduces_products)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -846,18 +846,31 @@ def vit(words):
 # communication
 
 
-def sent_bytes(shapes, others, method, rank, itemsize=4):
-    """What one worker with one head puts into collectives, as `sync_bytes` in the log counts it: bytes (every step, at a
-    merge, at a refresh of one matrix after the other). shapes: (m, n) of attention's and MLP's matrices; others: the number
-    of all other parameters, averaged every step or, with sync='merge', in float32 at merges."""
+COMMUNICATION = ('full rank or GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
+                 'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")
+
+
+def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
+    """What one worker of so many heads puts into collectives, as `sync_bytes` in the log counts it: bytes averaged every
+    step, gathered at a merge, averaged at a merge, averaged in a period of refreshes. shapes: (m, n) of attention's and
+    MLP's matrices; others: the number of all other parameters. Merges average in at least float32."""
+    wide, merging = max(4, itemsize), 'sync' in method
     gradients, small = sum(m * n for m, n in shapes), sum(min(rank, m, n) * max(m, n) for m, n in shapes)
-    factors = sum(min(rank, m, n) * (m + n) for m, n in shapes)
-    return {'full rank or GaLore, DDP': ((gradients + others) * itemsize, 0, 0),
-            'GaLore, projected': ((small + others) * itemsize, 0, (gradients - small) * itemsize),
-            'LTE': (others * itemsize, 2 * factors * itemsize, 0),  # the factors, and as they were at the last merge
-            "LTE, sync='merge'": (0, 2 * factors * itemsize + 4 * others, 0),
-            'GaLoLTE': (others * itemsize, factors * itemsize, 0),
-            "GaLoLTE, sync='merge'": (0, factors * itemsize + 4 * others, 0)}[method]
+    if method == 'local AdamW':
+        return 0, 0, wide * (gradients + others), 0
+    if 'LTE' not in method:
+        projected = 'projected' in method
+        return ((small if projected else gradients) + others) * itemsize, 0, 0, (gradients - small) * itemsize * projected
+    step, merge = (0, others * wide) if merging else (others * itemsize, 0)
+    if 'one basis' in method:  # what is trained and its first moment; at a refresh the sketch
+        return step, 0, merge + small * (wide + itemsize), sum(min(rank, m, n) * min(m, n) for m, n in shapes) * itemsize
+    gathered = 0
+    for m, n in shapes:  # LTE's factors come with those of the last merge
+        if reduces_products(workers, heads * workers, min(rank, m, n), m, n, 'GaLo' in method):
+            merge += m * n * wide
+        else:
+            gathered += heads * min(rank, m, n) * (m + n) * itemsize * (1 if 'GaLo' in method else 2)
+    return step, gathered, merge, 0
 
 
 def communication(words):
@@ -868,10 +881,11 @@ def communication(words):
     options.add_argument('--gap', type=int, default=200, help='steps between refreshes')
     options = options.parse_args(words)
     links = {'50 Mbit/s': 50e6 / 8, '1 Gbit/s': 1e9 / 8, '100 Gbit/s': 100e9 / 8}  # bytes a second of one worker
-    print(f'bytes in bfloat16, rank = width / 4, merges every {options.merge_every} steps, bases every {options.gap}; a ring '
-          'sends twice what is averaged, and what is gathered once for every other worker. A step that computes '
-          f'{options.compute:g} s takes so many seconds on each link:')
-    print(f"{'model':10}{'workers':>8}  {'method':28}{'put in, MB':>11}{'on the wire, MB':>16}"
+    print(f'bytes in bfloat16 (merges in float32), rank = width / 4, one head a worker, merges every {options.merge_every} '
+          f'steps, bases every {options.gap}; a ring\nsends twice what is averaged, and what is gathered once for every '
+          f'other worker. Memory: weights, gradients, optimizer state and\nheads of a worker, all in bfloat16, without '
+          f'activations. A step that computes {options.compute:g} s takes so many seconds on each link:')
+    print(f"{'model':12}{'workers':>8}  {'method':33}{'memory, GB':>11}{'put in, MB':>11}{'on the wire, MB':>16}"
           + ''.join(f'{link:>12}' for link in links))
     with torch.device('meta'):
         models = {'GPT-2 124M': GPT(GPTConfig()), **{f'LLaMA {size}': Llama(LlamaConfig(256, 32000, *(
@@ -881,14 +895,28 @@ def communication(words):
         others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
         rank = min(min(shape) for shape in shapes) // 4
         for workers in options.workers:
-            for method in ('full rank or GaLore, DDP', 'GaLore, projected', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
-                           "GaLoLTE, sync='merge'"):
-                step, merging, refresh = sent_bytes(shapes, others, method, rank, 2)
-                averaged = step + refresh / options.gap + (4 * others / options.merge_every if 'sync' in method else 0)
-                gathered = (merging - (4 * others if 'sync' in method else 0)) / options.merge_every
+            for method in COMMUNICATION:
+                step, gathered, merge, refresh = sent_bytes(shapes, others, method, rank, workers, itemsize=2)
+                averaged = step + merge / options.merge_every + refresh / options.gap
+                gathered /= options.merge_every
                 wire = 2 * averaged * (workers - 1) / workers + gathered * (workers - 1)
-                print(f'{name:10}{workers:8}  {method:28}{(averaged + gathered) / 1e6:11.1f}{wire / 1e6:16.1f}'
+                print(f'{name:12}{workers:8}  {method:33}{2 * worker_numbers(shapes, others, method, rank) / 1e9:11.2f}'
+                      f'{(averaged + gathered) / 1e6:11.1f}{wire / 1e6:16.1f}'
                       + ''.join(f'{options.compute + wire / speed:12.2f}' for speed in links.values()), flush=True)
+
+
+def worker_numbers(shapes, others, method, rank):
+    """Numbers that a worker with one head holds: weights, gradients, Adam's moments, factors, bases, sketches."""
+    total, large = 4 * others, sum(m * n for m, n in shapes)
+    small = sum(min(rank, m, n) * max(m, n) for m, n in shapes)  # of what is trained inside a basis
+    bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
+    if method == 'GaLore, projected':
+        return total + large + 3 * small + bases
+    if 'GaLoLTE' in method:
+        return total + large + 4 * small + 2 * bases  # the basis and its sketch
+    if 'LTE' in method:
+        return total + large + 5 * (small + bases)  # A, B, gradients, two moments, as they were at the last merge
+    return total + 4 * large
 
 
 # -----------------------------------------------------------------------------
@@ -1225,6 +1253,53 @@ def draw_spectrum():
 # README
 
 
+def wire_bytes(cell, workers=4):
+    """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, float32; None
+    for what is not meant for it. A ring sends twice what is averaged."""
+    s, method = cell['settings'], cell['method']
+    with torch.device('meta'):
+        model = GPT(GPTConfig(SCREEN['block_size'], 257, SCREEN['n_layer'], SCREEN['n_head'], SCREEN['n_embd']))
+    shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
+    others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
+    if method in ('full rank', 'GaLore'):
+        name = 'full rank or GaLore, DDP' if method == 'full rank' or s['galore_rule'] == 'fira' else 'GaLore, projected'
+    elif method == 'local AdamW' or method == 'LTE':
+        name = method
+    elif method == 'GaLoLTE':
+        name = 'GaLoLTE, one basis' if s.get('basis_from') == 'shared' else 'GaLoLTE'
+    else:
+        return None
+    step, gathered, merge, refresh = sent_bytes(shapes, others, name, s.get('rank', s.get('galore_rank', 0)), workers)
+    every = s.get('merge_every', 1)
+    averaged = step + merge / every + refresh / s.get('galore_gap', 1)
+    return 2 * averaged * (workers - 1) / workers + gathered / every * (workers - 1)
+
+
+def draw_frontier(cells):
+    """assets/frontier.png: validation loss against bytes on the wire, each method at its best for each T."""
+    from matplotlib.figure import Figure
+    figure = Figure((8.5, 4.2), layout='constrained')
+    axes, best = figure.subplots(), {}
+    for cell in cells:
+        bytes_ = None if cell['val_loss'] is None else wire_bytes(cell)
+        if bytes_ is not None:
+            name = cell['method'] + (', one basis' if cell['settings'].get('basis_from') == 'shared' else '')
+            key = name, bytes_, cell['settings'].get('merge_every', 1)
+            best[key] = min(best.get(key, 9.0), cell['val_loss'])
+    for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
+        points = sorted((bytes_ / 1e6, loss, every) for (method, bytes_, every), loss in best.items() if method == name)
+        axes.plot(*zip(*(point[:2] for point in points)), 'osD^vP*'[number % 7], ls='-' if 'L' in name and number > 1 else '',
+                  color=f'C{number}', label=name)
+        for x, y, every in points:
+            if len({point[2] for point in points}) > 1:
+                axes.annotate(f'T={every}', (x, y), (4, 4), textcoords='offset points', fontsize=7, color=f'C{number}')
+    axes.set(xscale='log', xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
+             ylabel='validation loss (nats a byte)')
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(f'{HERE}/assets/frontier.png', dpi=130)
+
+
 def label(cell):
     """A cell's method and what it sets, in a few words."""
     s = cell['settings']
@@ -1235,7 +1310,7 @@ def label(cell):
                              ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
                              ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
                              ('galore_rule', "{}'s rule", True), ('grad_clip', 'clipping at {:g}', True),
-                             ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
+                             ('ranks', '{} workers', True), ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
         if key in s and shown:
             words.append(text.format(s[key]))
     return ', '.join([*words, f"lr {s['learning_rate']:g}"])

@@ -2392,9 +2392,11 @@ def four_ranks(rank, store, data_dir, out):
 
 def merged_weights_have_the_same_bits_on_every_rank():
     rank = torch.distributed.get_rank()
-    for dtype, merge_reset in ((torch.float32, False), (torch.bfloat16, True)):
+    for dtype, merge_reset, heads_rank in ((torch.float32, False, 2), (torch.bfloat16, True, 2), (torch.float32, False, 8)):
         gpt = tiny_gpt().to(dtype)
-        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, 2, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, heads_rank, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
+        assert all(lowrank.reduces_products(2, 4, heads_rank, *layer.weight.shape, merge_reset) == (heads_rank == 8)
+                   for layer in lowrank.head_layers(gpt))  # factors travel, or products
         replicas = lowrank.replica_parameters(gpt)
         torch.manual_seed(rank)
         for _ in range(2):
@@ -2504,14 +2506,17 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
                 assert name == 'lm_head.weight' or torch.allclose(x, held, atol=1e-10), (run, name)
 
     # bytes: 2 heads of rank 2 a rank, m + n = 256 a block, twice that where primes go along; 8 bytes a number
+    shapes = [tuple(layer.weight.shape) for layer in lowrank.head_layers(workers[0])]
+    others = sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
+    for name, method, merges, refreshes in (('local', 'local AdamW', 2, 0), ('galolte_shared', 'GaLoLTE, one basis', 2, 1)):
+        step, gathered, merge, refresh = bench.sent_bytes(shapes, others, method, 2, 2, 2, 8)  # the first bases: m n numbers
+        assert sum(logged(tmp_path / name, 'sync_bytes').values()) * 2 == 8 * step + merges * merge + refreshes * (
+            refresh + 8 * sum(m * n for m, n in shapes)) and not gathered, name
     heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
     for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
                                               ('replicas', 2 * heads, 0, step)):
         if name != 'reset':
-            shapes = [tuple(layer.weight.shape) for layer in lowrank.head_layers(workers[0])]
-            others = sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
-            said = bench.sent_bytes(shapes, others, "LTE, sync='merge'" if name == 'replicas' else 'LTE', 2, 8)
-            # two heads a rank, and float64 parameters are averaged as such
-            assert said == (each_step, gather // 2 + at_merge * 4 // 8, 0)
+            said = bench.sent_bytes(shapes, others, "LTE, sync='merge'" if name == 'replicas' else 'LTE', 2, 2, 2, 8)
+            assert said == (each_step, gather, at_merge, 0)
         merging = each_step + (gather + at_merge) // 2  # merges after steps 3 and 6, a line every two steps
         assert logged(tmp_path / name, 'sync_bytes') == {2: each_step, 4: merging, 6: merging, 8: each_step}, name

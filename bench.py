@@ -1019,30 +1019,53 @@ def convergence_cells():
 
 def convergence(words):
     def results(records):
-        curve = {key: [] for key in ('step', 'val_loss', 'val_acc', 'seconds')}  # evaluations take no time in it
-        seconds, step, lines = 0.0, 0, [record for record in records if 'dt_ms' in record]
+        curve = {key: [] for key in ('step', 'val_loss', 'val_acc')}
+        lines = [record for record in records if 'dt_ms' in record]
         for record in records:
-            if 'dt_ms' in record:
-                seconds, step = seconds + record['dt_ms'] / 1000 * (record['step'] - step), record['step']
-            elif 'val_loss' in record:
-                for key, values in curve.items():
-                    values.append({**record, 'seconds': seconds}[key])
+            for key, values in curve.items() if 'val_loss' in record else ():
+                values.append(record[key])
         last = records[-1] if records else {}  # the test split, unless it diverged
         return {'curve': curve, 'test_acc': last.get('test_acc'), 'test_auc': last.get('test_auc'),
-                'trainable_parameters': lines[0]['trainable_parameters'] if lines else None,
-                'ms_per_step_one_thread': statistics.median(line['dt_ms'] for line in lines) if lines else None}
+                'trainable_parameters': lines[0]['trainable_parameters'] if lines else None}
     if not os.path.exists(f"{HERE}/{ADAPT['init_from']}"):
         subprocess.run([sys.executable, 'train_vit.py', 'config/vit_quickstart.py'], cwd=HERE, check=True)
     run_cells('convergence', words, 'train_vit.py', ADAPT, list(convergence_cells()), results)
+    if not kept('convergence_time'):
+        keep('convergence_time', adaptation_times())
     if kept('convergence'):
         show_convergence()
+
+
+def adaptation_times(repeats=100):
+    """Milliseconds of a training step of each method on one thread: runs side by side disturb each other's clock."""
+    import timm
+    functions, images, labels = {}, torch.randn(ADAPT['batch_size'], 3, 32, 32), torch.zeros(ADAPT['batch_size']).long()
+    torch.set_num_threads(1)
+    config.keep_freed_memory()  # as the script does
+    for method, s in dict(convergence_cells()).items():
+        vit = timm.create_model(ADAPT['model'], num_classes=10, img_size=32, patch_size=8, depth=6, embed_dim=96,
+                                num_heads=3)  # of config/vit_quickstart.py
+        if s['lowrank']:
+            apply_mhlora(vit, s['lowrank'].split(','), 1, s['rank'], s['alpha'])
+            freeze_rest(vit)
+        optimizer = torch.optim.AdamW(param_groups(vit), lr=1e-4, fused=True)
+
+        def step(vit=vit, optimizer=optimizer):
+            F.cross_entropy(vit(images), labels).backward()
+            clip_gradients(vit, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        functions[method] = step
+    seconds = interleaved(functions, repeats)
+    return [dict(method=method, ms=1000 * statistics.median(seconds[method]),
+                 to_full=ratio(seconds, method, 'full fine-tuning')) for method in functions]
 
 
 def show_convergence():
     """
     Prints a table of the kept cells of the adaptation and draws assets/convergence.png, each method at its best rate.
 
-    Runs side by side disturb each other's clock: here a step takes the median of what it took in all runs of a method.
+    The time axis is that of `adaptation_times`.
     """
     from matplotlib.figure import Figure
     groups = {}  # method: learning rate: cells, one a seed
@@ -1052,15 +1075,14 @@ def show_convergence():
     plots = figure.subplots(2, 2, sharex='col', sharey='row')
     print('best: the rate with the highest mean over seeds of the best validation accuracy, the one drawn. Test: mean '
           '± largest - smallest over seeds.\nTo 90% and 93% of validation accuracy, looked at once an epoch: mean over '
-          'seeds, - where one does not reach it;\nseconds of training on one CPU thread, by the median time of a step '
-          'over all runs of the method')
+          'seeds, - where one does not reach it;\nseconds of training on one CPU thread, by interleaved steps')
+    times = {cell['method']: cell for cell in kept('convergence_time')}
     print(f"{'method':18}{'trainable':>10}{'ms/step':>9}{'rate':>8}{'seeds':>6}{'test accuracy':>16}"
           f"{'epochs to 90%':>15}{'s':>7}{'epochs to 93%':>15}{'s':>7}")
     for method, color in zip([m for m in dict(convergence_cells()) if m in groups],
                              ('#333333', '#4c72b0', '#dd8452', '#55a868')):
         rates = groups[method]
-        times = [cell['ms_per_step_one_thread'] for cells in rates.values() for cell in cells]
-        second = statistics.median(t for t in times if t) / 1000  # of a step
+        second = times['full fine-tuning']['ms'] * times[method]['to_full'] / 1000  # of a step
 
         def quality_of(lr, rates=rates):
             return (statistics.mean(max(cell['curve']['val_acc'], default=0) for cell in rates[lr]),
@@ -1090,7 +1112,7 @@ def show_convergence():
     plots[0, 0].set_yticks([0.2, 0.5, 1, 2, 5], ['0.2', '0.5', '1', '2', '5'])
     plots[0, 0].minorticks_off()
     plots[1, 0].set(ylabel='validation accuracy', ylim=(0.5, 1), xlabel='epochs', xlim=(0, ADAPT['epochs']))
-    plots[1, 1].set(xlabel='training, s (one CPU thread, median time of a step)', xlim=0)
+    plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
     for axes in plots.flat:
         axes.grid(alpha=0.3)
     figure.legend(*plots[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=9)

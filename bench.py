@@ -9,11 +9,13 @@ $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory 
 $ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
 $ python bench.py layers      validation loss and trainable parameters by the layers that have heads
 $ python bench.py spectrum    effective rank of weights, of their change and of gradients over training
-$ python bench.py quality     validation loss of each method on a small GPT; finished cells are not run again
-$ python bench.py convergence how fast LoRA and full fine-tuning adapt a small ViT; finished cells are not run again
-$ python bench.py readme      renews the table of these losses in README.md
+$ python bench.py screening   validation loss of each method on a small GPT, one setting changed at a time
+$ python bench.py quality     validation loss of the finalists on a larger one, three seeds
+$ python bench.py convergence how fast LoRA and full fine-tuning adapt a small ViT
+$ python bench.py readme      renews the tables of these losses in README.md, and draws loss against bytes sent
 
-Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl.
+Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl; finished trainings are not
+run again.
 """
 
 import argparse
@@ -920,7 +922,7 @@ def worker_numbers(shapes, others, method, rank):
 
 
 # -----------------------------------------------------------------------------
-# quality
+# screening and quality
 
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; each cell says only what it changes.
 SCREEN = dict(dataset='stdlib', block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256, max_iters=600,
@@ -928,7 +930,7 @@ SCREEN = dict(dataset='stdlib', block_size=256, batch_size=8, n_layer=4, n_head=
               grad_clip=1.0, device='cpu', dtype='bfloat16')
 
 
-def quality_cells():
+def screening_cells():
     """(method, settings) of every cell of the screening."""
     def heads_on(count, rank, alpha, **more):
         return dict(lowrank='attn,mlp', heads=count, rank=rank, alpha=float(alpha), learning_rate=2e-3, **more)
@@ -988,12 +990,74 @@ def quality_cells():
         yield 'local AdamW', dict(ranks=4, sync='merge', merge_every=every, learning_rate=lr)
 
 
+def training_results(records):
+    """What is kept of a run: validation losses by step, numbers of parameters, bytes."""
+    last = next((record for record in reversed(records) if 'train_loss' in record), {})
+    return {'curve': [(record['step'], record['val_loss']) for record in records if 'val_loss' in record],
+            'trainable_parameters': last.get('trainable_parameters'),
+            'optimizer_state_bytes': last.get('optimizer_state_bytes')}
+
+
+def screening(words):
+    run_cells('screening', words, 'train_gpt.py', SCREEN, list(screening_cells()), training_results)
+
+
+# The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, learning rates and all else as the screening found them best.
+FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000, 'warmup_iters': 100,
+         'eval_interval': 200}
+
+
+def quality_cells():
+    """(method, settings) of the finalists, one seed after the other; ranks are a quarter of the width in all."""
+    heads = dict(lowrank='attn,mlp', heads=4)
+    galore_96 = dict(optimizer='galore', galore_rank=96, galore_gap=50, beta2=0.999, learning_rate=2e-2)
+    for seed in (1337, 1, 2):
+        for method, settings in {
+                'full rank': dict(learning_rate=2e-3),
+                'GaLore': galore_96,
+                'GaLoLTE': dict(**heads, rank=96, head_input='split', head_basis='gradient', basis_from='shared',
+                                galore_basis='sketch', galore_moments='rotate', beta2=0.999, learning_rate=2e-2,
+                                merge_every=10, galore_gap=50),
+                'ReLoRA': dict(lowrank='attn,mlp', heads=1, rank=96, alpha=96.0, learning_rate=4e-3, merge_every=100,
+                               merge_reset=True, rewarm_iters=5),
+                'MHLoRA': dict(**heads, rank=24, alpha=96.0, learning_rate=2e-3),
+                'LTE': dict(**heads, rank=24, alpha=24.0, learning_rate=4e-3, head_input='split', merge_every=10),
+                'local AdamW': dict(ranks=4, sync='merge', merge_every=10, learning_rate=2e-3),
+                'Fira': {**galore_96, 'galore_rule': 'fira'}}.items():
+            yield method, {**settings, 'seed': seed}
+
+
 def quality(words):
-    def results(records):
-        last = next((record for record in reversed(records) if 'train_loss' in record), {})
-        return {'steps': SCREEN['max_iters'], 'trainable_parameters': last.get('trainable_parameters'),
-                'optimizer_state_bytes': last.get('optimizer_state_bytes'), 'ms_per_step_one_thread': last.get('dt_ms')}
-    run_cells('quality', words, 'train_gpt.py', SCREEN, list(quality_cells()), results)
+    run_cells('quality', words, 'train_gpt.py', FINAL, list(quality_cells()), training_results)
+    if kept('quality'):
+        draw_quality()
+
+
+def draw_quality():
+    """assets/quality.png: validation loss of the finalists against steps, and at the end against the optimizer's bytes."""
+    from matplotlib.figure import Figure
+    cells = [cell for cell in kept('quality') if cell['val_loss'] is not None]
+    figure = Figure((8.5, 3.8), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for number, method in enumerate(method for method in dict(quality_cells()) if any(method == c['method'] for c in cells)):
+        mine = [cell for cell in cells if cell['method'] == method]
+        losses, color = [cell['val_loss'] for cell in mine], f'C{number}'
+        steps, *_ = zip(*mine[0]['curve'])
+        values = list(zip(*([loss for _, loss in cell['curve']] for cell in mine)))  # an evaluation: one a seed
+        left.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
+        left.plot(steps, list(map(statistics.mean, values)), color=color, lw=1.4)
+        mean = statistics.mean(losses)
+        right.errorbar(mine[0]['optimizer_state_bytes'] / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]],
+                       fmt='os^vDP*X'[number], color=color, capsize=3,
+                       label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
+                             f"seed{'s' * (len(mine) > 1)})")
+    top = max(loss for cell in cells for step, loss in cell['curve'] if step >= 400)
+    left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(200, FINAL['max_iters']), ylim=(None, top))
+    right.set(xlabel="optimizer state, MB (all workers')", ylabel='validation loss after the last step')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
+    figure.savefig(f'{HERE}/assets/quality.png', dpi=130)
 
 
 # -----------------------------------------------------------------------------
@@ -1284,7 +1348,7 @@ def wire_bytes(cell, workers=4):
     shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
     others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
     if method in ('full rank', 'GaLore'):
-        name = 'full rank or GaLore, DDP' if method == 'full rank' or s['galore_rule'] == 'fira' else 'GaLore, projected'
+        name = 'full rank or GaLore, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else 'GaLore, projected'
     elif method == 'local AdamW' or method == 'LTE':
         name = method
     elif method == 'GaLoLTE':
@@ -1306,16 +1370,18 @@ def draw_frontier(cells):
         bytes_ = None if cell['val_loss'] is None else wire_bytes(cell)
         if bytes_ is not None:
             name = cell['method'] + (', one basis' if cell['settings'].get('basis_from') == 'shared' else '')
-            key = name, bytes_, cell['settings'].get('merge_every', 1)
+            s = cell['settings']
+            key = name, bytes_, f"r={s['galore_rank']}" if 'galore_rank' in s else f"T={s.get('merge_every', 1)}"
             best[key] = min(best.get(key, 9.0), cell['val_loss'])
     for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
-        points = sorted((bytes_ / 1e6, loss, every) for (method, bytes_, every), loss in best.items() if method == name)
-        axes.plot(*zip(*(point[:2] for point in points)), 'osD^vP*'[number % 7], ls='-' if 'L' in name and number > 1 else '',
-                  color=f'C{number}', label=name)
-        for x, y, every in points:
-            if len({point[2] for point in points}) > 1:
-                axes.annotate(f'T={every}', (x, y), (4, 4), textcoords='offset points', fontsize=7, color=f'C{number}')
-    axes.set(xscale='log', xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
+        points = sorted((bytes_ / 1e6, loss, what) for (method, bytes_, what), loss in best.items() if method == name)
+        axes.plot(*zip(*(point[:2] for point in points)), 'osD^vP*'[number], color=f'C{number}', label=name)
+        for x, y, what in points if len(points) > 1 else ():
+            axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=f'C{number}')
+    axes.set_xscale('log')
+    axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+    axes.minorticks_off()
+    axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
              ylabel='validation loss (nats a byte)')
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -1339,27 +1405,40 @@ def label(cell):
 
 
 def readme(words):
-    """Renews the table of the screened losses between the markers in README.md: the best five cells of each method."""
-    cells = kept('quality')
-    order = list(dict.fromkeys(method for method, _ in quality_cells()))
-    cells.sort(key=lambda cell: (order.index(cell['method']), cell['val_loss'] or 9))
-    dates = sorted({cell['date'] for cell in cells})
-    lines = [f"Cells of {' to '.join(dates[::len(dates) - 1] if len(dates) > 1 else dates)}, torch {cells[0]['torch']}.", '',
-             '| method | trainable | optimizer state | validation loss |', '|---|---|---|---|']
-    for cell in [cell for method in order for cell in [cell for cell in cells if cell['method'] == method][:5]]:
-        loss = 'diverged' if cell['val_loss'] is None else f"{cell['val_loss']:.3f}"
-        numbers = ('', '') if cell['val_loss'] is None else (f"{cell['trainable_parameters'] / 1e6:.2f}M",
-                                                             f"{cell['optimizer_state_bytes'] / 1e6:.1f} MB")
-        lines.append(f'| {label(cell)} | {numbers[0]} | {numbers[1]} | {loss} |')
+    """Renews the results between the markers in README.md: the finalists, and the best screened cell of each method."""
+    finals, screened = kept('quality'), [cell for cell in kept('screening') if cell['val_loss'] is not None]
+    lines = ['| 10.7M parameters, 1,000 steps | trained | optimizer state | validation loss: mean (range; seeds) |',
+             '|---|---|---|---|']
+    for method, changes in list(quality_cells())[:len(dict(quality_cells()))]:
+        mine = [cell for cell in finals if cell['method'] == method and cell['val_loss'] is not None]
+        losses = [cell['val_loss'] for cell in mine]
+        if mine:
+            name = label({'method': method, 'settings': {key: x for key, x in changes.items() if key != 'seed'}})
+            lines.append(f"| {name} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
+                         f"{mine[0]['optimizer_state_bytes'] / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
+                         f'({min(losses):.3f} to {max(losses):.3f}; {len(losses)}) |')
+    lines += ['', '| 3.3M parameters, 600 steps: best of the cells | trained | optimizer state | validation loss |',
+              '|---|---|---|---|']
+    usual = [cell for cell in screened if 'seed' not in cell['settings']]
+    for method in dict.fromkeys(method for method, _ in screening_cells()):
+        mine = sorted((cell for cell in usual if cell['method'] == method), key=lambda cell: cell['val_loss'])
+        if mine:
+            cell = mine[0]
+            lines.append(f"| {label(cell)} (of {len(mine)}) | {cell['trainable_parameters'] / 1e6:.1f}M | "
+                         f"{cell['optimizer_state_bytes'] / 1e6:.0f} MB | {cell['val_loss']:.3f} |")
+    dates = sorted({cell['date'] for cell in finals + screened})
+    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {screened[0]['torch']}, "
+              '`assets/quality.jsonl`, `assets/screening.jsonl`.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
         file.write('\n'.join([before + '<!-- quality -->', *lines, '<!-- end -->', rest.partition('<!-- end -->\n')[2]]))
+    draw_frontier(usual)
 
 
 if __name__ == '__main__':
     benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'quality': quality, 'convergence': convergence, 'layers': layers,
+               'communication': communication, 'screening': screening, 'quality': quality, 'convergence': convergence, 'layers': layers,
                'spectrum': spectrum, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)

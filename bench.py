@@ -1249,7 +1249,7 @@ SPECTRUM_METHODS = {
     'full rank': dict(learning_rate=2e-3),
     'LoRA, rank 16': dict(lowrank='attn,mlp', heads=1, rank=16, alpha=16.0, learning_rate=2e-3),
     'LTE, 4 heads of rank 16': dict(**SPLIT, learning_rate=2e-3),
-    'the same, drawn anew at merges': dict(**SPLIT, merge_reset=True, learning_rate=2e-3),
+    'LTE, heads drawn anew at merges': dict(**SPLIT, merge_reset=True, learning_rate=2e-3),
     'GaLore, rank 64': dict(optimizer='galore', galore_rank=64, galore_gap=50, galore_basis='power', beta2=0.999,
                             learning_rate=2e-2)}
 

@@ -21,23 +21,27 @@ run again.
 import argparse
 import contextlib
 import gc
+import importlib
 import importlib.util
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import config
 import galore
@@ -574,42 +578,103 @@ def llama_shape(settings, layers=None):
                        s['n_kv_head'] or many, checkpointing=s['checkpointing'])
 
 
-def train_steps(model, settings, steps, before=lambda: None):
-    """Trains a LLaMA for some steps on made-up tokens, as train_llama.py does. before() is called before every forward
-    pass. Returns the optimizer."""
-    optimizer = make_optimizer(model, settings)
-    tokens = torch.zeros(settings['batch_size'], settings['block_size'], dtype=torch.int64)
-    micro_steps = min(2, settings['gradient_accumulation_steps'])  # with several, gradients are held in the second one
-    for _ in range(steps):
+def model_of(settings, layers=None):
+    """The model that a script makes of its settings, without heads: LLaMA where they have a size, a ViT where they have
+    an img_size, else a GPT. layers: another depth."""
+    s = settings
+    if 'size' in s:
+        return Llama(llama_shape(s, layers))
+    if 'img_size' in s:
+        import train_vit
+        shape = {key: s[key] for key in ('model', *train_vit.SHAPE)}
+        return train_vit.create({**shape, 'n_layer': layers or s['n_layer']}, 9)
+    return GPT(GPTConfig(s['block_size'], s['vocab_size'] or 50257, layers or s['n_layer'], s['n_head'], s['n_embd'],
+                         s['dropout'], s['bias']))
+
+
+def trainer(model, settings):
+    """(optimizer, step) of a model: a script's heads, optimizer and step, on made-up data."""
+    s, vit, steps = settings, 'img_size' in settings, itertools.count()
+    if s['lowrank']:
+        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
+                     s['head_compute'], s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+    if vit and (s['train'] == 'classifier' or s['train'] == 'auto' and s['lowrank']):
+        freeze_rest(model)
+    optimizer = make_optimizer(model, s)
+    if vit:
+        x = torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size, dtype=getattr(torch, s['param_dtype']))
+        y = torch.zeros(s['batch_size'], dtype=torch.int64)
+    else:
+        x = y = torch.zeros(s['batch_size'], s['block_size'], dtype=torch.int64)
+
+    def step():
+        number = next(steps)
+        # with several micro-steps gradients are held in the second one; the first step, without moments, is no peak
+        micro_steps = min(2 if number else 1, s['gradient_accumulation_steps'])
+        if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
+            galore.renew_bases(model, optimizer, number, s['merge_every'], s['basis_from'] == 'shared')
         for micro_step in range(micro_steps):
-            before()
             optimizer.last_micro_batch = micro_step == micro_steps - 1
-            with torch.autocast('cpu', torch.bfloat16, enabled=settings['dtype'] != settings['param_dtype']):
-                loss = model(tokens, tokens)
+            with torch.autocast('cpu', torch.bfloat16, enabled=s['dtype'] != s['param_dtype']):
+                loss = F.cross_entropy(model(x).float(), y) if vit else model(x, y)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer
+    return optimizer, step
+
+
+class Peak(TorchDispatchMode):
+    """Peak bytes of the tensors alive: a model's and all that appear while it is on. The same numbers as torch's
+    MemTracker in under half of its time, which goes into statistics of every module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.alive, self.now, self.bytes, self.gradients = model, {}, 0, 0, 0
+        for x in (*model.parameters(), *model.buffers()):
+            self.add(x)
+
+    def add(self, x):
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive[key] = weakref.ref(storage, lambda _: self.remove(key, size))
+            self.now += size
+
+    def remove(self, key, size):
+        self.now -= size
+        del self.alive[key]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in (out,) if torch.is_tensor(out) else tree_leaves(out):
+            if torch.is_tensor(x):
+                self.add(x)
+        if self.now > self.bytes:
+            self.bytes = self.now
+            self.gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        return out
 
 
 def planned(settings, layers, batch_size):
-    """Peak bytes of two training steps by category, without computing anything: fake tensors and torch's MemTracker."""
-    settings, tracker = {**settings, 'batch_size': batch_size}, MemTracker()
-    torch.set_default_dtype(getattr(torch, settings['param_dtype']))
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # it says so for every gradient that is None
-        model = Llama(llama_shape(settings, layers))
+    """Peak bytes of two training steps by category, without computing anything: fake tensors. layers: None: as deep as
+    the settings say."""
+    settings, vit = {**settings, 'batch_size': batch_size}, 'img_size' in settings
+    with torch.device('meta') if vit else FakeTensorMode() as fake:  # timm computes while it builds
+        torch.set_default_dtype(getattr(torch, settings['param_dtype']))
+        model = model_of(settings, layers)
         torch.set_default_dtype(torch.float32)
-        tracker.track_external(model)
-        with tracker:
-            optimizer = train_steps(model, settings, 2, tracker.reset_mod_stats)
-        peak = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]
-        total = peak['Total']
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True) if vit else fake, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if vit:
+            model.to_empty(device='cpu')
+        with Peak(model) as peak:
+            optimizer, step = trainer(model, settings)
+            for _ in range(2):
+                step()
+        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
         state = state_bytes(optimizer)
-        gradients = sum(value for key, value in peak.items() if getattr(key, 'name', '') == 'GRAD')
-    return dict(weights=weights, state=state, gradients=gradients, activations=total - weights - state - gradients,
-                total=total)
+    return dict(weights=weights, state=state, gradients=peak.gradients,
+                activations=peak.bytes - weights - state - peak.gradients, total=peak.bytes)
 
 
 def extrapolated(settings, layers, batch_size):
@@ -631,7 +696,8 @@ def memory_real(settings, steps=3):
             'settings = json.loads(sys.argv[1]); before = bench.resident_peak()\n'
             'with torch.device("meta"): model = bench.Llama(bench.llama_shape(settings))\n'
             'model.to(getattr(torch, settings["param_dtype"])).to_empty(device="cpu").init_weights()\n'
-            'start = time.time(); bench.train_steps(model, settings, int(sys.argv[2]))\n'
+            'start = time.time(); step = bench.trainer(model, settings)[1]\n'
+            'for _ in range(int(sys.argv[2])): step()\n'
             'print(bench.resident_peak() - before, time.time() - start)')
     ran = subprocess.run([sys.executable, '-c', code, json.dumps(settings), str(steps)], cwd=HERE, check=True,
                          stdout=subprocess.PIPE, text=True)
@@ -645,13 +711,13 @@ def memory(words):
     options.add_argument('--sizes', nargs='+', default=['60m', '350m', '1b', '7b'], choices=SIZES)
     options.add_argument('--real', nargs='*', default=['60m', '350m', '1b'], help='the sizes to run for real too')
     options.add_argument('--lean', action='store_true', help='only the leanest method, against nothing')
-    options.add_argument('--config', help='plan this config of train_llama.py instead')
+    options.add_argument('--config', help='plan this config of a script instead')
     options.add_argument('--budget', default='12GiB', help='with --config: memory of the card')
     options = options.parse_args(words)
     base = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16', 'block_size': 256, 'batch_size': 1,
             'vocab_size': 32000, 'gradient_accumulation_steps': 1}
     if options.config:
-        return plan(config.load({}, train_llama.defaults, [options.config]), options.budget)
+        return plan(options.config, options.budget)
     print('LLaMA in bfloat16, 1 x 256 tokens, GB: planned with fake tensors, and growth of the resident size, measured')
     print(f"{'size':6}{'method':34}{'rank':>6}{'weights':>9}{'state':>8}{'gradients':>11}{'activations':>13}"
           f"{'planned':>9}{'of full':>9}{'measured':>10}{'of full':>9}")
@@ -710,7 +776,27 @@ def draw_memory():
     figure.savefig(f'{HERE}/assets/memory.png', dpi=130)
 
 
-def plan(settings, budget):
+def plan_methods(settings, defaults):
+    """{method: settings} of what a config's script can do instead: with the config's heads, or else some usual ones."""
+    usual = ('lowrank', 'heads', 'head_input', 'head_basis', 'merge_every', 'merge_reset', 'galore_basis',
+             'galore_backward', 'per_layer', 'state_bits')
+    plain = {**settings, **{key: defaults[key] for key in usual}}
+    if 'size' in settings:
+        methods = {name: {**plain, **changes, 'checkpointing': changes.get('checkpointing', settings['checkpointing'])}
+                   for name, changes in LLAMA_METHODS.items()}
+    else:
+        methods = {name: {**plain, **LLAMA_METHODS[name]} for name in ('full rank', 'GaLore', 'GaLore, projected')}
+    s = settings
+    if not s['lowrank'] and 'size' not in s:
+        s = {**plain, 'optimizer': 'adamw', 'lowrank': 'attn', 'heads': 1 if 'img_size' in s else 4, 'rank': 4}
+    if s['lowrank']:
+        kind = ('GaLoLTE' if s['head_basis'] == 'gradient' else 'LTE' if s['head_input'] == 'split' else
+                'ReLoRA' if s['merge_reset'] else 'LoRA' if s['heads'] == 1 else 'MHLoRA')
+        methods[f"{kind}, {s['heads']} head{'s' * (s['heads'] > 1)} of rank {s['rank']}"] = s
+    return methods
+
+
+def plan(path, budget):
     """Which methods, dtypes and batch sizes of a config fit on a card of this size; computes nothing, needs no GPU."""
     units = {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}
     unit = next((unit for unit in units if budget.endswith(unit)), None)
@@ -720,88 +806,73 @@ def plan(settings, budget):
         room = float(budget.removesuffix(unit)) * units[unit]
     except ValueError:
         config.fail(f'--budget={budget!r} is no number with a unit: write it as 12GiB or 12GB')
-    depth = llama_shape(settings).n_layer
-    print(f"{settings['size']}, sequences of {settings['block_size']}, {budget}; the largest micro-batch that fits")
-    print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
-    print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
-    for method, changes in LLAMA_METHODS.items():
-        for dtype in ('float32', 'bfloat16'):
-            here = {**settings, 'dtype': 'bfloat16', 'param_dtype': dtype, **changes,
-                    'checkpointing': settings['checkpointing'] or changes.get('checkpointing', False)}
-            # the peak is that of the optimizer's step for small batches, then grows along a line with the activations
-            one, many, more = (extrapolated(here, depth, b) for b in (1, 32, 64))
-            slope = (more['total'] - many['total']) / 32
-            start = many['total'] - 32 * slope
-            fits = int((room - start) // slope) if one['total'] <= room else 0
-            total = max(one['total'], start + max(fits, 1) * slope)
-            print(f"{method:34}{dtype:>12}{fits or 'none':>7}{total / 1e9:8.2f}{one['weights'] / 1e9:9.2f}"
-                  f"{one['state'] / 1e9:8.2f}", flush=True)
+    script = None
+    if os.path.isfile(path):  # else config.load says that it is not there
+        with open(path, encoding='utf-8') as file:
+            script = re.search(r'\btrain_(gpt|llama|vit)\b', file.read())
+        if not script:
+            config.fail(f"config file '{path}' does not say whose it is: write '# python train_gpt.py {path}' (or "
+                        'train_llama.py, train_vit.py) into its second line')
+    defaults = importlib.import_module(script[0] if script else 'train_gpt').defaults
+    settings = {**config.load({}, defaults, [path]), 'dtype': 'bfloat16'}
+    if 'img_size' not in settings and not settings['vocab_size']:
+        with contextlib.suppress(ValueError, OSError):  # the data may be elsewhere
+            found = Tokens(settings['dataset'], 'train', settings['block_size'], settings['data_dir']).vocab_size
+            settings['vocab_size'] = max(found, 32000 if 'size' in settings else 0)
+    with config.refusals():
+        with torch.device('meta'):
+            model = model_of(settings)
+        depth = model.config.n_layer if hasattr(model, 'config') else len(model.blocks)
+        many = max(1, 8192 // settings.get('block_size', 256))  # enough for activations to make the peak
+        what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
+        print(f"{path}, {count_parameters(model)['total'] / 1e6:,.0f}M parameters, {what}, {budget}; the largest "
+              'micro-batch that fits one process')
+        print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
+        print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
+        for method, here in plan_methods(settings, defaults).items():
+            parts = here['heads'] if here['head_input'] == 'split' else 1  # such heads divide the batch
+            for dtype in ('float32', 'bfloat16'):
+                here, fits = {**here, 'param_dtype': dtype}, 0
+                # the optimizer's step makes the peak of small batches; then it grows along a line with activations
+                one = extrapolated(here, depth, parts)
+                total = one['total']
+                if total <= room:
+                    b = -(-many // parts) * parts
+                    low, high = (extrapolated(here, depth, n)['total'] for n in (b, 2 * b))
+                    slope = (high - low) / b
+                    start = low - b * slope
+                    fits = max(int((room - start) // slope) // parts, 1) * parts
+                    total = max(total, start + fits * slope)
+                print(f"{method:34}{dtype:>12}{fits or 'none':>7}{total / 1e9:8.2f}{one['weights'] / 1e9:9.2f}"
+                      f"{one['state'] / 1e9:8.2f}", flush=True)
 
 
 # -----------------------------------------------------------------------------
 # vision
 
-VIT_METHODS = {'full fine-tuning': {}, **{f'LoRA, rank {rank}': dict(rank=rank) for rank in (1, 2, 4, 8, 16, 32)},
-               'GaLore, rank 64': dict(galore=64), 'GaLore, rank 64, projected': dict(galore=64, projected=True)}
+VIT_METHODS = {'full fine-tuning': {}, **{f'LoRA, rank {rank}': dict(lowrank='attn', rank=rank, alpha=float(rank))
+                                          for rank in (1, 2, 4, 8, 16, 32)},
+               'GaLore, rank 64': dict(optimizer='galore', galore_rank=64),
+               'GaLore, rank 64, projected': dict(optimizer='galore', galore_rank=64, galore_backward='projected')}
 
 
-def vit_trainer(name, method, batch_size, fake=contextlib.nullcontext()):
-    """(model, optimizer, step) of a timm ViT at 224 pixels and nine classes, computing in bfloat16. fake: a
-    FakeTensorMode, which timm cannot be built under, so that its tensors are replaced by fake ones."""
-    import timm
-    model, how = timm.create_model(name, num_classes=9), VIT_METHODS[method]
-    if isinstance(fake, FakeTensorMode):
-        for module in model.modules():
-            for key, p in module._parameters.items():
-                module._parameters[key] = p if p is None else nn.Parameter(fake.from_tensor(p.detach()))
-    with fake:
-        return (model, *vit_step(model, how, batch_size))
+def vit_settings(name, method, batch_size):
+    """The settings of train_vit.py for one of VIT_METHODS, computing in bfloat16."""
+    import train_vit
+    return {**train_vit.defaults, 'model': name, 'batch_size': batch_size, 'dtype': 'bfloat16', 'grad_clip': 0.0,
+            **VIT_METHODS[method]}
 
 
-def vit_step(model, how, batch_size):
-    """(optimizer, step) of one of VIT_METHODS."""
-    if 'rank' in how:
-        apply_mhlora(model, ('attn',), 1, how['rank'], how['rank'])
-        freeze_rest(model)
-    if 'galore' in how:
-        optimizer = GaLoreAdamW(param_groups(model, rank=how['galore']), lr=1e-3)
-        if 'projected' in how:
-            galore.project_backward(model, optimizer)
-    else:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    images, labels = torch.zeros(batch_size, 3, 224, 224), torch.zeros(batch_size, dtype=torch.int64)
-
-    def step():
-        with torch.autocast('cpu', torch.bfloat16):
-            loss = F.cross_entropy(model(images).float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer, step
-
-
-def vit_planned(name, method, batch_size):
-    """Peak bytes of two steps by category, with fake tensors."""
-    tracker, fake = MemTracker(), FakeTensorMode()
-    model, optimizer, step = vit_trainer(name, method, batch_size, fake)
-    for module in model.modules():  # MemTracker wants a gradient of every parameter: frozen ones become buffers
-        for key in [key for key, p in module._parameters.items() if p is not None and not p.requires_grad]:
-            module.register_buffer(key, module._parameters.pop(key).detach())
-    with fake, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        tracker.track_external(model)
-        with tracker:
-            for _ in range(2):
-                tracker.reset_mod_stats()
-                step()
-        total = tracker.get_tracker_snapshot('peak')[torch.device('cpu')]['Total']
-    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-    return dict(weights=weights, state=state_bytes(optimizer), total=total)
+def vit_trainer(name, method, batch_size):
+    """(model, optimizer, step) of a timm ViT at 224 pixels and nine classes."""
+    settings = vit_settings(name, method, batch_size)
+    model = model_of(settings)
+    return (model, *trainer(model, settings))
 
 
 def vit_real(name, method, batch_size):
     """Growth of the peak resident size over three steps in a fresh process, bytes."""
-    code = ('import ctypes, sys, timm, bench; ctypes.CDLL(None).mallopt(-3, 1 << 18); before = bench.resident_peak()\n'
+    code = ('import ctypes, sys, bench, train_vit; ctypes.CDLL(None).mallopt(-3, 1 << 18); before = bench.resident_peak()\n'
             'step = bench.vit_trainer(sys.argv[1], sys.argv[2], int(sys.argv[3]))[2]\n'
             'for _ in range(3): step()\n'
             'print(bench.resident_peak() - before)')
@@ -831,7 +902,7 @@ def vit(words):
                 seconds = interleaved({other: trainer[2] for other, trainer in trainers.items()}, options.repeats)
                 trainable = count_parameters(trainers[method][0])['trainable']
                 del trainers
-                small, large = (vit_planned(name, method, b) for b in (options.batch_size, 32))
+                small, large = (planned(vit_settings(name, method, b), None, b) for b in (options.batch_size, 32))
                 cell = dict(bench='vit', model=name, method=method, trainable=trainable, planned_32=large['total'],
                             weights=large['weights'], state=large['state'], batch_size=options.batch_size,
                             planned=small['total'], measured=vit_real(name, method, options.batch_size),
@@ -846,7 +917,6 @@ def vit(words):
 
 # -----------------------------------------------------------------------------
 # communication
-
 
 COMMUNICATION = ('full rank or GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
                  'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")

@@ -2520,3 +2520,33 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
             assert said == (each_step, gather, at_merge, 0)
         merging = each_step + (gather + at_merge) // 2  # merges after steps 3 and 6, a line every two steps
         assert logged(tmp_path / name, 'sync_bytes') == {2: each_step, 4: merging, 6: merging, 8: each_step}, name
+
+
+def test_the_planner_takes_a_config_of_each_script(tmp_path, capsys):
+    for script, words, methods in (
+            ('gpt', "block_size, n_layer, n_head, n_embd, vocab_size = 16, 2, 2, 32, 64\n"
+                    "lowrank, heads, rank, head_input, merge_every = 'attn', 2, 3, 'split', 5",
+             ('full rank', 'GaLore', 'GaLore, projected', 'LTE, 2 heads of rank 3')),
+            ('llama', 'block_size, n_layer, n_head, n_embd, n_mlp, vocab_size = 16, 2, 2, 32, 48, 64',
+             bench.LLAMA_METHODS),
+            ('vit', 'img_size, patch_size, n_layer, n_head, n_embd = 32, 16, 2, 2, 32',
+             ('full rank', 'GaLore', 'GaLore, projected', 'LoRA, 1 head of rank 4'))):
+        path = tmp_path / f'{script}.py'
+        path.write_text(f'# tiny\n# python train_{script}.py {path.name}\n{words}\ngalore_rank = 4\n')
+        budget = 0.02 if script == 'gpt' else 1e-6  # where nothing fits there is less to plan
+        bench.memory(['--config', str(path), '--budget', f'{budget:f}GB'])
+        rows = [line for line in capsys.readouterr().out.splitlines() if 'float' in line]
+        assert [row[:34].strip() for row in rows] == [name for name in methods for _ in range(2)], script
+        for row in rows:
+            batch, total, weights, state = row[34:].split()[1:]
+            assert batch == 'none' if script != 'gpt' else int(batch) % 2 == 0 or 'LTE' not in row, row
+            assert float(weights) + float(state) <= float(total) <= 0.02, row
+    for words, said in ((['--budget', '12'], 'has no unit'), (['--budget', 'xGB'], 'is no number'),
+                        (['--config', str(tmp_path / 'no.py')], 'is not there')):
+        with pytest.raises(SystemExit):
+            bench.memory(['--config', str(path), *words])
+        assert said in capsys.readouterr().err
+    path.write_text('n_layer = 2\n')
+    with pytest.raises(SystemExit):
+        bench.memory(['--config', str(path)])
+    assert 'does not say whose it is' in capsys.readouterr().err

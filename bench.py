@@ -612,7 +612,7 @@ def trainer(model, settings):
         # with several micro-steps gradients are held in the second one; the first step, without moments, is no peak
         micro_steps = min(2 if number else 1, s['gradient_accumulation_steps'])
         if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
-            galore.renew_bases(model, optimizer, number, s['merge_every'], s['basis_from'] == 'shared')
+            renew_bases(model, optimizer, number, s['merge_every'])
         for micro_step in range(micro_steps):
             optimizer.last_micro_batch = micro_step == micro_steps - 1
             with torch.autocast('cpu', torch.bfloat16, enabled=s['dtype'] != s['param_dtype']):

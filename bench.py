@@ -139,26 +139,38 @@ def run_cells(name, words, script, base, cells, results):
         list(pool.map(run, todo))
 
 
-def gpt_trainer(shape, settings, batch, device='cpu'):
-    """(model, step): a GPT of a GPTConfig, and step(number), which trains it on batch(number) as train_gpt.py does in
-    one process; settings: all that train_gpt.py has."""
-    s = settings
-    torch.manual_seed(s['seed'])
-    model = GPT(shape).to(device)
+def trainer(model, settings, batch=None, device='cpu'):
+    """
+    (optimizer, step) of a model without heads: a script's heads, optimizer and step in one process.
+
+    settings: all that the script has. batch(number): the data of a step; None: made-up data, and of micro-steps two, as
+    with several gradients are held in the second one.
+    """
+    s, vit, steps, micro_steps = settings, 'img_size' in settings, itertools.count(), 1
     if s['lowrank']:
         apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     merge_reset=s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+                     s['head_compute'], s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+    if vit and (s['train'] == 'classifier' or s['train'] == 'auto' and s['lowrank']):
+        freeze_rest(model)
     optimizer = make_optimizer(model, s)
+    if batch is None:
+        micro_steps, x = min(2, s['gradient_accumulation_steps']), torch.zeros(s['batch_size'], 1, dtype=torch.int64)
+        y = x[:, 0] if vit else x.expand(-1, s['block_size']).contiguous()
+        x = torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size, dtype=getattr(torch, s['param_dtype'])) if vit else y
 
-    def step(number):
+    def step():
+        number = next(steps)
         config.set_learning_rate(optimizer, s, number)
         if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
             renew_bases(model, optimizer, number, s['merge_every'])
-        x, y = batch(number)
-        with torch.autocast(device, getattr(torch, s['dtype']), enabled=s['dtype'] != 'float32'):
-            loss = model(x.to(device), y.to(device))
-        loss.backward()
-        if s['optimizer'] == 'adamw':  # GaLore clips what it projects
+        many = micro_steps if number else 1  # the first step, without moments, is no peak
+        for micro_step in range(many):
+            optimizer.last_micro_batch = micro_step == many - 1
+            images, labels = (x, y) if batch is None else (part.to(device) for part in batch(number))
+            with torch.autocast(device, torch.bfloat16, enabled=s['dtype'] != s['param_dtype']):
+                loss = F.cross_entropy(model(images).float(), labels) if vit else model(images, labels)
+            loss.backward()
+        if s['optimizer'] == 'adamw' and s['grad_clip']:  # GaLore clips what it projects
             clip_gradients(model, s['grad_clip'])
         optimizer.step()
         optimizer.zero_grad()
@@ -166,7 +178,7 @@ def gpt_trainer(shape, settings, batch, device='cpu'):
             merge(model, torch.Generator().manual_seed(s['seed'] + number + 1))
             if s['merge_reset']:
                 drop_moments(model, optimizer)
-    return model, step
+    return optimizer, step
 
 
 # -----------------------------------------------------------------------------
@@ -468,12 +480,11 @@ def speed_methods(device, repeats):
     tokens, functions = x.numel(), {}
     for name, changes in methods.items():
         settings = {**train_gpt.defaults, 'dtype': 'bfloat16', **changes}
-        _, step = gpt_trainer(METHODS_SHAPE, settings, lambda number: (x, y), device)
-        numbers = itertools.count()
+        _, step = trainer(GPT(METHODS_SHAPE).to(device), settings, lambda number: (x, y), device)
 
-        def steps(step=step, numbers=numbers):
+        def steps(step=step):
             for _ in range(10):
-                step(next(numbers))
+                step()
         functions[name] = steps
     for dtype in ('bfloat16', 'float32'):
         A = torch.randn(PRODUCT, PRODUCT, device=device).to(getattr(torch, dtype))
@@ -590,37 +601,6 @@ def model_of(settings, layers=None):
         return train_vit.create({**shape, 'n_layer': layers or s['n_layer']}, 9)
     return GPT(GPTConfig(s['block_size'], s['vocab_size'] or 50257, layers or s['n_layer'], s['n_head'], s['n_embd'],
                          s['dropout'], s['bias']))
-
-
-def trainer(model, settings):
-    """(optimizer, step) of a model: a script's heads, optimizer and step, on made-up data."""
-    s, vit, steps = settings, 'img_size' in settings, itertools.count()
-    if s['lowrank']:
-        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     s['head_compute'], s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
-    if vit and (s['train'] == 'classifier' or s['train'] == 'auto' and s['lowrank']):
-        freeze_rest(model)
-    optimizer = make_optimizer(model, s)
-    if vit:
-        x = torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size, dtype=getattr(torch, s['param_dtype']))
-        y = torch.zeros(s['batch_size'], dtype=torch.int64)
-    else:
-        x = y = torch.zeros(s['batch_size'], s['block_size'], dtype=torch.int64)
-
-    def step():
-        number = next(steps)
-        # with several micro-steps gradients are held in the second one; the first step, without moments, is no peak
-        micro_steps = min(2 if number else 1, s['gradient_accumulation_steps'])
-        if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
-            renew_bases(model, optimizer, number, s['merge_every'])
-        for micro_step in range(micro_steps):
-            optimizer.last_micro_batch = micro_step == micro_steps - 1
-            with torch.autocast('cpu', torch.bfloat16, enabled=s['dtype'] != s['param_dtype']):
-                loss = F.cross_entropy(model(x).float(), y) if vit else model(x, y)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer, step
 
 
 class Peak(TorchDispatchMode):
@@ -1055,7 +1035,7 @@ def screening_cells():
     yield 'GaLoLTE', {**best, 'merge_every': 5}
     yield 'GaLoLTE', {**best, 'merge_every': 50, 'learning_rate': 1e-2}
     yield 'GaLoLTE', {**best, 'merge_every': 1}
-    yield 'GaLoLTE', {**best, 'merge_every': 50}
+    yield 'LTE', {**heads_on(4, 40, 40, head_input='split', merge_every=10), 'learning_rate': 4e-3}  # GaLoLTE's memory
     for every, lr in ((10, 2e-3), (10, 4e-3), (1, 2e-3), (50, 2e-3), (10, 1e-3)):
         yield 'local AdamW', dict(ranks=4, sync='merge', merge_every=every, learning_rate=lr)
 
@@ -1341,7 +1321,9 @@ def spectrum_points(settings):
     sizes = (settings[key] for key in ('n_layer', 'n_head', 'n_embd'))
     shape = GPTConfig(settings['block_size'], data.vocab_size, *sizes)
     groups = settings['heads'] if settings['head_input'] == 'split' else 1
-    model, step = gpt_trainer(shape, settings, lambda number: data.batch(
+    torch.manual_seed(settings['seed'])
+    model = GPT(shape)
+    _, step = trainer(model, settings, lambda number: data.batch(
         settings['batch_size'], number, seed=settings['seed'], heads=groups))
     plain, start, points = GPT(shape), {}, []  # gradients are taken in a model without heads, in float32
     for number in range(SPECTRUM_STEPS[-1] + 1):
@@ -1358,7 +1340,7 @@ def spectrum_points(settings):
                         ranks[key].append(effective_rank(W))
             points.append(dict(step=number, loss=loss.item(), **{key: statistics.mean(x) for key, x in ranks.items()}))
         if number < SPECTRUM_STEPS[-1]:
-            step(number)
+            step()
     return points
 
 

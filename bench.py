@@ -47,7 +47,7 @@ import config
 import galore
 from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
 from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest, merge,
-                     merged_state_dict, reduces_products)
+                     merged_state_dict)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -85,28 +85,32 @@ def keep(name, cells):
             file.write(json.dumps({**cell, 'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d')}) + '\n')
 
 
-def kept(name):
-    """The cells that assets/NAME.jsonl holds."""
+def kept(name, cells=None):
+    """What assets/NAME.jsonl holds, or of that what is among cells (method, settings)."""
+    if cells is not None:
+        return [cell for cell in kept(name) if (cell['method'], cell['settings']) in cells]
     if not os.path.exists(f'{HERE}/assets/{name}.jsonl'):
         return []
     with open(f'{HERE}/assets/{name}.jsonl', encoding='utf-8') as file:
         return [json.loads(line) for line in file]
 
 
-def run_cells(name, words, script, base, cells, results):
+def run_cells(name, words, script, base, cells, results, first=None):
     """
     Trains what assets/NAME.jsonl lacks of the cells (method, settings) with a script, each on one thread in a fresh folder.
 
     words: the command line. base: settings that all cells share; a cell's 'ranks' is the number of torchrun's processes.
     results(records): what to keep of the lines of a run's log.jsonl, a dict, besides its last validation loss, which is
-    None where the run diverged.
+    None where the run diverged. first(): called before the first run.
     """
     options = argparse.ArgumentParser(f'bench.py {name}')
     options.add_argument('--jobs', type=int, default=2, help='runs side by side, each on one thread')
-    options.add_argument('--methods', nargs='+', help='only these')
+    options.add_argument('--methods', nargs='+', choices=dict(cells), help='only these')
     options = options.parse_args(words)
     done = [(cell['method'], cell['settings']) for cell in kept(name)]
     todo = [cell for cell in cells if cell not in done and cell[0] in (options.methods or cell[0])]
+    if todo and first:
+        first()
     start, finished = time.time(), []
 
     def run(cell):
@@ -117,7 +121,8 @@ def run_cells(name, words, script, base, cells, results):
             launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
             ran = subprocess.run([sys.executable, *launch, script, *(f'--{key}={x}' for key, x in settings.items())],
                                  cwd=HERE, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-            said = next((line for line in reversed(ran.stderr.splitlines()) if 'rror: ' in line), ran.stderr[-300:])
+            lines = [line for line in ran.stderr.splitlines() if 'rror: ' in line and 'ChildFailed' not in line]
+            said = next((line for line in lines if line.startswith('error: ')), lines[-1] if lines else '')
             if ran.returncode and ' is nan at step' not in ran.stderr and ' is inf at step' not in ran.stderr:
                 print(f'{method} {changes} did not run: {said}', flush=True)
                 return
@@ -898,7 +903,7 @@ def vit(words):
 # -----------------------------------------------------------------------------
 # communication
 
-COMMUNICATION = ('full rank or GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
+COMMUNICATION = ('full rank, DDP', 'GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
                  'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")
 
 
@@ -914,14 +919,16 @@ def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
         projected = 'projected' in method
         return ((small if projected else gradients) + others) * itemsize, 0, 0, (gradients - small) * itemsize * projected
     step, merge = (0, others * wide) if merging else (others * itemsize, 0)
-    if 'one basis' in method:  # what is trained and its first moment; at a refresh the sketch
-        return step, 0, merge + small * (wide + itemsize), sum(min(rank, m, n) * min(m, n) for m, n in shapes) * itemsize
+    if 'one basis' in method:  # what is trained and its first moment; at a refresh the sketch and the basis
+        bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
+        return step, 0, merge + small * (wide + itemsize), 2 * bases * itemsize
     gathered = 0
     for m, n in shapes:  # LTE's factors come with those of the last merge
-        if reduces_products(workers, heads * workers, min(rank, m, n), m, n, 'GaLo' in method):
+        factors = heads * min(rank, m, n) * (m + n) * itemsize * (1 if 'GaLo' in method else 2)
+        if workers > 1 and workers * factors > 2 * m * n * wide:  # as MHLoRALinear.sends_products
             merge += m * n * wide
         else:
-            gathered += heads * min(rank, m, n) * (m + n) * itemsize * (1 if 'GaLo' in method else 2)
+            gathered += factors
     return step, gathered, merge, 0
 
 
@@ -962,8 +969,8 @@ def worker_numbers(shapes, others, method, rank):
     total, large = 4 * others, sum(m * n for m, n in shapes)
     small = sum(min(rank, m, n) * max(m, n) for m, n in shapes)  # of what is trained inside a basis
     bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
-    if method == 'GaLore, projected':
-        return total + large + 3 * small + bases
+    if 'GaLore' in method:
+        return total + (large if 'projected' in method else 2 * large - small) + 3 * small + bases
     if 'GaLoLTE' in method:
         return total + large + 4 * small + 2 * bases  # the basis and its sketch
     if 'LTE' in method:
@@ -1007,7 +1014,6 @@ def screening_cells():
     yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50}
     yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50}
     yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
-    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'basis_from': 'shared'}
     yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch', 'learning_rate': 3e-2}
     yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50, 'galore_basis': 'sketch'}
     for seed in (1, 2):  # how much is noise
@@ -1083,10 +1089,15 @@ def quality(words):
         draw_quality()
 
 
+def all_state(cell):
+    """Bytes of the optimizer's state of a cell, of all workers; GaLoLTE's bases are parameters, and so not in it."""
+    return cell['optimizer_state_bytes'] * cell['settings'].get('ranks', 1)  # of one rank in the log
+
+
 def draw_quality():
     """assets/quality.png: validation loss of the finalists against steps, and at the end against the optimizer's bytes."""
     from matplotlib.figure import Figure
-    cells = [cell for cell in kept('quality') if cell['val_loss'] is not None]
+    cells = [cell for cell in kept('quality', list(quality_cells())) if cell['val_loss'] is not None]
     figure = Figure((8.5, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)
     for number, method in enumerate(method for method in dict(quality_cells()) if any(method == c['method'] for c in cells)):
@@ -1097,7 +1108,7 @@ def draw_quality():
         left.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
         left.plot(steps, list(map(statistics.mean, values)), color=color, lw=1.4)
         mean = statistics.mean(losses)
-        right.errorbar(mine[0]['optimizer_state_bytes'] / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]],
+        right.errorbar(all_state(mine[0]) / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]],
                        fmt='os^vDP*X'[number], color=color, capsize=3,
                        label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
                              f"seed{'s' * (len(mine) > 1)})")
@@ -1141,9 +1152,11 @@ def convergence(words):
         last = records[-1] if records else {}  # the test split, unless it diverged
         return {'curve': curve, 'test_acc': last.get('test_acc'), 'test_auc': last.get('test_auc'),
                 'trainable_parameters': lines[0]['trainable_parameters'] if lines else None}
-    if not os.path.exists(f"{HERE}/{ADAPT['init_from']}"):
-        subprocess.run([sys.executable, 'train_vit.py', 'config/vit_quickstart.py'], cwd=HERE, check=True)
-    run_cells('convergence', words, 'train_vit.py', ADAPT, list(convergence_cells()), results)
+
+    def pretrain():
+        if not os.path.exists(f"{HERE}/{ADAPT['init_from']}"):
+            subprocess.run([sys.executable, 'train_vit.py', 'config/vit_quickstart.py', '--overwrite=True'], cwd=HERE, check=True)
+    run_cells('convergence', words, 'train_vit.py', ADAPT, list(convergence_cells()), results, pretrain)
     if not kept('convergence_time'):
         keep('convergence_time', adaptation_times())
     if kept('convergence'):
@@ -1183,7 +1196,7 @@ def show_convergence():
     """
     from matplotlib.figure import Figure
     groups = {}  # method: learning rate: cells, one a seed
-    for cell in sorted(kept('convergence'), key=lambda cell: cell['settings']['learning_rate']):
+    for cell in sorted(kept('convergence', list(convergence_cells())), key=lambda cell: cell['settings']['learning_rate']):
         groups.setdefault(cell['method'], {}).setdefault(cell['settings']['learning_rate'], []).append(cell)
     figure = Figure((8.5, 6.2), layout='constrained')
     plots = figure.subplots(2, 2, sharex='col', sharey='row')
@@ -1256,7 +1269,7 @@ def layers(words):
     run_cells('layers', words, 'train_gpt.py', LAYERS, list(layers_cells()), results)
     rows = []  # letters, trainable parameters, losses of the seeds
     for letters in dict.fromkeys(letters for letters, _ in layers_cells()):
-        cells = [cell for cell in kept('layers') if cell['method'] == letters]
+        cells = [cell for cell in kept('layers', list(layers_cells())) if cell['method'] == letters]
         losses = [cell['val_loss'] for cell in cells if cell['val_loss'] is not None]
         diverged = len(cells) - len(losses)
         if losses:
@@ -1400,7 +1413,7 @@ def wire_bytes(cell, workers=4):
     shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
     others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
     if method in ('full rank', 'GaLore'):
-        name = 'full rank or GaLore, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else 'GaLore, projected'
+        name = 'full rank, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else 'GaLore, projected'
     elif method == 'local AdamW' or method == 'LTE':
         name = method
     elif method == 'GaLoLTE':
@@ -1421,8 +1434,9 @@ def draw_frontier(cells):
     for cell in cells:
         bytes_ = None if cell['val_loss'] is None else wire_bytes(cell)
         if bytes_ is not None:
-            name = cell['method'] + (', one basis' if cell['settings'].get('basis_from') == 'shared' else '')
             s = cell['settings']
+            name = cell['method'] + (', one basis' if s.get('basis_from') == 'shared' else '')
+            name = {'GaLore': 'GaLore, projected'}.get(name, name) if s.get('galore_rule') != 'fira' else "Fira's rule"
             key = name, bytes_, f"r={s['galore_rank']}" if 'galore_rank' in s else f"T={s.get('merge_every', 1)}"
             best[key] = min(best.get(key, 9.0), cell['val_loss'])
     for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
@@ -1458,7 +1472,8 @@ def label(cell):
 
 def readme(words):
     """Renews the results between the markers in README.md: the finalists, and the best screened cell of each method."""
-    finals, screened = kept('quality'), [cell for cell in kept('screening') if cell['val_loss'] is not None]
+    finals = kept('quality', list(quality_cells()))
+    screened = [cell for cell in kept('screening', list(screening_cells())) if cell['val_loss'] is not None]
     lines = ['| 10.7M parameters, 1,000 steps | trained | optimizer state | validation loss: mean (range; seeds) |',
              '|---|---|---|---|']
     for method, changes in list(quality_cells())[:len(dict(quality_cells()))]:
@@ -1467,7 +1482,7 @@ def readme(words):
         if mine:
             name = label({'method': method, 'settings': {key: x for key, x in changes.items() if key != 'seed'}})
             lines.append(f"| {name} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
-                         f"{mine[0]['optimizer_state_bytes'] / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
+                         f"{all_state(mine[0]) / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
                          f'({min(losses):.3f} to {max(losses):.3f}; {len(losses)}) |')
     lines += ['', '| 3.3M parameters, 600 steps: best of the cells | trained | optimizer state | validation loss |',
               '|---|---|---|---|']
@@ -1477,7 +1492,7 @@ def readme(words):
         if mine:
             cell = mine[0]
             lines.append(f"| {label(cell)} (of {len(mine)}) | {cell['trainable_parameters'] / 1e6:.1f}M | "
-                         f"{cell['optimizer_state_bytes'] / 1e6:.0f} MB | {cell['val_loss']:.3f} |")
+                         f"{all_state(cell) / 1e6:.0f} MB | {cell['val_loss']:.3f} |")
     dates = sorted({cell['date'] for cell in finals + screened})
     lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {screened[0]['torch']}, "
               '`assets/quality.jsonl`, `assets/screening.jsonl`.']

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import average_over_ranks_, head_layers
+from lowrank import average_over_ranks_, broadcast_from_rank_0_, head_layers
 
 # What a group with `rank` may leave out. A script written for galore-torch gets galore-torch.
 GALORE_DEFAULTS = dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', moments='keep', rule='galore',
@@ -612,8 +612,8 @@ def renew_bases(model, optimizer, step, merge_every):
             if group['basis'] == 'sketch' and 'sketch' in state:
                 Y = state['sketch']  # (heads, m, r), or (heads, n, r)
                 if layer.shared_basis:
-                    Y = average_over_ranks_(Y.mean(0), optimizer.world_size).expand_as(Y)
-                set_basis(layer, state, group, orthonormal(Y))
+                    Y = average_over_ranks_(Y.mean(0), optimizer.world_size)
+                set_basis(layer, state, group, orthonormal(Y), optimizer.world_size)
             else:
                 layer.take_basis = lambda dy, x, layer=layer, state=state, group=group, seed=seed: take_head_bases(
                     layer, state, group, seed, dy, x, optimizer.world_size)
@@ -632,17 +632,19 @@ def take_head_bases(layer, state, group, seed, dy, x, world_size):
         return P if layer.left else Q
     if layer.shared_basis:
         G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), world_size)
-        new = bases(G, 0).expand(old.shape)
+        new = bases(G, 0)
     else:
         new = torch.stack([bases((b.mT @ a).to(dtype), head, head * layer.workers + layer.worker)
                            for head, (b, a) in enumerate(zip(dy, x))])
-    set_basis(layer, state, group, new)
+    set_basis(layer, state, group, new, world_size)
     layer.take_basis = None
 
 
-def set_basis(layer, state, group, new):
-    """Puts new bases (heads, m, r), or (heads, n, r), into a layer; the moments go along."""
+def set_basis(layer, state, group, new, world_size):
+    """Puts new bases (heads, m, r), or (heads, n, r), into a layer, or one for all; the moments go along."""
     old = layer.B if layer.left else layer.A.mT
+    if layer.shared_basis:  # to the last bit: merges leave it out, and another device may round otherwise
+        new = broadcast_from_rank_0_(new.contiguous(), world_size).expand(old.shape)
     if layer.left:
         carry_moments_(state, group, (old, None), (new, None))
         layer.B.copy_(new)

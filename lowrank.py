@@ -224,18 +224,25 @@ class MHLoRALinear(nn.Module):
             y = y + F.linear(self.scale / self.heads * F.linear(x, A), B)
         return y
 
+    @property
+    def sends_products(self):
+        """Whether a merge averages the products (m, n), which a ring sends twice, or gathers the factors of all heads."""
+        factors = (self.A, self.B) if self.merge_reset else (self.A, self.B, self.A_merged, self.B_merged)
+        product = self.weight.numel() * max(4, self.weight.element_size())  # in float32 or wider
+        return len(self.A) < self.heads and self.workers * sum(x.numel() * x.element_size() for x in factors) > 2 * product
+
     @torch.no_grad()
     def merged_weight(self):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider. Every rank
         takes part, and gets the same bits. What travels is whichever is least on the wire: heads with one basis average
         what they train, few heads gather their factors, many average their products."""
-        wide, m, n = torch.promote_types(self.weight.dtype, torch.float32), self.out_features, self.in_features
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight = self.weight.to(wide)
         if self.shared_basis:
             mean = average_over_ranks_(self.trained.to(wide).mean(0), self.workers)  # (r, n), or (m, r)
             B, A = (self.B[0], mean) if self.left else (mean, self.A[0])
             return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale)
-        if reduces_products(self.workers, self.heads, self.rank * max(1, len(self.thirds)), m, n, self.merge_reset):
+        if self.sends_products:
             (A,), (B,) = self.stacked()
             return average_over_ranks_(B.to(wide) @ A.to(wide), self.workers).mul_(self.scale / len(self.A)).add_(weight)
         with self.all_heads():
@@ -261,10 +268,12 @@ class MHLoRALinear(nn.Module):
 traffic = {'bytes': 0}  # what this process has put into collectives of its own so far; DDP's are not in it
 
 
-def reduces_products(workers, heads, rank, m, n, merge_reset):
-    """Whether a merge averages products (m, n), 2 m n numbers on a ring, or gathers the factors of all heads: r (m + n)
-    numbers a head, twice that where the last merge's go along."""
-    return workers > 1 and heads * rank * (m + n) * (1 if merge_reset else 2) > 2 * m * n
+def broadcast_from_rank_0_(x, world_size):
+    """The tensor of rank 0 on all ranks, in place."""
+    if world_size > 1:
+        traffic['bytes'] += x.numel() * x.element_size()
+        torch.distributed.broadcast(x, 0)
+    return x
 
 
 def average_over_ranks_(x, world_size):
@@ -445,8 +454,9 @@ def check_settings(settings, world_size):
     if s['sync'] == 'merge' and not ((split or not s['lowrank']) and s['merge_every'] and world_size > 1):
         raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
                          "merge_every, head_input='split' with lowrank, and start it with torchrun, or set sync='step'")
-    if s['sync'] == 'merge' and s['optimizer'] == 'galore' and not s['lowrank']:
-        raise ValueError("sync='merge' without heads trains whole weights on each rank: set optimizer='adamw'")
+    if s['sync'] == 'merge' and not s['lowrank'] and (s['optimizer'] == 'galore' or s['merge_reset']):
+        raise ValueError("sync='merge' without heads averages whole weights: each rank's GaLore would have other bases, and there "
+                         "is nothing to reset, so set optimizer='adamw' and merge_reset=False")
     if s['head_basis'] == 'gradient':
         if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
             raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "

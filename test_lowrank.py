@@ -2058,6 +2058,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
                                  ({'state_bits': 8}, 2, 'state_bits=32'), ({'sync': 'merge'}, 2, 'merge_every'),
                                  ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun'),
                                  ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'optimizer': 'galore'}, 2, "'adamw'"),
+                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'merge_reset': True}, 2, 'nothing to reset'),
                                  ({'merge_every': 2, 'lowrank': ''}, 2, "sync='merge'")]:
         with pytest.raises(ValueError, match=said):
             lowrank.check_settings({**split, **changes}, count)
@@ -2386,17 +2387,19 @@ def four_ranks(rank, store, data_dir, out):
     for name in ('lte', 'reset'):
         train_gpt.main(tiny(data_dir, f'{out}/{name}_four', *SPLIT[name]))
     with pytest.raises(SystemExit):  # says: as many as before
+        train_gpt.main(tiny(data_dir, f'{out}/replicas_half', *REPLICAS, '--init_from=resume'))
+    with pytest.raises(SystemExit):
         train_gpt.main(tiny(data_dir, f'{out}/local_half', *LOCAL, '--init_from=resume'))
     end()
 
 
 def merged_weights_have_the_same_bits_on_every_rank():
     rank = torch.distributed.get_rank()
-    for dtype, merge_reset, heads_rank in ((torch.float32, False, 2), (torch.bfloat16, True, 2), (torch.float32, False, 8)):
+    for dtype, merge_reset, heads_rank in ((torch.float32, False, 2), (torch.bfloat16, True, 2), (torch.float32, False, 8),
+                                           (torch.bfloat16, True, 16)):
         gpt = tiny_gpt().to(dtype)
         lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, heads_rank, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
-        assert all(lowrank.reduces_products(2, 4, heads_rank, *layer.weight.shape, merge_reset) == (heads_rank == 8)
-                   for layer in lowrank.head_layers(gpt))  # factors travel, or products
+        assert {layer.sends_products for layer in lowrank.head_layers(gpt)} == {heads_rank > 2}  # or factors
         replicas = lowrank.replica_parameters(gpt)
         torch.manual_seed(rank)
         for _ in range(2):
@@ -2408,6 +2411,9 @@ def merged_weights_have_the_same_bits_on_every_rank():
             with lowrank.averaged_heads(gpt, replicas):
                 assert torch.allclose(gpt(idx)[0], plain(idx)[0], atol=1e-5 if dtype == torch.float32 else 0.1)
             lowrank.merge(gpt, torch.Generator().manual_seed(5), replicas)
+            for name, layer in gpt.named_modules():
+                if isinstance(layer, lowrank.MHLoRALinear):  # taken from all heads, gathered
+                    assert torch.allclose(layer.weight, plain.get_submodule(name).weight, atol=0.02 if merge_reset else 1e-5)
             for p in plain.load_state_dict(gpt.state_dict(), strict=False) and gpt.parameters():
                 if p not in lowrank.own_factors(gpt):
                     assert torch.equal(*lowrank.gather_over_ranks(p))
@@ -2511,7 +2517,7 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
     for name, method, merges, refreshes in (('local', 'local AdamW', 2, 0), ('galolte_shared', 'GaLoLTE, one basis', 2, 1)):
         step, gathered, merge, refresh = bench.sent_bytes(shapes, others, method, 2, 2, 2, 8)  # the first bases: m n numbers
         assert sum(logged(tmp_path / name, 'sync_bytes').values()) * 2 == 8 * step + merges * merge + refreshes * (
-            refresh + 8 * sum(m * n for m, n in shapes)) and not gathered, name
+            refresh + 8 * sum(m * n + 2 * min(m, n) for m, n in shapes)) and not gathered, name
     heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
     for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
                                               ('replicas', 2 * heads, 0, step)):
@@ -2535,7 +2541,7 @@ def test_the_planner_takes_a_config_and_counts_every_byte(tmp_path, capsys):
                                (train_vit, dict(n_layer=2, n_embd=32, n_head=2, img_size=32, patch_size=16))):
         said = bench.planned({**script.defaults, **tiny_shape, 'optimizer': 'adamw', 'dtype': 'float32'}, None, 4)
         assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; counters; buffers have none
-        assert said['total'] == sum(said[key] for key in ('weights', 'state', 'gradients', 'activations'))
+        assert 4 * said['weights'] - 16384 < said['total'] < 8 * said['weights']  # in the optimizer's step, and not much more
     for words, said in ((['--budget', '12'], 'has no unit'), (['--budget', 'xGB'], 'is no number'),
                         (['--config', str(tmp_path / 'no.py')], 'is not there')):
         with pytest.raises(SystemExit):

@@ -4,7 +4,7 @@
 out_dir = 'out/gpt2_layers'
 dataset = 'cnn_dailymail'
 block_size, batch_size, gradient_accumulation_steps = 512, 8, 16
-lowrank = 'attn'  # figure 2 varies this: '' (none), mlp, logit and their combinations
+lowrank = 'attn'  # figure 2 varies this: '' (none, with --merge_every=0), mlp, logit and their combinations
 heads, rank, alpha = 4, 4, 4.0
 head_input, merge_every, merge_reset = 'split', 10, False
 max_iters, warmup_iters, eval_interval = 500, 50, 250

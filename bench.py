@@ -108,7 +108,8 @@ def run_cells(name, words, script, base, cells, results, first=None):
     options.add_argument('--methods', nargs='+', choices=dict(cells), help='only these')
     options = options.parse_args(words)
     done = [(cell['method'], cell['settings']) for cell in kept(name)]
-    todo = [cell for cell in cells if cell not in done and cell[0] in (options.methods or cell[0])]
+    todo = [cell for number, cell in enumerate(cells) if cell not in done and cell not in cells[:number]
+            and cell[0] in (options.methods or cell[0])]
     if todo and first:
         first()
     start, finished = time.time(), []
@@ -1096,14 +1097,20 @@ def all_state(cell):
     return cell['optimizer_state_bytes'] * cell['settings'].get('ranks', 1)  # of one rank in the log
 
 
+def finalists():
+    """{method: its kept cells of all seeds, at the learning rate chosen}."""
+    chosen = dict(quality_cells())
+    groups = {method: [cell for cell in kept('quality') if cell['val_loss'] is not None and cell['method'] == method
+                       and {**cell['settings'], 'seed': 2} == chosen[method]] for method in chosen}
+    return {method: cells for method, cells in groups.items() if cells}
+
+
 def draw_quality():
     """assets/quality.png: validation loss of the finalists against steps, and at the end against the optimizer's bytes."""
     from matplotlib.figure import Figure
-    cells = [cell for cell in kept('quality', list(quality_cells())) if cell['val_loss'] is not None]
     figure = Figure((8.5, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for number, method in enumerate(method for method in dict(quality_cells()) if any(method == c['method'] for c in cells)):
-        mine = [cell for cell in cells if cell['method'] == method]
+    for number, (method, mine) in enumerate(finalists().items()):
         losses, color = [cell['val_loss'] for cell in mine], f'C{number}'
         steps, *_ = zip(*mine[0]['curve'])
         values = list(zip(*([loss for _, loss in cell['curve']] for cell in mine)))  # an evaluation: one a seed
@@ -1114,7 +1121,7 @@ def draw_quality():
                        fmt='os^vDP*X'[number], color=color, capsize=3,
                        label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
                              f"seed{'s' * (len(mine) > 1)})")
-    top = max(loss for cell in cells for step, loss in cell['curve'] if step >= 400)
+    top = max(loss for cells in finalists().values() for cell in cells for step, loss in cell['curve'] if step >= 400)
     left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(200, FINAL['max_iters']), ylim=(None, top))
     right.set(xlabel="optimizer state, MB (all workers')", ylabel='validation loss after the last step')
     for axes in (left, right):
@@ -1474,18 +1481,15 @@ def label(cell):
 
 def readme(words):
     """Renews the results between the markers in README.md: the finalists, and the best screened cell of each method."""
-    finals = kept('quality', list(quality_cells()))
     screened = [cell for cell in kept('screening', list(screening_cells())) if cell['val_loss'] is not None]
     lines = ['| 10.7M parameters, 1,000 steps | trained | optimizer state | validation loss: mean (range; seeds) |',
              '|---|---|---|---|']
-    for method, changes in list(quality_cells())[:len(dict(quality_cells()))]:
-        mine = [cell for cell in finals if cell['method'] == method and cell['val_loss'] is not None]
+    for method, mine in finalists().items():
         losses = [cell['val_loss'] for cell in mine]
-        if mine:
-            name = label({'method': method, 'settings': {key: x for key, x in changes.items() if key != 'seed'}})
-            lines.append(f"| {name} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
-                         f"{all_state(mine[0]) / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
-                         f'({min(losses):.3f} to {max(losses):.3f}; {len(losses)}) |')
+        name = label({'method': method, 'settings': {key: x for key, x in mine[0]['settings'].items() if key != 'seed'}})
+        lines.append(f"| {name} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
+                     f"{all_state(mine[0]) / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
+                     f'({min(losses):.3f} to {max(losses):.3f}; {len(losses)}) |')
     lines += ['', '| 3.3M parameters, 600 steps: best of the cells | trained | optimizer state | validation loss |',
               '|---|---|---|---|']
     usual = [cell for cell in screened if 'seed' not in cell['settings']]
@@ -1495,7 +1499,7 @@ def readme(words):
             cell = mine[0]
             lines.append(f"| {label(cell)} (of {len(mine)}) | {cell['trainable_parameters'] / 1e6:.1f}M | "
                          f"{all_state(cell) / 1e6:.0f} MB | {cell['val_loss']:.3f} |")
-    dates = sorted({cell['date'] for cell in finals + screened})
+    dates = sorted({cell['date'] for cell in kept('quality') + screened})
     lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {screened[0]['torch']}, "
               '`assets/quality.jsonl`, `assets/screening.jsonl`.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:

@@ -1052,7 +1052,8 @@ def training_results(records):
     last = next((record for record in reversed(records) if 'train_loss' in record), {})
     return {'curve': [(record['step'], record['val_loss']) for record in records if 'val_loss' in record],
             'trainable_parameters': last.get('trainable_parameters'),
-            'optimizer_state_bytes': last.get('optimizer_state_bytes')}
+            'optimizer_state_bytes': max((x['optimizer_state_bytes'] for x in records if 'optimizer_state_bytes' in x),
+                                         default=None)}  # a reset drops moments for a while
 
 
 def screening(words):
@@ -1480,28 +1481,20 @@ def label(cell):
 
 
 def readme(words):
-    """Renews the results between the markers in README.md: the finalists, and the best screened cell of each method."""
-    screened = [cell for cell in kept('screening', list(screening_cells())) if cell['val_loss'] is not None]
-    lines = ['| 10.7M parameters, 1,000 steps | trained | optimizer state | validation loss: mean (range; seeds) |',
-             '|---|---|---|---|']
-    for method, mine in finalists().items():
-        losses = [cell['val_loss'] for cell in mine]
-        name = label({'method': method, 'settings': {key: x for key, x in mine[0]['settings'].items() if key != 'seed'}})
-        lines.append(f"| {name} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
-                     f"{all_state(mine[0]) / 1e6:.0f} MB | {statistics.mean(losses):.3f} "
-                     f'({min(losses):.3f} to {max(losses):.3f}; {len(losses)}) |')
-    lines += ['', '| 3.3M parameters, 600 steps: best of the cells | trained | optimizer state | validation loss |',
-              '|---|---|---|---|']
-    usual = [cell for cell in screened if 'seed' not in cell['settings']]
+    """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
+    usual = [cell for cell in kept('screening', list(screening_cells())) if cell['val_loss'] and 'seed' not in cell['settings']]
+    lines = ['| best of the screened settings | trained | optimizer state | loss, 3.3M (of n settings) | loss, 10.7M: mean (range; '
+             'seeds) |', '|---|---|---|---|---|']
     for method in dict.fromkeys(method for method, _ in screening_cells()):
         mine = sorted((cell for cell in usual if cell['method'] == method), key=lambda cell: cell['val_loss'])
+        losses = [cell['val_loss'] for cell in finalists().get(method, [])]
+        final = f'{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}; {len(losses)})' if losses else ''
         if mine:
-            cell = mine[0]
-            lines.append(f"| {label(cell)} (of {len(mine)}) | {cell['trainable_parameters'] / 1e6:.1f}M | "
-                         f"{all_state(cell) / 1e6:.0f} MB | {cell['val_loss']:.3f} |")
-    dates = sorted({cell['date'] for cell in kept('quality') + screened})
-    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {screened[0]['torch']}, "
-              '`assets/quality.jsonl`, `assets/screening.jsonl`.']
+            lines.append(f"| {label(mine[0])} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | {all_state(mine[0]) / 1e6:.0f} MB | "
+                         f"{mine[0]['val_loss']:.3f} ({len(mine)}) | {final} |")
+    dates = sorted({cell['date'] for cell in kept('quality') + usual})
+    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {usual[0]['torch']}; trained and state: of the "
+              '3.3M model.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:

@@ -14,8 +14,8 @@ $ python bench.py quality     validation loss of the finalists on a larger one, 
 $ python bench.py convergence how fast LoRA and full fine-tuning adapt a small ViT
 $ python bench.py readme      renews the tables of these losses in README.md, and draws loss against bytes sent
 
-Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl; finished trainings are not
-run again.
+Times are medians of interleaved runs, as ratios within one process. Cells go to assets/NAME.jsonl; finished trainings
+are not run again.
 """
 
 import argparse
@@ -162,7 +162,8 @@ def trainer(model, settings, batch=None, device='cpu'):
     if batch is None:
         micro_steps, x = min(2, s['gradient_accumulation_steps']), torch.zeros(s['batch_size'], 1, dtype=torch.int64)
         y = x[:, 0] if vit else x.expand(-1, s['block_size']).contiguous()
-        x = torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size, dtype=getattr(torch, s['param_dtype'])) if vit else y
+        x = y if not vit else torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size,
+                                          dtype=getattr(torch, s['param_dtype']))
 
     def step():
         number = next(steps)
@@ -1165,7 +1166,8 @@ def convergence(words):
 
     def pretrain():
         if not os.path.exists(f"{HERE}/{ADAPT['init_from']}"):
-            subprocess.run([sys.executable, 'train_vit.py', 'config/vit_quickstart.py', '--overwrite=True'], cwd=HERE, check=True)
+            subprocess.run([sys.executable, 'train_vit.py', 'config/vit_quickstart.py', '--overwrite=True'], cwd=HERE,
+                           check=True)
     run_cells('convergence', words, 'train_vit.py', ADAPT, list(convergence_cells()), results, pretrain)
     if not kept('convergence_time'):
         keep('convergence_time', adaptation_times())
@@ -1415,8 +1417,8 @@ def draw_spectrum():
 
 
 def wire_bytes(cell, workers=4):
-    """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, float32; None
-    for what is not meant for it. A ring sends twice what is averaged."""
+    """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, float32;
+    None for what is not meant for it. A ring sends twice what is averaged."""
     s, method = cell['settings'], cell['method']
     with torch.device('meta'):
         model = GPT(GPTConfig(SCREEN['block_size'], 257, SCREEN['n_layer'], SCREEN['n_head'], SCREEN['n_embd']))
@@ -1470,11 +1472,13 @@ def label(cell):
     heads, words = 'heads' in s, [cell['method']]
     if heads:
         words.append(f"{s['heads']} head{'s' * (s['heads'] > 1)} of rank {s['rank']}")
-    for key, text, shown in (('alpha', 'alpha {:g}', True), ('galore_rank', 'rank {}', True), ('merge_every', 'T = {}', True),
+    for key, text, shown in (('alpha', 'alpha {:g}', True), ('galore_rank', 'rank {}', True),
+                             ('merge_every', 'T = {}', True),
                              ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
                              ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
                              ('galore_rule', "{}'s rule", True), ('grad_clip', 'clipping at {:g}', True),
-                             ('ranks', '{} workers', True), ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
+                             ('ranks', '{} workers', True),
+                             ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
         if key in s and shown:
             words.append(text.format(s[key]))
     return ', '.join([*words, f"lr {s['learning_rate']:g}"])
@@ -1482,19 +1486,20 @@ def label(cell):
 
 def readme(words):
     """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
-    usual = [cell for cell in kept('screening', list(screening_cells())) if cell['val_loss'] and 'seed' not in cell['settings']]
-    lines = ['| best of the screened settings | trained | optimizer state | loss, 3.3M (of n settings) | loss, 10.7M: mean (range; '
-             'seeds) |', '|---|---|---|---|---|']
+    usual = [cell for cell in kept('screening', list(screening_cells()))
+             if cell['val_loss'] and 'seed' not in cell['settings']]
+    lines = ['| best of the screened settings | trained | optimizer state, all workers | loss, 3.3M (of n settings) | '
+             'loss, 10.7M: mean (range; seeds) |', '|---|---|---|---|---|']
     for method in dict.fromkeys(method for method, _ in screening_cells()):
         mine = sorted((cell for cell in usual if cell['method'] == method), key=lambda cell: cell['val_loss'])
         losses = [cell['val_loss'] for cell in finalists().get(method, [])]
         final = f'{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}; {len(losses)})' if losses else ''
         if mine:
-            lines.append(f"| {label(mine[0])} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | {all_state(mine[0]) / 1e6:.0f} MB | "
-                         f"{mine[0]['val_loss']:.3f} ({len(mine)}) | {final} |")
+            lines.append(f"| {label(mine[0])} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
+                         f"{all_state(mine[0]) / 1e6:.0f} MB | {mine[0]['val_loss']:.3f} ({len(mine)}) | {final} |")
     dates = sorted({cell['date'] for cell in kept('quality') + usual})
-    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {usual[0]['torch']}; trained and state: of the "
-              '3.3M model.']
+    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {usual[0]['torch']}; trained "
+              'and state: of the 3.3M model.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
@@ -1503,8 +1508,8 @@ def readme(words):
 
 
 if __name__ == '__main__':
-    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit,
-               'communication': communication, 'screening': screening, 'quality': quality, 'convergence': convergence, 'layers': layers,
+    benches = {'heads': heads, 'speed': speed, 'memory': memory, 'vit': vit, 'communication': communication,
+               'screening': screening, 'quality': quality, 'convergence': convergence, 'layers': layers,
                'spectrum': spectrum, 'readme': readme}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)

@@ -455,8 +455,8 @@ def check_settings(settings, world_size):
         raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
                          "merge_every, head_input='split' with lowrank, and start it with torchrun, or set sync='step'")
     if s['sync'] == 'merge' and not s['lowrank'] and (s['optimizer'] == 'galore' or s['merge_reset']):
-        raise ValueError("sync='merge' without heads averages whole weights: each rank's GaLore would have other bases, and there "
-                         "is nothing to reset, so set optimizer='adamw' and merge_reset=False")
+        raise ValueError("sync='merge' without heads averages whole weights: each rank's GaLore would have other bases, "
+                         "and there is nothing to reset, so set optimizer='adamw' and merge_reset=False")
     if s['head_basis'] == 'gradient':
         if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
             raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "

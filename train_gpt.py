@@ -120,8 +120,8 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
-                'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank',
-                'state_bits'))
+                'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset', 'sync', 'param_dtype',
+                'optimizer', 'galore_rank', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout}))
         else:

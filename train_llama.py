@@ -126,8 +126,8 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'n_kv_head', 'block_size', 'vocab_size', 'lowrank',
-                'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer',
-                'galore_rank', 'state_bits'))
+                'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset',
+                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': checkpointing})
         else:

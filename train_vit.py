@@ -300,8 +300,8 @@ def main(argv):
         if init_from == 'resume':
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
-                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset',
-                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
+                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'basis_from',
+                'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             if checkpoint['classes'] != classes:
                 theirs = len(checkpoint['classes'])
                 raise ValueError(f'the checkpoint knows {theirs} classes, and not the {len(classes)} of data set '

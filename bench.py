@@ -736,31 +736,45 @@ def memory(words):
 
 def draw_memory():
     """assets/memory.png: peak memory of LLaMA by category and method, and the measured total as a line."""
+    cells, order, panels = kept('memory'), list(LLAMA_METHODS), {}
+    for cell in sorted(cells, key=lambda cell: order.index(cell['method'])):
+        name = cell['method'].replace(', ', ',\n').replace('the same', 'all that')
+        panels.setdefault(cell['size'], []).append((name, cell, cell.get('measured')))
+    draw_peaks({f'LLaMA {size.upper()}': panels[size] for size in dict.fromkeys(cell['size'] for cell in cells)},
+               f'{HERE}/assets/memory.png')
+
+
+def draw_peaks(panels, path):
+    """Stacked bars of peak memory by category. panels: {title: [(name of a bar, bytes by category, measured or None)]}."""
     from matplotlib.figure import Figure
-    cells = kept('memory')
-    sizes = list(dict.fromkeys(cell['size'] for cell in cells))
-    figure = Figure((3.1 * len(sizes), 3.6), layout='constrained')
-    for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes):
-        order = list(LLAMA_METHODS)
-        mine = sorted((cell for cell in cells if cell['size'] == size), key=lambda cell: order.index(cell['method']))
-        names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that') for cell in mine]
-        left = [0.0] * len(mine)
-        for key, color, name in (('weights', '#4c72b0', 'weights'), ('state', '#dd8452', 'optimizer state'),
-                                 ('gradients', '#c44e52', 'gradients'),
-                                 ('activations', '#8c8c8c', 'activations and buffers')):
-            values = [cell[key] / 1e9 for cell in mine]
-            axes.barh(names, values, left=left, color=color, label=name)
+    figure = Figure((3.1 * len(panels), 3.6), layout='constrained')
+    longest = max(map(len, panels.values()))
+    for axes, (title, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        left = [0.0] * len(bars)
+        for key, color, category in (('weights', '#4c72b0', 'weights'), ('state', '#dd8452', 'optimizer state'),
+                                     ('gradients', '#c44e52', 'gradients'),
+                                     ('activations', '#8c8c8c', 'activations and buffers')):
+            values = [parts.get(key, 0) / 1e9 for _, parts, _ in bars]
+            axes.barh([name for name, _, _ in bars], values, left=left, color=color, label=category)
             left = [a + b for a, b in zip(left, values)]
-        for i, cell in enumerate(mine):
-            if 'measured' in cell:
-                axes.plot([cell['measured'] / 1e9] * 2, [i - 0.4, i + 0.4], color='black', lw=2,
-                          label='measured' if not i else None)
+        for i, (_, _, measured) in enumerate(bars):
+            if measured:
+                axes.plot([measured / 1e9] * 2, [i - 0.4, i + 0.4], color='black', lw=2, label='measured' if not i else None)
         axes.invert_yaxis()
-        axes.set(title=f'LLaMA {size.upper()}', xlabel='peak memory, GB')
-        first = axes.get_subplotspec().is_first_col()
-        axes.tick_params('y', labelsize=7, labelleft=first or len(mine) < len(LLAMA_METHODS))
-    figure.legend(*axes.figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize=8)
-    figure.savefig(f'{HERE}/assets/memory.png', dpi=130)
+        axes.set(title=title, xlabel='peak memory, GB')
+        axes.tick_params('y', labelsize=7, labelleft=axes.get_subplotspec().is_first_col() or len(bars) < longest)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_vit():
+    """assets/vit.png: planned peak memory of ViT-B and ViT-L at batch 32; gradients hardly live at the peak."""
+    panels = {}
+    for cell in sorted(kept('vit'), key=lambda cell: list(VIT_METHODS).index(cell['method'])):
+        rest = cell['planned_32'] - cell['weights'] - cell['state']
+        panels.setdefault(cell['model'], []).append((cell['method'], {**cell, 'activations': rest}, None))
+    titles = {'vit_base_patch16_224': 'ViT-B/16, 32 images', 'vit_large_patch16_224': 'ViT-L/16, 32 images'}
+    draw_peaks({titles[model]: bars for model, bars in panels.items() if model in titles}, f'{HERE}/assets/vit.png')
 
 
 def plan_methods(settings, defaults):
@@ -900,6 +914,7 @@ def vit(words):
             print(f"{name:23}{method:28}{cell['trainable']:12,}{cell['planned_32'] / 1e9:12.2f}"
                   f"{cell['planned_32'] / full['planned_32']:9.2f}{cell['planned'] / 1e9:9.2f}"
                   f"{cell['measured'] / 1e9:9.2f}{cell['seconds']:8.2f}{cell['to_full']:9.2f}", flush=True)
+    draw_vit()
 
 
 # -----------------------------------------------------------------------------

@@ -1113,6 +1113,8 @@ def quality(words):
 
 def all_state(cell):
     """Bytes of the optimizer's state of a cell, of all workers; GaLoLTE's bases are parameters, and so not in it."""
+    if cell['settings'].get('merge_reset'):  # lines of the log follow a reset, which drops the moments
+        return 8 * cell['trainable_parameters']
     return cell['optimizer_state_bytes'] * cell['settings'].get('ranks', 1)  # of one rank in the log
 
 
@@ -1140,8 +1142,9 @@ def draw_quality():
                        fmt='os^vDP*X'[number], color=color, capsize=3,
                        label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
                              f"seed{'s' * (len(mine) > 1)})")
-    top = max(loss for cells in finalists().values() for cell in cells for step, loss in cell['curve'] if step >= 400)
-    left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(200, FINAL['max_iters']), ylim=(None, top))
+    shown = [loss for cells in finalists().values() for cell in cells for step, loss in cell['curve'] if step >= 400]
+    left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
+             ylim=(min(shown) - 0.02, max(shown) + 0.02))
     right.set(xlabel="optimizer state, MB (all workers')", ylabel='validation loss after the last step')
     for axes in (left, right):
         axes.grid(alpha=0.3)

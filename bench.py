@@ -1098,7 +1098,7 @@ def quality_cells():
                                merge_reset=True, rewarm_iters=5),
                 'MHLoRA': dict(**heads, rank=24, alpha=96.0, learning_rate=2e-3),
                 'LTE': dict(**heads, rank=24, alpha=24.0, learning_rate=4e-3, head_input='split', merge_every=10),
-                'local AdamW': dict(ranks=4, sync='merge', merge_every=10, learning_rate=2e-3),
+                'local AdamW': dict(ranks=4, sync='merge', merge_every=10, learning_rate=1e-3),
                 'Fira': {**galore_96, 'galore_rule': 'fira'}}.items():
             yield method, {**settings, 'seed': seed}
             if method == 'GaLoLTE' and seed == 1337:

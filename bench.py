@@ -160,10 +160,10 @@ def trainer(model, settings, batch=None, device='cpu'):
         freeze_rest(model)
     optimizer = make_optimizer(model, s)
     if batch is None:
-        micro_steps, x = min(2, s['gradient_accumulation_steps']), torch.zeros(s['batch_size'], 1, dtype=torch.int64)
-        y = x[:, 0] if vit else x.expand(-1, s['block_size']).contiguous()
-        x = y if not vit else torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size,
-                                          dtype=getattr(torch, s['param_dtype']))
+        micro_steps = min(2, s['gradient_accumulation_steps'])
+        x = y = torch.zeros(s['batch_size'], *(() if vit else (s['block_size'],)), dtype=torch.int64)
+        if vit:
+            x = torch.zeros(s['batch_size'], 3, *model.patch_embed.img_size, dtype=getattr(torch, s['param_dtype']))
 
     def step():
         number = next(steps)
@@ -1131,7 +1131,8 @@ def draw_quality():
     from matplotlib.figure import Figure
     figure = Figure((8.5, 3.8), layout='constrained')
     left, right = figure.subplots(1, 2)
-    for number, (method, mine) in enumerate(finalists().items()):
+    groups = finalists()
+    for number, (method, mine) in enumerate(groups.items()):
         losses, color = [cell['val_loss'] for cell in mine], f'C{number}'
         steps, *_ = zip(*mine[0]['curve'])
         values = list(zip(*([loss for _, loss in cell['curve']] for cell in mine)))  # an evaluation: one a seed
@@ -1142,7 +1143,7 @@ def draw_quality():
                        fmt='os^vDP*X'[number], color=color, capsize=3,
                        label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
                              f"seed{'s' * (len(mine) > 1)})")
-    shown = [loss for cells in finalists().values() for cell in cells for step, loss in cell['curve'] if step >= 400]
+    shown = [loss for cells in groups.values() for cell in cells for step, loss in cell['curve'] if step >= 400]
     left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
              ylim=(min(shown) - 0.02, max(shown) + 0.02))
     right.set(xlabel="optimizer state, MB (all workers')", ylabel='validation loss after the last step')
@@ -1197,24 +1198,13 @@ def convergence(words):
 
 def adaptation_times(repeats=100):
     """Milliseconds of a training step of each method on one thread: runs side by side disturb each other's clock."""
-    import timm
-    functions, images, labels = {}, torch.randn(ADAPT['batch_size'], 3, 32, 32), torch.zeros(ADAPT['batch_size']).long()
+    import train_vit
+    functions, shape = {}, config.load({}, train_vit.defaults, [f'{HERE}/config/vit_quickstart.py'])
     torch.set_num_threads(1)
     config.keep_freed_memory()  # as the script does
-    for method, s in dict(convergence_cells()).items():
-        vit = timm.create_model(ADAPT['model'], num_classes=10, img_size=32, patch_size=8, depth=6, embed_dim=96,
-                                num_heads=3)  # of config/vit_quickstart.py
-        if s['lowrank']:
-            apply_mhlora(vit, s['lowrank'].split(','), 1, s['rank'], s['alpha'])
-            freeze_rest(vit)
-        optimizer = torch.optim.AdamW(param_groups(vit), lr=1e-4, fused=True)
-
-        def step(vit=vit, optimizer=optimizer):
-            F.cross_entropy(vit(images), labels).backward()
-            clip_gradients(vit, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        functions[method] = step
+    for method, changes in dict(convergence_cells()).items():
+        settings = {**shape, **ADAPT, **changes}
+        _, functions[method] = trainer(model_of(settings), settings)
     seconds = interleaved(functions, repeats)
     return [dict(method=method, ms=1000 * statistics.median(seconds[method]),
                  to_full=ratio(seconds, method, 'full fine-tuning')) for method in functions]
@@ -1295,10 +1285,7 @@ def layers_cells():
 
 
 def layers(words):
-    def results(records):
-        counted = (x['trainable_parameters'] for x in records if 'trainable_parameters' in x)
-        return {'steps': LAYERS['max_iters'], 'trainable_parameters': next(counted, None)}
-    run_cells('layers', words, 'train_gpt.py', LAYERS, list(layers_cells()), results)
+    run_cells('layers', words, 'train_gpt.py', LAYERS, list(layers_cells()), training_results)
     rows = []  # letters, trainable parameters, losses of the seeds
     for letters in dict.fromkeys(letters for letters, _ in layers_cells()):
         cells = [cell for cell in kept('layers', list(layers_cells())) if cell['method'] == letters]
@@ -1506,13 +1493,14 @@ def label(cell):
 
 def readme(words):
     """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
+    finals = finalists()
     usual = [cell for cell in kept('screening', list(screening_cells()))
              if cell['val_loss'] and 'seed' not in cell['settings']]
     lines = ['| best of the screened settings | trained | optimizer state, all workers | loss, 3.3M (of n settings) | '
              'loss, 10.7M: mean (range; seeds) |', '|---|---|---|---|---|']
     for method in dict.fromkeys(method for method, _ in screening_cells()):
         mine = sorted((cell for cell in usual if cell['method'] == method), key=lambda cell: cell['val_loss'])
-        losses = [cell['val_loss'] for cell in finalists().get(method, [])]
+        losses = [cell['val_loss'] for cell in finals.get(method, [])]
         final = f'{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}; {len(losses)})' if losses else ''
         if mine:
             lines.append(f"| {label(mine[0])} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "

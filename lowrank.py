@@ -358,7 +358,8 @@ def load_whole_state(model, optimizer, checkpoint, replicas={}):
     Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
     """
     weights, workers = dict(checkpoint['model']), max([layer.workers for layer in head_layers(model)], default=1)
-    workers = torch.distributed.get_world_size() if replicas else workers
+    if replicas:  # on ranks, with heads or without any
+        workers = torch.distributed.get_world_size()
     for name, layer in model.named_modules():
         if isinstance(layer, MHLoRALinear):
             for key in {'A', 'B', 'A_merged', 'B_merged'} & layer.state_dict().keys():

@@ -358,9 +358,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
     of each one; 0: no clipping. seed is for the random bases. `no_deprecation_warning` is accepted and means nothing.
 
     `gradient_norm` is the norm of what the last step stepped on, before clipping, a tensor. State is tensors and
-    numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the device (CUDA's SVD does).
-    Raises ValueError for a setting that makes no sense. A rank above the smaller side of a matrix is clamped, with a
-    warning.
+    numbers, so it loads with weights_only=True and resumes bit for bit. `step` never waits for the device (CUDA's SVD
+    does). Raises ValueError for a setting that makes no sense. A rank above the smaller side of a matrix is clamped,
+    with a warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
@@ -486,7 +486,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         plain = [([p for p in group['params'] if p.grad is not None], group)
                  for group in self.param_groups if 'rank' not in group]
         rest = [p.grad for params, _ in plain for p in params]
-        if self.max_norm:  # the norm is one of all gradients, so all projected ones have to be held
+        if self.max_norm and (matrices or rest):  # the norm is one of all gradients, so all projected ones have to be held
             held = [self._take(p) for p in matrices]
             self._shrink([R for R, _, _ in held] + rest, [R for R, _, _ in held] + rest +
                          [p.grad for p, (_, _, group) in zip(matrices, held) if group['rule'] == 'fira'])
@@ -598,9 +598,9 @@ SKETCH_DECAY = 0.9  # of a step
 def renew_bases(model, optimizer, step, merge_every):
     """GaLoLTE: lets the layers whose turn it is take new bases from the gradient of this step, from 0. To be called
     before the forward pass, when heads have just merged (so that what is trained is zero). The layers take turns within
-    `update_proj_gap` steps; the first bases are taken at once. Where all heads and ranks share one basis, it is that of the
-    averaged gradient or sketch, and the first moments are averaged too: they are of the same coordinates then, and with
-    momentum of their own the workers drift apart."""
+    `update_proj_gap` steps; the first bases are taken at once. Where all heads and ranks share one basis, it is that of
+    the averaged gradient or sketch, and the first moments are averaged too: they are of the same coordinates then, and
+    with momentum of their own the workers drift apart."""
     layers = head_layers(model)
     for index, layer in enumerate(layers):
         p = layer.trained
@@ -615,12 +615,15 @@ def renew_bases(model, optimizer, step, merge_every):
                     Y = average_over_ranks_(Y.mean(0), optimizer.world_size)
                 set_basis(layer, state, group, orthonormal(Y), optimizer.world_size)
             else:
-                layer.take_basis = lambda dy, x, layer=layer, state=state, group=group, seed=seed: take_head_bases(
-                    layer, state, group, seed, dy, x, optimizer.world_size)
+                layer.take_basis = partial(take_head_bases, layer, optimizer, state, group, seed, [])
 
 
-def take_head_bases(layer, state, group, seed, dy, x, world_size):
-    """New bases for the heads of a layer from dy (heads, tokens, m), x (heads, tokens, n), one head after the other."""
+def take_head_bases(layer, optimizer, state, group, seed, held, dy, x):
+    """New bases for the heads of a layer from dy (heads, tokens, m), x (heads, tokens, n), one head after the other.
+
+    A basis is that of the whole step's gradient: until its last micro-batch the gradients of the heads are `held`. Only the
+    first bases are those of the first micro-batch, so that no step holds the gradients of all layers. Returns the step's
+    gradient of what is trained, (heads, r, n) or (heads, m, r), or None where it is yet to come, or the caller's to form."""
     old, dtype = layer.B if layer.left else layer.A.mT, layer.weight.dtype  # (heads, m, r) or (heads, n, r)
     kind = 'power' if group['basis'] == 'sketch' else group['basis']
     first = state['step'] == 0
@@ -630,14 +633,26 @@ def take_head_bases(layer, state, group, seed, dy, x, world_size):
         was = (was, None) if layer.left else (None, was)
         P, Q = take_bases(G, layer.rank, layer.left, not layer.left, kind, was, (seed + mine) % 2**32)
         return P if layer.left else Q
+
+    def gradient(head):
+        G = (dy[head].mT @ x[head]).to(dtype)
+        return held[head].add_(G) if held else G
+    heads = range(len(dy))
+    if not first and (held or not optimizer.last_micro_batch):
+        held[:] = [gradient(head) for head in heads]
+        if not optimizer.last_micro_batch:
+            return None
     if layer.shared_basis:
-        G = average_over_ranks_(sum(b.mT @ a for b, a in zip(dy, x)).to(dtype), world_size)
-        new = bases(G, 0)
+        new = bases(average_over_ranks_(sum(held or map(gradient, heads)), optimizer.world_size), 0)
     else:
-        new = torch.stack([bases((b.mT @ a).to(dtype), head, head * layer.workers + layer.worker)
-                           for head, (b, a) in enumerate(zip(dy, x))])
-    set_basis(layer, state, group, new, world_size)
+        new = torch.stack([bases(held[head] if held else gradient(head), head, head * layer.workers + layer.worker)
+                           for head in heads])
+    set_basis(layer, state, group, new, optimizer.world_size)
     layer.take_basis = None
+    if not held:
+        return None
+    return torch.stack([project(G, *((P, None) if layer.left else (None, P)))
+                        for G, P in zip(held, layer.B if layer.left else layer.A.mT)])
 
 
 def set_basis(layer, state, group, new, world_size):
@@ -656,11 +671,13 @@ def set_basis(layer, state, group, new, world_size):
 @torch.no_grad()
 def watch(layer, optimizer, dy, x, R):
     """Takes G G^T P = G R^T of each head into a running average (heads, m, r), or G^T G Q = G^T R for a basis on the
-    right: one step of subspace iteration on the averaged G G^T, for 2 r (m + n) operations a token, without G."""
+    right: one step of subspace iteration on the averaged G G^T, for 2 r (m + n) operations a token, without G. G is the
+    gradient of a micro-batch; those of a step weigh the same."""
     Y = torch.bmm(dy.mT, torch.bmm(x, R.mT)) if layer.left else torch.bmm(x.mT, torch.bmm(dy, R))
     Y, state = Y.to(layer.weight.dtype).mul_(len(dy)), optimizer.state[layer.trained]  # dy: of the mean over all heads
-    decay = SKETCH_DECAY if optimizer.last_micro_batch else 1.0
-    state['sketch'] = Y if 'sketch' not in state else state['sketch'].mul_(decay).add_(Y)
+    state['sketch'] = Y if 'sketch' not in state else state['sketch'].add_(Y)
+    if optimizer.last_micro_batch:
+        state['sketch'].mul_(SKETCH_DECAY)  # only its span counts
 
 
 # -----------------------------------------------------------------------------
@@ -678,10 +695,12 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
 
     With a rank, the matrices of attention and MLP (weights of nn.Linear below a module named attn, self_attn or mlp)
     and the head factors A (H, r, n), B (H, m, r) of lowrank.py are projected, their refreshes staggered. The others are
-    plain; matrices get weight_decay, vectors none. `param_names` goes along, as torch's own optimizers have it.
+    plain; matrices get weight_decay, vectors and what the model's own no_weight_decay() names (timm) none. `param_names`
+    goes along, as torch's own optimizers have it.
     Raises ValueError if there is a rank but nothing to project."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     projected, matrices, vectors = [], [], []
+    spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: the embedding of places, the class token
     for name, p in model.named_parameters():  # lists tied parameters once
         if not p.requires_grad:
             continue
@@ -690,9 +709,10 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
         if rank > 0 and (inside and p.dim() == 2 or path[-1] in ('A', 'B') and p.dim() == 3):
             projected.append((name, p))
         else:
-            (matrices if p.dim() >= 2 else vectors).append((name, p))
+            (matrices if p.dim() >= 2 and name not in spared else vectors).append((name, p))
     if rank > 0 and not projected:
-        raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0')
+        raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0 (in '
+                         "the scripts optimizer='adamw')")
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
                   rule=rule, stagger=True)
     bits = dict(state_bits=state_bits) if rank > 0 else {}
@@ -714,14 +734,16 @@ def check_optimizer(settings, compute):
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
     if s['head_basis'] == 'gradient' and compute == 'float16':
-        raise ValueError("head_basis='gradient' takes bases from gradients before a GradScaler has seen them: compute in "
-                         "another dtype than 'float16'")
+        raise ValueError("head_basis='gradient' takes bases from gradients before a GradScaler has seen them: compute "
+                         "in another dtype than 'float16'")
     if s['head_basis'] == 'gradient' and s['galore_rule'] != 'galore':
-        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which GaLoLTE's heads do not form: set "
-                         "galore_rule='galore'")
+        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, and GaLoLTE's heads form none: "
+                         "set galore_rule='galore'")
     if s['galore_basis'] == 'sketch' and s['head_basis'] != 'gradient':
         raise ValueError("galore_basis='sketch' is made of the parts that GaLoLTE's heads compute: set "
                          "head_basis='gradient', or galore_basis='power'")
+    if s['galore_rule'] != 'galore' and s['optimizer'] == 'adamw':
+        raise ValueError(f"galore_rule={s['galore_rule']!r} is for optimizer='galore': set that, or galore_rule='galore'")
     lean = [key for key, usual in (('galore_backward', 'full'), ('per_layer', False), ('state_bits', 32))
             if s[key] != usual]
     if lean and s['optimizer'] == 'adamw':
@@ -729,8 +751,6 @@ def check_optimizer(settings, compute):
     if compute == 'float16' and lean and lean != ['state_bits']:
         raise ValueError(f'{lean[0]}={s[lean[0]]!r} steps on gradients before a GradScaler has seen them: compute in '
                          "another dtype than 'float16'")
-    if s['galore_backward'] == 'projected' and s['galore_rule'] == 'fira':
-        raise ValueError("galore_rule='fira' needs the full gradient: set galore_backward='full'")
     if s['galore_backward'] == 'projected' and s['lowrank']:
         raise ValueError("galore_backward='projected' is for full-rank weights, and heads have small gradients anyway: "
                          "set galore_backward='full' or lowrank=''")
@@ -746,7 +766,8 @@ def make_optimizer(model, settings, world_size=1):
         groups = []
         for group in param_groups(model, s['weight_decay']):  # the factors step as GaLore does inside its bases
             for inside in (False, True):
-                pairs = [(p, name) for p, name in zip(group['params'], group['param_names']) if (p in factors) == inside]
+                pairs = [(p, name) for p, name in zip(group['params'], group['param_names'])
+                         if (p in factors) == inside]
                 more = dict(rank=s['rank'], factor=True, update_proj_gap=s['galore_gap'], scale=s['galore_scale'],
                             basis=s['galore_basis'], moments=s['galore_moments']) if inside else {}
                 if pairs:

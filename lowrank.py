@@ -8,9 +8,9 @@ Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r) trained; s = alpha / r.
     head_input='split':   y = W x + s (B_h A_h - B_h' A_h') x          head h sees its own part of the batch (LTE)
     merge:                W <- W + (s / H) sum_h (B_h A_h - B_h' A_h') heads are averaged, primes: at the last merge
 
-With head_basis='gradient' (GaLoLTE) one factor of each split head is not trained but a basis of the head's gradient, as in
-GaLore: B = P for wide matrices (A trained), A = Q^T for tall ones (B trained). Then s = 1, and a merge zeroes what is
-trained, moments surviving. galore.py takes the bases.
+With head_basis='gradient' (GaLoLTE) one factor of each split head is not trained but a basis of the head's gradient,
+as in GaLore: B = P for wide matrices (A trained), A = Q^T for tall ones (B trained). Then s = 1, and a merge zeroes
+what is trained, moments surviving. galore.py takes the bases.
 """
 
 import contextlib
@@ -59,8 +59,10 @@ class _FrozenPlusHeads(torch.autograd.Function):
         groups, r, n = A.shape
         dflat = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
         dgrouped = dflat.view(groups, -1, dy.shape[-1])  # (groups, tokens / groups, m)
+        whole, taken = False, None  # whether the gradient of what is trained comes once for all micro-batches
         if ctx.layer is not None and ctx.layer.take_basis is not None:  # GaLoLTE: a new basis, from this very gradient
-            ctx.layer.take_basis(dgrouped, flat.view(groups, -1, n))
+            taken = ctx.layer.take_basis(dgrouped, flat.view(groups, -1, n))
+            whole = taken is not None or ctx.layer.take_basis is not None
             A, B = ctx.layer.pairs()
             A, B = A.to(flat.dtype), B.to(flat.dtype)
             z = torch.bmm(flat.view(groups, -1, n), A.mT)
@@ -72,11 +74,14 @@ class _FrozenPlusHeads(torch.autograd.Function):
             dx = dx.view(*dy.shape[:-1], n)
         if ctx.needs_input_grad[2]:
             dbias = dflat.sum(0)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and not whole:
             dA = torch.bmm(dz.mT, flat.view(groups, -1, n))  # (groups, r, n)
             dA = dA.mul_(ctx.gain) if ctx.gain != 1 else dA
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[4] and not whole:
             dB = torch.bmm(z.mT, dgrouped).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r), faster than dy^T z
+        if taken is not None:
+            taken.mul_(ctx.gain)
+            dA, dB = (taken, None) if ctx.layer.left else (None, taken)
         if ctx.layer is not None and ctx.layer.watch is not None:
             ctx.layer.watch(dgrouped, flat.view(groups, -1, n), dA if dB is None else dB)
         return dx, None, dbias, dA, dB, None, None, None
@@ -226,10 +231,11 @@ class MHLoRALinear(nn.Module):
 
     @property
     def sends_products(self):
-        """Whether a merge averages the products (m, n), which a ring sends twice, or gathers the factors of all heads."""
+        """Whether a merge averages the products (m, n), which a ring sends twice, or gathers all heads' factors."""
         factors = (self.A, self.B) if self.merge_reset else (self.A, self.B, self.A_merged, self.B_merged)
         product = self.weight.numel() * max(4, self.weight.element_size())  # in float32 or wider
-        return len(self.A) < self.heads and self.workers * sum(x.numel() * x.element_size() for x in factors) > 2 * product
+        gathered = self.workers * sum(x.numel() * x.element_size() for x in factors)
+        return len(self.A) < self.heads and gathered > 2 * product
 
     @torch.no_grad()
     def merged_weight(self):
@@ -244,7 +250,8 @@ class MHLoRALinear(nn.Module):
             return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale)
         if self.sends_products:
             (A,), (B,) = self.stacked()
-            return average_over_ranks_(B.to(wide) @ A.to(wide), self.workers).mul_(self.scale / len(self.A)).add_(weight)
+            product = average_over_ranks_(B.to(wide) @ A.to(wide), self.workers)
+            return product.mul_(self.scale / len(self.A)).add_(weight)
         with self.all_heads():
             (A,), (B,) = self.stacked()
         return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale / self.heads)
@@ -300,6 +307,8 @@ def gather_over_ranks(x):
 
 def in_global_order(x):
     """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see Tokens.batch."""
+    if x.dim() > 2 and x.mT.is_contiguous() and not x.is_contiguous():  # the layout stays: products round by it
+        return in_global_order(x.mT).mT
     return x.transpose(0, 1).flatten(0, 1)
 
 
@@ -442,10 +451,13 @@ def check_settings(settings, world_size):
     if s['merge_every'] < 0:
         raise ValueError(f"merge_every={s['merge_every']} makes no sense: set 0 (never) or a number of steps")
     if s['merge_every'] and not s['lowrank'] and s['sync'] == 'step':
-        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0, or "
-                         "sync='merge' to average whole weights")
+        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0, "
+                         "or sync='merge' to average whole weights")
     if s['merge_reset'] and not s['merge_every']:
         raise ValueError('merge_reset=True without merges does nothing: set merge_every, or merge_reset=False')
+    if s['merge_reset'] and s['rewarm_iters'] >= s['merge_every']:
+        raise ValueError(f"rewarm_iters={s['rewarm_iters']} would never end before the next merge, every "
+                         f"{s['merge_every']} steps: set fewer")
     if s['rewarm_iters'] and not s['merge_reset']:
         raise ValueError(f"rewarm_iters={s['rewarm_iters']} is for merges that reset: set merge_reset=True, or 0")
     if s['merge_reset'] and s['optimizer'] == 'galore':
@@ -453,18 +465,19 @@ def check_settings(settings, world_size):
                          'merge_reset=False')
     split = s['lowrank'] and s['head_input'] == 'split'
     if s['sync'] == 'merge' and not ((split or not s['lowrank']) and s['merge_every'] and world_size > 1):
-        raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
-                         "merge_every, head_input='split' with lowrank, and start it with torchrun, or set sync='step'")
-    if s['sync'] == 'merge' and not s['lowrank'] and (s['optimizer'] == 'galore' or s['merge_reset']):
-        raise ValueError("sync='merge' without heads averages whole weights: each rank's GaLore would have other bases, "
-                         "and there is nothing to reset, so set optimizer='adamw' and merge_reset=False")
+        raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: "
+                         "set merge_every, head_input='split' with lowrank, and start it with torchrun, or set "
+                         "sync='step'")
+    if s['sync'] == 'merge' and (s['optimizer'] == 'galore' or s['merge_reset'] and not s['lowrank']):
+        raise ValueError("sync='merge' averages whole weights: each rank's GaLore would have other bases for them, and "
+                         "without heads there is nothing to reset: set optimizer='adamw', or merge_reset=False")
     if s['head_basis'] == 'gradient':
         if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
             raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "
                              "merge_reset=False and optimizer='adamw'")
         if s['galore_gap'] % s['merge_every']:
-            raise ValueError(f"galore_gap={s['galore_gap']} is no multiple of merge_every={s['merge_every']}: bases are "
-                             'taken at merges, set one')
+            raise ValueError(f"galore_gap={s['galore_gap']} is no multiple of merge_every={s['merge_every']}: bases "
+                             'are taken at merges, set one')
     elif s['basis_from'] != 'own':
         raise ValueError("basis_from='shared' is for head_basis='gradient': set that, or basis_from='own'")
     if not s['lowrank']:
@@ -478,9 +491,12 @@ def check_settings(settings, world_size):
             raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
         if s['heads'] % world_size:
             raise ValueError(f"heads={s['heads']} do not split over {world_size} ranks: set a multiple")
+        if s['heads'] > 1 and not s['merge_every']:
+            raise ValueError("split heads that never merge train models that never meet: set merge_every, or "
+                             "head_input='shared'")
         if world_size > 1 and s['optimizer'] == 'galore' and s['galore_basis'] != 'svd':
-            raise ValueError(f"galore_basis={s['galore_basis']!r} would draw other bases for split heads on every number "
-                             "of ranks: set galore_basis='svd'")
+            raise ValueError(f"galore_basis={s['galore_basis']!r} would draw other bases for split heads on every "
+                             "number of ranks: set galore_basis='svd'")
         if world_size > 1 and (s['per_layer'] or s['state_bits'] == 8):
             raise ValueError("split heads on several ranks are not averaged, and saved head by head: set "
                              "per_layer=False and state_bits=32")
@@ -560,10 +576,11 @@ def clip_gradients(model, max_norm):
     norms = nn.utils.get_total_norm([p.grad for p in rest])[None]
     if factors:
         of_heads = sum(f.grad.float().square().sum((1, 2)) for f in factors).sqrt()  # (H,), each over all layers
-        norms = torch.cat([norms, of_heads.to(norms)])  # (1 + H,)
+        norms = torch.cat([norms.to(of_heads.device), of_heads.to(norms.dtype)])  # (1 + H,)
     if max_norm:
         keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([p.grad for p in rest], keep[0])
+        if rest:
+            torch._foreach_mul_([p.grad for p in rest], keep[0])
         for factor in factors:
             factor.grad.mul_(keep[1:, None, None])
     return torch.linalg.vector_norm(norms)
@@ -635,5 +652,8 @@ def load_adapter(model, path, about):
         if theirs.get(key) != value:
             raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
                              'that it was trained on, with the same heads')
+    if saved.keys() != parts.keys():
+        raise ValueError(f"adapter '{path}' lacks {', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'} or holds "
+                         "more than this model's heads and classifier: load the one that the run wrote")
     for name, part in parts.items():
         part.copy_(saved[name])

@@ -140,6 +140,7 @@ class GPT(nn.Module):
         OpenAI's weights. source: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (from the hub, openai-community),
         or the path of a model.safetensors in the same layout. block_size: positions to keep, at most 1024.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
         path = source
         if source in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
@@ -153,7 +154,12 @@ class GPT(nn.Module):
         elif not (source.endswith('.safetensors') and os.path.isfile(path)):
             raise FileNotFoundError(f"there are no weights '{source}': set init_from to 'scratch', 'resume', 'gpt2', "
                                     "'gpt2-medium', 'gpt2-large', 'gpt2-xl' or the path of a model.safetensors")
-        state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
+        try:
+            state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
+        if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= state.keys():
+            raise ValueError(f"'{path}' holds no GPT-2 in the hub's layout (wte, wpe, h.0.attn.c_attn): give another file")
         depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('h.'))
         vocab_size, width = state['wte.weight'].shape
         if block_size > len(state['wpe.weight']):

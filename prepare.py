@@ -157,7 +157,7 @@ def read_jsonl(path):
         if line.strip():
             try:  # UTF-16, because JSON can spell half a surrogate pair
                 text = json.loads(line)['text'].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
                 raise DataError(f"line {number} of '{path}' has no string 'text': one JSON object a line") from None
             yield text, True
 
@@ -168,14 +168,18 @@ def read_parquet(path):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(256, columns=['text']):
+                if batch['text'].type not in (pyarrow.string(), pyarrow.large_string()):
+                    raise KeyError
                 yield from ((text or '', True) for text in batch['text'].to_pylist())
-    except (pyarrow.ArrowInvalid, KeyError):
-        raise DataError(f"'{path}' is no parquet file with a column 'text': convert it or rename the column") from None
+    except (pyarrow.ArrowException, KeyError):
+        raise DataError(f"'{path}' is no parquet file with a column 'text' of strings: convert it or rename the "
+                        'column') from None
 
 
 def hub_documents(name, path, limit):
     """Streamed from the hub, or from the folder `path` with the hub's files. limit: training tokens or None."""
     import huggingface_hub
+    import pyarrow
     import requests
     from datasets import load_dataset
     repository, columns, files = HUB[name]
@@ -194,6 +198,9 @@ def hub_documents(name, path, limit):
     except (ConnectionError, requests.exceptions.RequestException, huggingface_hub.errors.HfHubHTTPError):
         raise DataError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: connect and run it again, "
                         f"or use --path FOLDER with the files {files['train']} of {repository}") from None
+    except (ValueError, TypeError, EOFError, pyarrow.ArrowException) as error:
+        raise DataError(f"the files of '{path or repository}' are damaged or lack text in the columns {columns} "
+                        f'({str(error).splitlines()[0][:80]}): fetch them again') from error
 
 
 # -----------------------------------------------------------------------------
@@ -362,6 +369,16 @@ def write_shards(folder, meta, documents, encoding):
     close_shards()
 
 
+def read_meta(path):
+    """meta.json or progress.json."""
+    try:
+        meta = json.loads(path.read_text())
+        meta['shards']
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"'{path}' is damaged: prepare the data set again with --overwrite") from None
+    return meta
+
+
 @contextlib.contextmanager
 def claim(folder, settings, overwrite):
     """Locks the data set `folder`: yields its progress.json, {} for a new one, None if it is there already."""
@@ -372,7 +389,7 @@ def claim(folder, settings, overwrite):
         if overwrite:
             complete.unlink(missing_ok=True)
             progress.unlink(missing_ok=True)
-        found = next((json.loads(path.read_text()) for path in (complete, progress) if path.exists()), {})
+        found = next((read_meta(path) for path in (complete, progress) if path.exists()), {})
         for key, value in settings.items() if found else ():
             if found.get(key) != value:
                 raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not {value!r}: choose "
@@ -547,7 +564,7 @@ class Split:
     def __init__(self, name, split, kind, root):
         ensure(name, root)
         folder = Path(root, name)
-        self.meta = json.loads((folder / 'meta.json').read_text())
+        self.meta = read_meta(folder / 'meta.json')
         held = self.meta.get('kind', 'tokens')
         if held != kind:
             raise DataError(f"data set '{name}' holds {held}, not {kind}: choose one of {kind}")
@@ -736,6 +753,6 @@ def main(argv):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -35,8 +35,10 @@ def main(argv):
     settings = config.load(globals(), defaults, argv)
     _, _, dev, _ = config.join(device, 'auto', 'float32')
     with config.refusals():
-        config.need_positive(settings, ('num_samples', 'max_new_tokens'))
+        config.check_numbers(settings)
         state = config.load_checkpoint(f'{out_dir}/{checkpoint}')
+        if 'tokenizer' not in state:
+            raise ValueError(f"'{out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
         tokens = prepare.tokenizer(state['tokenizer'])
     s = state['settings']
     shape = state['model_config']

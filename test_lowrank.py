@@ -22,6 +22,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
@@ -94,7 +95,8 @@ def a_llama_resumes_bit_for_bit(data_dir, tmp_path, words):
 
 def tiny_gpt(**changes):
     torch.manual_seed(0)
-    return models.GPT(models.GPTConfig(**{**dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16), **changes}))
+    return models.GPT(models.GPTConfig(**{**dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=16),
+                                          **changes}))
 
 
 # -----------------------------------------------------------------------------
@@ -102,7 +104,8 @@ def tiny_gpt(**changes):
 
 
 def test_settings_file_sees_the_defaults_and_the_command_line_wins(tmp_path):
-    (tmp_path / 'a.py').write_text('import math\n_half = rate / 2\nrate = _half\nshape = (1, 2)\nflag = True\nname = "x"\n')
+    (tmp_path / 'a.py').write_text('import math\n_half = rate / 2\nrate = _half\nshape = (1, 2)\nflag = True\n'
+                                   'name = "x"\n')
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     space = {}
     got = config.load(space, known, ['--name=7', str(tmp_path / 'a.py'), '--count=3', '--limit=2'])
@@ -115,9 +118,18 @@ def test_settings_file_sees_the_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize('word, needles', [
     ('--learning_rat=1', ['learning_rat', "'learning_rate'"]), ('--heads=many', ['heads', 'str', 'int']),
     ('--compile=1', ['compile', 'int', 'bool']), ('--heads=True', ['bool', 'int']), ('--rank', ['--rank=value']),
-    ('--n_layer=None', ['NoneType', 'int']), ('--vocab_size=abc', ['str', 'int']), ('config/nowhere.py', ['nowhere.py'])])
+    ('--n_layer=None', ['NoneType', 'int']), ('--vocab_size=abc', ['str', 'int']),
+    ('config/nowhere.py', ['nowhere.py'])])
 def test_a_wrong_setting_is_one_sentence(capsys, word, needles):
     refused(capsys, lambda: config.load({}, train_gpt.defaults, [word]), *needles)
+
+
+@pytest.mark.parametrize('text, needles', [
+    ("lowrank = ['attn', 'mlp']", ['lowrank', 'list', 'str']), ('lerning_rates = [1, 2]', ['lerning_rates']),
+    ("lowrank = 'attn", ['SyntaxError']), ('max_iters = many * 2', ['NameError', 'many'])])
+def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, text, needles):
+    (tmp_path / 'a.py').write_text(text)
+    refused(capsys, lambda: config.load({}, train_gpt.defaults, [str(tmp_path / 'a.py')]), 'a.py', *needles)
 
 
 def test_a_typo_answers_before_torch_is_imported():
@@ -790,7 +802,8 @@ def test_a_replaced_output_layer_is_called_not_bypassed():
     lowrank.apply_mhlora(gpt, ('logit',), heads=2, rank=2)
     nn.init.normal_(gpt.lm_head.B)
     idx = torch.randint(40, (2, 8))
-    assert gpt(idx, idx).item() == pytest.approx(F.cross_entropy(gpt(idx).flatten(0, 1), idx.flatten()).item(), rel=1e-12)
+    assert gpt(idx, idx).item() == pytest.approx(F.cross_entropy(gpt(idx).flatten(0, 1), idx.flatten()).item(),
+                                                 rel=1e-12)
 
 
 def tiny_llama(**changes):
@@ -877,7 +890,8 @@ def random_heads(layer):
 def test_shared_heads_are_the_explicit_sum(head_compute, merge_reset):
     torch.manual_seed(0)
     heads, rank, alpha = 3, 4, 2.0  # alpha < rank: the scale is a true division
-    layer = random_heads(lowrank.MHLoRALinear(nn.Linear(7, 5).double(), heads, rank, alpha, 'shared', head_compute, merge_reset))
+    layer = random_heads(lowrank.MHLoRALinear(nn.Linear(7, 5).double(), heads, rank, alpha, 'shared', head_compute,
+                                              merge_reset))
     x = torch.randn(2, 6, 7, dtype=torch.float64, requires_grad=True)
     layer(x).square().sum().backward()
     got = [x.grad, layer.A.grad, layer.B.grad, layer.bias.grad]
@@ -962,7 +976,8 @@ def test_merge_keeps_the_function_and_eval_changes_no_weight(head_input, merge_r
     with lowrank.averaged_heads(gpt):
         assert (gpt(idx) - before).abs().max() < 1e-12
     lowrank.merge(gpt)  # nothing is left to merge
-    assert all(torch.allclose(layer.weight, w, rtol=0, atol=1e-14) for layer, w in zip(lowrank.head_layers(gpt), weights))
+    assert all(torch.allclose(layer.weight, w, rtol=0, atol=1e-14)
+               for layer, w in zip(lowrank.head_layers(gpt), weights))
     assert not any(torch.equal(state[n], v) for n, v in gpt.state_dict().items() if n.endswith('c_attn.weight'))
 
 
@@ -1003,7 +1018,8 @@ def test_targets_that_match_nothing_name_what_there_is():
 
 
 def linear_lora(layer, h):
-    """Head h of a layer as a model of its own: x -> W x + b + s (B A - B' A') x with factors that are its parameters."""
+    """Head h of a layer as a model of its own: x -> W x + b + s (B A - B' A') x with factors that are
+    its parameters."""
     A, B = (nn.Parameter(factor[h].detach().clone()) for factor in (layer.A, layer.B))
     merged = layer.B_merged[h] @ layer.A_merged[h] if not layer.merge_reset else 0.0
     return A, B, lambda x: F.linear(x, layer.weight + layer.scale * (B @ A - merged), layer.bias)
@@ -1041,7 +1057,8 @@ def test_split_heads_are_separate_models_on_separate_shards(merge_reset):
 
 
 def test_lte_merged_every_step_is_mhlora_on_the_replicated_batch():
-    """Plain SGD: a head of LTE gets the gradient of its own mean loss, one of MHLoRA an H-th of it (LTE, section 3.1)."""
+    """Plain SGD: a head of LTE gets the gradient of its own mean loss, one of MHLoRA an H-th of it (LTE,
+    section 3.1)."""
     heads, rate = 2, 0.1
     idx = torch.randint(31, (2, 16))
     lte, mhlora = tiny_gpt().double(), tiny_gpt().double()
@@ -1083,7 +1100,8 @@ def test_a_two_head_three_merge_trajectory_is_the_hand_written_one():
             W = W + alpha / r / heads * sum(B[h] @ A[h] - B_[h] @ A_[h] for h in range(heads))
             A_, B_ = [a.clone() for a in A], [b.clone() for b in B]
         assert torch.allclose(layer.weight, W, atol=1e-12)
-        assert torch.allclose(layer.A, torch.stack(A), atol=1e-12) and torch.allclose(layer.B, torch.stack(B), atol=1e-12)
+        assert torch.allclose(layer.A, torch.stack(A), atol=1e-12) and torch.allclose(layer.B, torch.stack(B),
+                                                                                      atol=1e-12)
 
 
 def test_a_reset_draws_new_heads_and_drops_their_moments():
@@ -1146,6 +1164,13 @@ def test_clipping_gives_every_split_head_its_own_norm():
     limit = sorted(before)[1]  # clips one of the three, leaves one alone
     assert lowrank.clip_gradients(gpt, limit).item() == pytest.approx(math.hypot(*before))
     assert norms() == pytest.approx([min(norm, limit) for norm in before], rel=1e-4)
+    alone = nn.Sequential(nn.Linear(6, 5, bias=False))
+    lowrank.apply_mhlora(alone, ('0',), 2, 2, 2.0, 'split')
+    alone(torch.randn(4, 6)).sum().backward()
+    assert lowrank.clip_gradients(alone, 1.0) > 0  # with nothing but heads to clip
+    moments = torch.randn(2, 3, 5, 4).mT  # as of a factor that is projected from the left
+    assert torch.equal(lowrank.in_global_order(moments), moments.transpose(0, 1).flatten(0, 1))
+    assert lowrank.in_global_order(moments).mT.is_contiguous()
 
 
 # -----------------------------------------------------------------------------
@@ -1513,9 +1538,11 @@ def test_clipping_uses_the_norm_of_what_is_stepped_on(rule):
     P, _ = galore.take_bases(grads[0], 2, True, False)
     norm = math.hypot((P.mT @ grads[0]).norm(), grads[1].norm())
     ends = []
-    for max_norm, shrink in ((norm / 3, 1.0), (0.0, 1 / 3), (3 * norm, 1 / 3)):  # clipped, by hand, and with nothing to clip
+    # clipped, by hand, and with nothing to clip
+    for max_norm, shrink in ((norm / 3, 1.0), (0.0, 1 / 3), (3 * norm, 1 / 3)):
         params = [nn.Parameter(torch.zeros_like(g)) for g in grads]
-        optimizer = galore.GaLoreAdamW([dict(params=params[:1], rank=2, update_proj_gap=9, scale=1.0, proj_type='std', rule=rule),
+        optimizer = galore.GaLoreAdamW([dict(params=params[:1], rank=2, update_proj_gap=9, scale=1.0,
+                                             proj_type='std', rule=rule),
                                         dict(params=params[1:])], lr=0.1, eps=1.0, max_norm=max_norm)
         for _ in range(2):
             for p, g in zip(params, grads):
@@ -1631,7 +1658,8 @@ def lean_run(steps=7, accumulation=1, first_micro_batch=False, max_norm=0.0, lea
 def test_projected_backward_is_galore(basis, accumulation):
     for max_norm in (0.0, 0.3):
         full = lean_run(accumulation=accumulation, first_micro_batch=True, basis=basis, max_norm=max_norm)
-        mine = lean_run(accumulation=accumulation, basis=basis, max_norm=max_norm, lean=['projected'], checkpointing=True)
+        mine = lean_run(accumulation=accumulation, basis=basis, max_norm=max_norm, lean=['projected'],
+                        checkpointing=True)
         assert torch.allclose(full[0], mine[0], rtol=0, atol=1e-9) and np.allclose(full[1], mine[1], rtol=0, atol=1e-9)
         for p, q in zip(full[4].parameters(), mine[4].parameters()):
             assert torch.allclose(p, q, rtol=0, atol=1e-9)
@@ -1659,6 +1687,21 @@ def test_per_layer_is_the_same_run(lean, rule):
     one = lean_run(steps=1, lean=lean, rule=rule, max_norm=1e-3)  # one by one each gradient comes down to the norm
     norms = [one[3].state[p]['exp_avg'].norm().item() for p in one[3].order]  # of q and k they are smaller anyway
     assert max(norms) < 1e-4 and sum(norm == pytest.approx(1e-4, rel=1e-2) for norm in norms) >= 4
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_nothing_but_the_model_says_on_which_device_it_runs(per_layer, monkeypatch):
+    """On the meta device, as on a GPU, a tensor of the CPU's does not go with the others."""
+    monkeypatch.setattr(galore, 'adamw', lambda *a, **k: None)  # has no kernel there
+    with torch.device('meta'):
+        net = Toy()
+    optimizer = galore.GaLoreAdamW(galore.param_groups(net, rank=3, basis='svd'), max_norm=1.0,
+                                   per_layer=per_layer)
+    for _ in range(2):
+        net.mlp(net.norm(net.attn(torch.ones(5, 8, device='meta'))[:, :8])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.gradient_norm.device.type == 'meta'
 
 
 def test_gradients_of_the_projected_linear():
@@ -1722,7 +1765,8 @@ def test_an_8_bit_second_moment_decays():
 def test_8_bit_training_follows_32_bits():
     def run(bits, lean=()):
         torch.manual_seed(0)
-        net = models.Llama(models.LlamaConfig(block_size=16, vocab_size=97, n_embd=64, n_layer=2, n_head=2, n_mlp=96, n_kv_head=2))
+        net = models.Llama(models.LlamaConfig(block_size=16, vocab_size=97, n_embd=64, n_layer=2, n_head=2,
+                                              n_mlp=96, n_kv_head=2))
         groups = galore.param_groups(net, rank=64, gap=20, moments='rotate', state_bits=bits)
         optimizer = galore.GaLoreAdamW(groups, lr=0.01, per_layer='per_layer' in lean)
         generator, losses = torch.Generator().manual_seed(2), []
@@ -1743,7 +1787,8 @@ def test_8_bit_training_follows_32_bits():
     bytes_of = sum(2 * p.numel() + 2 * 4 * -(-p.numel() // 256) for g in optimizer.param_groups if 'rank' not in g
                    for p in g['params'] if p.numel() >= 4096)
     assert bytes_of == sum(x.numel() * x.element_size() for g in optimizer.param_groups if 'rank' not in g
-                           for p in g['params'] if p.numel() >= 4096 for x in optimizer.state[p].values() if torch.is_tensor(x))
+                           for p in g['params'] if p.numel() >= 4096
+                           for x in optimizer.state[p].values() if torch.is_tensor(x))
     fresh = galore.GaLoreAdamW(optimizer.param_groups, lr=0.01)
     fresh.load_state_dict(optimizer.state_dict())
     assert same_state(fresh.state_dict()['state'], optimizer.state_dict()['state'])
@@ -1758,7 +1803,8 @@ LEAN = {'projected': ['--galore_backward=projected', '--grad_clip=0.5'],
 @pytest.mark.parametrize('name', LEAN)
 def test_lean_runs_resume_bit_for_bit(data_dir, tmp_path, name):
     words = [*LEAN[name], '--galore_rank=64', '--galore_gap=3', '--vocab_size=257', '--n_mlp=80', '--batch_size=4',
-             '--gradient_accumulation_steps=2', '--param_dtype=bfloat16', '--dtype=bfloat16', '--n_layer=1', '--n_embd=64']
+             '--gradient_accumulation_steps=2', '--param_dtype=bfloat16', '--dtype=bfloat16', '--n_layer=1',
+             '--n_embd=64']
 
     a_llama_resumes_bit_for_bit(data_dir, tmp_path, words)
 
@@ -1876,12 +1922,42 @@ def test_a_shared_basis_is_that_of_the_averaged_gradient():
             assert torch.allclose(mine.abs(), basis.abs(), atol=1e-9)
 
 
+@pytest.mark.parametrize('shape', [TALL, WIDE])
+@pytest.mark.parametrize('basis_from', ['own', 'shared'])
+def test_a_later_basis_is_that_of_all_micro_batches(shape, basis_from):
+    (m, n), heads = shape, 2
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(n, m, bias=False)).double()
+    lowrank.apply_mhlora(net, ('0',), heads, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
+    optimizer = galore.make_optimizer(net, {**GALOLTE, 'galore_gap': 2, 'basis_from': basis_from})
+    layer = net[0]
+    for step in range(3):
+        if step % 2 == 0:
+            galore.renew_bases(net, optimizer, step, 2)
+        optimizer.zero_grad()
+        G = torch.zeros(heads, m, n, dtype=torch.float64)
+        for micro_step in range(3):
+            optimizer.last_micro_batch = micro_step == 2
+            x, dy = torch.randn(heads, 5, n, dtype=torch.float64), torch.randn(heads, 5, m, dtype=torch.float64)
+            net(x).backward(dy)
+            G += heads * dy.mT @ x  # of a head's own mean loss
+        if step == 2:
+            break
+        optimizer.step()
+        if step % 2 == 1:
+            lowrank.merge(net)
+    for h in range(heads):
+        basis = galore.take_bases(G.mean(0) if basis_from == 'shared' else G[h], 3, layer.left, not layer.left)
+        assert torch.allclose(layer.B[h] if layer.left else layer.A[h].mT, basis[0 if layer.left else 1], atol=1e-12)
+        assert torch.allclose(layer.trained.grad[h], galore.project(G[h], *basis), atol=1e-12)
+
+
 def test_a_sketch_follows_the_averaged_gradient_without_ever_forming_it():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(30, 20, bias=False)).double()
     lowrank.apply_mhlora(layer, ('0',), 1, 3, 1.0, 'split', merge_reset=False, head_basis='gradient')
-    optimizer = galore.make_optimizer(layer, {**GALOLTE, 'galore_basis': 'sketch', 'galore_gap': 20, 'weight_decay': 0.0,
-                                              'learning_rate': 0.0})
+    optimizer = galore.make_optimizer(layer, {**GALOLTE, 'galore_basis': 'sketch', 'galore_gap': 20,
+                                              'weight_decay': 0.0, 'learning_rate': 0.0})
     U, _ = torch.linalg.qr(torch.randn(20, 3, dtype=torch.float64))
     for step in range(41):  # gradients whose leading directions are U
         if step % 10 == 0:
@@ -1900,8 +1976,9 @@ def test_a_sketch_follows_the_averaged_gradient_without_ever_forming_it():
 
 @pytest.mark.parametrize('basis', ['power', 'sketch'])
 def test_galolte_resumes_bit_for_bit(data_dir, tmp_path, basis):
-    words = ['--lowrank=attn,mlp', '--heads=2', '--rank=3', '--head_input=split', '--head_basis=gradient', '--merge_every=3',
-             '--galore_gap=6', f'--galore_basis={basis}', '--galore_moments=rotate', '--gradient_accumulation_steps=2']
+    words = ['--lowrank=attn,mlp', '--heads=2', '--rank=3', '--head_input=split', '--head_basis=gradient',
+             '--merge_every=3', '--galore_gap=6', f'--galore_basis={basis}', '--galore_moments=rotate',
+             '--gradient_accumulation_steps=2']
     whole = train(data_dir, tmp_path / 'a', *words, '--max_iters=8')
     for stop in (3, 4):  # at a merge, where bases are due, and between two
         train(data_dir, tmp_path / str(stop), *words, f'--max_iters={stop}')
@@ -1953,10 +2030,12 @@ def test_resume_is_bit_for_bit(data_dir, tmp_path, words):
     ['--optimizer=galore', '--lowrank=attn', '--heads=2', '--rank=4', '--head_input=split', '--merge_every=3'],
 ], ids=['power', 'fira', 'lte'])
 def test_llama_with_galore_resumes_bit_for_bit(data_dir, tmp_path, words):
-    words = [*words, '--galore_rank=3', '--galore_gap=3', '--vocab_size=257', '--n_mlp=24', '--gradient_accumulation_steps=2']
+    words = [*words, '--galore_rank=3', '--galore_gap=3', '--vocab_size=257', '--n_mlp=24',
+             '--gradient_accumulation_steps=2']
 
     a_llama_resumes_bit_for_bit(data_dir, tmp_path, words)
-    assert len(sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
+    assert len(sample.main([f'--out_dir={tmp_path}/a', '--num_samples=1', '--max_new_tokens=3',
+                            '--device=cpu'])[0]) == 4
 
 
 def test_a_resumed_run_steps_as_its_own_settings_say(data_dir, tmp_path):
@@ -1970,7 +2049,8 @@ def test_a_resumed_run_steps_as_its_own_settings_say(data_dir, tmp_path):
 
 def test_a_vocabulary_above_the_tokenizers_still_gives_text(data_dir, tmp_path):
     train(data_dir, tmp_path / 'a', '--vocab_size=4000', '--max_iters=1')
-    text = sample.main([f'--out_dir={tmp_path}/a', '--num_samples=2', '--max_new_tokens=30', '--top_k=0', '--device=cpu'])
+    text = sample.main([f'--out_dir={tmp_path}/a', '--num_samples=2', '--max_new_tokens=30', '--top_k=0',
+                        '--device=cpu'])
     assert max(map(max, text)) < 257
 
 
@@ -1979,12 +2059,14 @@ def test_compiled_and_float16_runs_train_the_same(data_dir, tmp_path):
              '--param_dtype=float32', '--dtype=float32']
     plain = train(data_dir, tmp_path / 'a', *words)['best_val_loss']
     assert train(data_dir, tmp_path / 'b', *words, '--compile=True')['best_val_loss'] == pytest.approx(plain, abs=1e-3)
-    half = train(data_dir, tmp_path / 'c', *words, '--dtype=float16', '--max_iters=12')  # its scaler skips the first steps
+    # its scaler skips the first steps
+    half = train(data_dir, tmp_path / 'c', *words, '--dtype=float16', '--max_iters=12')
     assert half['scaler']['scale'] < 65536 and half['best_val_loss'] < 5.3
 
 
 def test_sampled_text_is_the_same_with_heads_applied_or_merged(data_dir, tmp_path, capsys):
-    train(data_dir, tmp_path / 'a', '--lowrank=attn,logit', '--heads=2', '--rank=2', '--head_input=split', '--merge_every=3')
+    train(data_dir, tmp_path / 'a', '--lowrank=attn,logit', '--heads=2', '--rank=2', '--head_input=split',
+          '--merge_every=3')
     words = [f'--out_dir={tmp_path}/a', '--num_samples=2', '--max_new_tokens=20', '--prompt=doc', '--device=cpu']
     merged = sample.main(words)
     assert capsys.readouterr().out.count('doc') == 2
@@ -1995,9 +2077,9 @@ def test_sampled_text_is_the_same_with_heads_applied_or_merged(data_dir, tmp_pat
 
 def test_a_signal_saves_and_ends_with_zero(data_dir, tmp_path):
     run = subprocess.Popen([sys.executable, 'train_gpt.py', f'--data_dir={data_dir}', f'--out_dir={tmp_path}/a',
-                            '--dataset=tiny', '--block_size=16', '--n_layer=1', '--n_head=1', '--n_embd=8', '--batch_size=2',
-                            '--max_iters=1000000', '--eval_interval=1000000', '--eval_iters=1', '--log_interval=1',
-                            '--device=cpu'], cwd=HERE, stdout=subprocess.PIPE, text=True)
+                            '--dataset=tiny', '--block_size=16', '--n_layer=1', '--n_head=1', '--n_embd=8',
+                            '--batch_size=2', '--max_iters=1000000', '--eval_interval=1000000', '--eval_iters=1',
+                            '--log_interval=1', '--device=cpu'], cwd=HERE, stdout=subprocess.PIPE, text=True)
     for line in run.stdout:
         if '| train' in line:
             run.send_signal(signal.SIGTERM)
@@ -2007,19 +2089,38 @@ def test_a_signal_saves_and_ends_with_zero(data_dir, tmp_path):
     assert config.load_checkpoint(f'{tmp_path}/a/ckpt.pt')['step'] >= 1
 
 
+def test_a_run_that_is_stopped_where_it_evaluates_makes_up_for_it(data_dir, tmp_path, monkeypatch):
+    whole = train(data_dir, tmp_path / 'a', '--max_iters=8')
+    for stop in (4, 8):
+        steps = itertools.count(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(config, 'stop_requested', lambda world_size: next(steps) == stop)
+            train(data_dir, tmp_path / str(stop), '--max_iters=8')
+        (tmp_path / str(stop) / 'log.jsonl').open('a').write('{"step": 9, "val_loss": 0}\n{"step":')  # of a crash
+        resumed = train(data_dir, tmp_path / str(stop), '--max_iters=8', '--init_from=resume')
+        assert resumed['step'] == 8 and same_state(whole['model'], resumed['model'])
+        assert logged(tmp_path / str(stop), 'val_loss') == logged(tmp_path / 'a', 'val_loss')
+        best = [config.load_checkpoint(f'{tmp_path}/{run}/best.pt') for run in ('a', stop)]
+        assert best[0]['step'] == best[1]['step'] and best[0]['best_val_loss'] == best[1]['best_val_loss']
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
     train(data_dir, tmp_path / 'a')
     good = (tmp_path / 'a' / 'ckpt.pt').read_bytes()
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):
-        train(data_dir, tmp_path / 'a', '--init_from=resume', '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
+        train(data_dir, tmp_path / 'a', '--init_from=resume', '--max_iters=40', '--learning_rate=1e300',
+              '--min_lr=1e300')
     assert (tmp_path / 'a' / 'ckpt.pt').read_bytes() == good
 
 
 def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys):
+    from safetensors.torch import save_file
     out = tmp_path / 'a'
     train(data_dir, out)
     held = (out / 'ckpt.pt').read_bytes()
     capsys.readouterr()
+    save_file({'x': torch.ones(1)}, tmp_path / 'no.safetensors')
+    (tmp_path / 'bad.safetensors').write_bytes(b'no')
     for word, *needles in [
             ('--dataset=c4', 'c4', 'prepare.py'),
             ('--vocab_size=100', '257', 'vocab_size=257'),
@@ -2029,7 +2130,11 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
             ('--lowrank=nowhere', 'c_attn'),
             ('--merge_every=5', 'lowrank'),
             ('--head_input=both', "'split'"), ('--heads=0', 'heads=0'), ('--eval_interval=0', 'eval_interval'),
-            ('--galore_rank=0', 'galore_rank'), ('--per_layer=True', "optimizer='galore'"), ('--state_bits=16', '32, 8'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
+            ('--galore_rank=0', 'galore_rank'), ('--per_layer=True', "optimizer='galore'"),
+            ('--state_bits=16', '32, 8'), ('--merge_every=-5', 'merge_every'), ('--optimizer=sgd', "'adamw'"),
+            ('--seed=-1', 'seed=-1'), ('--grad_clip=-1', 'grad_clip'), ('--dropout=1.5', 'dropout=1.5'),
+            ('--galore_rule=fira', "optimizer='galore'"), (f'--init_from={tmp_path}/no.safetensors', 'wte'),
+            (f'--init_from={tmp_path}/bad.safetensors', 'damaged'),
             ('--dtype=float16', 'param_dtype'), ('--param_dtype=foo', 'param_dtype'), ('--device=foo', "'cuda:N'"),
             ('--init_from=nothing.safetensors', 'nothing.safetensors')]:
         refused(capsys, lambda: train(data_dir, out, word), *needles)
@@ -2041,24 +2146,31 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     os.mkdir(tmp_path / 'best')
     (tmp_path / 'best' / 'ckpt.pt').write_bytes((out / 'best.pt').read_bytes())
     refused(capsys, lambda: train(data_dir, tmp_path / 'best', '--init_from=resume'), 'weights alone')
-    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--head_input=split', '--head_compute=sequential'),
-            "'parallel'")
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--head_input=split',
+                                  '--head_compute=sequential'), "'parallel'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--merge_reset=True'), 'merge_every')
     galolte = ['--lowrank=attn', '--head_input=split', '--head_basis=gradient', '--merge_every=3']
-    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=10'), 'galore_gap=10', 'merge_every=3')
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=10'),
+            'galore_gap=10', 'merge_every=3')
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--optimizer=galore'), "optimizer='adamw'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--basis_from=shared'), "head_basis='gradient'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--galore_basis=sketch'), "galore_basis='power'")
-    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=3', '--galore_rule=fira'), "galore_rule='fira'")
+    refused(capsys, lambda: train(data_dir, tmp_path / 'x', *galolte, '--galore_gap=3', '--galore_rule=fira'),
+            "galore_rule='fira'")
     refused(capsys, lambda: train(data_dir, tmp_path / 'x', '--lowrank=attn', '--merge_every=5', '--merge_reset=True',
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
-    split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split'}
-    for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'), ({'sync': 'always'}, 2, "'step'"),
-                                 ({'state_bits': 8}, 2, 'state_bits=32'), ({'sync': 'merge'}, 2, 'merge_every'),
+    split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split', 'merge_every': 2}
+    for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'),
+                                 ({'sync': 'always'}, 2, "'step'"), ({'state_bits': 8}, 2, 'state_bits=32'),
+                                 ({'sync': 'merge', 'merge_every': 0}, 2, 'merge_every'), ({'merge_every': 0}, 2, 'meet'),
+                                 ({'sync': 'merge', 'optimizer': 'galore', 'grad_clip': 0.0}, 2, 'other bases'),
+                                 ({'merge_reset': True, 'rewarm_iters': 2}, 1, 'never end'),
                                  ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun'),
-                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'optimizer': 'galore'}, 2, "'adamw'"),
-                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'merge_reset': True}, 2, 'nothing to reset'),
+                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'optimizer': 'galore'},
+                                  2, "'adamw'"),
+                                 ({'sync': 'merge', 'merge_every': 2, 'lowrank': '', 'merge_reset': True},
+                                  2, 'nothing to reset'),
                                  ({'merge_every': 2, 'lowrank': ''}, 2, "sync='merge'")]:
         with pytest.raises(ValueError, match=said):
             lowrank.check_settings({**split, **changes}, count)
@@ -2160,7 +2272,8 @@ def test_targets_that_cover_each_other_or_nothing_are_refused():
             lowrank.apply_mhlora(drawn_vit(), targets)
     with pytest.raises(ValueError, match='bases of whole layers'):
         lowrank.apply_mhlora(drawn_vit(), ['q'], rank=2, head_input='split', head_basis='gradient')
-    assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == ['transformer.h.0.attn.c_attn', 'transformer.h.1.attn.c_attn']
+    assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == ['transformer.h.0.attn.c_attn',
+                                                                    'transformer.h.1.attn.c_attn']
 
 
 def auc_by_hand(positive, score):
@@ -2220,8 +2333,10 @@ def test_images_are_normalised_as_timm_has_it():
 @pytest.mark.parametrize('words', [
     ['--augment=flip,crop', '--gradient_accumulation_steps=2'],
     ['--lowrank=q,v,mlp', '--rank=2', '--heads=2', '--param_dtype=float32', '--dtype=bfloat16'],
-    ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--merge_every=3', '--train=all', '--augment=flip'],
-    ['--optimizer=galore', '--galore_rank=3', '--galore_gap=2', '--galore_backward=projected', '--state_bits=8', '--grad_clip=0'],
+    ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--merge_every=3', '--train=all',
+     '--augment=flip'],
+    ['--optimizer=galore', '--galore_rank=3', '--galore_gap=2', '--galore_backward=projected', '--state_bits=8',
+     '--grad_clip=0'],
     ['--lowrank=attn', '--rank=2', '--heads=2', '--head_input=split', '--head_basis=gradient', '--merge_every=1',
      '--galore_gap=3'],
     ['--train=classifier', '--param_dtype=float32', '--dtype=float16'],
@@ -2229,7 +2344,8 @@ def test_images_are_normalised_as_timm_has_it():
 def test_a_vit_resumes_bit_for_bit(image_root, tmp_path, words):
     whole, log = see(image_root, tmp_path / 'a', *words, '--max_iters=4', '--lr_decay_iters=20')
     see(image_root, tmp_path / 'b', *words, '--lr_decay_iters=20')
-    resumed, again = see(image_root, tmp_path / 'b', *words, '--max_iters=4', '--lr_decay_iters=20', '--init_from=resume')
+    resumed, again = see(image_root, tmp_path / 'b', *words, '--max_iters=4', '--lr_decay_iters=20',
+                         '--init_from=resume')
     for key in ('model', 'optimizer', 'step', 'best_val_auc'):
         assert same_state(whole[key], resumed[key]), key
     best = max(record['val_auc'] for record in log if record.get('val_auc') and record['step'])
@@ -2245,10 +2361,19 @@ def test_epochs_are_passes_over_the_images_and_a_run_learns(tmp_path):
     archive(tmp_path, 'pneumoniamnist', counts=dict(train=64, val=30, test=30))
     x = np.random.default_rng(0).integers(0, 128, (64, 28, 28)).astype(np.uint8)
     x += 100 * (np.arange(64) % 2)[:, None, None].astype(np.uint8)  # grey; ill ones are lighter
-    archive(tmp_path, 'pneumoniamnist', counts=dict(train=64, val=30, test=30), train_images=x, val_images=x[:30], test_images=x[:30])
+    archive(tmp_path, 'pneumoniamnist', counts=dict(train=64, val=30, test=30), train_images=x,
+            val_images=x[:30], test_images=x[:30])
     prepare_images(tmp_path, 'pneumoniamnist')
-    state, log = see(tmp_path, tmp_path / 'a', '--dataset=pneumoniamnist', '--epochs=3', '--batch_size=8', '--eval_interval=9')
+    state, log = see(tmp_path, tmp_path / 'a', '--dataset=pneumoniamnist', '--epochs=3', '--batch_size=8',
+                     '--eval_interval=9')
     assert state['step'] == 24 and log[-1]['test_auc'] > 0.95
+
+
+def test_a_vit_writes_no_text(image_root, tmp_path, capsys):
+    see(image_root, tmp_path / 'a')
+    refused(capsys, lambda: sample.main([f'--out_dir={tmp_path}/a', '--device=cpu']), 'holds a ViT')
+    decayed, spared = (group['param_names'] for group in galore.param_groups(drawn_vit(), 0.1))
+    assert {'pos_embed', 'cls_token'} <= set(spared) and 'patch_embed.proj.weight' in decayed
 
 
 def test_several_labels_an_image_train_and_evaluate(tmp_path):
@@ -2272,20 +2397,24 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(image_root, tm
     loss = F.cross_entropy(theirs.double()((x.double() / 255 - 0.5) / 0.5), y).item()
     assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-6) and 'test_acc' in log[1]
     assert see(image_root, tmp_path / 'b', f'--init_from={tmp_path}/theirs.pt', '--eval_only=True')[1] == log
-    see(image_root, tmp_path / 'c', f'--init_from={tmp_path}/theirs.pt', '--img_size=42')  # the embedding of places resized
+    # the embedding of places resized
+    see(image_root, tmp_path / 'c', f'--init_from={tmp_path}/theirs.pt', '--img_size=42')
     # ours: split heads that merge, then full fine-tuning from what they made of it, with another classifier
-    see(image_root, tmp_path / 'lte', '--lowrank=attn', '--heads=2', '--rank=2', '--head_input=split', '--merge_every=2')
+    see(image_root, tmp_path / 'lte', '--lowrank=attn', '--heads=2', '--rank=2', '--head_input=split',
+        '--merge_every=2')
     first, = (record for record in see(image_root, tmp_path / 'd', f'--init_from={tmp_path}/lte/best.pt',
                                        '--eval_only=True', '--n_layer=None')[1] if 'val_loss' in record)
     record = json.loads((tmp_path / 'lte' / 'log.jsonl').read_text().splitlines()[2])
     assert record['step'] == 2 and first['val_loss'] == pytest.approx(record['val_loss'], abs=1e-6)
-    other, _ = see(image_root, tmp_path / 'e', f'--init_from={tmp_path}/lte/best.pt', '--dataset=digits', '--n_layer=None')
+    other, _ = see(image_root, tmp_path / 'e', f'--init_from={tmp_path}/lte/best.pt', '--dataset=digits',
+                   '--n_layer=None')
     assert other['model']['head.weight'].shape == (10, 16) and other['model_config']['n_layer'] == 2
     refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/lte/best.pt', '--dataset=digits',
                                 '--eval_only=True'), '9 classes', "10 of data set 'digits'")
     refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/theirs.pt', '--n_layer=3'),
             'theirs.pt', 'n_layer')
-    refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/lte/best.pt', '--n_head=4'), 'n_head=2', '4')
+    refused(capsys, lambda: see(image_root, tmp_path / 'f', f'--init_from={tmp_path}/lte/best.pt', '--n_head=4'),
+            'n_head=2', '4')
 
 
 def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(image_root, tmp_path, capsys):
@@ -2300,8 +2429,12 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(image_root
     wanted = {**log[-1], 'step': 0}
     assert loaded[-1] == wanted and loaded[0]['val_auc'] == state['best_val_auc']
     see(image_root, tmp_path / 'other', '--seed=7')
+    with safetensors.safe_open(path, 'pt') as file:
+        parts = {name: file.get_tensor(name) for name in sorted(file.keys())[1:]}
+        safetensors.torch.save_file(parts, tmp_path / 'part.safetensors', file.metadata())
     for more, needle in (([f'--init_from={tmp_path}/other/best.pt'], 'base='), (['--alpha=4'], 'alpha=8.0, not 4.0'),
-                         (['--lowrank=q,k'], 'lowrank='), ([f'--adapter={base}'], 'best.pt')):
+                         (['--lowrank=q,k'], 'lowrank='), ([f'--adapter={base}'], 'best.pt'),
+                         ([f'--adapter={tmp_path}/part.safetensors'], 'lacks')):
         refused(capsys, lambda: see(image_root, tmp_path / 'c', *again, *more), needle)
     see(image_root, tmp_path / 'lte', '--lowrank=attn', '--rank=2', '--train=all')
     assert not (tmp_path / 'lte' / 'adapter.safetensors').exists()  # the rest trained too
@@ -2311,14 +2444,17 @@ def test_mistakes_with_a_vit_are_one_sentence(image_root, tmp_path, capsys):
     see(image_root, tmp_path / 'a')
     (tmp_path / 'bad.safetensors').write_bytes(b'no')
     for word, *needles in [
-            ('--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"), ('--dataset=bloodmnist', 'prepare.py'),
-            ('--n_head=3', 'num_heads', 'n_embd'), ('--augment=flop', "'flip'"), ('--train=some', "'classifier'"),
+            ('--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"),
+            ('--dataset=bloodmnist', 'prepare.py'), ('--n_head=3', 'num_heads', 'n_embd'),
+            ('--augment=flop', "'flip'"), ('--train=some', "'classifier'"),
             ('--init_from=nowhere.pt', 'nowhere.pt'), (f'--init_from={tmp_path}/bad.safetensors', 'bad.safetensors'),
             ('--lowrank=attn,q', 'qkv'), ('--batch_size=0', 'batch_size'),
             ('--max_iters=9', 'already holds a run')]:
         refused(capsys, lambda: see(image_root, tmp_path / 'a', word), *needles)
-    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--model=vit_small_patch16_224'), 'model=')
-    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--dataset=digits'), '9 classes', "10 of")
+    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--model=vit_small_patch16_224'),
+            'model=')
+    refused(capsys, lambda: see(image_root, tmp_path / 'a', '--init_from=resume', '--dataset=digits'),
+            '9 classes', "10 of")
 
 
 # -----------------------------------------------------------------------------
@@ -2395,10 +2531,11 @@ def four_ranks(rank, store, data_dir, out):
 
 def merged_weights_have_the_same_bits_on_every_rank():
     rank = torch.distributed.get_rank()
-    for dtype, merge_reset, heads_rank in ((torch.float32, False, 2), (torch.bfloat16, True, 2), (torch.float32, False, 8),
-                                           (torch.bfloat16, True, 16)):
+    for dtype, merge_reset, heads_rank in ((torch.float32, False, 2), (torch.bfloat16, True, 2),
+                                           (torch.float32, False, 8), (torch.bfloat16, True, 16)):
         gpt = tiny_gpt().to(dtype)
-        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, heads_rank, 3.0, 'split', merge_reset=merge_reset, worker=rank, workers=2)
+        lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 4, heads_rank, 3.0, 'split', merge_reset=merge_reset,
+                             worker=rank, workers=2)
         assert {layer.sends_products for layer in lowrank.head_layers(gpt)} == {heads_rank > 2}  # or factors
         replicas = lowrank.replica_parameters(gpt)
         torch.manual_seed(rank)
@@ -2413,7 +2550,8 @@ def merged_weights_have_the_same_bits_on_every_rank():
             lowrank.merge(gpt, torch.Generator().manual_seed(5), replicas)
             for name, layer in gpt.named_modules():
                 if isinstance(layer, lowrank.MHLoRALinear):  # taken from all heads, gathered
-                    assert torch.allclose(layer.weight, plain.get_submodule(name).weight, atol=0.02 if merge_reset else 1e-5)
+                    assert torch.allclose(layer.weight, plain.get_submodule(name).weight,
+                                          atol=0.02 if merge_reset else 1e-5)
             for p in plain.load_state_dict(gpt.state_dict(), strict=False) and gpt.parameters():
                 if p not in lowrank.own_factors(gpt):
                     assert torch.equal(*lowrank.gather_over_ranks(p))
@@ -2446,9 +2584,10 @@ def by_hand(data_dir, steps, each):
     for gpt, heads in ((whole, 2 * each), (workers[0], each), (workers[1], each)) if each else ():
         lowrank.apply_mhlora(gpt, ('attn', 'mlp'), heads, 2, 4.0, 'split', merge_reset=False)
     for k, gpt in enumerate(workers):  # worker k has the heads k and k + 2
-        gpt.load_state_dict({name: x[k::2] if name.split('.')[-1][:1] in 'AB' else x for name, x in whole.state_dict().items()})
-    optimizers = [torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], betas=(0.9, 0.95), weight_decay=0.0)
-                  for gpt in workers]
+        gpt.load_state_dict({name: x[k::2] if name.split('.')[-1][:1] in 'AB' else x
+                             for name, x in whole.state_dict().items()})
+    optimizers = [torch.optim.AdamW([p for p in gpt.parameters() if p.requires_grad], betas=(0.9, 0.95),
+                                    weight_decay=0.0) for gpt in workers]
     data = prepare.Tokens('tiny', 'train', 16, data_dir)
     for step in range(steps):
         for k, (gpt, optimizer) in enumerate(zip(workers, optimizers)):
@@ -2490,11 +2629,13 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
                 for key, value in one['model'].items():
                     assert torch.allclose(value, saved(other)['model'][key], rtol=0, atol=1e-10), (other, key)
                 for key, tolerance in (('val_loss', 1e-10), ('train_loss', 2e-6)):  # the latter is added up in float32
-                    assert logged(tmp_path / other, key) == pytest.approx(logged(tmp_path / 'one' / name, key), abs=tolerance)
+                    assert logged(tmp_path / other, key) == pytest.approx(logged(tmp_path / 'one' / name, key),
+                                                                          abs=tolerance)
     for name in (*SPLIT, 'replicas', 'local'):  # bit for bit at the same number of ranks
         for key in ('model', 'optimizer', 'replicas', 'step', 'best_val_loss'):
             assert same_state(saved(name)[key], saved(f'{name}_on')[key]), (name, key)
-    assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu'])[0]) == 4
+    assert len(sample.main([f'--out_dir={tmp_path}/replicas', '--num_samples=1', '--max_new_tokens=3',
+                            '--device=cpu'])[0]) == 4
 
     for name, words in VIT.items():
         one, log = see(image_root, tmp_path / 'one' / name, *words)
@@ -2514,11 +2655,14 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
     # bytes: 2 heads of rank 2 a rank, m + n = 256 a block, twice that where primes go along; 8 bytes a number
     shapes = [tuple(layer.weight.shape) for layer in lowrank.head_layers(workers[0])]
     others = sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
-    for name, method, merges, refreshes in (('local', 'local AdamW', 2, 0), ('galolte_shared', 'GaLoLTE, one basis', 2, 1)):
-        step, gathered, merge, refresh = bench.sent_bytes(shapes, others, method, 2, 2, 2, 8)  # the first bases: m n numbers
+    for name, method, merges, refreshes in (('local', 'local AdamW', 2, 0),
+                                            ('galolte_shared', 'GaLoLTE, one basis', 2, 1)):
+        # the first bases: m n numbers
+        step, gathered, merge, refresh = bench.sent_bytes(shapes, others, method, 2, 2, 2, 8)
         assert sum(logged(tmp_path / name, 'sync_bytes').values()) * 2 == 8 * step + merges * merge + refreshes * (
             refresh + 8 * sum(m * n + 2 * min(m, n) for m, n in shapes)) and not gathered, name
-    heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters() if p.requires_grad and p.dim() < 3)
+    heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters()
+                                               if p.requires_grad and p.dim() < 3)
     for name, gather, each_step, at_merge in (('lte', 2 * heads, step, 0), ('reset', heads, step, 0),
                                               ('replicas', 2 * heads, 0, step)):
         if name != 'reset':
@@ -2530,18 +2674,21 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
 
 def test_the_planner_takes_a_config_and_counts_every_byte(tmp_path, capsys):
     path = tmp_path / 'tiny.py'
-    path.write_text("# tiny\n# python train_gpt.py tiny.py\nblock_size, n_layer, n_head, n_embd, vocab_size = 16, 2, 2, 32, 64\n"
+    path.write_text("# tiny\n# python train_gpt.py tiny.py\n"
+                    "block_size, n_layer, n_head, n_embd, vocab_size = 16, 2, 2, 32, 64\n"
                     "lowrank, heads, rank, head_input, merge_every, galore_rank = 'attn', 2, 3, 'split', 5, 4\n")
     bench.memory(['--config', str(path), '--budget', '1e-6GB'])  # where nothing fits there is less to plan
     rows = [line for line in capsys.readouterr().out.splitlines() if 'float' in line]
     methods = ('full rank', 'GaLore', 'GaLore, projected', 'LTE, 2 heads of rank 3')
     assert [row[:34].strip() for row in rows] == [name for name in methods for _ in range(2)]
     assert all(row[34:].split()[1] == 'none' for row in rows)
-    for script, tiny_shape in ((train_llama, dict(n_layer=2, n_embd=32, n_head=2, n_mlp=48, vocab_size=64, block_size=16)),
+    for script, tiny_shape in ((train_llama, dict(n_layer=2, n_embd=32, n_head=2, n_mlp=48, vocab_size=64,
+                                                  block_size=16)),
                                (train_vit, dict(n_layer=2, n_embd=32, n_head=2, img_size=32, patch_size=16))):
         said = bench.planned({**script.defaults, **tiny_shape, 'optimizer': 'adamw', 'dtype': 'float32'}, None, 4)
         assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; counters; buffers have none
-        assert 4 * said['weights'] - 16384 < said['total'] < 8 * said['weights']  # in the optimizer's step, and not much more
+        # in the optimizer's step, and not much more
+        assert 4 * said['weights'] - 16384 < said['total'] < 8 * said['weights']
     for words, said in ((['--budget', '12'], 'has no unit'), (['--budget', 'xGB'], 'is no number'),
                         (['--config', str(tmp_path / 'no.py')], 'is not there')):
         with pytest.raises(SystemExit):

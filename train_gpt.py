@@ -1,5 +1,5 @@
 """
-Trains GPT-2 with full-rank weights, LoRA or multi-head LoRA. Launch it on one process or on several:
+Trains GPT-2 with full-rank weights, LoRA heads (LTE, ReLoRA), GaLore or both (GaLoLTE). On one process or on several:
 
 $ python train_gpt.py config/quickstart.py
 $ python train_gpt.py config/gpt2_mhlora.py --batch_size=8 --rank=16
@@ -40,7 +40,7 @@ vocab_size = None  # None: that of the data
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
 heads = 1  # low-rank heads of a layer
 rank = 4  # of each head
-alpha = 4.0  # the heads' product is scaled by alpha / rank
+alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
 head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
 head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
@@ -50,11 +50,11 @@ merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
-optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
+optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP (or of heads)
 galore_rank = 128
 galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
 galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; GaLoLTE: or 'sketch'
+galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random', GaLoLTE: 'sketch'
 galore_rule = 'galore'  # 'galore' or 'fira'
 galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
 galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
@@ -99,8 +99,7 @@ def main(argv):
     dist_rank, world_size, dev, compute = config.join(device, dtype, param_dtype)
     device_type = dev.split(':')[0]
     with config.refusals():
-        config.need_positive(settings, ('eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'block_size', 'n_layer',
-                                        'gradient_accumulation_steps', 'n_head', 'n_embd', 'heads', 'galore_rank'))
+        config.check_numbers(settings)
         check_settings(settings, world_size)
         check_optimizer(settings, compute)
 
@@ -142,7 +141,7 @@ def main(argv):
         if checkpoint:
             load_whole_state(model, adam, checkpoint, replicas)
         if dist_rank == 0:
-            config.start_run(settings)
+            config.start_run(settings, step)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
     if checkpoint:
         config.load_optimizer(adam, scaler, checkpoint)
@@ -190,17 +189,17 @@ def main(argv):
 
         # evaluate and save
         last = stop or step >= max_iters or eval_only
-        if last or (step % eval_interval == 0 and (step > start or step == 0)):
+        if last or step % eval_interval == 0:
             val_loss = None
             if not stop:  # a signal wants the checkpoint soon
                 val_loss = evaluate()
                 config.refuse_non_finite(step, saved, out_dir, val_loss=val_loss)
                 if dist_rank == 0:
                     config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
+            if val_loss is not None and val_loss < best_val_loss and step > 0 and not eval_only:
+                best_val_loss = val_loss
+                save('best.pt')
             if step > start:
-                if val_loss is not None and val_loss < best_val_loss:
-                    best_val_loss = val_loss
-                    save('best.pt')
                 save('ckpt.pt', adam, scaler=scaler.state_dict())
                 saved = step
             config.restart_meter(meter)

@@ -41,7 +41,7 @@ train = 'auto'  # besides heads: 'all', 'classifier' (biases, norms stay, as in 
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
 heads = 1  # low-rank heads of a layer
 rank = 4  # of each head
-alpha = 4.0  # the heads' product is scaled by alpha / rank
+alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
 head_input = 'shared'  # 'shared': every head sees every image; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
 head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
@@ -51,11 +51,11 @@ merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
-optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a low-rank projection of the gradients of attention and MLP (or of heads)
+optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP (or of heads)
 galore_rank = 128
 galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
 galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; GaLoLTE: or 'sketch'
+galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random', GaLoLTE: 'sketch'
 galore_rule = 'galore'  # 'galore' or 'fira'
 galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
 galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
@@ -267,9 +267,7 @@ def main(argv):
     dist_rank, world_size, dev, compute = config.join(device, dtype, param_dtype)
     device_type = dev.split(':')[0]
     with config.refusals():
-        config.need_positive(settings, ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
-                                        'img_size', 'patch_size', 'n_layer', 'n_head', 'n_embd', 'heads',
-                                        'galore_rank'))
+        config.check_numbers(settings)
         check_settings(settings, world_size)
         check_optimizer(settings, compute)
         if adapter and head_input == 'split':
@@ -336,7 +334,7 @@ def main(argv):
         if eval_only:
             os.makedirs(out_dir, exist_ok=True)
         elif dist_rank == 0:
-            config.start_run(settings)
+            config.start_run(settings, step)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
     if checkpoint:
         config.load_optimizer(adam, scaler, checkpoint)
@@ -403,19 +401,19 @@ def main(argv):
 
         # evaluate and save
         last = stop or step >= steps or eval_only
-        if last or (step % eval_interval == 0 and (step > start or step == 0)):
+        if last or step % eval_interval == 0:
             better = False
             if not stop:  # a signal wants the checkpoint soon
                 record, _ = evaluate('val', val_data)
                 better = not record['val_auc'] < best_val_auc  # the last of equals, or where AUC is undefined
                 if dist_rank == 0:
                     config.log(settings, record, progress)
+            if better and step > 0 and not eval_only:
+                best_val_auc = record['val_auc']
+                save('best.pt')
+                if alone and dist_rank == 0:
+                    save_adapter(vit, f'{out_dir}/adapter.safetensors', about)
             if step > start:
-                if better:
-                    best_val_auc = record['val_auc']
-                    save('best.pt')
-                    if alone and dist_rank == 0:
-                        save_adapter(vit, f'{out_dir}/adapter.safetensors', about)
                 save('ckpt.pt', adam, scaler=scaler.state_dict())
                 saved = step
             config.restart_meter(meter)

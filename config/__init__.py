@@ -62,10 +62,14 @@ def load(namespace, known, argv):
         if not os.path.isfile(path):
             fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value")
         scope = dict(settings)  # a file sees the settings so far, so it can compute with them
-        with open(path, encoding='utf-8') as file:
-            exec(compile(file.read(), path, 'exec'), scope)
-        for key, value in defaults(scope).items():
-            settings[key] = _checked(known, key, value, f'in {path}')
+        try:
+            with open(path, encoding='utf-8') as file:
+                exec(compile(file.read(), path, 'exec'), scope)
+        except Exception as error:  # it is the user's program, and may fail in any way
+            fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
+        for key, value in scope.items():
+            if not (key.startswith('_') or callable(value) or isinstance(value, type(ast))):  # functions, modules: help
+                settings[key] = _checked(known, key, value, f'in {path}')
     for word in (word for word in argv if word.startswith('--')):
         key, equals, text = word[2:].partition('=')
         if not equals:
@@ -77,11 +81,12 @@ def load(namespace, known, argv):
 
 def _parse(text, default):
     """The value that a command line's text means; text that is no Python literal is a string."""
+    if isinstance(default, str):  # --out_dir=7 is a name
+        return text
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return text if isinstance(default, str) and not isinstance(value, str) else value  # --out_dir=7 is a name
 
 
 def _checked(known, key, value, where):
@@ -99,11 +104,21 @@ def _checked(known, key, value, where):
     return value
 
 
-def need_positive(settings, keys):
-    """Refuses (ValueError) settings that are not at least 1."""
-    for key in keys:
-        if settings[key] is not None and settings[key] < 1:
-            raise ValueError(f'{key}={settings[key]} makes no sense: set at least 1')
+LEAST = dict.fromkeys((
+    'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer',
+    'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'galore_rank',
+    'galore_gap', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
+        'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
+        'weight_decay', 'grad_clip', 'top_k', 'temperature'), 0)
+
+
+def check_numbers(settings):
+    """Refuses (ValueError) settings below what makes sense, whichever of them a script has."""
+    for key, least in LEAST.items():
+        if settings.get(key) is not None and settings[key] < least:
+            raise ValueError(f'{key}={settings[key]} makes no sense: set at least {least}')
+    if settings.get('dropout', 0) >= 1:
+        raise ValueError(f"dropout={settings['dropout']} drops everything: set it below 1")
 
 
 def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, restart_every=0, restart_iters=0):
@@ -159,8 +174,8 @@ def join(device, dtype, param_dtype):
     elif dtype == 'auto':  # cards before Ampere have no bfloat16
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
     if dtype != param_dtype and not (param_dtype == 'float32' and dtype in ('bfloat16', 'float16')):
-        fail(f"dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in 'bfloat16' "
-             "or 'float16' with weights in 'float32'")
+        fail(f"dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in "
+             "'bfloat16' or 'float16' with weights in 'float32'")
     if device == 'cpu':
         keep_freed_memory()
     if 'RANK' not in os.environ:
@@ -284,23 +299,23 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
-    import pickle
     import torch
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first")
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # damaged bytes fail in any way
         raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
-                         f'({str(error).splitlines()[0][:80]}): restore it or train anew') from error
+                         f'({(str(error).splitlines() or [""])[0][:80]}): restore it or train anew') from error
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
     return checkpoint
 
 
-def start_run(settings):
-    """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten."""
+def start_run(settings, step):
+    """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten. step:
+    where the run begins; lines that a crashed one logged after it are dropped."""
     out_dir = settings['out_dir']
     held = [name for name in ('ckpt.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
     if held and settings['init_from'] != 'resume' and not settings['overwrite']:
@@ -317,6 +332,12 @@ def start_run(settings):
         for name in held + ['log.jsonl', 'adapter.safetensors']:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, name))
+    path = os.path.join(out_dir, 'log.jsonl')
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]
+        with open(path, 'w', encoding='utf-8') as file:
+            file.writelines(lines)
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=2)
 
@@ -361,6 +382,9 @@ def peak_memory_bytes(device):
     if device.startswith('cuda'):
         import torch
         return torch.cuda.max_memory_allocated(device)
+    if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of the process that started this one
+        with open('/proc/self/status', encoding='utf-8') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
@@ -372,8 +396,8 @@ def start_meter(device):
 
 
 def read_meter(meter, world_size):
-    """(mean loss of a step and gradient norm, both over all ranks, seconds a step); the meter starts again. This is the
-    only place of a training step where the host waits for the device."""
+    """(mean loss of a step and gradient norm, both over all ranks, seconds a step); the meter starts again. But for
+    merges that draw new heads, this is the only place of a training step where the host waits for the device."""
     meter['sums'][0] /= meter['steps']
     train_loss, gradient_norm = mean_over_ranks(meter['sums'], world_size).tolist()
     seconds = (time.perf_counter() - meter['clock']) / meter['steps']

@@ -3,7 +3,7 @@ Checks what the README claims, on any machine:
 
 $ python bench.py heads       time of multi-head LoRA, all heads at once against one after the other and full rank
 $ python bench.py speed       GaLore's step, bases and projected backward, against galore-torch (where it is installed)
-$ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit or has no GPU here
+$ python bench.py memory      peak memory by method: real runs, and planned ones for what does not fit here
 $ python bench.py vit         ViT-B and ViT-L at 224 pixels: parameters, memory and time of LoRA and GaLore against
                               full; finished cells are not run again
 $ python bench.py communication  bytes a step of each method on several workers, and what they cost on slow links
@@ -26,6 +26,7 @@ import importlib.util
 import itertools
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -46,8 +47,8 @@ from torch.utils._pytree import tree_leaves
 import config
 import galore
 from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
-from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest, merge,
-                     merged_state_dict)
+from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest,
+                     head_layers, merge, merged_state_dict)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -78,11 +79,28 @@ def ratio(seconds, name, base):
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base]))
 
 
+def machine():
+    """What this runs on, in words: the GPU, or the processor and the number of its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            name = next((line.partition(': ')[2].strip() for line in file if line.startswith('model name')), name)
+    return f'{name}, {os.cpu_count()} cores'
+
+
 def keep(name, cells):
-    """Appends measured cells to assets/NAME.jsonl, each with torch's version and today's date."""
+    """Appends measured cells to assets/NAME.jsonl, each with the machine, torch's version and today's date."""
+    about = dict(machine=machine(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     with open(f'{HERE}/assets/{name}.jsonl', 'a', encoding='utf-8') as file:
-        for cell in cells:
-            file.write(json.dumps({**cell, 'torch': torch.__version__, 'date': time.strftime('%Y-%m-%d')}) + '\n')
+        file.writelines(json.dumps({**cell, **about}) + '\n' for cell in cells)
+
+
+def record(name, cell, line):
+    """Prints the line of a measured cell and keeps it."""
+    print(line, flush=True)
+    keep(name, [cell])
 
 
 def kept(name, cells=None):
@@ -95,21 +113,61 @@ def kept(name, cells=None):
         return [json.loads(line) for line in file]
 
 
+def parse(name, words, **defaults):
+    """Options --key of a bench, each of its default's type: a list takes several, a tuple one of its values or none.
+    Whole numbers are at least 1."""
+    parser = argparse.ArgumentParser(f'bench.py {name}')
+    for key, value in defaults.items():
+        if isinstance(value, tuple):
+            parser.add_argument(f'--{key}', choices=value)
+        else:
+            first, many = (value[0], '+') if isinstance(value, list) else (value, None)
+            parser.add_argument(f'--{key}', type=type(first), default=value, nargs=many)
+    options = parser.parse_args(words)
+    for key, value in vars(options).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int) and x < 1:
+                parser.error(f'--{key} {x} makes no sense: give at least 1')
+    if getattr(options, 'device', 'cpu') != 'cpu' and not torch.cuda.is_available():
+        parser.error(f'--device {options.device}: torch finds no CUDA GPU here, give cpu')
+    return options
+
+
+@contextlib.contextmanager
+def picture(name, size, shape=(1, 1), columns=3, grid=True, **sharing):
+    """The panels (rows, columns) of assets/NAME.png, with the legend of the last one below unless columns is 0."""
+    from matplotlib.figure import Figure
+    figure = Figure(size, layout='constrained')
+    panels = figure.subplots(*shape, squeeze=False, **sharing)
+    yield panels
+    for axes in panels.flat if grid else ():
+        axes.grid(alpha=0.3)
+    if columns:
+        handles = panels.flat[-1].get_legend_handles_labels()
+        figure.legend(*handles, loc='outside lower center', ncols=columns, fontsize=8)
+    figure.savefig(f'{HERE}/assets/{name}.png', dpi=130)
+
+
+def band(axes, x, curves, color, label=None):
+    """The mean of curves, one a seed, within their range."""
+    values = list(zip(*curves))  # a point: one a seed
+    x = x[:len(values)]
+    axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
+    axes.plot(x, list(map(statistics.mean, values)), color=color, lw=1.5, label=label)
+
+
 def run_cells(name, words, script, base, cells, results, first=None):
     """
-    Trains what assets/NAME.jsonl lacks of the cells (method, settings) with a script, each on one thread in a fresh folder.
+    Trains what assets/NAME.jsonl lacks of the cells (method, settings) with a script, each on one thread.
 
-    words: the command line. base: settings that all cells share; a cell's 'ranks' is the number of torchrun's processes.
+    words: the command line. base: settings that all cells share; a cell's 'ranks': how many processes torchrun starts.
     results(records): what to keep of the lines of a run's log.jsonl, a dict, besides its last validation loss, which is
     None where the run diverged. first(): called before the first run.
     """
-    options = argparse.ArgumentParser(f'bench.py {name}')
-    options.add_argument('--jobs', type=int, default=2, help='runs side by side, each on one thread')
-    options.add_argument('--methods', nargs='+', choices=dict(cells), help='only these')
-    options = options.parse_args(words)
+    options = parse(name, words, jobs=2, methods=list(dict(cells)))  # jobs: runs side by side, each on one thread
     done = [(cell['method'], cell['settings']) for cell in kept(name)]
     todo = [cell for number, cell in enumerate(cells) if cell not in done and cell not in cells[:number]
-            and cell[0] in (options.methods or cell[0])]
+            and cell[0] in options.methods]
     if todo and first:
         first()
     start, finished = time.time(), []
@@ -188,6 +246,26 @@ def trainer(model, settings, batch=None, device='cpu'):
     return optimizer, step
 
 
+def timed(methods, base, repeats, steps=1, batch=None, device='cpu'):
+    """
+    {method: cell} of training steps of methods (settings by name), so many at a time, interleaved.
+
+    base: settings of all. batch: see `trainer`. A cell has the numbers of trainable parameters, seconds of a step, and
+    the times in units of the first method's: the median (to_full) and those of all repeats (ratios).
+    """
+    functions, trainable = {}, {}
+    for method, changes in methods.items():
+        settings = {**base, **changes}
+        model = model_of(settings).to(device, getattr(torch, settings['param_dtype']))
+        _, step = trainer(model, settings, batch, device)
+        functions[method] = lambda step=step: [step() for _ in range(steps)]
+        trainable[method] = count_parameters(model)['trainable']
+    seconds, first = interleaved(functions, repeats), next(iter(methods))
+    return {method: dict(trainable=trainable[method], seconds=statistics.median(seconds[method]) / steps,
+                         to_full=ratio(seconds, method, first),
+                         ratios=[a / b for a, b in zip(seconds[method], seconds[first])]) for method in methods}
+
+
 # -----------------------------------------------------------------------------
 # heads
 
@@ -210,128 +288,82 @@ def heads_layer(device, repeats):
     """One 768 -> 2304 linear layer, 2,048 tokens: heads in parallel, one after the other, and a trained dense layer."""
     print('\n768 -> 2304, 2,048 tokens, forward and backward')
     print(f"{'dtype':10}{'heads':>6}{'rank':>6}{'dense ms':>10}{'parallel/loop':>15}{'parallel/dense':>15}")
-    cells = []
-    for dtype in ('float32', 'bfloat16'):
-        for heads, rank in ((1, 4), (4, 1), (4, 4), (16, 4), (4, 16)):
-            x = torch.randn(2048, 768, device=device, requires_grad=True)
-            functions = {'dense': step_of(nn.Linear(768, 2304, device=device), x, dtype, device)}
-            for compute in ('parallel', 'sequential'):
-                layer = MHLoRALinear(nn.Linear(768, 2304, device=device), heads, rank, 4.0, head_compute=compute)
-                nn.init.normal_(layer.B)
-                functions[compute] = step_of(layer, x, dtype, device)
-            seconds = interleaved(functions, repeats)
-            cell = dict(bench='heads_layer', dtype=dtype, heads=heads, rank=rank,
-                        dense_ms=1000 * statistics.median(seconds['dense']),
-                        parallel_to_loop=ratio(seconds, 'parallel', 'sequential'),
-                        parallel_to_dense=ratio(seconds, 'parallel', 'dense'))
-            print(f"{dtype:10}{heads:6}{rank:6}{cell['dense_ms']:10.1f}{cell['parallel_to_loop']:15.2f}"
-                  f"{cell['parallel_to_dense']:15.2f}", flush=True)
-            cells.append(cell)
-    return cells
+    for dtype, (heads, rank) in itertools.product(('float32', 'bfloat16'), ((1, 4), (4, 1), (4, 4), (16, 4), (4, 16))):
+        x = torch.randn(2048, 768, device=device, requires_grad=True)
+        functions = {'dense': step_of(nn.Linear(768, 2304, device=device), x, dtype, device)}
+        for compute in ('parallel', 'sequential'):
+            layer = MHLoRALinear(nn.Linear(768, 2304, device=device), heads, rank, 4.0, head_compute=compute)
+            nn.init.normal_(layer.B)
+            functions[compute] = step_of(layer, x, dtype, device)
+        seconds = interleaved(functions, repeats)
+        cell = dict(bench='heads_layer', dtype=dtype, heads=heads, rank=rank,
+                    dense_ms=1000 * statistics.median(seconds['dense']),
+                    parallel_to_loop=ratio(seconds, 'parallel', 'sequential'),
+                    parallel_to_dense=ratio(seconds, 'parallel', 'dense'))
+        record('heads', cell, f"{dtype:10}{heads:6}{rank:6}{cell['dense_ms']:10.1f}{cell['parallel_to_loop']:15.2f}"
+               f"{cell['parallel_to_dense']:15.2f}")
 
 
-def heads_step(targets, compute, count, rank, sequences, dtype, device):
-    """(step, trainable parameters): a whole training step of GPT-2 124M with AdamW, sequences x 512 tokens. compute:
-    'full' (no heads), 'parallel' or 'sequential', `count` heads of this rank."""
-    model = GPT(GPTConfig(block_size=512)).to(device)
-    if compute != 'full':
-        apply_mhlora(model, targets.split(','), count, rank, head_compute=compute)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    tokens = torch.randint(50257, (sequences, 512), device=device)
-
-    def step():
-        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32'):
-            loss = model(tokens, tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step, count_parameters(model)['trainable']
-
-
-def heads_model(device, repeats):
-    """A training step of GPT-2 124M, 4 x 512 tokens, AdamW included: heads against full rank."""
-    print('\nGPT-2 124M, 4 x 512 tokens, whole step with AdamW')
-    print(f"{'dtype':10}{'heads on':16}{'compute':12}{'trainable':>12}{'s/step':>8}{'to full rank':>14}")
-    cells = []
-    for dtype in ('float32', 'bfloat16'):
-        for targets in ('attn', 'attn,mlp', 'attn,mlp,logit'):
-            functions, trainable = {}, {}
-            for compute in ('full', 'parallel', 'sequential'):
-                functions[compute], trainable[compute] = heads_step(targets, compute, 4, 4, 4, dtype, device)
-            seconds = interleaved(functions, repeats)
-            for compute in functions:
-                cell = dict(bench='heads_model', dtype=dtype, targets=targets, compute=compute, heads=4, rank=4,
-                            trainable=trainable[compute], seconds=statistics.median(seconds[compute]),
-                            to_full=ratio(seconds, compute, 'full'))
-                print(f"{dtype:10}{targets:16}{compute:12}{cell['trainable']:12,}{cell['seconds']:8.2f}"
-                      f"{cell['to_full']:14.2f}", flush=True)
-                cells.append(cell)
-    return cells
-
-
-def heads_figure(device, repeats, dtype):
-    """The same with 2 x 512 tokens and heads on attention, at several ranks and numbers of heads; what is already in
-    assets/heads.jsonl is not run again. Draws assets/heads.png."""
-    print(f'\nGPT-2 124M, 2 x 512 tokens, heads on attention, whole step with AdamW in {dtype}')
-    print(f"{'heads':>5}{'rank':>6}  {'compute':12}{'trainable':>12}{'of full':>9}{'s/step':>8}{'to full rank':>14}")
-    done = {(cell['heads'], cell['rank']) for cell in kept('heads')
-            if cell['bench'] == 'heads_figure' and (cell['dtype'], cell['device']) == (dtype, device)}
-    for count, rank in ((count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)):
-        if (count, rank) in done:
+def heads_steps(cases, sequences, repeats, device):
+    """A training step of GPT-2 124M, sequences x 512 tokens, AdamW included: heads against full rank. cases: (dtype,
+    layers with heads, heads, rank). Those that assets/heads.jsonl has are not run again."""
+    import train_gpt
+    print(f'\nGPT-2 124M, {sequences} x 512 tokens, whole step with AdamW')
+    print(f"{'dtype':10}{'heads on':16}{'heads':>6}{'rank':>6}  {'compute':12}{'trainable':>12}{'of full':>9}"
+          f"{'s/step':>8}{'to full rank':>14}")
+    for dtype, targets, count, rank in cases:
+        about = dict(bench='heads_steps', device=device, sequences=sequences, dtype=dtype, targets=targets, heads=count,
+                     rank=rank)
+        if any(about.items() <= cell.items() for cell in kept('heads') if cell['bench'] == 'heads_steps'):
             continue
-        made = {compute: heads_step('attn', compute, count, rank, 2, dtype, device)
-                for compute in ('full', 'parallel', 'sequential')}
-        seconds, cells = interleaved({compute: step for compute, (step, _) in made.items()}, repeats), []
-        for compute, (_, trainable) in made.items():
-            cell = dict(bench='heads_figure', device=device, dtype=dtype, compute=compute, heads=count, rank=rank,
-                        trainable=trainable, trainable_to_full=trainable / made['full'][1],
-                        seconds=statistics.median(seconds[compute]), to_full=ratio(seconds, compute, 'full'))
-            print(f"{count:5}{rank:6}  {compute:12}{trainable:12,}{cell['trainable_to_full']:9.3f}"
-                  f"{cell['seconds']:8.2f}{cell['to_full']:14.2f}", flush=True)
-            cells.append(cell)
-        keep('heads', cells)
-        del made
+        there = dict(lowrank=targets, heads=count, rank=rank)
+        cells = timed({'full': {}, 'parallel': there, 'sequential': {**there, 'head_compute': 'sequential'}},
+                      {**train_gpt.defaults, 'batch_size': sequences, 'dtype': dtype, 'grad_clip': 0.0}, repeats,
+                      batch=lambda number: torch.randint(50257, (2, sequences, 512)), device=device)
+        for compute, cell in cells.items():
+            cell.update(about, compute=compute, trainable_to_full=cell['trainable'] / cells['full']['trainable'])
+            print(f"{dtype:10}{targets:16}{count:6}{rank:6}  {compute:12}{cell['trainable']:12,}"
+                  f"{cell['trainable_to_full']:9.3f}{cell['seconds']:8.2f}{cell['to_full']:14.2f}", flush=True)
+        keep('heads', cells.values())
         gc.collect()  # three models and their moments, before the next three
-    draw_heads(device, dtype)
 
 
 def draw_heads(device, dtype):
-    """assets/heads.png: time of a step in units of full rank against the rank, a panel for each number of heads."""
-    from matplotlib.figure import Figure
-    cells = [cell for cell in kept('heads') if cell['bench'] == 'heads_figure'
-             and (cell['dtype'], cell['device']) == (dtype, device)]
-    counts, ranks = (sorted({cell[key] for cell in cells}) for key in ('heads', 'rank'))
-    figure = Figure((3.1 * len(counts), 3.4), layout='constrained')
-    panels = figure.subplots(1, len(counts), sharey=True, squeeze=False)[0]
-    for axes, count in zip(panels, counts):
-        for compute, style in (('parallel', 'o-'), ('sequential', 's--')):
-            mine = sorted((cell['rank'], cell['to_full']) for cell in cells
-                          if (cell['compute'], cell['heads']) == (compute, count))
-            axes.plot(*zip(*mine), style, label=compute)
-        axes.axhline(1.0, color='black', lw=1, label='full rank')
-        axes.set_xscale('log', base=2)
-        axes.set_xticks(ranks, ranks)
-        axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
-        axes.grid(alpha=0.3)
-    panels[0].set(ylabel='time of a step, full rank = 1', ylim=(0, 1.1 * max(cell['to_full'] for cell in cells)))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
-    figure.savefig(f'{HERE}/assets/heads.png', dpi=130)
+    """assets/heads.png: time of a step, full rank = 1, with the range of its repeats, and trainable parameters, against
+    the rank; a panel for each number of heads."""
+    cells = [cell for cell in kept('heads') if cell['bench'] == 'heads_steps'
+             and (cell['dtype'], cell['device'], cell['sequences'], cell['targets']) == (dtype, device, 2, 'attn')]
+    with picture('heads', (9.3, 3.4), (1, 3), 4, sharey=True) as panels:
+        for axes, count in zip(panels[0], (1, 4, 16)):
+            for compute, style in (('parallel', 'o-'), ('sequential', 's--')):
+                mine = sorted((cell for cell in cells if (cell['compute'], cell['heads']) == (compute, count)),
+                              key=lambda cell: cell['rank'])
+                ranks, times = ([cell[key] for cell in mine] for key in ('rank', 'to_full'))
+                spread = [[time - min(cell['ratios']) for time, cell in zip(times, mine)],
+                          [max(cell['ratios']) - time for time, cell in zip(times, mine)]]
+                axes.errorbar(ranks, times, spread, fmt=style, capsize=3, label=compute)
+            axes.plot(ranks, [cell['trainable_to_full'] for cell in mine], '^:', color='grey',
+                      label='trained parameters')
+            axes.axhline(1.0, color='black', lw=1, label='full rank')
+            axes.set_xscale('log', base=2)
+            axes.set_xticks(ranks, ranks)
+            axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
+        panels[0, 0].set(ylabel='time, parameters; full rank = 1', ylim=(0, None))
 
 
 def heads(words):
-    options = argparse.ArgumentParser('bench.py heads')
-    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--repeats', type=int, help='5, and 3 for the figure')
-    options.add_argument('--only', choices=['layer', 'model', 'figure'])
-    options.add_argument('--dtype', choices=['bfloat16', 'float32'], default='bfloat16', help='of the figure')
-    options = options.parse_args(words)
+    options = parse('heads', words, device='cuda' if torch.cuda.is_available() else 'cpu', repeats=5,
+                    only=('layer', 'model', 'figure'), dtype='bfloat16')  # dtype: of the figure
     config.keep_freed_memory()  # as the scripts do on a CPU
     if options.only in (None, 'layer'):
-        keep('heads', heads_layer(options.device, 4 * (options.repeats or 5)))
+        heads_layer(options.device, 4 * options.repeats)
     if options.only in (None, 'model'):
-        keep('heads', heads_model(options.device, options.repeats or 5))
+        heads_steps([(dtype, targets, 4, 4) for dtype in ('float32', 'bfloat16')
+                     for targets in ('attn', 'attn,mlp', 'attn,mlp,logit')], 4, options.repeats, options.device)
     if options.only in (None, 'figure'):
-        heads_figure(options.device, options.repeats or 3, options.dtype)
+        heads_steps([(options.dtype, 'attn', count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)], 2,
+                    options.repeats, options.device)
+        draw_heads(options.device, options.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -346,8 +378,7 @@ def speed_step(device, repeats):
         from galore_torch import GaLoreAdamW as Reference
     except ImportError:
         print('galore-torch is not installed, so the step is not compared (pip install galore-torch)')
-        return []
-    cells = []
+        return
     for dtype in ('float32', 'bfloat16'):
         functions = {}
         for name, make, more in (('galore-torch', Reference, {}), ('ours', GaLoreAdamW, {'basis': 'random'}),
@@ -373,15 +404,12 @@ def speed_step(device, repeats):
         for name in functions:
             cell = dict(bench='speed_step', dtype=dtype, optimizer=name, ms=1000 * statistics.median(seconds[name]),
                         to_galore_torch=ratio(seconds, name, 'galore-torch'))
-            print(f"step {dtype:10}{name:36}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of galore-torch",
-                  flush=True)
-            cells.append(cell)
-    return cells
+            record('speed', cell, f"step {dtype:10}{name:36}{cell['ms']:8.1f} ms{cell['to_galore_torch']:8.2f} of "
+                   'galore-torch')
 
 
 def speed_refresh(device, repeats):
     """A new basis: subspace iteration, from a sketch (cold) and from the old basis (warm), against the SVD."""
-    cells = []
     for dtype in ('float32', 'bfloat16'):
         G = torch.randn(SHAPE, device=device).to(getattr(torch, dtype))
         old = take_bases(G, RANK, True, False, 'power')
@@ -391,9 +419,7 @@ def speed_refresh(device, repeats):
         for name in seconds:
             cell = dict(bench='speed_refresh', dtype=dtype, basis=name, ms=1000 * statistics.median(seconds[name]),
                         to_svd=ratio(seconds, name, 'svd'))
-            print(f"refresh {dtype:10}{name:15}{cell['ms']:9.1f} ms{cell['to_svd']:8.3f} of the SVD", flush=True)
-            cells.append(cell)
-    return cells
+            record('speed', cell, f"refresh {dtype:10}{name:15}{cell['ms']:9.1f} ms{cell['to_svd']:8.3f} of the SVD")
 
 
 def speed_energy(device, steps=(1, 100, 300)):
@@ -404,7 +430,7 @@ def speed_energy(device, steps=(1, 100, 300)):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     matrices = {name: p for name, p in model.named_parameters() if '.attn.' in name or '.mlp.' in name}
     matrices = {name: p for name, p in matrices.items() if p.dim() == 2}
-    warm, cells = {}, []
+    warm = {}
     for step in range(1, max(steps) + 1):
         optimizer.zero_grad()
         x, y = data.batch(16, step)
@@ -424,101 +450,74 @@ def speed_energy(device, steps=(1, 100, 300)):
                 for kind, bases in kinds.items():
                     least[kind] = min(least.get(kind, 1.0), energy(bases) / exact)
             for kind, value in least.items():
-                cells.append(dict(bench='speed_energy', step=step, rank=rank, start=kind, least_of_svd=value))
-                print(f'energy, step {step:3}, rank {rank:2} of width 256, {kind}: at least {value:.4f} of the SVD',
-                      flush=True)
+                record('speed', dict(bench='speed_energy', step=step, rank=rank, start=kind, least_of_svd=value),
+                       f'energy, step {step:3}, rank {rank:2} of width 256, {kind}: at least {value:.4f} of the SVD')
         optimizer.step()
-    return cells
 
 
 def speed_lean(device, repeats):
     """A whole training step of LLaMA in bfloat16, 8 x 256 tokens: full rank with fused AdamW, GaLore with the full and
     with the projected backward. New bases for all matrices are a step of their own here, and a 200th of it is added."""
-    cells = []
-    cases = (('LLaMA 60M', '60m', None, 32000, 128), ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 256),
-             ('4 layers of LLaMA 350M, no output', '350m', 4, 32, 128))
-    for case, size, layers, vocabulary, rank in cases:
-        width, depth, many, hidden = SIZES[size]
-        shape = LlamaConfig(256, vocabulary, width, layers or depth, many, hidden, many)
-        tokens, functions = torch.randint(32, (8, 256), device=device), {}
-        for name in ('full rank', 'GaLore', 'GaLore, projected', 'GaLore, projected, all bases new'):
-            model = Llama(shape).to(device, torch.bfloat16)
-            if name == 'full rank':
-                optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4, fused=True)
-            else:
-                gap = 1 if 'new' in name else 10**9
-                optimizer = GaLoreAdamW(param_groups(model, rank=rank, gap=gap), lr=1e-4)
-            if 'projected' in name:
-                galore.project_backward(model, optimizer)
-
-            def step(model=model, optimizer=optimizer):
-                loss = model(tokens, tokens) if layers is None else model.hidden(tokens).float().square().mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            functions[name] = step
-        seconds = interleaved(functions, repeats)
-        new = ratio(seconds, 'GaLore, projected, all bases new', 'full rank')
-        for name in ('full rank', 'GaLore', 'GaLore, projected'):
-            steady = ratio(seconds, name, 'full rank')
-            cell = dict(bench='speed_lean', case=case, rank=rank, method=name, seconds=statistics.median(seconds[name]),
-                        to_full=steady, to_full_with_bases=steady + (new - steady) / 200 * (name != 'full rank'))
-            print(f"{case:34} rank {rank:4} {name:18}{cell['seconds']:7.3f} s/step{steady:7.3f} of full rank, "
-                  f"{cell['to_full_with_bases']:6.3f} with new bases every 200 steps", flush=True)
-            cells.append(cell)
-    return cells
+    import train_llama
+    base = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16', 'batch_size': 8, 'grad_clip': 0.0,
+            'galore_gap': 10**9}
+    few = dict(size='350m', n_layer=4, vocab_size=32)  # so few tokens that the output layer is nothing
+    for case, shape, rank in (('LLaMA 60M', dict(size='60m', vocab_size=32000), 128),
+                              ('4 layers of LLaMA 350M, no output', few, 256),
+                              ('4 layers of LLaMA 350M, no output', few, 128)):
+        projected = dict(galore_rank=rank, galore_backward='projected')
+        cells = timed({'full rank': dict(optimizer='adamw'), 'GaLore': dict(galore_rank=rank),
+                       'GaLore, projected': projected, 'all bases new': {**projected, 'galore_gap': 1}},
+                      {**base, **shape}, repeats, batch=lambda number: torch.randint(32, (2, 8, 256)), device=device)
+        new = cells.pop('all bases new')['to_full']
+        for name, cell in cells.items():
+            steady = cell['to_full']
+            cell.update(bench='speed_lean', case=case, rank=rank, method=name,
+                        to_full_with_bases=steady + (new - steady) / 200 * (name != 'full rank'))
+            record('speed', cell, f"{case:34} rank {rank:4} {name:18}{cell['seconds']:7.3f} s/step{steady:7.3f} of "
+                   f"full rank, {cell['to_full_with_bases']:6.3f} with new bases every 200 steps")
 
 
-METHODS_SHAPE = GPTConfig(block_size=256, vocab_size=257, n_layer=8, n_head=8, n_embd=512)
 PRODUCT = 4096  # rows and columns of the products that are this machine's peak
 
 
 def speed_methods(device, repeats):
     """Training of a GPT of width 512 by every method, as train_gpt.py does it, against the peak of matrix products."""
     import train_gpt
-    width, layers = METHODS_SHAPE.n_embd, METHODS_SHAPE.n_layer
-    weights = 12 * layers * width**2 + METHODS_SHAPE.vocab_size * width  # of products: attention, MLP, output layer
+    width, layers, vocabulary, time = 512, 8, 257, 256
+    weights = 12 * layers * width**2 + vocabulary * width  # of products: attention, MLP, output layer
     galore_quarter = dict(optimizer='galore', galore_rank=width // 4)
     lte = dict(lowrank='attn,mlp', heads=4, head_input='split', merge_every=10)
     methods = {'full rank': {}, 'MHLoRA': dict(lowrank='attn,mlp', heads=4, rank=16), 'GaLore': galore_quarter,
                'GaLore, projected': dict(**galore_quarter, galore_backward='projected'), 'LTE': dict(**lte, rank=16),
                'GaLoLTE': dict(**lte, rank=width // 4, head_basis='gradient', galore_basis='sketch')}
-    x, y = torch.randint(METHODS_SHAPE.vocab_size, (2, 8, METHODS_SHAPE.block_size))
-    tokens, functions = x.numel(), {}
-    for name, changes in methods.items():
-        settings = {**train_gpt.defaults, 'dtype': 'bfloat16', **changes}
-        _, step = trainer(GPT(METHODS_SHAPE).to(device), settings, lambda number: (x, y), device)
-
-        def steps(step=step):
-            for _ in range(10):
-                step()
-        functions[name] = steps
-    for dtype in ('bfloat16', 'float32'):
-        A = torch.randn(PRODUCT, PRODUCT, device=device).to(getattr(torch, dtype))
-        functions[dtype] = lambda A=A: A @ A
-    seconds = interleaved(functions, repeats)
-    peaks = {dtype: 2 * PRODUCT**3 / min(seconds[dtype]) for dtype in ('bfloat16', 'float32')}
-    print(f'GPT of {weights / 1e6:.1f}M weights in products (N), 8 x {METHODS_SHAPE.block_size} tokens a step, '
-          'bfloat16 autocast; ten steps at a time, with their merges and new bases')
+    base = {**train_gpt.defaults, 'dtype': 'bfloat16', 'batch_size': 8, 'block_size': time, 'vocab_size': vocabulary,
+            'n_layer': layers, 'n_head': 8, 'n_embd': width}
+    cells = timed(methods, base, repeats, 10, lambda number: torch.randint(vocabulary, (2, 8, time)), device)
+    products = {dtype: torch.randn(PRODUCT, PRODUCT, device=device).to(getattr(torch, dtype))
+                for dtype in ('bfloat16', 'float32')}
+    seconds = interleaved({dtype: lambda A=A: A @ A for dtype, A in products.items()}, repeats)
+    peaks = {dtype: 2 * PRODUCT**3 / min(seconds[dtype]) for dtype in products}
+    print(f'GPT of {weights / 1e6:.1f}M weights in products (N), 8 x {time} tokens a step, bfloat16 autocast; ten '
+          'steps at a time, with their merges and new bases')
     print(f"peak: the best of {repeats} products of {PRODUCT} x {PRODUCT} matrices, "
           f"{peaks['bfloat16'] / 1e9:.0f} GFLOP/s in bfloat16, {peaks['float32'] / 1e9:.0f} in float32")
     print('of peak: 6 N operations a token, those of full rank, for every method (MFU), over the peak in bfloat16')
     print(f"{'method':20}{'s/step':>8}{'tokens/s':>10}{'to full rank':>14}{'of peak':>9}")
-    cells = []
-    for name in methods:
-        a_step = statistics.median(seconds[name]) / 10
-        cell = dict(bench='speed_methods', device=device, method=name, seconds=a_step, tokens_per_s=tokens / a_step,
-                    tokens_per_s_to_full=ratio(seconds, 'full rank', name), weights=weights,
-                    of_peak=6 * weights * tokens / a_step / peaks['bfloat16'], peak=peaks['bfloat16'],
+    for name, cell in cells.items():
+        speed = 8 * time / cell['seconds']
+        cell.update(bench='speed_methods', device=device, method=name, tokens_per_s=speed, weights=weights,
+                    tokens_per_s_to_full=statistics.median(1 / x for x in cell['ratios']),
+                    of_peak=6 * weights * speed / peaks['bfloat16'], peak=peaks['bfloat16'],
                     peak_float32=peaks['float32'])
-        print(f"{name:20}{a_step:8.3f}{cell['tokens_per_s']:10.0f}{cell['tokens_per_s_to_full']:14.2f}"
-              f"{cell['of_peak']:9.2f}", flush=True)
-        cells.append(cell)
-    return cells
+        record('speed', cell, f"{name:20}{cell['seconds']:8.3f}{speed:10.0f}{cell['tokens_per_s_to_full']:14.2f}"
+               f"{cell['of_peak']:9.2f}")
 
 
 def speed_nanogpt(path, repeats):
     """A step of GPT-2 124M at full rank, 4 x 512 tokens, on the CPU: ours against nanoGPT's model and optimizer."""
+    if not os.path.isfile(os.path.join(path, 'model.py')):
+        raise ValueError(f"--nanogpt '{path}' has no model.py: give a checkout of karpathy/nanoGPT")
     spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(path, 'model.py'))
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
@@ -541,50 +540,47 @@ def speed_nanogpt(path, repeats):
         model = GPT(GPTConfig(block_size=512))
         functions[f'ours, {dtype}'] = stepper(model, torch.optim.AdamW(param_groups(model, 0.1), fused=True), loss_of)
     seconds = interleaved(functions, repeats)
-    cells = []
     for name in functions:
         cell = dict(bench='speed_nanogpt', loop=name, seconds=statistics.median(seconds[name]),
                     tokens_per_s_to_nanogpt=ratio(seconds, 'nanoGPT', name))
-        print(f"{name:16}{cell['seconds']:7.2f} s/step{cell['tokens_per_s_to_nanogpt']:7.2f} of nanoGPT's tokens/s",
-              flush=True)
-        cells.append(cell)
-    return cells
+        record('speed', cell, f"{name:16}{cell['seconds']:7.2f} s/step{cell['tokens_per_s_to_nanogpt']:7.2f} of "
+               "nanoGPT's tokens/s")
 
 
 def speed(words):
-    # without keep_freed_memory: galore-torch and nanoGPT are measured as their users have them
-    options = argparse.ArgumentParser('bench.py speed')
-    options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    options.add_argument('--repeats', type=int, default=12)
-    options.add_argument('--only', choices=['step', 'refresh', 'energy', 'lean', 'methods'])
-    options.add_argument('--nanogpt', help='a checkout of karpathy/nanoGPT: compare with its step, and only that')
-    options = options.parse_args(words)
+    options = parse('speed', words, device='cuda' if torch.cuda.is_available() else 'cpu', repeats=12, nanogpt='',
+                    only=('step', 'refresh', 'energy', 'lean', 'methods'))
+    device, repeats = options.device, options.repeats
     if options.nanogpt:
-        keep('speed', speed_nanogpt(options.nanogpt, options.repeats))
-    if options.only in (None, 'step') and not options.nanogpt:
-        keep('speed', speed_step(options.device, options.repeats))
-    if options.only in (None, 'refresh') and not options.nanogpt:
-        keep('speed', speed_refresh(options.device, 2))
-    if options.only in (None, 'energy') and not options.nanogpt:
-        keep('speed', speed_energy(options.device))
-    if options.only in (None, 'lean') and not options.nanogpt:
-        config.keep_freed_memory()  # as the scripts do on a CPU
-        keep('speed', speed_lean(options.device, max(3, options.repeats // 2)))
-    if options.only in (None, 'methods') and not options.nanogpt:
-        config.keep_freed_memory()
-        keep('speed', speed_methods(options.device, max(3, options.repeats // 4)))
+        return speed_nanogpt(options.nanogpt, repeats)
+    parts = {'step': lambda: speed_step(device, repeats), 'refresh': lambda: speed_refresh(device, 2),
+             'energy': lambda: speed_energy(device),
+             # these as the scripts run; galore-torch and nanoGPT are measured with memory as their users have it
+             'lean': lambda: (config.keep_freed_memory(), speed_lean(device, max(3, repeats // 2))),
+             'methods': lambda: (config.keep_freed_memory(), speed_methods(device, max(3, repeats // 4)))}
+    for name, part in parts.items():
+        if options.only in (None, name):
+            part()
+    if not options.only:
+        print('nanoGPT is not compared: give --nanogpt FOLDER, a checkout of it')
 
 
 # -----------------------------------------------------------------------------
 # memory
 
-LLAMA_METHODS = {  # of the memory table; the last one is what llama_1b_galore_lean.py does
+LLAMA_METHODS = {  # the last one is what llama_1b_galore_lean.py does
     'full rank': dict(optimizer='adamw'),
     'GaLore': dict(optimizer='galore'),
     'GaLore, projected': dict(optimizer='galore', galore_backward='projected'),
     'GaLore, projected, per layer': dict(optimizer='galore', galore_backward='projected', per_layer=True),
     'the same, 8 bits, checkpointing': dict(optimizer='galore', galore_backward='projected', per_layer=True,
                                             state_bits=8, checkpointing=True)}
+# a worker with one head; how often it merges does not matter here, so that the few steps of a measurement have a merge
+WORKER = dict(optimizer='adamw', lowrank='attn,mlp', heads=1, head_input='split', merge_every=2)
+MEMORY_METHODS = {**LLAMA_METHODS, 'MHLoRA, 4 heads': dict(optimizer='adamw', lowrank='attn,mlp', heads=4, rank=16),
+                  'LTE, a worker': dict(**WORKER, rank=64),
+                  'GaLoLTE, a worker': dict(**WORKER, head_basis='gradient', basis_from='shared',
+                                            galore_basis='sketch')}
 
 
 def llama_shape(settings, layers=None):
@@ -671,21 +667,17 @@ def extrapolated(settings, layers, batch_size):
     return {key: two[key] + (layers - 2) * (three[key] - two[key]) for key in two}
 
 
-def resident_peak():
-    """Peak resident bytes of this process (VmHWM: unlike ru_maxrss it knows nothing of the parent)."""
-    with open('/proc/self/status', encoding='utf-8') as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
-
-
 def memory_real(settings, steps=3):
-    """Growth of the peak resident size over training steps, in a fresh process that gives freed memory back at once."""
-    code = ('import ctypes, json, sys, time, bench, torch; ctypes.CDLL(None).mallopt(-3, 1 << 18)\n'  # M_MMAP_THRESHOLD
-            'settings = json.loads(sys.argv[1]); before = bench.resident_peak()\n'
-            'with torch.device("meta"): model = bench.Llama(bench.llama_shape(settings))\n'
-            'model.to(getattr(torch, settings["param_dtype"])).to_empty(device="cpu").init_weights()\n'
-            'start = time.time(); step = bench.trainer(model, settings)[1]\n'
+    """(growth of the peak resident size over training steps in bytes, seconds), in a fresh process that gives freed
+    memory back at once."""
+    code = ('import ctypes, json, sys, time, bench, config, torch; ctypes.CDLL(None).mallopt(-3, 1 << 18)\n'
+            'import train_vit\n'  # what it imports is none of the model's memory
+            's = json.loads(sys.argv[1]); llama = "size" in s; before = config.peak_memory_bytes("cpu")\n'
+            'with torch.device("meta" if llama else "cpu"): model = bench.model_of(s)\n'
+            'if llama: model.to(getattr(torch, s["param_dtype"])).to_empty(device="cpu").init_weights()\n'
+            'start = time.time(); step = bench.trainer(model, s)[1]\n'
             'for _ in range(int(sys.argv[2])): step()\n'
-            'print(bench.resident_peak() - before, time.time() - start)')
+            'print(config.peak_memory_bytes("cpu") - before, time.time() - start)')
     ran = subprocess.run([sys.executable, '-c', code, json.dumps(settings), str(steps)], cwd=HERE, check=True,
                          stdout=subprocess.PIPE, text=True)
     grown, seconds = ran.stdout.split()
@@ -708,17 +700,21 @@ def memory(words):
     print('LLaMA in bfloat16, 1 x 256 tokens, GB: planned with fake tensors, and growth of the resident size, measured')
     print(f"{'size':6}{'method':34}{'rank':>6}{'weights':>9}{'state':>8}{'gradients':>11}{'activations':>13}"
           f"{'planned':>9}{'of full':>9}{'measured':>10}{'of full':>9}")
-    done = {(cell['size'], cell['method'], cell['rank']): cell for cell in kept('memory')}
+    done = memory_cells()
     for size in options.sizes:
         width, depth = SIZES[size][:2]
         full = None
-        for method, changes in list(LLAMA_METHODS.items())[-1 if options.lean else 0:]:
-            rank = 0 if method == 'full rank' else width // 4 if '8 bits' in method else width // 2
-            settings = {**base, **changes, 'size': size, 'galore_rank': rank or 1}
-            cell = done.get((size, method, rank))
-            if cell is None:
-                cell = dict(bench='memory', size=size, method=method, rank=rank, **extrapolated(settings, depth, 1))
-                if size in options.real:
+        for method, changes in MEMORY_METHODS.items():
+            if options.lean and '8 bits' not in method:
+                continue
+            usual = 0 if method == 'full rank' else width // 4 if '8 bits' in method else width // 2
+            rank = changes.get('rank', usual)
+            settings = {**base, **changes, 'size': size, 'galore_rank': rank or 1, 'rank': rank or 1}
+            cell, real = done.get((size, method), {}), size in options.real
+            if not cell or real and 'measured' not in cell:
+                cell = cell or dict(bench='memory', size=size, method=method, rank=rank,
+                                    **extrapolated(settings, depth, 1))
+                if real:
                     cell['measured'], cell['seconds'] = memory_real(settings)
                 keep('memory', [cell])
             if method == 'full rank':
@@ -726,55 +722,62 @@ def memory(words):
             numbers = ''.join(f'{cell[key] / 1e9:{wide}.2f}' for key, wide in
                               (('weights', 9), ('state', 8), ('gradients', 11), ('activations', 13), ('total', 9)))
             of_full = f"{cell['total'] / full['total']:9.2f}" if full else 9 * ' '
-            real = f"{cell['measured'] / 1e9:10.2f}" if 'measured' in cell else ''
-            real += f"{cell['measured'] / full['measured']:9.2f}" if real and 'measured' in (full or {}) else ''
-            print(f'{size:6}{method:34}{rank:6}{numbers}{of_full}{real}', flush=True)
+            shown = f"{cell['measured'] / 1e9:10.2f}" if 'measured' in cell else ''
+            shown += f"{cell['measured'] / full['measured']:9.2f}" if shown and 'measured' in (full or {}) else ''
+            print(f'{size:6}{method:34}{rank:6}{numbers}{of_full}{shown}', flush=True)
             if options.lean and 'measured' in cell:
                 print(f"three steps, the first bases included: {cell['seconds']:.0f} s")
     draw_memory()
 
 
+def memory_cells():
+    """{(size, method): the last cell of it}, sizes and methods in order."""
+    cells = {(cell['size'], cell['method']): cell for cell in kept('memory')}
+    return {key: cells[key] for key in itertools.product(SIZES, MEMORY_METHODS) if key in cells}
+
+
 def draw_memory():
     """assets/memory.png: peak memory of LLaMA by category and method, and the measured total as a line."""
-    cells, order, panels = kept('memory'), list(LLAMA_METHODS), {}
-    for cell in sorted(cells, key=lambda cell: order.index(cell['method'])):
-        name = cell['method'].replace(', ', ',\n').replace('the same', 'all that')
-        panels.setdefault(cell['size'], []).append((name, cell, cell.get('measured')))
-    draw_peaks({f'LLaMA {size.upper()}': panels[size] for size in dict.fromkeys(cell['size'] for cell in cells)},
-               f'{HERE}/assets/memory.png')
+    panels = {}
+    for (size, method), cell in memory_cells().items():
+        name = method.replace(', ', ',\n').replace('the same', 'all that')
+        panels.setdefault(f'LLaMA {size.upper()}', []).append((name, cell, cell.get('measured')))
+    draw_peaks('memory', panels)
 
 
-def draw_peaks(panels, path):
-    """Stacked bars of peak memory by category. panels: {title: [(name of a bar, bytes by category, measured or None)]}."""
-    from matplotlib.figure import Figure
-    figure = Figure((3.1 * len(panels), 3.6), layout='constrained')
+def draw_peaks(name, panels):
+    """Stacked bars of peak memory by category. panels: {title: [(bar's name, bytes by category, measured or None)]}."""
     longest = max(map(len, panels.values()))
-    for axes, (title, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        left = [0.0] * len(bars)
-        for key, color, category in (('weights', '#4c72b0', 'weights'), ('state', '#dd8452', 'optimizer state'),
-                                     ('gradients', '#c44e52', 'gradients'),
-                                     ('activations', '#8c8c8c', 'activations and buffers')):
-            values = [parts.get(key, 0) / 1e9 for _, parts, _ in bars]
-            axes.barh([name for name, _, _ in bars], values, left=left, color=color, label=category)
-            left = [a + b for a, b in zip(left, values)]
-        for i, (_, _, measured) in enumerate(bars):
-            if measured:
-                axes.plot([measured / 1e9] * 2, [i - 0.4, i + 0.4], color='black', lw=2, label='measured' if not i else None)
-        axes.invert_yaxis()
-        axes.set(title=title, xlabel='peak memory, GB')
-        axes.tick_params('y', labelsize=7, labelleft=axes.get_subplotspec().is_first_col() or len(bars) < longest)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize=8)
-    figure.savefig(path, dpi=130)
+    with picture(name, (3.1 * len(panels), 1 + 0.5 * longest), (1, len(panels)), 5, False) as all_axes:
+        for axes, (title, bars) in zip(all_axes[0], panels.items()):
+            left = [0.0] * len(bars)
+            for key, color, category in (('weights', '#4c72b0', 'weights'), ('state', '#dd8452', 'optimizer state'),
+                                         ('gradients', '#c44e52', 'gradients'),
+                                         ('activations', '#8c8c8c', 'activations and buffers')):
+                values = [parts.get(key, 0) / 1e9 for _, parts, _ in bars]
+                axes.barh([bar for bar, _, _ in bars], values, left=left, color=color,
+                          label=category if any(values) else None)
+                left = [a + b for a, b in zip(left, values)]
+            for i, (_, _, measured) in enumerate(bars):
+                if measured:
+                    axes.plot([measured / 1e9] * 2, [i - 0.4, i + 0.4], color='black', lw=2)
+            axes.plot([], [], color='black', lw=2, label='measured' if any(bar[2] for bar in panels[next(iter(panels))])
+                      else None)
+            axes.invert_yaxis()
+            axes.set(title=title, xlabel='peak memory, GB')
+            axes.tick_params('y', labelsize=7, labelleft=axes.get_subplotspec().is_first_col() or len(bars) < longest)
 
 
 def draw_vit():
     """assets/vit.png: planned peak memory of ViT-B and ViT-L at batch 32; gradients hardly live at the peak."""
-    panels = {}
-    for cell in sorted(kept('vit'), key=lambda cell: list(VIT_METHODS).index(cell['method'])):
-        rest = cell['planned_32'] - cell['weights'] - cell['state']
-        panels.setdefault(cell['model'], []).append((cell['method'], {**cell, 'activations': rest}, None))
+    cells, panels = {(cell['model'], cell['method']): cell for cell in kept('vit')}, {}
     titles = {'vit_base_patch16_224': 'ViT-B/16, 32 images', 'vit_large_patch16_224': 'ViT-L/16, 32 images'}
-    draw_peaks({titles[model]: bars for model, bars in panels.items() if model in titles}, f'{HERE}/assets/vit.png')
+    for model, method in itertools.product(titles, VIT_METHODS):
+        if (model, method) in cells:
+            cell = cells[model, method]
+            rest = cell['planned_32'] - cell['weights'] - cell['state']
+            panels.setdefault(titles[model], []).append((method, {**cell, 'activations': rest}, None))
+    draw_peaks('vit', panels)
 
 
 def plan_methods(settings, defaults):
@@ -799,14 +802,10 @@ def plan_methods(settings, defaults):
 
 def plan(path, budget):
     """Which methods, dtypes and batch sizes of a config fit on a card of this size; computes nothing, needs no GPU."""
-    units = {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}
-    unit = next((unit for unit in units if budget.endswith(unit)), None)
-    if unit is None:
-        config.fail(f"--budget={budget!r} has no unit: write it as 12GiB or 12GB")
-    try:
-        room = float(budget.removesuffix(unit)) * units[unit]
-    except ValueError:
+    number = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
+    if not number:
         config.fail(f'--budget={budget!r} is no number with a unit: write it as 12GiB or 12GB')
+    room = float(number[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[number[2]]
     script = None
     if os.path.isfile(path):  # else config.load says that it is not there
         with open(path, encoding='utf-8') as file:
@@ -857,58 +856,26 @@ VIT_METHODS = {'full fine-tuning': {}, **{f'LoRA, rank {rank}': dict(lowrank='at
                'GaLore, rank 64, projected': dict(optimizer='galore', galore_rank=64, galore_backward='projected')}
 
 
-def vit_settings(name, method, batch_size):
-    """The settings of train_vit.py for one of VIT_METHODS, computing in bfloat16."""
-    import train_vit
-    return {**train_vit.defaults, 'model': name, 'batch_size': batch_size, 'dtype': 'bfloat16', 'grad_clip': 0.0,
-            **VIT_METHODS[method]}
-
-
-def vit_trainer(name, method, batch_size):
-    """(model, optimizer, step) of a timm ViT at 224 pixels and nine classes."""
-    settings = vit_settings(name, method, batch_size)
-    model = model_of(settings)
-    return (model, *trainer(model, settings))
-
-
-def vit_real(name, method, batch_size):
-    """Growth of the peak resident size over three steps in a fresh process, bytes."""
-    code = ('import ctypes, sys, bench, train_vit; ctypes.CDLL(None).mallopt(-3, 1 << 18); before = bench.resident_peak()\n'
-            'step = bench.vit_trainer(sys.argv[1], sys.argv[2], int(sys.argv[3]))[2]\n'
-            'for _ in range(3): step()\n'
-            'print(bench.resident_peak() - before)')
-    ran = subprocess.run([sys.executable, '-c', code, name, method, str(batch_size)], cwd=HERE, check=True,
-                         stdout=subprocess.PIPE, text=True)
-    return int(ran.stdout)
-
-
 def vit(words):
-    options = argparse.ArgumentParser('bench.py vit')
-    options.add_argument('--models', nargs='+', default=['vit_base_patch16_224', 'vit_large_patch16_224'])
-    options.add_argument('--repeats', type=int, default=3)
-    options.add_argument('--batch_size', type=int, default=4, help='of what is run here; 32 is planned besides')
-    options = options.parse_args(words)
-    print(f'224 pixels, bfloat16 autocast, LoRA on qkv and proj with the classifier; {options.batch_size} images a step '
-          'are run, 32 planned; GB')
+    import train_vit
+    options = parse('vit', words, models=['vit_base_patch16_224', 'vit_large_patch16_224'], repeats=3, batch_size=4)
+    batch_size = options.batch_size  # of what is run here; 32 is planned besides
+    print('224 pixels, bfloat16 autocast, LoRA on qkv and proj with the classifier; '
+          f'{batch_size} images a step are run, 32 planned; GB')
     print(f"{'model':23}{'method':28}{'trainable':>12}{'planned, 32':>12}{'of full':>9}{'planned':>9}{'measured':>9}"
           f"{'s/step':>8}{'of full':>9}")
-    done = {(cell['model'], cell['method'], cell['batch_size']): cell for cell in kept('vit')}
+    done = {(cell['model'], cell['method']): cell for cell in kept('vit') if cell['batch_size'] == batch_size}
     for name in options.models:
-        full = None
-        for method in VIT_METHODS:
-            cell = done.get((name, method, options.batch_size))
+        base, full = {**train_vit.defaults, 'model': name, 'dtype': 'bfloat16', 'grad_clip': 0.0}, None
+        for method, changes in VIT_METHODS.items():
+            cell, settings = done.get((name, method)), {**base, **changes, 'batch_size': batch_size}
             if cell is None:  # next to full fine-tuning, so that their ratio is of one run
-                trainers = {other: vit_trainer(name, other, options.batch_size)
-                            for other in dict.fromkeys(('full fine-tuning', method))}
-                seconds = interleaved({other: trainer[2] for other, trainer in trainers.items()}, options.repeats)
-                trainable = count_parameters(trainers[method][0])['trainable']
-                del trainers
-                small, large = (planned(vit_settings(name, method, b), None, b) for b in (options.batch_size, 32))
-                cell = dict(bench='vit', model=name, method=method, trainable=trainable, planned_32=large['total'],
-                            weights=large['weights'], state=large['state'], batch_size=options.batch_size,
-                            planned=small['total'], measured=vit_real(name, method, options.batch_size),
-                            seconds=statistics.median(seconds[method]),
-                            to_full=ratio(seconds, method, 'full fine-tuning'))
+                cell = timed({'full fine-tuning': {}, method: changes}, {**base, 'batch_size': batch_size},
+                             options.repeats)[method]
+                small, large = (planned(settings, None, b) for b in (batch_size, 32))
+                cell.update(bench='vit', model=name, method=method, batch_size=batch_size, planned=small['total'],
+                            planned_32=large['total'], weights=large['weights'], state=large['state'],
+                            measured=memory_real(settings)[0])
                 keep('vit', [cell])
             full = full or cell
             print(f"{name:23}{method:28}{cell['trainable']:12,}{cell['planned_32'] / 1e9:12.2f}"
@@ -920,12 +887,12 @@ def vit(words):
 # -----------------------------------------------------------------------------
 # communication
 
-COMMUNICATION = ('full rank, DDP', 'GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'", 'GaLoLTE',
-                 'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")
+COMMUNICATION = ('full rank, DDP', 'GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'",
+                 'GaLoLTE', 'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")
 
 
 def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
-    """What one worker of so many heads puts into collectives, as `sync_bytes` in the log counts it: bytes averaged every
+    """What one worker of so many heads puts into collectives, as `sync_bytes` in the log counts it: bytes averaged each
     step, gathered at a merge, averaged at a merge, averaged in a period of refreshes. shapes: (m, n) of attention's and
     MLP's matrices; others: the number of all other parameters. Merges average in at least float32."""
     wide, merging = max(4, itemsize), 'sync' in method
@@ -933,8 +900,9 @@ def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
     if method == 'local AdamW':
         return 0, 0, wide * (gradients + others), 0
     if 'LTE' not in method:
-        projected = 'projected' in method
-        return ((small if projected else gradients) + others) * itemsize, 0, 0, (gradients - small) * itemsize * projected
+        if 'projected' in method:
+            return (small + others) * itemsize, 0, 0, (gradients - small) * itemsize
+        return (gradients + others) * itemsize, 0, 0, 0
     step, merge = (0, others * wide) if merging else (others * itemsize, 0)
     if 'one basis' in method:  # what is trained and its first moment; at a refresh the sketch and the basis
         bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
@@ -950,17 +918,14 @@ def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
 
 
 def communication(words):
-    options = argparse.ArgumentParser('bench.py communication')
-    options.add_argument('--compute', type=float, default=1.0, help='seconds that a step computes')
-    options.add_argument('--workers', type=int, nargs='+', default=[4, 32, 256])
-    options.add_argument('--merge_every', type=int, default=10)
-    options.add_argument('--gap', type=int, default=200, help='steps between refreshes')
-    options = options.parse_args(words)
+    # seconds that a step computes; gap: steps between refreshes
+    options = parse('communication', words, compute=1.0, workers=[4, 32, 256], merge_every=10, gap=200)
     links = {'50 Mbit/s': 50e6 / 8, '1 Gbit/s': 1e9 / 8, '100 Gbit/s': 100e9 / 8}  # bytes a second of one worker
-    print(f'bytes in bfloat16 (merges in float32), rank = width / 4, one head a worker, merges every {options.merge_every} '
-          f'steps, bases every {options.gap}; a ring\nsends twice what is averaged, and what is gathered once for every '
-          f'other worker. Memory: weights, gradients, optimizer state and\nheads of a worker, all in bfloat16, without '
-          f'activations. A step that computes {options.compute:g} s takes so many seconds on each link:')
+    print('bytes in bfloat16 (merges in float32), rank = width / 4, one head a worker, merges every '
+          f'{options.merge_every} steps,\nbases every {options.gap}; a ring sends twice what is averaged, and what is '
+          'gathered once for every other worker.\nMemory: weights, gradients, optimizer state and heads of a worker, all '
+          f'in bfloat16, without activations.\nA step that computes {options.compute:g} s takes so many seconds on each '
+          'link:')
     print(f"{'model':12}{'workers':>8}  {'method':33}{'memory, GB':>11}{'put in, MB':>11}{'on the wire, MB':>16}"
           + ''.join(f'{link:>12}' for link in links))
     with torch.device('meta'):
@@ -1005,62 +970,41 @@ SCREEN = dict(dataset='stdlib', block_size=256, batch_size=8, n_layer=4, n_head=
 
 
 def screening_cells():
-    """(method, settings) of every cell of the screening."""
-    def heads_on(count, rank, alpha, **more):
-        return dict(lowrank='attn,mlp', heads=count, rank=rank, alpha=float(alpha), learning_rate=2e-3, **more)
-    galore_64 = dict(optimizer='galore', galore_rank=64, galore_gap=50, beta2=0.999, learning_rate=2e-2)
-    power = {**galore_64, 'galore_basis': 'power'}
-    for lr in (2e-3, 1e-3, 4e-3):
-        yield 'full rank', dict(learning_rate=lr)
-    yield 'full rank', dict(learning_rate=2e-3, beta2=0.999)
-    yield 'full rank', dict(learning_rate=2e-3, grad_clip=0.0)  # without it, larger rates do not learn
-    yield 'GaLore', {**power, 'grad_clip': 0.0}
-    yield 'GaLore', power
-    for lr in (1e-2, 4e-2):
-        yield 'GaLore', {**power, 'learning_rate': lr}
-    for lr in (1e-2, 2e-2):
-        yield 'GaLore', {**galore_64, 'galore_basis': 'svd', 'learning_rate': lr}
-        yield 'GaLore', {**power, 'galore_moments': 'rotate', 'learning_rate': lr}
-        yield 'GaLore', {**power, 'galore_rule': 'fira', 'learning_rate': lr}
-    yield 'GaLore', {**power, 'galore_moments': 'reset'}
-    yield 'GaLore', {**galore_64, 'galore_basis': 'random'}
-    for rank in (16, 32, 128):
-        yield 'GaLore', {**power, 'galore_rank': rank}
-    lte = dict(lowrank='attn,mlp', heads=4, rank=64, head_input='split', head_basis='gradient', galore_basis='power',
-               galore_moments='rotate', beta2=0.999, learning_rate=2e-2)
-    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50}
-    yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50}
-    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
-    yield 'GaLoLTE', {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch', 'learning_rate': 3e-2}
-    yield 'GaLoLTE', {**lte, 'merge_every': 1, 'galore_gap': 50, 'galore_basis': 'sketch'}
-    for seed in (1, 2):  # how much is noise
-        yield 'full rank', dict(learning_rate=2e-3, seed=seed)
-        yield 'GaLore', {**power, 'seed': seed}
-    for rank, alpha in ((4, 4), (16, 16), (64, 64), (4, 16), (16, 64), (64, 256)):
-        yield 'MHLoRA', heads_on(4, rank, alpha)
-    for every in (1, 10, 50):
-        yield 'LTE', heads_on(4, 16, 16, head_input='split', merge_every=every)
-    yield 'LTE', heads_on(4, 16, 64, head_input='split', merge_every=10)
-    for every in (50, 100):
-        yield 'ReLoRA', heads_on(1, 64, 64, merge_every=every, merge_reset=True, rewarm_iters=5)
-    best = {**lte, 'merge_every': 10, 'galore_gap': 50, 'galore_basis': 'sketch'}
-    yield 'GaLoLTE', {**best, 'grad_clip': 0.0}
-    for lr in (1e-3, 4e-3):
-        yield 'MHLoRA', {**heads_on(4, 16, 64), 'learning_rate': lr}
-    for lr in (4e-3, 1e-3):
-        yield 'LTE', {**heads_on(4, 16, 16, head_input='split', merge_every=10), 'learning_rate': lr}
-    for lr in (4e-3, 1e-3):
-        yield 'ReLoRA', {**heads_on(1, 64, 64, merge_every=100, merge_reset=True, rewarm_iters=5), 'learning_rate': lr}
-    yield 'GaLoLTE', {**best, 'galore_gap': 100}
-    yield 'GaLoLTE', {**best, 'merge_every': 50}
-    best = {**best, 'basis_from': 'shared'}
-    yield 'GaLoLTE', best
-    yield 'GaLoLTE', {**best, 'merge_every': 5}
-    yield 'GaLoLTE', {**best, 'merge_every': 50, 'learning_rate': 1e-2}
-    yield 'GaLoLTE', {**best, 'merge_every': 1}
-    yield 'LTE', {**heads_on(4, 40, 40, head_input='split', merge_every=10), 'learning_rate': 4e-3}  # GaLoLTE's memory
-    for every, lr in ((10, 2e-3), (10, 4e-3), (1, 2e-3), (50, 2e-3), (10, 1e-3)):
-        yield 'local AdamW', dict(ranks=4, sync='merge', merge_every=every, learning_rate=lr)
+    """(method, settings) of every cell of the screening: what those of a method share, and what each changes."""
+    galore = dict(optimizer='galore', galore_rank=64, galore_gap=50, galore_basis='power', beta2=0.999,
+                  learning_rate=2e-2)
+    galolte = dict(lowrank='attn,mlp', heads=4, rank=64, head_input='split', head_basis='gradient',
+                   galore_basis='sketch', galore_moments='rotate', beta2=0.999, learning_rate=2e-2, merge_every=10,
+                   galore_gap=50)
+    heads = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, learning_rate=2e-3)
+    relora = dict(heads, heads=1, rank=64, alpha=64.0, merge_every=100, merge_reset=True, rewarm_iters=5)
+
+    def lr(rate, **more):
+        return dict(more, learning_rate=rate)
+
+    def every(steps, **more):
+        return dict(more, merge_every=steps)
+    grid = {
+        'full rank': (lr(2e-3), [{}, lr(1e-3), lr(4e-3), dict(beta2=0.999), dict(grad_clip=0.0),  # 4e-3 needs clipping
+                                 dict(seed=1), dict(seed=2)]),  # how much is noise
+        'GaLore': (galore, [{}, lr(1e-2), lr(4e-2), dict(grad_clip=0.0), dict(galore_moments='reset'),
+                            dict(galore_basis='random'), *(lr(rate, **more) for rate in (1e-2, 2e-2) for more in (
+                                dict(galore_basis='svd'), dict(galore_moments='rotate'), dict(galore_rule='fira'))),
+                            *(dict(galore_rank=rank) for rank in (16, 32, 128)), dict(seed=1), dict(seed=2)]),
+        'GaLoLTE': (galolte, [{}, dict(galore_basis='power'), every(1, galore_basis='power'), lr(3e-2), every(1),
+                              every(50), dict(grad_clip=0.0), dict(galore_gap=100), *(
+                                  dict(more, basis_from='shared') for more in (
+                                      {}, every(5), every(50, learning_rate=1e-2), every(1)))]),
+        'MHLoRA': (heads, [*(dict(rank=rank, alpha=float(alpha)) for rank, alpha in (
+            (4, 4), (16, 16), (64, 64), (4, 16), (16, 64), (64, 256))), lr(1e-3, alpha=64.0), lr(4e-3, alpha=64.0)]),
+        'LTE': (dict(heads, head_input='split', merge_every=10), [
+            every(1), {}, every(50), dict(alpha=64.0), lr(4e-3), lr(1e-3),
+            lr(4e-3, rank=40, alpha=40.0)]),  # the last one: GaLoLTE's memory
+        'ReLoRA': (relora, [every(50), {}, lr(4e-3), lr(1e-3)]),
+        'local AdamW': (dict(ranks=4, sync='merge', merge_every=10, learning_rate=2e-3), [
+            {}, lr(4e-3), lr(1e-3), every(1), every(50)])}
+    for method, (base, changes) in grid.items():
+        yield from ((method, {**base, **change}) for change in changes)
 
 
 def training_results(records):
@@ -1076,46 +1020,77 @@ def screening(words):
     run_cells('screening', words, 'train_gpt.py', SCREEN, list(screening_cells()), training_results)
 
 
-# The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, learning rates and all else as the screening found them best.
+# The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the learning rate as the screening found best.
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000, 'warmup_iters': 100,
          'eval_interval': 200}
 
 
 def quality_cells():
-    """(method, settings) of the finalists, one seed after the other; ranks are a quarter of the width in all."""
+    """(method, settings) of the finalists: each at its learning rates with one seed, then at the first of these, the
+    best, with two more. Ranks are a quarter of the width in all."""
     heads = dict(lowrank='attn,mlp', heads=4)
-    galore_96 = dict(optimizer='galore', galore_rank=96, galore_gap=50, beta2=0.999, learning_rate=2e-2)
-    for lr in (1e-3, 5e-4, 2e-3):  # what the small model likes best is too much here
-        yield 'full rank', dict(learning_rate=lr, seed=1337)
+    galore_96 = dict(optimizer='galore', galore_rank=96, galore_gap=50, beta2=0.999)
+    galolte = dict(**heads, rank=96, head_input='split', head_basis='gradient', basis_from='shared',
+                   galore_basis='sketch', galore_moments='rotate', beta2=0.999, galore_gap=50)
+    methods = {
+        'full rank': ({}, (1e-3, 5e-4, 2e-3)),
+        'GaLore': (galore_96, (5e-3, 1e-2, 2e-2)),
+        'GaLoLTE': ({**galolte, 'merge_every': 10}, (2e-2, 1e-2)),
+        'ReLoRA': (dict(lowrank='attn,mlp', heads=1, rank=96, alpha=96.0, merge_every=100, merge_reset=True,
+                        rewarm_iters=5), (2e-3, 4e-3, 1e-3)),
+        'MHLoRA': (dict(**heads, rank=24, alpha=96.0), (5e-4, 1e-3, 2e-3)),
+        'LTE': (dict(**heads, rank=24, alpha=24.0, head_input='split', merge_every=10), (2e-3, 4e-3, 1e-3)),
+        'Fira': ({**galore_96, 'galore_rule': 'fira'}, (1e-2, 2e-2, 5e-3)),
+        'local AdamW': (dict(ranks=4, sync='merge', merge_every=10), (1e-3, 5e-4))}
     for seed in (1337, 1, 2):
-        for method, settings in {
-                'full rank': dict(learning_rate=1e-3),
-                'GaLore': galore_96,
-                'GaLoLTE': dict(**heads, rank=96, head_input='split', head_basis='gradient', basis_from='shared',
-                                galore_basis='sketch', galore_moments='rotate', beta2=0.999, learning_rate=2e-2,
-                                merge_every=10, galore_gap=50),
-                'ReLoRA': dict(lowrank='attn,mlp', heads=1, rank=96, alpha=96.0, learning_rate=4e-3, merge_every=100,
-                               merge_reset=True, rewarm_iters=5),
-                'MHLoRA': dict(**heads, rank=24, alpha=96.0, learning_rate=2e-3),
-                'LTE': dict(**heads, rank=24, alpha=24.0, learning_rate=4e-3, head_input='split', merge_every=10),
-                'local AdamW': dict(ranks=4, sync='merge', merge_every=10, learning_rate=1e-3),
-                'Fira': {**galore_96, 'galore_rule': 'fira'}}.items():
-            yield method, {**settings, 'seed': seed}
-            if method == 'GaLoLTE' and seed == 1337:
-                yield method, {**settings, 'merge_every': 25, 'seed': seed}  # how far T can grow
+        for method, (settings, rates) in methods.items():
+            for lr in rates if seed == 1337 else rates[:1]:
+                yield method, {**settings, 'learning_rate': lr, 'seed': seed}
+        if seed == 1337:  # how far T can grow
+            yield 'GaLoLTE', {**galolte, 'merge_every': 25, 'learning_rate': 2e-2, 'seed': seed}
+
+
+def step_times(name, cells, base, repeats, steps=1, batch=None):
+    """Appends to assets/NAME_time.jsonl what a training step of each method of cells takes on one thread, as `timed`
+    has it: runs side by side disturb each other's clock. base: settings of all."""
+    torch.set_num_threads(1)
+    config.keep_freed_memory()  # as the scripts do
+    keep(f'{name}_time', [dict(cell, method=method) for method, cell in timed(
+        dict(cells), base, repeats, steps, batch).items()])
+
+
+def seconds_of_steps(name):
+    """{method: seconds of a step} as `step_times` kept them: of the first method, times each one's ratio to it."""
+    cells = kept(f'{name}_time')
+    return {cell['method']: cells[0]['seconds'] * cell['to_full'] for cell in cells}
 
 
 def quality(words):
+    import train_gpt
     run_cells('quality', words, 'train_gpt.py', FINAL, list(quality_cells()), training_results)
-    if kept('quality'):
+    if not kept('quality_time'):  # ten steps at a time, with their merges and new bases; one process
+        step_times('quality', [cell for cell in quality_cells() if 'ranks' not in cell[1]],
+                   {**train_gpt.defaults, **FINAL, 'vocab_size': 257}, 5, 10,
+                   lambda number: torch.randint(257, (2, FINAL['batch_size'], FINAL['block_size'])))
+    if finalists():
         draw_quality()
 
 
 def all_state(cell):
-    """Bytes of the optimizer's state of a cell, of all workers; GaLoLTE's bases are parameters, and so not in it."""
-    if cell['settings'].get('merge_reset'):  # lines of the log follow a reset, which drops the moments
+    """Bytes of a finalist's optimizer state, bases included, of all workers; the log has those of one process."""
+    s = cell['settings']
+    if s.get('merge_reset'):  # lines of the log follow a reset, which drops the moments
         return 8 * cell['trainable_parameters']
-    return cell['optimizer_state_bytes'] * cell['settings'].get('ranks', 1)  # of one rank in the log
+    if s.get('head_input') != 'split':
+        return cell['optimizer_state_bytes'] * s.get('ranks', 1)
+    with torch.device('meta'):
+        model = GPT(GPTConfig(FINAL['block_size'], 257, FINAL['n_layer'], FINAL['n_head'], FINAL['n_embd']))
+        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], head_input='split',
+                     head_basis=s.get('head_basis', 'trained'))
+    counts = count_parameters(model)
+    bases = sum(p.numel() for layer in head_layers(model) for p in (layer.A, layer.B) if not p.requires_grad)
+    # each of the other workers has moments of what has no heads
+    return cell['optimizer_state_bytes'] + 4 * bases + 8 * (s['heads'] - 1) * (counts['trainable'] - counts['heads'])
 
 
 def finalists():
@@ -1127,30 +1102,26 @@ def finalists():
 
 
 def draw_quality():
-    """assets/quality.png: validation loss of the finalists against steps, and at the end against the optimizer's bytes."""
-    from matplotlib.figure import Figure
-    figure = Figure((8.5, 3.8), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    groups = finalists()
-    for number, (method, mine) in enumerate(groups.items()):
-        losses, color = [cell['val_loss'] for cell in mine], f'C{number}'
-        steps, *_ = zip(*mine[0]['curve'])
-        values = list(zip(*([loss for _, loss in cell['curve']] for cell in mine)))  # an evaluation: one a seed
-        left.fill_between(steps, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
-        left.plot(steps, list(map(statistics.mean, values)), color=color, lw=1.4)
-        mean = statistics.mean(losses)
-        right.errorbar(all_state(mine[0]) / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]],
-                       fmt='os^vDP*X'[number], color=color, capsize=3,
-                       label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
-                             f"seed{'s' * (len(mine) > 1)})")
+    """assets/quality.png: validation loss of the finalists against steps, time and the optimizer's bytes."""
+    groups, times = finalists(), seconds_of_steps('quality')
     shown = [loss for cells in groups.values() for cell in cells for step, loss in cell['curve'] if step >= 400]
-    left.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
-             ylim=(min(shown) - 0.02, max(shown) + 0.02))
-    right.set(xlabel="optimizer state, MB (all workers')", ylabel='validation loss after the last step')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
-    figure.savefig(f'{HERE}/assets/quality.png', dpi=130)
+    with picture('quality', (11, 4.4), (1, 3), 4, sharey=True) as ((by_step, by_time, by_bytes),):
+        for number, (method, mine) in enumerate(groups.items()):
+            losses, color = [cell['val_loss'] for cell in mine], f'C{number}'
+            steps = [step for step, _ in mine[0]['curve']]
+            curves = [[loss for _, loss in cell['curve']] for cell in mine]
+            band(by_step, steps, curves, color)
+            if method in times:
+                band(by_time, [step * times[method] for step in steps], curves, color)
+            mean = statistics.mean(losses)
+            by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]],
+                              fmt='os^vDP*X'[number], color=color, capsize=3,
+                              label=f"{method} ({mine[0]['trainable_parameters'] / 1e6:.1f}M trained, {len(mine)} "
+                                    f"seed{'s' * (len(mine) > 1)})")
+        by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
+                    ylim=(min(shown) - 0.02, max(shown) + 0.02))
+        by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
+        by_bytes.set(xlabel="optimizer state, MB (all workers')")
 
 
 # -----------------------------------------------------------------------------
@@ -1175,6 +1146,8 @@ def convergence_cells():
 
 
 def convergence(words):
+    import train_vit
+
     def results(records):
         curve = {key: [] for key in ('step', 'val_loss', 'val_acc')}
         lines = [record for record in records if 'dt_ms' in record]
@@ -1191,81 +1164,60 @@ def convergence(words):
                            check=True)
     run_cells('convergence', words, 'train_vit.py', ADAPT, list(convergence_cells()), results, pretrain)
     if not kept('convergence_time'):
-        keep('convergence_time', adaptation_times())
+        step_times('convergence', convergence_cells(),
+                   {**config.load({}, train_vit.defaults, [f'{HERE}/config/vit_quickstart.py']), **ADAPT}, 100)
     if kept('convergence'):
         show_convergence()
-
-
-def adaptation_times(repeats=100):
-    """Milliseconds of a training step of each method on one thread: runs side by side disturb each other's clock."""
-    import train_vit
-    functions, shape = {}, config.load({}, train_vit.defaults, [f'{HERE}/config/vit_quickstart.py'])
-    torch.set_num_threads(1)
-    config.keep_freed_memory()  # as the script does
-    for method, changes in dict(convergence_cells()).items():
-        settings = {**shape, **ADAPT, **changes}
-        _, functions[method] = trainer(model_of(settings), settings)
-    seconds = interleaved(functions, repeats)
-    return [dict(method=method, ms=1000 * statistics.median(seconds[method]),
-                 to_full=ratio(seconds, method, 'full fine-tuning')) for method in functions]
 
 
 def show_convergence():
     """
     Prints a table of the kept cells of the adaptation and draws assets/convergence.png, each method at its best rate.
 
-    The time axis is that of `adaptation_times`.
+    The time axis is that of `step_times`.
     """
-    from matplotlib.figure import Figure
     groups = {}  # method: learning rate: cells, one a seed
-    for cell in sorted(kept('convergence', list(convergence_cells())), key=lambda cell: cell['settings']['learning_rate']):
+    for cell in sorted(kept('convergence', list(convergence_cells())),
+                       key=lambda cell: cell['settings']['learning_rate']):
         groups.setdefault(cell['method'], {}).setdefault(cell['settings']['learning_rate'], []).append(cell)
-    figure = Figure((8.5, 6.2), layout='constrained')
-    plots = figure.subplots(2, 2, sharex='col', sharey='row')
     print('best: the rate with the highest mean over seeds of the best validation accuracy, the one drawn. Test: mean '
-          '± largest - smallest over seeds.\nTo 90% and 93% of validation accuracy, looked at once an epoch: mean over '
-          'seeds, - where one does not reach it;\nseconds of training on one CPU thread, by interleaved steps')
-    times = {cell['method']: cell for cell in kept('convergence_time')}
+          '± largest - smallest over seeds.\nTo 90% and 93% of validation accuracy, looked at once an epoch: mean '
+          'over seeds, - where one does not reach it;\nseconds of training on one CPU thread, by interleaved steps')
+    times = seconds_of_steps('convergence')
     print(f"{'method':18}{'trainable':>10}{'ms/step':>9}{'rate':>8}{'seeds':>6}{'test accuracy':>16}"
           f"{'epochs to 90%':>15}{'s':>7}{'epochs to 93%':>15}{'s':>7}")
-    for method, color in zip([m for m in dict(convergence_cells()) if m in groups],
-                             ('#333333', '#4c72b0', '#dd8452', '#55a868')):
-        rates = groups[method]
-        second = times['full fine-tuning']['ms'] * times[method]['to_full'] / 1000  # of a step
+    with picture('convergence', (8.5, 6.2), (2, 2), 2, sharex='col', sharey='row') as plots:
+        for method, color in zip([m for m in dict(convergence_cells()) if m in groups],
+                                 ('#333333', '#4c72b0', '#dd8452', '#55a868')):
+            rates = groups[method]
+            second = times[method]  # of a step
 
-        def quality_of(lr, rates=rates):
-            return (statistics.mean(max(cell['curve']['val_acc'], default=0) for cell in rates[lr]),
-                    -statistics.mean(cell['val_loss'] or 9 for cell in rates[lr]))
-        best = max(rates, key=quality_of)
-        for lr, cells in rates.items():
-            tests = [cell['test_acc'] for cell in cells]
-            numbers = '-' if None in tests else f'{statistics.mean(tests):.3f} ± {max(tests) - min(tests):.3f}'
-            line = (f"{method:18}{cells[0]['trainable_parameters']:10,}{1000 * second:9.1f}{lr:8g}{len(cells):6}"
-                    f'{numbers:>16}')
-            for goal in (0.9, 0.93):
-                steps = [next((step for step, accuracy in zip(cell['curve']['step'], cell['curve']['val_acc'])
-                               if accuracy >= goal), None) for cell in cells]
-                mean = None if None in steps else statistics.mean(steps)
-                line += f"{'-':>15}{'-':>7}" if mean is None else f'{mean / EPOCH:15.1f}{mean * second:7.1f}'
-            print(line + '  best' * (lr == best))
-        steps = rates[best][0]['curve']['step']
-        for row, key in zip(plots, ('val_loss', 'val_acc')):
-            values = list(zip(*(cell['curve'][key] for cell in rates[best])))  # an evaluation: one a seed
-            for axes, unit in zip(row, (1 / EPOCH, second)):
-                x = [step * unit for step in steps[:len(values)]]
-                axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
-                trainable = f"{rates[best][0]['trainable_parameters'] / 1e3:.0f}k"
-                axes.plot(x, list(map(statistics.mean, values)), color=color, lw=1.6,
-                          label=f'{method} ({trainable} trainable, learning rate {best:g})')
-    plots[0, 0].set(ylabel='validation loss (nats)', yscale='log')
-    plots[0, 0].set_yticks([0.2, 0.5, 1, 2, 5], ['0.2', '0.5', '1', '2', '5'])
-    plots[0, 0].minorticks_off()
-    plots[1, 0].set(ylabel='validation accuracy', ylim=(0.5, 1), xlabel='epochs', xlim=(0, ADAPT['epochs']))
-    plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
-    for axes in plots.flat:
-        axes.grid(alpha=0.3)
-    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=9)
-    figure.savefig(f'{HERE}/assets/convergence.png', dpi=160)
+            def quality_of(lr, rates=rates):
+                return (statistics.mean(max(cell['curve']['val_acc'], default=0) for cell in rates[lr]),
+                        -statistics.mean(cell['val_loss'] or 9 for cell in rates[lr]))
+            best = max(rates, key=quality_of)
+            for lr, cells in rates.items():
+                tests = [cell['test_acc'] for cell in cells]
+                numbers = '-' if None in tests else f'{statistics.mean(tests):.3f} ± {max(tests) - min(tests):.3f}'
+                line = (f"{method:18}{cells[0]['trainable_parameters']:10,}{1000 * second:9.1f}{lr:8g}{len(cells):6}"
+                        f'{numbers:>16}')
+                for goal in (0.9, 0.93):
+                    steps = [next((step for step, accuracy in zip(cell['curve']['step'], cell['curve']['val_acc'])
+                                   if accuracy >= goal), None) for cell in cells]
+                    mean = None if None in steps else statistics.mean(steps)
+                    line += f"{'-':>15}{'-':>7}" if mean is None else f'{mean / EPOCH:15.1f}{mean * second:7.1f}'
+                print(line + '  best' * (lr == best))
+            steps = rates[best][0]['curve']['step']
+            trainable = f"{rates[best][0]['trainable_parameters'] / 1e3:.0f}k"
+            for row, key in zip(plots, ('val_loss', 'val_acc')):
+                for axes, unit in zip(row, (1 / EPOCH, second)):
+                    band(axes, [step * unit for step in steps], [cell['curve'][key] for cell in rates[best]], color,
+                         f'{method} ({trainable} trainable, learning rate {best:g})')
+        plots[0, 0].set(ylabel='validation loss (nats)', yscale='log')
+        plots[0, 0].set_yticks([0.2, 0.5, 1, 2, 5], ['0.2', '0.5', '1', '2', '5'])
+        plots[0, 0].minorticks_off()
+        plots[1, 0].set(ylabel='validation accuracy', ylim=(0.5, 1), xlabel='epochs', xlim=(0, ADAPT['epochs']))
+        plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
 
 
 # -----------------------------------------------------------------------------
@@ -1306,21 +1258,17 @@ def layers(words):
 
 def draw_layers(rows):
     """assets/layers.png: validation loss against trainable parameters; bars from the least to the largest of seeds."""
-    from matplotlib.figure import Figure
-    figure = Figure((6.4, 4.2), layout='constrained')
-    axes = figure.subplots()
-    for letters, trainable, losses in rows:
-        mean = statistics.mean(losses)
-        axes.errorbar(trainable / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]], fmt='o', capsize=3,
-                      color='black' if letters == 'none' else '#4c72b0')
-        right = 'L' in letters  # heads on the output layer move a point only a little to the right
-        axes.annotate(letters, (trainable / 1e6, mean), (6 if right else -6, 5), ha='left' if right else 'right',
-                      textcoords='offset points')
-    axes.margins(0.1)
-    axes.set(xlabel='trainable parameters, millions', ylabel='validation loss, nats per byte',
-             title='four split heads on A(ttn), M(lp), L(ogit)')
-    axes.grid(alpha=0.3)
-    figure.savefig(f'{HERE}/assets/layers.png', dpi=130)
+    with picture('layers', (6.4, 4.2), columns=0) as ((axes,),):
+        for letters, trainable, losses in rows:
+            mean = statistics.mean(losses)
+            axes.errorbar(trainable / 1e6, mean, [[mean - min(losses)], [max(losses) - mean]], fmt='o', capsize=3,
+                          color='black' if letters == 'none' else '#4c72b0')
+            right = 'L' in letters  # heads on the output layer move a point only a little to the right
+            axes.annotate(letters, (trainable / 1e6, mean), (6 if right else -6, 5), textcoords='offset points',
+                          ha='left' if right else 'right')
+        axes.margins(0.1)
+        axes.set(xlabel='trainable parameters, millions', ylabel='validation loss, nats per byte',
+                 title='four split heads on A(ttn), M(lp), L(ogit)')
 
 
 # -----------------------------------------------------------------------------
@@ -1378,9 +1326,7 @@ def spectrum_points(settings):
 
 def spectrum(words):
     import train_gpt
-    options = argparse.ArgumentParser('bench.py spectrum')
-    options.add_argument('--methods', nargs='+', choices=SPECTRUM_METHODS, help='only these')
-    options = options.parse_args(words)
+    options = parse('spectrum', words, methods=list(SPECTRUM_METHODS))
     config.keep_freed_memory()  # as the scripts do on a CPU
     base = {**train_gpt.defaults, **SCREEN, 'max_iters': SPECTRUM_STEPS[-1], 'warmup_iters': 30}
     print('effective rank, exp(entropy of the normalised singular values), mean over attention and MLP, at most '
@@ -1389,7 +1335,7 @@ def spectrum(words):
     done = {cell['method']: cell for cell in kept('spectrum')}
     for method, changes in SPECTRUM_METHODS.items():
         cell = done.get(method)
-        if cell is None and method in (options.methods or SPECTRUM_METHODS):
+        if cell is None and method in options.methods:
             begin = time.time()
             points = spectrum_points({**base, 'min_lr': changes['learning_rate'] / 10, **changes})
             cell = dict(method=method, settings=changes, points=points, seconds=time.time() - begin)
@@ -1402,21 +1348,17 @@ def spectrum(words):
 
 def draw_spectrum():
     """assets/spectrum.png: effective ranks over training, a line for each method."""
-    from matplotlib.figure import Figure
     cells = {cell['method']: cell for cell in kept('spectrum')}
-    figure = Figure((10, 3.8), layout='constrained')
-    panels = figure.subplots(1, 3)
     titles = {'change': 'what the weights changed by', 'weight': 'weights, heads merged', 'gradient': 'full gradient'}
-    for axes, (key, title) in zip(panels, titles.items()):
-        for method in SPECTRUM_METHODS:
-            points = cells[method]['points'] if method in cells else []
-            points = [point for point in points if key != 'change' or point['step']]  # no change yet
-            axes.plot([point['step'] for point in points], [point[key] for point in points], 'o-', ms=3, label=method)
-        axes.set(title=title, xlabel='step')
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=8)
-    figure.savefig(f'{HERE}/assets/spectrum.png', dpi=130)
+    with picture('spectrum', (10, 3.8), (1, 3)) as (panels,):
+        for axes, (key, title) in zip(panels, titles.items()):
+            for method in SPECTRUM_METHODS:
+                points = cells[method]['points'] if method in cells else []
+                points = [point for point in points if key != 'change' or point['step']]  # no change yet
+                axes.plot([point['step'] for point in points], [point[key] for point in points], 'o-', ms=3,
+                          label=method)
+            axes.set(title=title, xlabel='step')
+        panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
 
 
 # -----------------------------------------------------------------------------
@@ -1424,8 +1366,8 @@ def draw_spectrum():
 
 
 def wire_bytes(cell, workers=4):
-    """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, float32;
-    None for what is not meant for it. A ring sends twice what is averaged."""
+    """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, in
+    float32; None for what is not meant for it. A ring sends twice what is averaged."""
     s, method = cell['settings'], cell['method']
     with torch.device('meta'):
         model = GPT(GPTConfig(SCREEN['block_size'], 257, SCREEN['n_layer'], SCREEN['n_head'], SCREEN['n_embd']))
@@ -1447,9 +1389,7 @@ def wire_bytes(cell, workers=4):
 
 def draw_frontier(cells):
     """assets/frontier.png: validation loss against bytes on the wire, each method at its best for each T."""
-    from matplotlib.figure import Figure
-    figure = Figure((8.5, 4.2), layout='constrained')
-    axes, best = figure.subplots(), {}
+    best = {}
     for cell in cells:
         bytes_ = None if cell['val_loss'] is None else wire_bytes(cell)
         if bytes_ is not None:
@@ -1458,19 +1398,19 @@ def draw_frontier(cells):
             name = {'GaLore': 'GaLore, projected'}.get(name, name) if s.get('galore_rule') != 'fira' else "Fira's rule"
             key = name, bytes_, f"r={s['galore_rank']}" if 'galore_rank' in s else f"T={s.get('merge_every', 1)}"
             best[key] = min(best.get(key, 9.0), cell['val_loss'])
-    for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
-        points = sorted((bytes_ / 1e6, loss, what) for (method, bytes_, what), loss in best.items() if method == name)
-        axes.plot(*zip(*(point[:2] for point in points)), 'osD^vP*'[number], color=f'C{number}', label=name)
-        for x, y, what in points if len(points) > 1 else ():
-            axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=f'C{number}')
-    axes.set_xscale('log')
-    axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
-    axes.minorticks_off()
-    axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
-             ylabel='validation loss (nats a byte)')
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(f'{HERE}/assets/frontier.png', dpi=130)
+    with picture('frontier', (8.5, 4.2), columns=0) as ((axes,),):
+        for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
+            points = sorted((bytes_ / 1e6, loss, what) for (method, bytes_, what), loss in best.items()
+                            if method == name)
+            axes.plot(*zip(*(point[:2] for point in points)), 'osD^vP*'[number], color=f'C{number}', label=name)
+            for x, y, what in points if len(points) > 1 else ():
+                axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=f'C{number}')
+        axes.set_xscale('log')
+        axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
+                 ylabel='validation loss (nats a byte)')
+        axes.legend(fontsize=8)
 
 
 def label(cell):
@@ -1485,33 +1425,49 @@ def label(cell):
                              ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
                              ('galore_rule', "{}'s rule", True), ('grad_clip', 'clipping at {:g}', True),
                              ('ranks', '{} workers', True),
-                             ('beta2', 'beta2 {:g}', cell['method'] == 'full rank'), ('seed', 'seed {}', True)):
+                             ('beta2', 'beta2 {:g}', cell['method'] == 'full rank')):
         if key in s and shown:
             words.append(text.format(s[key]))
     return ', '.join([*words, f"lr {s['learning_rate']:g}"])
 
 
+def but_rate_and_seed(cell):
+    """A cell's method and what else it sets."""
+    return cell['method'], {key: x for key, x in cell['settings'].items() if key not in ('learning_rate', 'seed')}
+
+
 def readme(words):
     """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
-    finals = finalists()
+    times, screened = seconds_of_steps('quality'), {}
     usual = [cell for cell in kept('screening', list(screening_cells()))
              if cell['val_loss'] and 'seed' not in cell['settings']]
-    lines = ['| best of the screened settings | trained | optimizer state, all workers | loss, 3.3M (of n settings) | '
-             'loss, 10.7M: mean (range; seeds) |', '|---|---|---|---|---|']
-    for method in dict.fromkeys(method for method, _ in screening_cells()):
-        mine = sorted((cell for cell in usual if cell['method'] == method), key=lambda cell: cell['val_loss'])
-        losses = [cell['val_loss'] for cell in finals.get(method, [])]
-        final = f'{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}; {len(losses)})' if losses else ''
-        if mine:
-            lines.append(f"| {label(mine[0])} | {mine[0]['trainable_parameters'] / 1e6:.1f}M | "
-                         f"{all_state(mine[0]) / 1e6:.0f} MB | {mine[0]['val_loss']:.3f} ({len(mine)}) | {final} |")
-    dates = sorted({cell['date'] for cell in kept('quality') + usual})
-    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, torch {usual[0]['torch']}; trained "
-              'and state: of the 3.3M model.']
+    for cell in usual:
+        method = 'Fira' if 'galore_rule' in cell['settings'] else cell['method']
+        screened.setdefault(method, []).append(cell['val_loss'])
+    lines = ['| method | trained | optimizer state | time of a step | validation loss: mean (range; seeds) '
+             '| other rates, one seed | screening: best (settings) |', '|---|---|---|---|---|---|---|']
+    for method, cells in finalists().items():
+        mine, losses = cells[0], [cell['val_loss'] for cell in cells]
+        rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in kept('quality', list(quality_cells()))
+                 if but_rate_and_seed(cell) == but_rate_and_seed(mine)}
+        del rates[mine['settings']['learning_rate']]
+        others = ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items()))
+        slower = f"{times[method] / times['full rank']:.2f}" if method in times else ''
+        lines.append(f"| {label(mine)} | {mine['trainable_parameters'] / 1e6:.1f}M | "
+                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({min(losses):.3f} to "
+                     f"{max(losses):.3f}; {len(losses)}) | {others} | {min(screened[method]):.3f} "
+                     f"({len(screened[method])}) |")
+    cells = kept('quality') + usual
+    dates = sorted({cell['date'] for cell in cells})
+    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+              f"{' and '.join(sorted({cell['machine'] for cell in cells}))}, torch "
+              f"{' and '.join(sorted({cell['torch'] for cell in cells}))}: `python bench.py screening` and `python "
+              'bench.py quality`, then `python bench.py readme`.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
-        file.write('\n'.join([before + '<!-- quality -->', *lines, '<!-- end -->', rest.partition('<!-- end -->\n')[2]]))
+        file.write('\n'.join([before + '<!-- quality -->', *lines, '<!-- end -->',
+                              rest.partition('<!-- end -->\n')[2]]))
     draw_frontier(usual)
 
 
@@ -1522,4 +1478,5 @@ if __name__ == '__main__':
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
         print(f"usage: python bench.py {' | '.join(benches)} [options]", file=sys.stderr)
         raise SystemExit(2)
-    benches[sys.argv[1]](sys.argv[2:])
+    with config.refusals():
+        benches[sys.argv[1]](sys.argv[2:])

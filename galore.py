@@ -486,7 +486,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         plain = [([p for p in group['params'] if p.grad is not None], group)
                  for group in self.param_groups if 'rank' not in group]
         rest = [p.grad for params, _ in plain for p in params]
-        if self.max_norm and (matrices or rest):  # the norm is one of all gradients, so all projected ones have to be held
+        if self.max_norm and (matrices or rest):  # the norm is one of all gradients, so all projected ones are held
             held = [self._take(p) for p in matrices]
             self._shrink([R for R, _, _ in held] + rest, [R for R, _, _ in held] + rest +
                          [p.grad for p, (_, _, group) in zip(matrices, held) if group['rule'] == 'fira'])
@@ -621,9 +621,10 @@ def renew_bases(model, optimizer, step, merge_every):
 def take_head_bases(layer, optimizer, state, group, seed, held, dy, x):
     """New bases for the heads of a layer from dy (heads, tokens, m), x (heads, tokens, n), one head after the other.
 
-    A basis is that of the whole step's gradient: until its last micro-batch the gradients of the heads are `held`. Only the
-    first bases are those of the first micro-batch, so that no step holds the gradients of all layers. Returns the step's
-    gradient of what is trained, (heads, r, n) or (heads, m, r), or None where it is yet to come, or the caller's to form."""
+    A basis is that of the whole step's gradient: until its last micro-batch the gradients of the heads are `held`. Only
+    the first bases are those of the first micro-batch, so that no step holds the gradients of all layers. Returns the
+    step's gradient of what is trained, (heads, r, n) or (heads, m, r), or None where it is yet to come, or the caller's
+    to form."""
     old, dtype = layer.B if layer.left else layer.A.mT, layer.weight.dtype  # (heads, m, r) or (heads, n, r)
     kind = 'power' if group['basis'] == 'sketch' else group['basis']
     first = state['step'] == 0
@@ -695,8 +696,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
 
     With a rank, the matrices of attention and MLP (weights of nn.Linear below a module named attn, self_attn or mlp)
     and the head factors A (H, r, n), B (H, m, r) of lowrank.py are projected, their refreshes staggered. The others are
-    plain; matrices get weight_decay, vectors and what the model's own no_weight_decay() names (timm) none. `param_names`
-    goes along, as torch's own optimizers have it.
+    plain; matrices get weight_decay, vectors and what the model's own no_weight_decay() names (timm) none.
+    `param_names` goes along, as torch's own optimizers have it.
     Raises ValueError if there is a rank but nothing to project."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     projected, matrices, vectors = [], [], []
@@ -711,8 +712,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
         else:
             (matrices if p.dim() >= 2 and name not in spared else vectors).append((name, p))
     if rank > 0 and not projected:
-        raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0 (in '
-                         "the scripts optimizer='adamw')")
+        raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0 '
+                         "(in the scripts optimizer='adamw')")
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
                   rule=rule, stagger=True)
     bits = dict(state_bits=state_bits) if rank > 0 else {}
@@ -743,7 +744,8 @@ def check_optimizer(settings, compute):
         raise ValueError("galore_basis='sketch' is made of the parts that GaLoLTE's heads compute: set "
                          "head_basis='gradient', or galore_basis='power'")
     if s['galore_rule'] != 'galore' and s['optimizer'] == 'adamw':
-        raise ValueError(f"galore_rule={s['galore_rule']!r} is for optimizer='galore': set that, or galore_rule='galore'")
+        raise ValueError(f"galore_rule={s['galore_rule']!r} is for optimizer='galore': set that, or "
+                         "galore_rule='galore'")
     lean = [key for key, usual in (('galore_backward', 'full'), ('per_layer', False), ('state_bits', 32))
             if s[key] != usual]
     if lean and s['optimizer'] == 'adamw':

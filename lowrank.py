@@ -653,7 +653,8 @@ def load_adapter(model, path, about):
             raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
                              'that it was trained on, with the same heads')
     if saved.keys() != parts.keys():
-        raise ValueError(f"adapter '{path}' lacks {', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'} or holds "
-                         "more than this model's heads and classifier: load the one that the run wrote")
+        lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
+        raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
+                         'the one that the run wrote')
     for name, part in parts.items():
         part.copy_(saved[name])

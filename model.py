@@ -159,7 +159,8 @@ class GPT(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
         if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= state.keys():
-            raise ValueError(f"'{path}' holds no GPT-2 in the hub's layout (wte, wpe, h.0.attn.c_attn): give another file")
+            raise ValueError(f"'{path}' holds no GPT-2 in the hub's layout (wte, wpe, h.0.attn.c_attn): give another "
+                             'file')
         depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('h.'))
         vocab_size, width = state['wte.weight'].shape
         if block_size > len(state['wpe.weight']):

@@ -2163,7 +2163,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
     split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split', 'merge_every': 2}
     for changes, count, said in [({}, 3, 'heads=4'), ({'per_layer': True}, 2, 'per_layer=False'),
                                  ({'sync': 'always'}, 2, "'step'"), ({'state_bits': 8}, 2, 'state_bits=32'),
-                                 ({'sync': 'merge', 'merge_every': 0}, 2, 'merge_every'), ({'merge_every': 0}, 2, 'meet'),
+                                 ({'sync': 'merge', 'merge_every': 0}, 2, 'merge_every'),
+                                 ({'merge_every': 0}, 2, 'meet'),
                                  ({'sync': 'merge', 'optimizer': 'galore', 'grad_clip': 0.0}, 2, 'other bases'),
                                  ({'merge_reset': True, 'rewarm_iters': 2}, 1, 'never end'),
                                  ({'sync': 'merge', 'merge_every': 2}, 1, 'torchrun'),
@@ -2689,7 +2690,7 @@ def test_the_planner_takes_a_config_and_counts_every_byte(tmp_path, capsys):
         assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; counters; buffers have none
         # in the optimizer's step, and not much more
         assert 4 * said['weights'] - 16384 < said['total'] < 8 * said['weights']
-    for words, said in ((['--budget', '12'], 'has no unit'), (['--budget', 'xGB'], 'is no number'),
+    for words, said in ((['--budget', '12'], 'no number with a unit'), (['--budget', 'xGB'], 'no number with'),
                         (['--config', str(tmp_path / 'no.py')], 'is not there')):
         with pytest.raises(SystemExit):
             bench.memory(['--config', str(path), *words])

@@ -1952,6 +1952,16 @@ def test_a_later_basis_is_that_of_all_micro_batches(shape, basis_from):
         assert torch.allclose(layer.trained.grad[h], galore.project(G[h], *basis), atol=1e-12)
 
 
+def test_a_shared_sketch_is_the_mean_of_all_heads():
+    _, _, net, optimizer = galolte_run(4, 1, heads=2, batch=4, basis_from='shared', galore_basis='sketch')
+    layer = lowrank.head_layers(net)[0]
+    sketches = optimizer.state[layer.trained]['sketch'].clone()
+    galore.renew_bases(net, optimizer, 4, 1)  # it is the first layer's turn
+    for basis in (layer.B if layer.left else layer.A.mT):
+        assert torch.allclose(basis, galore.orthonormal(sketches.mean(0)), atol=1e-12)
+        assert not torch.allclose(basis, galore.orthonormal(sketches[0]), atol=1e-3)
+
+
 def test_a_sketch_follows_the_averaged_gradient_without_ever_forming_it():
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(30, 20, bias=False)).double()

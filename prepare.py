@@ -439,8 +439,7 @@ def write_data(folder, documents, settings, fraction, overwrite):
 
 def write_images(folder, chunks, settings, overwrite):
     """The image data set `folder` from chunks(), unless it is there. settings: source, kind 'images', size, channels,
-    classes (names), task and flag (medmnist's), shard_bytes. meta.json has also mean and std of the training pixels, a
-    channel each, in units of 255."""
+    classes (names), task and flag (medmnist's), shard_bytes."""
     from tqdm import tqdm
     with claim(folder, settings, overwrite) as meta:
         if meta is None:
@@ -449,7 +448,6 @@ def write_images(folder, chunks, settings, overwrite):
             path.unlink()  # left by a crash, or overwritten
         meta = {**settings, 'images': {}, 'shards': []}
         (bytes_an_item, item), = item_types(meta).items()
-        histogram = np.zeros((settings['channels'], 256))  # of the training pixels
 
         def shard_of(chunk):
             split, labels, _ = chunk
@@ -466,15 +464,9 @@ def write_images(folder, chunks, settings, overwrite):
                         records['label'], records['image'] = labels, images
                         file.write(records)
                         bar.update(len(records))
-                        if split == 'train':
-                            channels = np.moveaxis(records['image'], 1, 0)
-                            histogram += [np.bincount(channel.ravel(), minlength=256) for channel in channels]
                     count = (file.tell() - HEADER.size) // bytes_an_item
                     number = sum(shard['split'] == split for shard in meta['shards'])
                     meta['shards'].append(publish_shard(file, split, number, 'images', count, bytes_an_item))
-        histogram, values = histogram / histogram.sum(1, keepdims=True), np.arange(256) / 255
-        mean = histogram @ values
-        meta['mean'], meta['std'] = mean.tolist(), np.sqrt(histogram @ values**2 - mean**2).tolist()
         finish(folder, meta)
     counts = ', '.join(f'{count:,} {split}' for split, count in meta['images'].items())
     print(f"'{folder}': {counts} images of {meta['size']} x {meta['size']} in {meta['channels']} channels, "

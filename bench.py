@@ -791,8 +791,9 @@ def plan_methods(settings, defaults):
     else:
         methods = {name: {**plain, **LLAMA_METHODS[name]} for name in ('full rank', 'GaLore', 'GaLore, projected')}
     s = settings
-    if not s['lowrank'] and 'size' not in s:
-        s = {**plain, 'optimizer': 'adamw', 'lowrank': 'attn', 'heads': 1 if 'img_size' in s else 4, 'rank': 4}
+    if not s['lowrank']:
+        s = {**plain, 'optimizer': 'adamw', 'lowrank': 'attn,mlp' if 'size' in s else 'attn',
+             'heads': 1 if 'img_size' in s else 4, 'rank': 4}
     if s['lowrank']:
         kind = ('GaLoLTE' if s['head_basis'] == 'gradient' else 'LTE' if s['head_input'] == 'split' else
                 'ReLoRA' if s['merge_reset'] else 'LoRA' if s['heads'] == 1 else 'MHLoRA')

@@ -1424,7 +1424,7 @@ def label(cell):
                              ('merge_every', 'T = {}', True),
                              ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
                              ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
-                             ('galore_rule', "{}'s rule", True), ('grad_clip', 'clipping at {:g}', True),
+                             ('galore_rule', "{}'s rule", cell['method'] != 'Fira'), ('grad_clip', 'clipping at {:g}', True),
                              ('ranks', '{} workers', True),
                              ('beta2', 'beta2 {:g}', cell['method'] == 'full rank')):
         if key in s and shown:
@@ -1454,10 +1454,10 @@ def readme(words):
         del rates[mine['settings']['learning_rate']]
         others = ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items()))
         slower = f"{times[method] / times['full rank']:.2f}" if method in times else ''
+        spread = f'{min(losses):.3f} to {max(losses):.3f}; {len(losses)}' if len(losses) > 1 else 'one seed'
         lines.append(f"| {label(mine)} | {mine['trainable_parameters'] / 1e6:.1f}M | "
-                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({min(losses):.3f} to "
-                     f"{max(losses):.3f}; {len(losses)}) | {others} | {min(screened[method]):.3f} "
-                     f"({len(screened[method])}) |")
+                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({spread}) | {others} | "
+                     f"{min(screened[method]):.3f} ({len(screened[method])}) |")
     cells = kept('quality') + usual
     dates = sorted({cell['date'] for cell in cells})
     lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "

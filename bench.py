@@ -1122,7 +1122,9 @@ def draw_quality():
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
                     ylim=(min(shown) - 0.02, max(shown) + 0.02))
         by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
-        by_bytes.set(xlabel="optimizer state, MB (all workers')")
+        by_bytes.set(xlabel="optimizer state, MB (all workers')", xscale='log')
+        by_bytes.set_xticks(ticks := [20, 50, 100, 200, 400], list(map(str, ticks)))
+        by_bytes.minorticks_off()
 
 
 # -----------------------------------------------------------------------------

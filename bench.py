@@ -806,7 +806,8 @@ def plan(path, budget):
     number = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
     if not number:
         config.fail(f'--budget={budget!r} is no number with a unit: write it as 12GiB or 12GB')
-    room = float(number[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[number[2]]
+    # CUDA itself, and what its allocator cannot reuse, want about 1 GB
+    room = float(number[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[number[2]] - 10**9
     script = None
     if os.path.isfile(path):  # else config.load says that it is not there
         with open(path, encoding='utf-8') as file:
@@ -827,8 +828,7 @@ def plan(path, budget):
         many = max(1, 8192 // settings.get('block_size', 256))  # enough for activations to make the peak
         what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
         print(f"{path}, {count_parameters(model)['total'] / 1e6:,.0f}M parameters, {what}, {budget}; the largest "
-              'micro-batch that fits one process')
-        print('(what is allocated: CUDA itself, and what its allocator cannot reuse, want about 1 GB more)')
+              'micro-batch that fits one process\nwith 1 GB left to CUDA itself and to what its allocator cannot reuse')
         print(f"{'method':34}{'weights in':>12}{'batch':>7}{'GB':>8}{'weights':>9}{'state':>8}")
         for method, here in plan_methods(settings, defaults).items():
             parts = here['heads'] if here['head_input'] == 'split' else 1  # such heads divide the batch
@@ -924,9 +924,9 @@ def communication(words):
     links = {'50 Mbit/s': 50e6 / 8, '1 Gbit/s': 1e9 / 8, '100 Gbit/s': 100e9 / 8}  # bytes a second of one worker
     print('bytes in bfloat16 (merges in float32), rank = width / 4, one head a worker, merges every '
           f'{options.merge_every} steps,\nbases every {options.gap}; a ring sends twice what is averaged, and what is '
-          'gathered once for every other worker.\nMemory: weights, gradients, optimizer state and heads of a worker, all '
-          f'in bfloat16, without activations.\nA step that computes {options.compute:g} s takes so many seconds on each '
-          'link:')
+          'gathered once for every other worker.\nMemory: weights, gradients, optimizer state and heads of a worker, '
+          'all in bfloat16, without activations.\nA step that computes '
+          f'{options.compute:g} s takes so many seconds on each link:')
     print(f"{'model':12}{'workers':>8}  {'method':33}{'memory, GB':>11}{'put in, MB':>11}{'on the wire, MB':>16}"
           + ''.join(f'{link:>12}' for link in links))
     with torch.device('meta'):
@@ -1426,7 +1426,8 @@ def label(cell):
                              ('merge_every', 'T = {}', True),
                              ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
                              ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
-                             ('galore_rule', "{}'s rule", cell['method'] != 'Fira'), ('grad_clip', 'clipping at {:g}', True),
+                             ('galore_rule', "{}'s rule", cell['method'] != 'Fira'),
+                             ('grad_clip', 'clipping at {:g}', True),
                              ('ranks', '{} workers', True),
                              ('beta2', 'beta2 {:g}', cell['method'] == 'full rank')):
         if key in s and shown:
@@ -1441,14 +1442,9 @@ def but_rate_and_seed(cell):
 
 def readme(words):
     """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
-    times, screened = seconds_of_steps('quality'), {}
-    usual = [cell for cell in kept('screening', list(screening_cells()))
-             if cell['val_loss'] and 'seed' not in cell['settings']]
-    for cell in usual:
-        method = 'Fira' if 'galore_rule' in cell['settings'] else cell['method']
-        screened.setdefault(method, []).append(cell['val_loss'])
-    lines = ['| method | trained | optimizer state | time of a step | validation loss: mean (range; seeds) '
-             '| other rates, one seed | screening: best (settings) |', '|---|---|---|---|---|---|---|']
+    times, lines = seconds_of_steps('quality'), [
+        '| method | trained | optimizer state | time of a step | validation loss: mean (range; seeds) | other rates, '
+        'one seed |', '|---|---|---|---|---|---|']
     for method, cells in finalists().items():
         mine, losses = cells[0], [cell['val_loss'] for cell in cells]
         rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in kept('quality', list(quality_cells()))
@@ -1458,20 +1454,21 @@ def readme(words):
         slower = f"{times[method] / times['full rank']:.2f}" if method in times else ''
         spread = f'{min(losses):.3f} to {max(losses):.3f}; {len(losses)}' if len(losses) > 1 else 'one seed'
         lines.append(f"| {label(mine)} | {mine['trainable_parameters'] / 1e6:.1f}M | "
-                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({spread}) | {others} | "
-                     f"{min(screened[method]):.3f} ({len(screened[method])}) |")
-    cells = kept('quality') + usual
+                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({spread}) | "
+                     f'{others} |')
+    cells = kept('quality')
     dates = sorted({cell['date'] for cell in cells})
     lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
               f"{' and '.join(sorted({cell['machine'] for cell in cells}))}, torch "
-              f"{' and '.join(sorted({cell['torch'] for cell in cells}))}: `python bench.py screening` and `python "
-              'bench.py quality`, then `python bench.py readme`.']
+              f"{' and '.join(sorted({cell['torch'] for cell in cells}))}: `python bench.py quality` (five minutes a "
+              'run), then `python bench.py readme`.']
     with open(f'{HERE}/README.md', encoding='utf-8') as file:
         before, _, rest = file.read().partition('<!-- quality -->\n')
     with open(f'{HERE}/README.md', 'w', encoding='utf-8') as file:
         file.write('\n'.join([before + '<!-- quality -->', *lines, '<!-- end -->',
                               rest.partition('<!-- end -->\n')[2]]))
-    draw_frontier(usual)
+    draw_frontier([cell for cell in kept('screening', list(screening_cells()))
+                   if cell['val_loss'] and 'seed' not in cell['settings']])
 
 
 if __name__ == '__main__':

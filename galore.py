@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import average_over_ranks_, broadcast_from_rank_0_, head_layers
+from lowrank import KINDS, average_over_ranks_, broadcast_from_rank_0_, head_layers
 
 # What a group with `rank` may leave out. A script written for galore-torch gets galore-torch.
 GALORE_DEFAULTS = dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', moments='keep', rule='galore',
@@ -406,7 +406,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 clamped.append(f'{name} {tuple(p.shape)}')
             self.order[p] = number, len(self.order)
         if clamped:
-            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {', '.join(clamped)}")
+            more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
+            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {clamped[0]}{more}")
 
     def _matrix(self, p):
         """(state, group, seed, whether new bases are due) of a matrix. It needs bases when it has none, and then once a
@@ -706,14 +707,14 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='po
         if not p.requires_grad:
             continue
         path = name.split('.')
-        inside = id(p) in linear and not {'attn', 'self_attn', 'mlp'}.isdisjoint(path)
+        inside = id(p) in linear and not {*KINDS['attn'], *KINDS['mlp']}.isdisjoint(path)
         if rank > 0 and (inside and p.dim() == 2 or path[-1] in ('A', 'B') and p.dim() == 3):
             projected.append((name, p))
         else:
             (matrices if p.dim() >= 2 and name not in spared else vectors).append((name, p))
     if rank > 0 and not projected:
-        raise ValueError(f'{rank=}, but no trainable nn.Linear below attn, self_attn or mlp, and no heads: set rank=0 '
-                         "(in the scripts optimizer='adamw')")
+        raise ValueError(f"{rank=}, but no trainable nn.Linear below {', '.join(KINDS['attn'] + KINDS['mlp'])}, and no "
+                         "heads: set rank=0 (in the scripts optimizer='adamw'), or name your modules in lowrank.KINDS")
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, moments=moments,
                   rule=rule, stagger=True)
     bits = dict(state_bits=state_bits) if rank > 0 else {}

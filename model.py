@@ -152,8 +152,8 @@ class GPT(nn.Module):
                 raise FileNotFoundError(f"the weights '{source}' are not cached and the hub cannot be reached: give "
                                         'the path of a model.safetensors as init_from') from error
         elif not (source.endswith('.safetensors') and os.path.isfile(path)):
-            raise FileNotFoundError(f"there are no weights '{source}': set init_from to 'scratch', 'resume', 'gpt2', "
-                                    "'gpt2-medium', 'gpt2-large', 'gpt2-xl' or the path of a model.safetensors")
+            raise FileNotFoundError(f"'{source}' is no file of GPT-2's weights: set init_from to 'scratch', 'resume', "
+                                    "'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or the path of a model.safetensors")
         try:
             state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
         except SafetensorError as error:

@@ -76,7 +76,7 @@ def tokenizer(name):
         return tiktoken.get_encoding('gpt2')
     except requests.exceptions.RequestException:
         raise DataError("tiktoken cannot download its 'gpt2' vocabulary: connect to the internet once, or set "
-                        "TIKTOKEN_CACHE_DIR to a folder that has it") from None
+                        "TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
 
 
 def chunks(items, size, length=len):
@@ -722,7 +722,9 @@ def main(argv):
         source, documents = f'standard library of Python {sys.version.split()[0]}', stdlib_documents
     elif args.data == 'text':
         for path in args.input:
-            if Path(path).suffix.lower() not in ('.txt', '.jsonl', '.parquet') or not Path(path).is_file():
+            if not Path(path).is_file():
+                refuse(f"'{path}' is not there: correct --input")
+            if Path(path).suffix.lower() not in ('.txt', '.jsonl', '.parquet'):
                 refuse(f"'{path}' is no .txt, .jsonl or .parquet file: correct --input")
         sizes = [os.path.getsize(path) for path in args.input]
         source = ', '.join(f'{Path(path).name} ({size} bytes)' for path, size in zip(args.input, sizes))

@@ -255,6 +255,8 @@ def main(argv):
 
     # -------------------------------------------------------------------------
     progress.close()
+    if dist_rank == 0 and step == start and not eval_only and not stop:
+        print(f'step {step} of {max_iters}: nothing to train, raise max_iters to go on')
     if dist_rank == 0 and step > start:
         # none where a signal came before the first evaluation
         so_far = f', lowest validation loss so far {best_val_loss:.4f}' if best_val_loss < float('inf') else ''

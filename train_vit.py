@@ -485,6 +485,8 @@ def main(argv):
             if matrix is not None:
                 draw_confusion(matrix, classes, f'{out_dir}/confusion.png')
     progress.close()
+    if dist_rank == 0 and step == start and not eval_only and not stop:
+        print(f'step {step} of {steps}: nothing to train, raise max_iters or epochs to go on')
     if dist_rank == 0 and step > start:
         # none where a signal came before the first evaluation
         so_far = f', highest validation AUC so far {best_val_auc:.4f}' if best_val_auc else ''

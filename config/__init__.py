@@ -60,7 +60,8 @@ def load(namespace, known, argv):
         raise SystemExit(0)
     for path in (word for word in argv if not word.startswith('--')):
         if not os.path.isfile(path):
-            fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value")
+            fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value with "
+                 "a '='")
         scope = dict(settings)  # a file sees the settings so far, so it can compute with them
         try:
             with open(path, encoding='utf-8') as file:
@@ -73,7 +74,7 @@ def load(namespace, known, argv):
     for word in (word for word in argv if word.startswith('--')):
         key, equals, text = word[2:].partition('=')
         if not equals:
-            fail(f"'{word}' has no value: write --{key}=value")
+            fail(f"'{word}' has no value: write --{key}={True if isinstance(known.get(key), bool) else 'value'}")
         settings[key] = _checked(known, key, _parse(text, known.get(key)), 'on the command line')
     namespace.update(settings)
     return settings
@@ -301,7 +302,8 @@ def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
     import torch
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first")
+        other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
+        raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
@@ -327,7 +329,10 @@ def start_run(settings, step):
         except ImportError:
             raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
         wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
     if settings['init_from'] != 'resume':
         for name in held + ['log.jsonl', 'adapter.safetensors']:
             with contextlib.suppress(FileNotFoundError):

@@ -1035,14 +1035,14 @@ def quality_cells():
                    galore_basis='sketch', galore_moments='rotate', beta2=0.999, galore_gap=50)
     methods = {
         'full rank': ({}, (1e-3, 5e-4, 2e-3)),
-        'GaLore': (galore_96, (5e-3, 1e-2, 2e-2)),
+        'GaLore': (galore_96, (5e-3, 2.5e-3, 1e-2, 2e-2)),
         'GaLoLTE': ({**galolte, 'merge_every': 10}, (2e-2, 1e-2)),
         'ReLoRA': (dict(lowrank='attn,mlp', heads=1, rank=96, alpha=96.0, merge_every=100, merge_reset=True,
                         rewarm_iters=5), (2e-3, 4e-3, 1e-3)),
-        'MHLoRA': (dict(**heads, rank=24, alpha=96.0), (5e-4, 1e-3, 2e-3)),
+        'MHLoRA': (dict(**heads, rank=24, alpha=96.0), (5e-4, 2.5e-4, 1e-3, 2e-3)),
         'LTE': (dict(**heads, rank=24, alpha=24.0, head_input='split', merge_every=10), (2e-3, 4e-3, 1e-3)),
         'Fira': ({**galore_96, 'galore_rule': 'fira'}, (1e-2, 2e-2, 5e-3)),
-        'local AdamW': (dict(ranks=4, sync='merge', merge_every=10), (1e-3, 5e-4))}
+        'local AdamW': (dict(ranks=4, sync='merge', merge_every=10), (1e-3, 5e-4, 2e-3))}
     for seed in (1337, 1, 2):
         for method, (settings, rates) in methods.items():
             for lr in rates if seed == 1337 else rates[:1]:

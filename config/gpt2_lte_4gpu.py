@@ -1,4 +1,4 @@
-# GPT-2 124M with LTE on four GPUs, one head each: nothing is sent between merges, every 10 steps, of heads and all else.
+# GPT-2 124M with LTE on four GPUs, one head each: nothing at all is sent between merges, which come every 10 steps.
 # python prepare.py cnn_dailymail && torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2_lte_4gpu.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/gpt2_lte_4gpu'

@@ -1,4 +1,4 @@
-# GPT-2 124M with four LoRA heads on attention, all computed at once, on CNN/DailyMail, context 512: the study's figure 1.
+# GPT-2 124M with four LoRA heads on attention, all at once, on CNN/DailyMail, context 512: the study's figure 1.
 # python prepare.py cnn_dailymail && torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2_mhlora.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/gpt2_mhlora'

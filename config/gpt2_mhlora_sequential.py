@@ -1,4 +1,4 @@
-# GPT-2 124M with four LoRA heads on attention, one after the other: gpt2_mhlora.py but for the time, the study's figure 1.
+# GPT-2 124M with four LoRA heads on attention, in turn: gpt2_mhlora.py but for the time, the study's figure 1.
 # python prepare.py cnn_dailymail && torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2_mhlora_sequential.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/gpt2_mhlora_sequential'

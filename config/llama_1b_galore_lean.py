@@ -1,4 +1,4 @@
-# LLaMA 1B with GaLore, rank 512, as lean as it goes: projected backward, per-layer updates, 8-bit moments, checkpointing.
+# LLaMA 1B with GaLore, rank 512, as lean as it goes: projected backward, per layer, 8-bit moments, checkpointing.
 # python prepare.py c4 --tokens 1_000_000_000 && torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b_galore_lean.py
 # Four GPUs of 8 GB: not yet run; the peak of 1 x 256 tokens is 4.3 GB, measured on a CPU
 out_dir = 'out/llama_1b_galore_lean'

@@ -1,4 +1,4 @@
-# ViT-B/16 at 224 pixels on PathMNIST with GaLore of rank 128, the projected gradient formed in the backward pass, one epoch.
+# ViT-B/16 at 224 pixels on PathMNIST with GaLore of rank 128, projected in the backward pass, one epoch.
 # python prepare.py pathmnist --size 224 && torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist_galore.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/vit_base_pathmnist_galore'

@@ -1,4 +1,4 @@
-# ViT-B/16 at 224 pixels on PathMNIST with LoRA of rank 4 on q and v (as MeLo has it) for one epoch; the classifier trains too.
+# ViT-B/16 at 224 pixels on PathMNIST with LoRA of rank 4 on q and v, as MeLo has it, and the classifier, one epoch.
 # python prepare.py pathmnist --size 224 && torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist_lora.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/vit_base_pathmnist_lora'

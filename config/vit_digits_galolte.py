@@ -1,4 +1,4 @@
-# The study's own combination: GaLoLTE on a ViT, four heads on their own parts of the batch, all in one subspace of the gradient.
+# GaLoLTE on a ViT: four heads on their own parts of the batch, all in one subspace of the gradient.
 # python train_vit.py config/vit_quickstart.py && python train_vit.py config/vit_digits_galolte.py
 # Two CPU cores: 1 minute after vit_quickstart.py, test accuracy 0.93, AUC 0.996 (one seed)
 out_dir = 'out/vit_digits_galolte'

@@ -1,4 +1,4 @@
-# LLaMA 60M with GaLore, rank 128, sizes and steps as in GaLore's table 2 (its tokens are others, so perplexities differ).
+# LLaMA 60M with GaLore, rank 128, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
 # python prepare.py c4 --tokens 1_400_000_000 && torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_60m_galore.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/llama_60m_galore'

@@ -122,7 +122,8 @@ def parse(name, words, **defaults):
             parser.add_argument(f'--{key}', choices=value)
         else:
             first, many = (value[0], '+') if isinstance(value, list) else (value, None)
-            parser.add_argument(f'--{key}', type=type(first), default=value, nargs=many)
+            parser.add_argument(f'--{key}', type=type(first), default=value, nargs=many,
+                                choices=value if key == 'methods' else None)
     options = parser.parse_args(words)
     for key, value in vars(options).items():
         for x in value if isinstance(value, list) else [value]:

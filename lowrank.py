@@ -469,8 +469,9 @@ def check_settings(settings, world_size):
                          "set merge_every, head_input='split' with lowrank, and start it with torchrun, or set "
                          "sync='step'")
     if s['sync'] == 'merge' and (s['optimizer'] == 'galore' or s['merge_reset'] and not s['lowrank']):
-        raise ValueError("sync='merge' averages whole weights: each rank's GaLore would have other bases for them, and "
-                         "without heads there is nothing to reset: set optimizer='adamw', or merge_reset=False")
+        raise ValueError("sync='merge' averages whole weights: GaLore is not supported with it, as each rank's would "
+                         "have other bases, and without heads there is nothing to reset: set optimizer='adamw', or "
+                         "merge_reset=False")
     if s['head_basis'] == 'gradient':
         if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
             raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "

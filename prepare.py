@@ -168,7 +168,9 @@ def read_parquet(path):
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(256, columns=['text']):
-                if batch['text'].type not in (pyarrow.string(), pyarrow.large_string()):
+                kind = batch['text'].type
+                kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+                if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                     raise KeyError
                 yield from ((text or '', True) for text in batch['text'].to_pylist())
     except (pyarrow.ArrowException, KeyError):
@@ -200,7 +202,7 @@ def hub_documents(name, path, limit):
                         f"or use --path FOLDER with the files {files['train']} of {repository}") from None
     except (ValueError, TypeError, EOFError, pyarrow.ArrowException) as error:
         raise DataError(f"the files of '{path or repository}' are damaged or lack text in the columns {columns} "
-                        f'({str(error).splitlines()[0][:80]}): fetch them again') from error
+                        f'({(str(error).splitlines() or [""])[0][:80]}): fetch them again') from error
 
 
 # -----------------------------------------------------------------------------

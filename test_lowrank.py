@@ -112,6 +112,8 @@ def test_settings_file_sees_the_defaults_and_the_command_line_wins(tmp_path):
     assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
     assert {key: space[key] for key in known} == got
     assert config.load(space, known, ['--rate=2', '--limit=None'])['rate'] == 2.0  # int for float; nothing left over
+    (tmp_path / 'b.py').write_text('rates = [1, 2]\nrate = rates[1]\n')  # what else a file needs to compute with
+    assert config.load({}, known, [str(tmp_path / 'b.py'), "--name='x y'"]) == {**known, 'rate': 2.0, 'name': 'x y'}
     assert space['name'] == ''
 
 
@@ -125,7 +127,8 @@ def test_a_wrong_setting_is_one_sentence(capsys, word, needles):
 
 
 @pytest.mark.parametrize('text, needles', [
-    ("lowrank = ['attn', 'mlp']", ['lowrank', 'list', 'str']), ('lerning_rates = [1, 2]', ['lerning_rates']),
+    ("lowrank = ['attn', 'mlp']", ['lowrank', 'list', 'str']),
+    ('lerning_rate = 1.0', ['lerning_rate', "'learning_rate'"]),
     ("lowrank = 'attn", ['SyntaxError']), ('max_iters = many * 2', ['NameError', 'many'])])
 def test_a_wrong_config_file_is_one_sentence(tmp_path, capsys, text, needles):
     (tmp_path / 'a.py').write_text(text)
@@ -2102,7 +2105,7 @@ def test_a_run_that_is_stopped_where_it_evaluates_makes_up_for_it(data_dir, tmp_
         with monkeypatch.context() as patch:
             patch.setattr(config, 'stop_requested', lambda world_size: next(steps) == stop)
             train(data_dir, tmp_path / str(stop), '--max_iters=8')
-        (tmp_path / str(stop) / 'log.jsonl').open('a').write('{"step": 9, "val_loss": 0}\n{"step":')  # of a crash
+        (tmp_path / str(stop) / 'log.jsonl').open('a').write('\n{"step": 9, "val_loss": 0}\n{"step":')  # of a crash
         resumed = train(data_dir, tmp_path / str(stop), '--max_iters=8', '--init_from=resume')
         assert resumed['step'] == 8 and same_state(whole['model'], resumed['model'])
         assert logged(tmp_path / str(stop), 'val_loss') == logged(tmp_path / 'a', 'val_loss')

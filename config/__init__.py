@@ -68,8 +68,9 @@ def load(namespace, known, argv):
                 exec(compile(file.read(), path, 'exec'), scope)
         except Exception as error:  # it is the user's program, and may fail in any way
             fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
+        plain = defaults(scope)  # functions, modules, lists of other names only help to compute
         for key, value in scope.items():
-            if not (key.startswith('_') or callable(value) or isinstance(value, type(ast))):  # functions, modules: help
+            if key in plain or key in known:
                 settings[key] = _checked(known, key, value, f'in {path}')
     for word in (word for word in argv if word.startswith('--')):
         key, equals, text = word[2:].partition('=')
@@ -82,12 +83,11 @@ def load(namespace, known, argv):
 
 def _parse(text, default):
     """The value that a command line's text means; text that is no Python literal is a string."""
-    if isinstance(default, str):  # --out_dir=7 is a name
-        return text
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    return text if isinstance(default, str) and not isinstance(value, str) else value  # --out_dir=7 is a name
 
 
 def _checked(known, key, value, where):
@@ -306,6 +306,8 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except OSError:
+        raise
     except Exception as error:  # damaged bytes fail in any way
         raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
                          f'({(str(error).splitlines() or [""])[0][:80]}): restore it or train anew') from error
@@ -313,6 +315,15 @@ def load_checkpoint(path):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
     return checkpoint
+
+
+def _logged_before(line, step):
+    """Whether a line of log.jsonl is whole and not of what a run from this step on, which evaluates first, logs again."""
+    try:
+        record = json.loads(line)
+        return record['step'] < step or record['step'] == step and 'val_loss' not in record
+    except (ValueError, KeyError, TypeError):  # a crash cut it
+        return False
 
 
 def start_run(settings, step):
@@ -338,11 +349,12 @@ def start_run(settings, step):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, name))
     path = os.path.join(out_dir, 'log.jsonl')
-    if os.path.exists(path):
+    if os.path.exists(path) and not settings['eval_only']:
         with open(path, encoding='utf-8') as file:
-            lines = [line for line in file if line.endswith('\n') and json.loads(line)['step'] <= step]
-        with open(path, 'w', encoding='utf-8') as file:
+            lines = [line for line in file if _logged_before(line, step)]
+        with open(path + '.tmp', 'w', encoding='utf-8') as file:
             file.writelines(lines)
+        os.replace(path + '.tmp', path)
     with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
         json.dump(settings, file, indent=2)
 
@@ -389,7 +401,9 @@ def peak_memory_bytes(device):
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of the process that started this one
         with open('/proc/self/status', encoding='utf-8') as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM'))
+            for line in file:
+                if line.startswith('VmHWM'):
+                    return int(line.split()[1]) * 1024
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 

@@ -318,7 +318,7 @@ def load_checkpoint(path):
 
 
 def _logged_before(line, step):
-    """Whether a line of log.jsonl is whole and not of what a run from this step on, which evaluates first, logs again."""
+    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again (it evaluates first)."""
     try:
         record = json.loads(line)
         return record['step'] < step or record['step'] == step and 'val_loss' not in record

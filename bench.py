@@ -1018,8 +1018,18 @@ def training_results(records):
                                          default=None)}  # a reset drops moments for a while
 
 
+def show_trained(cells):
+    """A table of trained cells."""
+    print(f"{'method':100}{'seed':>5}{'trainable':>12}{'state, MB':>11}{'loss':>8}")
+    for cell in cells:
+        loss = 'diverged' if cell['val_loss'] is None else f"{cell['val_loss']:.3f}"
+        print(f"{label(cell):100}{cell['settings'].get('seed', 1337):5}{cell['trainable_parameters'] or 0:12,}"
+              f"{(cell['optimizer_state_bytes'] or 0) / 1e6:11.1f}{loss:>8}")
+
+
 def screening(words):
     run_cells('screening', words, 'train_gpt.py', SCREEN, list(screening_cells()), training_results)
+    show_trained(kept('screening', list(screening_cells())))
 
 
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the learning rate as the screening found best.
@@ -1074,6 +1084,7 @@ def quality(words):
         step_times('quality', [cell for cell in quality_cells() if 'ranks' not in cell[1]],
                    {**train_gpt.defaults, **FINAL, 'vocab_size': 257}, 5, 10,
                    lambda number: torch.randint(257, (2, FINAL['batch_size'], FINAL['block_size'])))
+    show_trained(kept('quality', list(quality_cells())))
     if finalists():
         draw_quality()
 

@@ -354,7 +354,7 @@ def draw_heads(device, dtype):
 
 def heads(words):
     options = parse('heads', words, device='cuda' if torch.cuda.is_available() else 'cpu', repeats=5,
-                    only=('layer', 'model', 'figure'), dtype='bfloat16')  # dtype: of the figure
+                    only=('layer', 'model', 'figure'), dtype=('bfloat16', 'float32'))  # dtype: of the figure
     config.keep_freed_memory()  # as the scripts do on a CPU
     if options.only in (None, 'layer'):
         heads_layer(options.device, 4 * options.repeats)
@@ -362,9 +362,10 @@ def heads(words):
         heads_steps([(dtype, targets, 4, 4) for dtype in ('float32', 'bfloat16')
                      for targets in ('attn', 'attn,mlp', 'attn,mlp,logit')], 4, options.repeats, options.device)
     if options.only in (None, 'figure'):
-        heads_steps([(options.dtype, 'attn', count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)], 2,
+        dtype = options.dtype or 'bfloat16'
+        heads_steps([(dtype, 'attn', count, rank) for count in (1, 4, 16) for rank in (1, 4, 16, 64)], 2,
                     options.repeats, options.device)
-        draw_heads(options.device, options.dtype)
+        draw_heads(options.device, dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -1380,15 +1381,15 @@ def draw_spectrum():
 # README
 
 
-def wire_bytes(cell, workers=4):
+def wire_bytes(cell, shape, workers=4):
     """Bytes that a worker puts on the wire a step where a cell's method runs on so many of them, one head each, in
-    float32; None for what is not meant for it. A ring sends twice what is averaged."""
+    float32; None for what is not meant for it. shape: SCREEN or FINAL. A ring sends twice what is averaged."""
     s, method = cell['settings'], cell['method']
     with torch.device('meta'):
-        model = GPT(GPTConfig(SCREEN['block_size'], 257, SCREEN['n_layer'], SCREEN['n_head'], SCREEN['n_embd']))
+        model = GPT(GPTConfig(shape['block_size'], 257, shape['n_layer'], shape['n_head'], shape['n_embd']))
     shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
     others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
-    if method in ('full rank', 'GaLore'):
+    if method in ('full rank', 'GaLore', 'Fira'):
         name = 'full rank, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else 'GaLore, projected'
     elif method == 'local AdamW' or method == 'LTE':
         name = method
@@ -1406,7 +1407,7 @@ def draw_frontier(cells):
     """assets/frontier.png: validation loss against bytes on the wire, each method at its best for each T."""
     best = {}
     for cell in cells:
-        bytes_ = None if cell['val_loss'] is None else wire_bytes(cell)
+        bytes_ = None if cell['val_loss'] is None else wire_bytes(cell, SCREEN)
         if bytes_ is not None:
             s = cell['settings']
             name = cell['method'] + (', one basis' if s.get('basis_from') == 'shared' else '')
@@ -1455,18 +1456,19 @@ def but_rate_and_seed(cell):
 def readme(words):
     """Renews the table between the markers in README.md, a row a method, and draws loss against bytes sent."""
     times, lines = seconds_of_steps('quality'), [
-        '| method | trained | optimizer state | time of a step | validation loss: mean (range; seeds) | other rates, '
-        'one seed |', '|---|---|---|---|---|---|']
+        '| method | trained | optimizer state | sent a step | time of a step | validation loss: mean (range; seeds) | '
+        'other rates, one seed |', '|---|---|---|---|---|---|---|']
     for method, cells in finalists().items():
         mine, losses = cells[0], [cell['val_loss'] for cell in cells]
         rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in kept('quality', list(quality_cells()))
                  if but_rate_and_seed(cell) == but_rate_and_seed(mine)}
         del rates[mine['settings']['learning_rate']]
         others = ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items()))
+        sent = f'{wire_bytes(mine, FINAL) / 1e6:.1f} MB' if wire_bytes(mine, FINAL) else ''
         slower = f"{times[method] / times['full rank']:.2f}" if method in times else ''
         spread = f'{min(losses):.3f} to {max(losses):.3f}; {len(losses)}' if len(losses) > 1 else 'one seed'
         lines.append(f"| {label(mine)} | {mine['trainable_parameters'] / 1e6:.1f}M | "
-                     f"{all_state(mine) / 1e6:.0f} MB | {slower} | {statistics.mean(losses):.3f} ({spread}) | "
+                     f"{all_state(mine) / 1e6:.0f} MB | {sent} | {slower} | {statistics.mean(losses):.3f} ({spread}) | "
                      f'{others} |')
     cells = kept('quality')
     dates = sorted({cell['date'] for cell in cells})

@@ -1,6 +1,6 @@
 # GaLoLTE on a ViT: four heads on their own parts of the batch, all in one subspace of the gradient.
 # python train_vit.py config/vit_quickstart.py && python train_vit.py config/vit_digits_galolte.py
-# Two CPU cores: 1 minute after vit_quickstart.py, test accuracy 0.93, AUC 0.996 (one seed)
+# Two CPU cores: 1 minute after vit_quickstart.py, test accuracy 0.96, AUC 0.998 (one seed)
 out_dir = 'out/vit_digits_galolte'
 init_from = 'out/vit_quickstart/best.pt'
 dataset = 'digits_shifted'

@@ -1,6 +1,6 @@
 # A small ViT from scratch on scikit-learn's digits: what vit_digits_adapt.py goes on from.
 # python train_vit.py config/vit_quickstart.py
-# Two CPU cores: under 2 minutes, test accuracy 0.96, AUC 0.999
+# Two CPU cores: under 2 minutes, test accuracy 0.98, AUC 1.000
 out_dir = 'out/vit_quickstart'
 init_from = 'scratch'
 dataset = 'digits'

@@ -46,9 +46,9 @@ from torch.utils._pytree import tree_leaves
 
 import config
 import galore
-from galore import GaLoreAdamW, make_optimizer, param_groups, renew_bases, state_bytes, take_bases
-from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest,
-                     head_layers, merge, merged_state_dict)
+from galore import GaLoreAdamW, LowRankAdamW, make_optimizer, param_groups, put_layers, take_bases
+from lowrank import (MHLoRALinear, clip_gradients, count_parameters, drop_moments, freeze_rest, lowrank_layers, merge,
+                     merged_state_dict)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
 
@@ -212,12 +212,11 @@ def trainer(model, settings, batch=None, device='cpu'):
     with several gradients are held in the second one.
     """
     s, vit, steps, micro_steps = settings, 'img_size' in settings, itertools.count(), 1
-    if s['lowrank']:
-        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     s['head_compute'], s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
-    if vit and (s['train'] == 'classifier' or s['train'] == 'auto' and s['lowrank']):
-        freeze_rest(model)
-    optimizer = make_optimizer(model, s)
+    with contextlib.redirect_stdout(None):
+        put_layers(model, s)
+        if vit and (s['train'] == 'classifier' or s['train'] == 'auto' and s['lowrank']):
+            freeze_rest(model, ('logit',))
+        optimizer = make_optimizer(model, s)
     if batch is None:
         micro_steps = min(2, s['gradient_accumulation_steps'])
         x = y = torch.zeros(s['batch_size'], *(() if vit else (s['block_size'],)), dtype=torch.int64)
@@ -227,16 +226,14 @@ def trainer(model, settings, batch=None, device='cpu'):
     def step():
         number = next(steps)
         config.set_learning_rate(optimizer, s, number)
-        if s['head_basis'] == 'gradient' and number % s['merge_every'] == 0:
-            renew_bases(model, optimizer, number, s['merge_every'])
-        many = micro_steps if number else 1  # the first step, without moments, is no peak
-        for micro_step in range(many):
-            optimizer.last_micro_batch = micro_step == many - 1
+        for micro_step in range(micro_steps):
+            optimizer.begin(number, micro_step, micro_steps)
             images, labels = (x, y) if batch is None else (part.to(device) for part in batch(number))
             with torch.autocast(device, torch.bfloat16, enabled=s['dtype'] != s['param_dtype']):
                 loss = F.cross_entropy(model(images).float(), labels) if vit else model(images, labels)
             loss.backward()
-        if s['optimizer'] == 'adamw' and s['grad_clip']:  # GaLore clips what it projects
+        optimizer.take_bases()
+        if s['grad_clip']:
             clip_gradients(model, s['grad_clip'])
         optimizer.step()
         optimizer.zero_grad()
@@ -389,17 +386,12 @@ def speed_step(device, repeats):
             weight.grad = torch.randn_like(weight)
             functions[name] = make([dict(params=[weight], rank=RANK, update_proj_gap=10**9, scale=0.25, proj_type='std',
                                          **more)], lr=0.01).step
-        projected = nn.Parameter(0.02 * torch.randn(SHAPE, device=device).to(getattr(torch, dtype)))
-        mine = GaLoreAdamW([dict(params=[projected], rank=RANK, update_proj_gap=10**9, basis='random')], lr=0.01)
-        mine.receive(projected, torch.randn(8, SHAPE[0], device=device).to(projected.dtype),
-                     torch.randn(8, SHAPE[1], device=device).to(projected.dtype))
-        mine.step()
-        R = torch.randn_like(mine.state[projected]['exp_avg'])
-
-        def update(mine=mine, projected=projected, R=R):
-            mine.received[projected] = R  # as the projected backward leaves it; the step uses it up
-            mine.step()
-        functions['ours, after the projected backward'] = update
+        linear = nn.Linear(*SHAPE[::-1], bias=False, device=device, dtype=weight.dtype)
+        layer = MHLoRALinear(linear, rank=RANK, factors='basis', merge_every=1)
+        mine = LowRankAdamW(layer, lr=0.01, basis='random', basis_every=10**9)
+        mine.begin(0)
+        layer.trained.grad = torch.randn_like(layer.trained)  # as the projected backward leaves it
+        functions['ours, after the projected backward'] = mine.step
         P, weight = galore.orthonormal(torch.randn(SHAPE[0], RANK, device=device)).to(weight.dtype), weight.detach()
         functions['two plain products'] = lambda: weight.addmm_(P, P.mT @ weight, alpha=-1e-9)
         seconds = interleaved(functions, repeats)
@@ -459,7 +451,8 @@ def speed_energy(device, steps=(1, 100, 300)):
 
 def speed_lean(device, repeats):
     """A whole training step of LLaMA in bfloat16, 8 x 256 tokens: full rank with fused AdamW, GaLore with the full and
-    with the projected backward. New bases for all matrices are a step of their own here, and a 200th of it is added."""
+    with the projected backward. What new bases every ten steps cost is divided by twenty, as they are taken every 200;
+    sketches add up over ten steps in both."""
     import train_llama
     base = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16', 'batch_size': 8, 'grad_clip': 0.0,
             'galore_gap': 10**9}
@@ -467,15 +460,16 @@ def speed_lean(device, repeats):
     for case, shape, rank in (('LLaMA 60M', dict(size='60m', vocab_size=32000), 128),
                               ('4 layers of LLaMA 350M, no output', few, 256),
                               ('4 layers of LLaMA 350M, no output', few, 128)):
-        projected = dict(galore_rank=rank, galore_backward='projected')
-        cells = timed({'full rank': dict(optimizer='adamw'), 'GaLore': dict(galore_rank=rank),
-                       'GaLore, projected': projected, 'all bases new': {**projected, 'galore_gap': 1}},
-                      {**base, **shape}, repeats, batch=lambda number: torch.randint(32, (2, 8, 256)), device=device)
-        new = cells.pop('all bases new')['to_full']
-        for name, cell in cells.items():
-            steady = cell['to_full']
+        methods = {name: {**LLAMA_METHODS[name], 'galore_rank': rank}
+                   for name in ('full rank', 'GaLore', 'GaLore, projected')}
+        often = {f'{name}, bases': {**methods[name], 'galore_gap': 10} for name in methods if name != 'full rank'}
+        cells = timed({**methods, **often}, {**base, **shape}, repeats, 10,
+                      lambda number: torch.randint(32, (2, 8, 256)), device)
+        for name in methods:
+            cell, steady = cells[name], cells[name]['to_full']
+            new = cells.get(f'{name}, bases', cell)['to_full']
             cell.update(bench='speed_lean', case=case, rank=rank, method=name,
-                        to_full_with_bases=steady + (new - steady) / 200 * (name != 'full rank'))
+                        to_full_with_bases=steady + (new - steady) / 20)
             record('speed', cell, f"{case:34} rank {rank:4} {name:18}{cell['seconds']:7.3f} s/step{steady:7.3f} of "
                    f"full rank, {cell['to_full_with_bases']:6.3f} with new bases every 200 steps")
 
@@ -491,7 +485,8 @@ def speed_methods(device, repeats):
     galore_quarter = dict(optimizer='galore', galore_rank=width // 4)
     lte = dict(lowrank='attn,mlp', heads=4, head_input='split', merge_every=10)
     methods = {'full rank': {}, 'MHLoRA': dict(lowrank='attn,mlp', heads=4, rank=16), 'GaLore': galore_quarter,
-               'GaLore, projected': dict(**galore_quarter, galore_backward='projected'), 'LTE': dict(**lte, rank=16),
+               'GaLore, projected': dict(**galore_quarter, galore_backward='projected', galore_basis='sketch'),
+               'LTE': dict(**lte, rank=16),
                'GaLoLTE': dict(**lte, rank=width // 4, head_basis='gradient', galore_basis='sketch')}
     base = {**train_gpt.defaults, 'dtype': 'bfloat16', 'batch_size': 8, 'block_size': time, 'vocab_size': vocabulary,
             'n_layer': layers, 'n_head': 8, 'n_embd': width}
@@ -558,7 +553,7 @@ def speed(words):
     parts = {'step': lambda: speed_step(device, repeats), 'refresh': lambda: speed_refresh(device, 2),
              'energy': lambda: speed_energy(device),
              # these as the scripts run; galore-torch and nanoGPT are measured with memory as their users have it
-             'lean': lambda: (config.keep_freed_memory(), speed_lean(device, max(3, repeats // 2))),
+             'lean': lambda: (config.keep_freed_memory(), speed_lean(device, max(3, repeats // 4))),
              'methods': lambda: (config.keep_freed_memory(), speed_methods(device, max(3, repeats // 4)))}
     for name, part in parts.items():
         if options.only in (None, name):
@@ -573,16 +568,14 @@ def speed(words):
 LLAMA_METHODS = {  # the last one is what llama_1b_galore_lean.py does
     'full rank': dict(optimizer='adamw'),
     'GaLore': dict(optimizer='galore'),
-    'GaLore, projected': dict(optimizer='galore', galore_backward='projected'),
-    'GaLore, projected, per layer': dict(optimizer='galore', galore_backward='projected', per_layer=True),
-    'the same, 8 bits, checkpointing': dict(optimizer='galore', galore_backward='projected', per_layer=True,
-                                            state_bits=8, checkpointing=True)}
+    'GaLore, projected': (lean := dict(optimizer='galore', galore_backward='projected', galore_basis='sketch')),
+    'GaLore, projected, per layer': (lean := dict(lean, per_layer=True, grad_clip=0.0)),
+    'the same, 8 bits, checkpointing': dict(lean, state_bits=8, checkpointing=True)}
 # a worker with one head; how often it merges does not matter here, so that the few steps of a measurement have a merge
 WORKER = dict(optimizer='adamw', lowrank='attn,mlp', heads=1, head_input='split', merge_every=2)
 MEMORY_METHODS = {**LLAMA_METHODS, 'MHLoRA, 4 heads': dict(optimizer='adamw', lowrank='attn,mlp', heads=4, rank=16),
                   'LTE, a worker': dict(**WORKER, rank=64),
-                  'GaLoLTE, a worker': dict(**WORKER, head_basis='gradient', basis_from='shared',
-                                            galore_basis='sketch')}
+                  'GaLoLTE, a worker': dict(**WORKER, head_basis='gradient', galore_basis='sketch')}
 
 
 def llama_shape(settings, layers=None):
@@ -603,9 +596,11 @@ def model_of(settings, layers=None):
     if 'img_size' in s:
         import train_vit
         shape = {key: s[key] for key in ('model', *train_vit.SHAPE)}
-        return train_vit.create({**shape, 'n_layer': layers or s['n_layer']}, 9)
+        model = train_vit.create({**shape, 'n_layer': layers or s['n_layer']}, 9)
+        model.set_grad_checkpointing(s['checkpointing'])
+        return model
     return GPT(GPTConfig(s['block_size'], s['vocab_size'] or 50257, layers or s['n_layer'], s['n_head'], s['n_embd'],
-                         s['dropout'], s['bias']))
+                         s['dropout'], s['bias'], s['checkpointing']))
 
 
 class Peak(TorchDispatchMode):
@@ -641,8 +636,8 @@ class Peak(TorchDispatchMode):
 
 
 def planned(settings, layers, batch_size):
-    """Peak bytes of two training steps by category, without computing anything: fake tensors. layers: None: as deep as
-    the settings say."""
+    """Peak bytes of two training steps by category, without computing anything: fake tensors. Sketches of the blocks
+    whose turn it is come later, and are left out. layers: None: as deep as the settings say."""
     settings, vit = {**settings, 'batch_size': batch_size}, 'img_size' in settings
     with torch.device('meta') if vit else FakeTensorMode() as fake:  # timm computes while it builds
         torch.set_default_dtype(getattr(torch, settings['param_dtype']))
@@ -656,8 +651,10 @@ def planned(settings, layers, batch_size):
             optimizer, step = trainer(model, settings)
             for _ in range(2):
                 step()
-        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
-        state = state_bytes(optimizer)
+        state = optimizer.state_bytes()
+        held = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]  # factors of zeros share theirs
+        weights = sum({x._cdata: x.nbytes() for x in held}.values())
+        weights -= sum(layer.basis.nbytes for layer in lowrank_layers(model) if layer.factors == 'basis')  # state
     return dict(weights=weights, state=state, gradients=peak.gradients,
                 activations=peak.bytes - weights - state - peak.gradients, total=peak.bytes)
 
@@ -856,7 +853,8 @@ def plan(path, budget):
 VIT_METHODS = {'full fine-tuning': {}, **{f'LoRA, rank {rank}': dict(lowrank='attn', rank=rank, alpha=float(rank))
                                           for rank in (1, 2, 4, 8, 16, 32)},
                'GaLore, rank 64': dict(optimizer='galore', galore_rank=64),
-               'GaLore, rank 64, projected': dict(optimizer='galore', galore_rank=64, galore_backward='projected')}
+               'GaLore, rank 64, projected': dict(optimizer='galore', galore_rank=64, galore_backward='projected',
+                                                  galore_basis='sketch')}
 
 
 def vit(words):
@@ -890,29 +888,38 @@ def vit(words):
 # -----------------------------------------------------------------------------
 # communication
 
-COMMUNICATION = ('full rank, DDP', 'GaLore, DDP', 'GaLore, projected', 'local AdamW', 'LTE', "LTE, sync='merge'",
-                 'GaLoLTE', 'GaLoLTE, one basis', "GaLoLTE, one basis, sync='merge'")
+COMMUNICATION = ('full rank, DDP', 'GaLore, DDP', 'GaLore, projected', 'GaLore, projected, sketch', 'local AdamW',
+                 'LTE', "LTE, sync='merge'", 'GaLoLTE', "GaLoLTE, sync='merge'")
+
+
+def shapes_of(model):
+    """(m, n) of attention's and MLP's matrices, and the number of all other parameters."""
+    with contextlib.redirect_stdout(None):
+        groups = param_groups(model, rank=1)
+    shapes = [tuple(p.shape) for group in groups if 'rank' in group for p in group['params']]
+    return shapes, sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
 
 
 def sent_bytes(shapes, others, method, rank, workers, heads=1, itemsize=4):
     """What one worker of so many heads puts into collectives, as `sync_bytes` in the log counts it: bytes averaged each
-    step, gathered at a merge, averaged at a merge, averaged in a period of refreshes. shapes: (m, n) of attention's and
-    MLP's matrices; others: the number of all other parameters. Merges average in at least float32."""
+    step, gathered at a merge, averaged at a merge, averaged in a period of refreshes. shapes, others: see
+    `shapes_of`. Merges and sketches average in at least float32."""
     wide, merging = max(4, itemsize), 'sync' in method
     gradients, small = sum(m * n for m, n in shapes), sum(min(rank, m, n) * max(m, n) for m, n in shapes)
+    bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
     if method == 'local AdamW':
         return 0, 0, wide * (gradients + others), 0
     if 'LTE' not in method:
         if 'projected' in method:
-            return (small + others) * itemsize, 0, 0, (gradients - small) * itemsize
+            seen = bases * wide if 'sketch' in method else gradients * itemsize
+            return (small + others) * itemsize, 0, 0, seen + bases * itemsize
         return (gradients + others) * itemsize, 0, 0, 0
     step, merge = (0, others * wide) if merging else (others * itemsize, 0)
-    if 'one basis' in method:  # what is trained and its first moment; at a refresh the sketch and the basis
-        bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
-        return step, 0, merge + small * (wide + itemsize), 2 * bases * itemsize
+    if 'GaLo' in method:  # what is trained and its first moment; at a refresh the sketch and the basis
+        return step, 0, merge + 2 * small * wide, bases * (wide + itemsize)
     gathered = 0
     for m, n in shapes:  # LTE's factors come with those of the last merge
-        factors = heads * min(rank, m, n) * (m + n) * itemsize * (1 if 'GaLo' in method else 2)
+        factors = 2 * heads * min(rank, m, n) * (m + n) * itemsize
         if workers > 1 and workers * factors > 2 * m * n * wide:  # as MHLoRALinear.sends_products
             merge += m * n * wide
         else:
@@ -935,8 +942,7 @@ def communication(words):
         models = {'GPT-2 124M': GPT(GPTConfig()), **{f'LLaMA {size}': Llama(LlamaConfig(256, 32000, *(
             SIZES[size]), SIZES[size][2])) for size in ('1b', '7b')}}
     for name, model in models.items():
-        shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
-        others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
+        shapes, others = shapes_of(model)
         rank = min(min(shape) for shape in shapes) // 4
         for workers in options.workers:
             for method in COMMUNICATION:
@@ -950,14 +956,14 @@ def communication(words):
 
 
 def worker_numbers(shapes, others, method, rank):
-    """Numbers that a worker with one head holds: weights, gradients, Adam's moments, factors, bases, sketches."""
+    """Numbers that a worker with one head holds: weights, gradients, Adam's moments, factors, bases."""
     total, large = 4 * others, sum(m * n for m, n in shapes)
     small = sum(min(rank, m, n) * max(m, n) for m, n in shapes)  # of what is trained inside a basis
     bases = sum(min(rank, m, n) * min(m, n) for m, n in shapes)
     if 'GaLore' in method:
         return total + (large if 'projected' in method else 2 * large - small) + 3 * small + bases
     if 'GaLoLTE' in method:
-        return total + large + 4 * small + 2 * bases  # the basis and its sketch
+        return total + large + 4 * small + bases
     if 'LTE' in method:
         return total + large + 5 * (small + bases)  # A, B, gradients, two moments, as they were at the last merge
     return total + 4 * large
@@ -977,8 +983,7 @@ def screening_cells():
     galore = dict(optimizer='galore', galore_rank=64, galore_gap=50, galore_basis='power', beta2=0.999,
                   learning_rate=2e-2)
     galolte = dict(lowrank='attn,mlp', heads=4, rank=64, head_input='split', head_basis='gradient',
-                   galore_basis='sketch', galore_moments='rotate', beta2=0.999, learning_rate=2e-2, merge_every=10,
-                   galore_gap=50)
+                   galore_basis='sketch', beta2=0.999, learning_rate=2e-2, merge_every=10, galore_gap=50)
     heads = dict(lowrank='attn,mlp', heads=4, rank=16, alpha=16.0, learning_rate=2e-3)
     relora = dict(heads, heads=1, rank=64, alpha=64.0, merge_every=100, merge_reset=True, rewarm_iters=5)
 
@@ -990,14 +995,13 @@ def screening_cells():
     grid = {
         'full rank': (lr(2e-3), [{}, lr(1e-3), lr(4e-3), dict(beta2=0.999), dict(grad_clip=0.0),  # 4e-3 needs clipping
                                  dict(seed=1), dict(seed=2)]),  # how much is noise
-        'GaLore': (galore, [{}, lr(1e-2), lr(4e-2), dict(grad_clip=0.0), dict(galore_moments='reset'),
-                            dict(galore_basis='random'), *(lr(rate, **more) for rate in (1e-2, 2e-2) for more in (
-                                dict(galore_basis='svd'), dict(galore_moments='rotate'), dict(galore_rule='fira'))),
+        'GaLore': (galore, [{}, lr(1e-2), lr(4e-2), dict(grad_clip=0.0), dict(galore_basis='random'), *(
+                                lr(rate, **more) for rate in (1e-2, 2e-2) for more in (
+                                    dict(galore_basis='svd'), dict(galore_rule='fira'))),
+                            dict(galore_backward='projected', galore_basis='sketch'),  # GaLoLTE with T = 1
                             *(dict(galore_rank=rank) for rank in (16, 32, 128)), dict(seed=1), dict(seed=2)]),
-        'GaLoLTE': (galolte, [{}, dict(galore_basis='power'), every(1, galore_basis='power'), lr(3e-2), every(1),
-                              every(50), dict(grad_clip=0.0), dict(galore_gap=100), *(
-                                  dict(more, basis_from='shared') for more in (
-                                      {}, every(5), every(50, learning_rate=1e-2), every(1)))]),
+        'GaLoLTE': (galolte, [{}, dict(galore_basis='power'), lr(3e-2), every(5), every(50), lr(1e-2, merge_every=50),
+                              dict(grad_clip=0.0), dict(galore_gap=100)]),
         'MHLoRA': (heads, [*(dict(rank=rank, alpha=float(alpha)) for rank, alpha in (
             (4, 4), (16, 16), (64, 64), (4, 16), (16, 64), (64, 256))), lr(1e-3, alpha=64.0), lr(4e-3, alpha=64.0)]),
         'LTE': (dict(heads, head_input='split', merge_every=10), [
@@ -1043,8 +1047,8 @@ def quality_cells():
     best, with two more. Ranks are a quarter of the width in all."""
     heads = dict(lowrank='attn,mlp', heads=4)
     galore_96 = dict(optimizer='galore', galore_rank=96, galore_gap=50, beta2=0.999)
-    galolte = dict(**heads, rank=96, head_input='split', head_basis='gradient', basis_from='shared',
-                   galore_basis='sketch', galore_moments='rotate', beta2=0.999, galore_gap=50)
+    galolte = dict(**heads, rank=96, head_input='split', head_basis='gradient', galore_basis='sketch', beta2=0.999,
+                   galore_gap=50)
     methods = {
         'full rank': ({}, (1e-3, 5e-4, 2e-3)),
         'GaLore': (galore_96, (5e-3, 2.5e-3, 1e-2, 2e-2)),
@@ -1097,14 +1101,14 @@ def all_state(cell):
         return 8 * cell['trainable_parameters']
     if s.get('head_input') != 'split':
         return cell['optimizer_state_bytes'] * s.get('ranks', 1)
-    with torch.device('meta'):
+    import train_gpt
+    with torch.device('meta'), contextlib.redirect_stdout(None):
         model = GPT(GPTConfig(FINAL['block_size'], 257, FINAL['n_layer'], FINAL['n_head'], FINAL['n_embd']))
-        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], head_input='split',
-                     head_basis=s.get('head_basis', 'trained'))
+        put_layers(model, {**train_gpt.defaults, **s})
     counts = count_parameters(model)
-    bases = sum(p.numel() for layer in head_layers(model) for p in (layer.A, layer.B) if not p.requires_grad)
-    # each of the other workers has moments of what has no heads
-    return cell['optimizer_state_bytes'] + 4 * bases + 8 * (s['heads'] - 1) * (counts['trainable'] - counts['heads'])
+    bases = sum(layer.basis.nbytes for layer in lowrank_layers(model) if layer.factors == 'basis')
+    # each of the other workers has the bases too, and moments of what has no heads
+    return cell['optimizer_state_bytes'] + (s['heads'] - 1) * (bases + 8 * (counts['trainable'] - counts['heads']))
 
 
 def finalists():
@@ -1387,14 +1391,12 @@ def wire_bytes(cell, shape, workers=4):
     s, method = cell['settings'], cell['method']
     with torch.device('meta'):
         model = GPT(GPTConfig(shape['block_size'], 257, shape['n_layer'], shape['n_head'], shape['n_embd']))
-    shapes = [tuple(p.shape) for group in param_groups(model, rank=1) if 'rank' in group for p in group['params']]
-    others = sum(p.numel() for p in model.parameters()) - sum(m * n for m, n in shapes)
+    shapes, others = shapes_of(model)
     if method in ('full rank', 'GaLore', 'Fira'):
-        name = 'full rank, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else 'GaLore, projected'
-    elif method == 'local AdamW' or method == 'LTE':
+        name = 'full rank, DDP' if method == 'full rank' or s.get('galore_rule') == 'fira' else (
+            f"GaLore, projected, {s['galore_basis']}" if 'galore_basis' in s else 'GaLore, projected')
+    elif method in ('local AdamW', 'LTE', 'GaLoLTE'):
         name = method
-    elif method == 'GaLoLTE':
-        name = 'GaLoLTE, one basis' if s.get('basis_from') == 'shared' else 'GaLoLTE'
     else:
         return None
     step, gathered, merge, refresh = sent_bytes(shapes, others, name, s.get('rank', s.get('galore_rank', 0)), workers)
@@ -1410,8 +1412,8 @@ def draw_frontier(cells):
         bytes_ = None if cell['val_loss'] is None else wire_bytes(cell, SCREEN)
         if bytes_ is not None:
             s = cell['settings']
-            name = cell['method'] + (', one basis' if s.get('basis_from') == 'shared' else '')
-            name = {'GaLore': 'GaLore, projected'}.get(name, name) if s.get('galore_rule') != 'fira' else "Fira's rule"
+            name = {'GaLore': 'GaLore, projected'}.get(cell['method'], cell['method'])
+            name = name if s.get('galore_rule') != 'fira' else "Fira's rule"
             key = name, bytes_, f"r={s['galore_rank']}" if 'galore_rank' in s else f"T={s.get('merge_every', 1)}"
             best[key] = min(best.get(key, 9.0), cell['val_loss'])
     with picture('frontier', (8.5, 4.2), columns=0) as ((axes,),):
@@ -1438,7 +1440,6 @@ def label(cell):
     for key, text, shown in (('alpha', 'alpha {:g}', True), ('galore_rank', 'rank {}', True),
                              ('merge_every', 'T = {}', True),
                              ('galore_gap', 'bases every {}', heads), ('galore_basis', '{}', True),
-                             ('basis_from', '{} bases', True), ('galore_moments', 'moments {}', not heads),
                              ('galore_rule', "{}'s rule", cell['method'] != 'Fira'),
                              ('grad_clip', 'clipping at {:g}', True),
                              ('ranks', '{} workers', True),

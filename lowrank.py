@@ -1,16 +1,16 @@
 """
-Multi-head LoRA: linear layers as a frozen weight plus H low-rank heads (Huh et al., "Training Neural Networks from
-Scratch with Parallel Low-Rank Adapters", LTE, arXiv 2402.16828; Hu et al., LoRA, arXiv 2106.09685). Needs torch only.
+Linear layers with low-rank weights: a frozen W beside H heads B_h A_h. Needs torch only.
 
-Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r) trained; s = alpha / r.
+Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m, r), Q (n, r) orthonormal bases.
 
-    head_input='shared':  y = W x + (s / H) sum_h B_h A_h x            every head sees every token (MHLoRA)
-    head_input='split':   y = W x + s (B_h A_h - B_h' A_h') x          head h sees its own part of the batch (LTE)
-    merge:                W <- W + (s / H) sum_h (B_h A_h - B_h' A_h') heads are averaged, primes: at the last merge
-
-With head_basis='gradient' (GaLoLTE) one factor of each split head is not trained but a basis of the head's gradient,
-as in GaLore: B = P for wide matrices (A trained), A = Q^T for tall ones (B trained). Then s = 1, and a merge zeroes
-what is trained, moments surviving. galore.py takes the bases.
+    factors='both'    y = W x + (s / H) sum_h B_h A_h x    LoRA (Hu et al., arXiv 2106.09685), with several heads multi-head LoRA
+    factors='B'       the same, A stays as it was drawn    LoRA-FA (Zhang et al., arXiv 2308.03303)
+    factors='basis'   the factor on W's smaller side is a basis of the gradient, the same one for all heads, and s = 1:
+                      B = P where m < n, A = Q^T elsewhere. Merged every step it is GaLore (Zhao et al., arXiv 2403.03507;
+                      Torroba-Hennigen et al., 2025, on the duality), merged every T steps GaLoLTE. galore.py takes the bases.
+    split             head h sees the h-th part of the batch only, y = W x + s (B_h A_h - B_h' A_h') x (LTE, Huh et al.,
+                      arXiv 2402.16828); primes: values at the last merge
+    merge             W <- W + (s / H) sum_h (B_h A_h - B_h' A_h')
 """
 
 import contextlib
@@ -19,250 +19,341 @@ import math
 import os
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+EDITION = 2  # of checkpoints
 
 # -----------------------------------------------------------------------------
 # the product
 
-# Operations per token; R = H r (shared, stacked) or r (split), twice that where merged heads train on (their products
-# are taken off again); `loop` is the plain loop over heads:
-#
-#                      forward            backward                 passes over a (tokens, m) or (tokens, n) array
-#   dense, trained     2 m n              4 m n                    none besides its own output
-#   loop               2 m n + 2 R(m+n)   2 m n + 4 R(m+n)         H more sums forward, H more backward
-#   stacked            2 m n + 2 R(m+n)   2 m n + 4 R(m+n)         none: the low-rank products accumulate in place
-#   folded W + s B A   2 m n + 2 R m n / tokens   4 m n + ...      needs dW (m, n) to get dA, dB
-#
-# Folding costs the dense layer's operations again, so heads are stacked. At rank 4 the products are bound by memory,
-# not operations: what counts is that the big arrays are passed over as rarely as possible.
 
-
-class _FrozenPlusHeads(torch.autograd.Function):
-    """y = x W^T + b + scale * (x A^T) B^T for each group; see `frozen_plus_heads`."""
+class _LowRankProduct(torch.autograd.Function):
+    """See `low_rank_product`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scale, gain, layer):
+    def forward(ctx, x, W, b, A, B, whole, sketch, Omega, scale, gain, zero, trains_A, trains_B):
         groups, _, n = A.shape
         flat = x.reshape(-1, n)  # (tokens, n)
-        y = F.linear(flat, weight.to(x.dtype), bias)  # (tokens, m)
-        grouped = flat.view(groups, -1, n)  # (groups, tokens / groups, n)
-        z = torch.bmm(grouped, A.mT)  # (groups, tokens / groups, r)
-        y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.mT, alpha=scale)
-        ctx.save_for_backward(flat, weight, A, B, z)
-        ctx.scale, ctx.gain, ctx.layer = scale, gain, layer
+        y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
+        z = None
+        if not zero or trains_B:
+            z = torch.bmm(flat.view(groups, -1, n), A.to(x.dtype).mT)  # (groups, tokens / groups, r)
+        if not zero:
+            y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.to(x.dtype).mT, alpha=scale)
+        # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
+        keeps_x = trains_A or whole is not None or sketch is not None
+        ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None, Omega)
+        ctx.scale, ctx.gain, ctx.zero = scale, gain, zero
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        flat, weight, A, B, z = ctx.saved_tensors
-        groups, r, n = A.shape
+        x, W, A, B, z, Omega = ctx.saved_tensors
+        needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch = ctx.needs_input_grad[:7]
+        groups, _, n = A.shape
         dflat = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
-        dgrouped = dflat.view(groups, -1, dy.shape[-1])  # (groups, tokens / groups, m)
-        whole, taken = False, None  # whether the gradient of what is trained comes once for all micro-batches
-        if ctx.layer is not None and ctx.layer.take_basis is not None:  # GaLoLTE: a new basis, from this very gradient
-            taken = ctx.layer.take_basis(dgrouped, flat.view(groups, -1, n))
-            whole = taken is not None or ctx.layer.take_basis is not None
-            A, B = ctx.layer.pairs()
-            A, B = A.to(flat.dtype), B.to(flat.dtype)
-            z = torch.bmm(flat.view(groups, -1, n), A.mT)
-        dz = torch.bmm(dgrouped, B).mul_(ctx.scale)  # (groups, tokens / groups, r)
-        dx = dA = dB = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = dflat @ weight.to(dflat.dtype)  # (tokens, n)
-            dx.view(groups, -1, n).baddbmm_(dz, A)
+        d = dflat.view(groups, -1, dy.shape[-1])  # (groups, tokens / groups, m)
+        dx = db = dA = dB = dwhole = dsketch = dz = None
+        if needs_A or not ctx.zero:
+            dz = torch.bmm(d, B.to(dy.dtype)).mul_(ctx.scale)  # (groups, tokens / groups, r)
+        if needs_x:
+            dx = dflat @ W.to(dy.dtype)  # (tokens, n)
+            if not ctx.zero:
+                dx.view(groups, -1, n).baddbmm_(dz, A.to(dy.dtype))
             dx = dx.view(*dy.shape[:-1], n)
-        if ctx.needs_input_grad[2]:
-            dbias = dflat.sum(0)
-        if ctx.needs_input_grad[3] and not whole:
-            dA = torch.bmm(dz.mT, flat.view(groups, -1, n))  # (groups, r, n)
+        if needs_b:
+            db = dflat.sum(0)
+        if needs_A:
+            dA = torch.bmm(dz.mT, x.view(groups, -1, n))  # (groups, r, n)
             dA = dA.mul_(ctx.gain) if ctx.gain != 1 else dA
-        if ctx.needs_input_grad[4] and not whole:
-            dB = torch.bmm(z.mT, dgrouped).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r), faster than dy^T z
-        if taken is not None:
-            taken.mul_(ctx.gain)
-            dA, dB = (taken, None) if ctx.layer.left else (None, taken)
-        if ctx.layer is not None and ctx.layer.watch is not None:
-            ctx.layer.watch(dgrouped, flat.view(groups, -1, n), dA if dB is None else dB)
-        return dx, None, dbias, dA, dB, None, None, None
+        if needs_B:
+            dB = torch.bmm(z.mT, d).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r)
+        if needs_whole:
+            dwhole = torch.bmm(d.mT, x.view(groups, -1, n)).mul_(ctx.gain)  # (groups, m, n)
+        if needs_sketch and needs_A:
+            dsketch = dflat.mT @ (x @ Omega.to(dy.dtype))  # G Omega (m, r)
+        elif needs_sketch:
+            dsketch = x.mT @ (dflat @ Omega.to(dy.dtype))  # G^T Omega (n, r)
+        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None, None
 
 
-def frozen_plus_heads(x, weight, bias, A, B, scale, gain=1, layer=None):
+def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole=None, sketch=None, Omega=None):
     """
-    A frozen linear plus low-rank products that accumulate into its output, with no gradient for the weight.
+    y = x W^T + b + scale (x A^T) B^T: a frozen linear and a low-rank product that accumulates into its output.
 
-    x (..., n); weight (m, n); bias (m,) or None; A (groups, r, n), B (groups, m, r): the leading dimension of x is
-    cut into `groups` equal parts, one for each pair. scale multiplies B A; gain multiplies the gradients of A and B.
-    layer: an MHLoRALinear whose basis may be due, see `take_basis` there.
-    Under autocast everything is computed in autocast's dtype. Returns (..., m).
+    x (..., n); weight (m, n), which gets no gradient; bias (m,) or None; A (groups, r, n), B (groups, m, r): the leading
+    dimension of x is cut into `groups` equal parts, one for each pair. `gain` multiplies the gradients of A, B and whole:
+    a loss that is the mean over all parts has 1 / groups of the gradient of each part's own mean.
+    zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
+    whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
+    sketch: another such leaf; its .grad becomes G Omega (m, r) with Omega (n, r) where A is trained, G^T Omega (n, r) with
+    Omega (m, r) where B is; G is that of all parts. Being linear in G, it adds up over micro-batches and ranks.
+    Under autocast everything is computed in autocast's dtype. Returns (..., m). No second derivatives (torch raises).
+
+    Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained, where a
+    dense layer that is trained has 6 m n; 4 m n + 2 R (m + n) with `zero`.
     """
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, A, B, bias = x.to(dtype), A.to(dtype), B.to(dtype), bias if bias is None else bias.to(dtype)
-    return _FrozenPlusHeads.apply(x, weight, bias, A, B, scale, gain, layer)
-
-
-# GaLoLTE's backward talks to the optimizer, so torch.compile breaks its graph here
-uncompiled_heads = torch.compiler.disable(frozen_plus_heads)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _LowRankProduct.apply(x, weight, bias, A, B, whole, sketch, Omega, scale, gain, zero, A.requires_grad,
+                                 B.requires_grad)
 
 
 # -----------------------------------------------------------------------------
 # the layer
 
 
+class Zeros:
+    """One buffer of zeros that all factors which are always zero are views of; the layers of a model share it."""
+
+    def __init__(self, room=0):
+        self.room, self.flat = room, None
+
+    def view(self, shape, like):
+        """Zeros of that shape, in the dtype and on the device of `like`, without memory of their own."""
+        size = math.prod(shape)
+        self.room = max(self.room, size)
+        flat = self.flat
+        if flat is None or len(flat) < self.room or flat.dtype != like.dtype or flat.device != like.device:
+            self.flat = torch.zeros(self.room, dtype=like.dtype, device=like.device)
+        return self.flat[:size].view(shape)
+
+
 class MHLoRALinear(nn.Module):
     """
-    A linear layer with a frozen weight and H low-rank heads.
+    A linear layer with a frozen weight and H low-rank heads, or one basis and what is trained inside it.
 
     linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays trainable.
-    heads, rank, alpha: H, r, and alpha of s = alpha / r. head_input, head_compute: see `apply_mhlora`.
-    merge_reset: whether `merge` draws A anew and zeroes B, or lets them train on (LTE's default) and remembers their
-    values A_merged, B_merged, which are then subtracted.
-    thirds: () for all outputs, or which thirds of them (0, 1, 2: q, k, v of a fused layer) have heads of their own:
-    A is then (H, thirds r, n) and B (H, thirds m / 3, r), as if q, k and v were layers of their own.
-    head_basis: 'trained', or 'gradient': GaLoLTE, one factor of each head is a basis of its gradient.
-    worker, workers: of several ranks that share the split heads, this one holds the heads worker::workers.
-    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r).
+    heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see the top of this file.
+    merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0: never.
+    merge_reset: after a merge draw A anew and zero B; else they train on (LTE's default) and their values at the last
+    merge, A_merged and B_merged, are subtracted.
+    head_compute: 'parallel', all shared heads in one pair of products, or 'sequential', a loop: the same, slower.
+    worker, workers: of several ranks that share split heads, this one holds the heads worker::workers.
+    zeros: the model's `Zeros`, None for a layer alone.
+    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With factors='basis' one of
+    A, B is None and `basis` is P (m, r) or Q (n, r); with merge_every=1 the other is always zero, takes no memory, is in no
+    state dict, and its .grad is the projected gradient R: galore.LowRankAdamW steps with it on W.
+    Raises ValueError for arguments that make no sense together.
     """
 
-    def __init__(self, linear, heads, rank, alpha, head_input='shared', head_compute='parallel', merge_reset=True,
-                 worker=0, workers=1, head_basis='trained', thirds=()):
+    def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0, merge_reset=False,
+                 head_compute='parallel', worker=0, workers=1, zeros=None):
         super().__init__()
         m, n = linear.weight.shape
-        parts, rows = (len(thirds), m // 3) if thirds else (1, m)
-        if not 1 <= rank <= min(rows, n):
-            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {rows} outputs: '
-                             f'set a rank between 1 and {min(rows, n)}')
-        self.in_features, self.out_features, self.thirds = n, m, tuple(thirds)
-        self.heads, self.rank, self.scale = heads, rank, alpha / rank
-        self.head_input, self.head_compute, self.merge_reset = head_input, head_compute, merge_reset
-        self.worker, self.workers = (worker, workers) if head_input == 'split' else (0, 1)
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias
-        self.A = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rank, n))
-        self.B = nn.Parameter(self.weight.new_empty(heads // self.workers, parts * rows, rank))
-        self.head_basis, self.left, self.take_basis, self.watch = head_basis, m < n, None, None
-        self.shared_basis = False  # set by galore.py: all heads have the same one
-        if head_basis == 'gradient':  # take_basis(dy, x): set by galore.py while a basis is due, unsets itself
-            self.scale, self.merge_reset, merge_reset = 1.0, True, True  # there is nothing to subtract after a merge
-            (self.B if self.left else self.A).requires_grad_(False)
-            nn.init.zeros_(self.A), nn.init.zeros_(self.B)
+        for key, value, allowed in (('factors', factors, ('both', 'B', 'basis')),
+                                    ('head_compute', head_compute, ('parallel', 'sequential'))):
+            if value not in allowed:
+                raise ValueError(f"{key}={value!r} is not known: set one of {', '.join(map(repr, allowed))}")
+        if rank < 1 or heads < 1 or merge_every < 0:
+            raise ValueError(f'{rank=}, {heads=} must be at least 1, {merge_every=} at least 0')
+        if factors != 'basis' and rank > min(m, n):
+            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
+                             f'set a rank between 1 and {min(m, n)}')
+        if factors == 'basis' and not merge_every:
+            raise ValueError("factors='basis' trains a factor that is merged into W: set merge_every=1 (GaLore) or more")
+        if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
+            raise ValueError(f"{heads=} in one basis that see the same tokens, or are merged every step, are one head: set "
+                             'heads=1, or split=True and merge_every above 1')
+        if split and heads % workers:
+            raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
+        self.in_features, self.out_features = n, m
+        self.heads, self.rank, self.factors, self.split = heads, min(rank, m, n), factors, split and heads > 1
+        self.scale = 1.0 if factors == 'basis' else (rank if alpha is None else alpha) / rank
+        self.merge_every, self.head_compute = merge_every, head_compute
+        self.worker, self.workers = (worker, workers) if self.split else (0, 1)
+        self.reset = merge_reset or not merge_every or factors == 'basis'  # whether a merge leaves nothing to subtract
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        self.left = m < n  # a basis is on W's smaller side; of a square matrix on the right, as in GaLore
+        self.zero = None  # the name of the factor that is always zero
+        self.whole = self.sketch = self.Omega = None  # leaves, see `low_rank_product`; galore.py asks for them
+        self.evaluating = False
+        shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
+        if factors == 'basis':
+            self.register_buffer('basis', self.weight.new_zeros(m if self.left else n, self.rank))
+            name, shape, other = ('A', shape_A, 'B') if self.left else ('B', shape_B, 'A')
+            if merge_every == 1:
+                self.zero, self.zeros = name, zeros or Zeros()
+                self.register_parameter(name, nn.Parameter(self.zeros.view(shape, self.weight)))
+            else:
+                self.register_parameter(name, nn.Parameter(self.weight.new_zeros(shape)))
+            self.register_parameter(other, None)
         else:
+            self.A = nn.Parameter(self.weight.new_empty(shape_A), requires_grad=factors == 'both')
+            self.B = nn.Parameter(self.weight.new_empty(shape_B))
             self.reset_heads()
-        if not merge_reset:
+        if not self.reset:
             self.register_buffer('A_merged', torch.zeros_like(self.A))
             self.register_buffer('B_merged', torch.zeros_like(self.B))
 
     def extra_repr(self):
-        return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, '
-                f'scale={self.scale:g}, {self.head_input}, {self.head_compute}')
+        return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, scale={self.scale:g}, '
+                f'factors={self.factors}, split={self.split}, merge_every={self.merge_every}')
+
+    # Torch makes a view dense, or wants it in a state dict, in each of these: the zero factor steps aside meanwhile.
+
+    @contextlib.contextmanager
+    def _without_zero(self):
+        factor = self._parameters.pop(self.zero) if self.zero else None
+        try:
+            yield
+        finally:
+            if self.zero:
+                view = self.zeros.view(factor.shape, self.weight)
+                if factor.is_meta == view.is_meta:
+                    factor.data = view
+                else:  # as torch does: a new parameter
+                    factor = nn.Parameter(view, factor.requires_grad)
+                self._parameters[self.zero] = factor
+
+    def _apply(self, *args, **kwargs):
+        with self._without_zero():
+            return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        with self._without_zero():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        with self._without_zero():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def __setstate__(self, state):  # deepcopy
+        super().__setstate__(state)
+        with self._without_zero():
+            pass
 
     @torch.no_grad()
     def reset_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing at first."""
         for head in range(self.heads):  # every rank draws all of them, so that they are the same on any number of ranks
             drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # QR needs it
-            for A in drawn.split(self.rank):
-                nn.init.orthogonal_(A, gain=math.sqrt(self.in_features / self.rank), generator=generator)
+            nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
             if head % self.workers == self.worker:
                 self.A[head // self.workers].copy_(drawn)
         self.B.zero_()
 
-    def on_all_rows(self, B):
-        """B (H, thirds m / 3, r) as a matrix (H, m, thirds r): each third in its rows and next to its A, zeros around.
+    @property
+    def trained(self):
+        """With factors='basis': the factor that is trained, A of a wide matrix, B of a tall or square one."""
+        return self.A if self.left else self.B
 
-        The products then are those of any other layer; the zeros cost operations, but r of them are few."""
-        if not self.thirds:
-            return B
-        rows = self.out_features // 3
-        return torch.cat([F.pad(part, (0, 0, third * rows, (2 - third) * rows))  # (H, m, r)
-                          for third, part in zip(self.thirds, B.split(rows, 1))], 2)
+    def pairs(self):
+        """A (heads, r, n), B (heads, m, r) of this rank's heads, and of what the last merges put into W, taken off again."""
+        if self.factors == 'basis':
+            basis = self.basis.expand(len(self.trained), -1, -1)
+            return (self.A, basis) if self.left else (basis.mT, self.B)
+        if self.reset:
+            return self.A, self.B
+        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)  # (heads, 2 r, n), (.., m, 2 r)
+
+    def forward(self, x):
+        if self.zero and not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        A, B = self.pairs()
+        if self.head_compute == 'sequential' and not self.split:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not once a head
+            y = F.linear(x, self.weight, self.bias)  # the textbook form: one head after the other
+            for a, b in zip(A, B):
+                y = y + F.linear(self.scale / self.heads * F.linear(x, a), b)
+            return y
+        if self.split and not self.evaluating:
+            if not self.training:
+                raise ValueError('split heads have no function of their own in eval mode: evaluate inside '
+                                 'lowrank.averaged_heads(model), or merge them')
+            if x.shape[0] % len(A):
+                raise ValueError(f'a batch of {x.shape[0]} does not split over {len(A)} heads: '
+                                 'set batch_size to a multiple of heads times the number of ranks')
+            scale, gain = self.scale, len(A)
+        else:  # every head sees every token: one pair of rank H r
+            scale, gain = self.scale / len(A), 1
+            A, B = A.flatten(0, 1)[None], B.permute(1, 0, 2).flatten(1)[None]  # (1, H r, n), (1, m, H r)
+        return low_rank_product(x, self.weight, self.bias, A, B, scale, gain, self.zero is not None,
+                                self.whole, self.sketch, self.Omega)
+
+    def ask_whole(self, wanted=True):
+        """From now on a backward pass leaves the gradient of W from each head (heads, m, n) in whole.grad, or no longer."""
+        shape = len(self.trained), *self.weight.shape
+        self.whole = self.weight.new_zeros(()).expand(shape).requires_grad_() if wanted else None
+
+    def ask_sketch(self, Omega):
+        """From now on backward passes add up G Omega (m, r), or G^T Omega (n, r), in sketch.grad; None: no longer."""
+        self.Omega, self.sketch = Omega, None
+        if Omega is not None:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
-    def all_heads(self):
-        """While this lasts, A and B (A_merged, B_merged too) are those of the heads of all ranks, in global order."""
-        factors = [self.A, self.B] + ([] if self.merge_reset else [self.A_merged, self.B_merged])
+    def averaged(self):
+        """While this lasts, split heads act on every token, averaged over the heads of all ranks: the function of
+        `merged_weight`. Every rank takes part. A, B (A_merged, B_merged) are those of all heads, in global order, but in a
+        basis the trained factor is their mean."""
+        if not self.split:
+            yield
+            return
+        if self.factors == 'basis':
+            factors = [self.trained]
+            averaged = [mean(self.trained.detach().mean(0), self.workers)[None]]
+        else:
+            factors = [self.A, self.B] + ([] if self.reset else [self.A_merged, self.B_merged])
+            averaged = [x.detach() for x in factors]
+            if self.workers > 1:
+                flat = gather(torch.cat([x.flatten() for x in averaged]))  # one message: (ranks, numbers of one rank)
+                parts = flat.split([x.numel() for x in averaged], 1)
+                averaged = [in_global_order(part.view(self.workers, *x.shape)) for x, part in zip(factors, parts)]
         own = [factor.data for factor in factors]
-        if len(self.A) < self.heads:
-            flat = gather_over_ranks(torch.cat([x.flatten() for x in own]))  # one message: (ranks, numbers of one rank)
-            for factor, x, part in zip(factors, own, flat.split([x.numel() for x in own], 1)):
-                factor.data = in_global_order(part.view(self.workers, *x.shape))
+        for factor, x in zip(factors, averaged):
+            factor.data = x
+        self.evaluating = True
         try:
             yield
         finally:
+            self.evaluating = False
             for factor, x in zip(factors, own):
                 factor.data = x
 
     @property
-    def trained(self):
-        """With head_basis='gradient': the factor that is trained, A of a wide matrix, B of a tall or square one."""
-        return self.A if self.left else self.B
-
-    def pairs(self):
-        """A, B with the heads' own products, and with what the last merges already put into W taken off again."""
-        B = self.on_all_rows(self.B)
-        if self.merge_reset:
-            return self.A, B
-        merged = self.on_all_rows(self.B_merged)
-        return torch.cat([self.A, self.A_merged], 1), torch.cat([B, -merged], 2)  # (H, 2 r, n), (H, m, 2 r)
-
-    def stacked(self):
-        """All heads as one pair of rank R = H r: A (1, R, n), B (1, m, R)."""
-        A, B = self.pairs()
-        return A.flatten(0, 1)[None], B.permute(1, 0, 2).flatten(1)[None]
-
-    def forward(self, x):
-        if self.head_input == 'split':
-            if x.shape[0] % len(self.A):
-                raise ValueError(f'a batch of {x.shape[0]} does not split over {len(self.A)} heads: '
-                                 'set batch_size to a multiple of heads times the number of ranks')
-            # the loss is a mean over the whole batch of this rank, a head's gradient that of the mean over its own part
-            heads_of = frozen_plus_heads if self.head_basis == 'trained' else uncompiled_heads
-            return heads_of(x, self.weight, self.bias, *self.pairs(), self.scale, len(self.A),
-                            None if self.head_basis == 'trained' else self)
-        if self.head_compute == 'parallel':
-            return frozen_plus_heads(x, self.weight, self.bias, *self.stacked(), self.scale / self.heads)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not once a head
-        y = F.linear(x, self.weight, self.bias)  # the textbook form: one head after the other
-        for A, B in zip(*self.pairs()):
-            y = y + F.linear(self.scale / self.heads * F.linear(x, A), B)
-        return y
-
-    @property
     def sends_products(self):
         """Whether a merge averages the products (m, n), which a ring sends twice, or gathers all heads' factors."""
-        factors = (self.A, self.B) if self.merge_reset else (self.A, self.B, self.A_merged, self.B_merged)
+        factors = (self.A, self.B) if self.reset else (self.A, self.B, self.A_merged, self.B_merged)
         product = self.weight.numel() * max(4, self.weight.element_size())  # in float32 or wider
         gathered = self.workers * sum(x.numel() * x.element_size() for x in factors)
-        return len(self.A) < self.heads and gathered > 2 * product
+        return self.workers > 1 and gathered > 2 * product
 
     @torch.no_grad()
     def merged_weight(self):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider. Every rank
-        takes part, and gets the same bits. What travels is whichever is least on the wire: heads with one basis average
+        takes part, and gets the same bits. What travels is whichever is least on the wire: heads in one basis average
         what they train, few heads gather their factors, many average their products."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         weight = self.weight.to(wide)
-        if self.shared_basis:
-            mean = average_over_ranks_(self.trained.to(wide).mean(0), self.workers)  # (r, n), or (m, r)
-            B, A = (self.B[0], mean) if self.left else (mean, self.A[0])
-            return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale)
+        if self.zero:
+            return weight
+        if self.factors == 'basis':
+            factor, basis = mean(self.trained.to(wide).mean(0), self.workers), self.basis.to(wide)
+            return torch.addmm(weight, basis, factor) if self.left else torch.addmm(weight, factor, basis.mT)
         if self.sends_products:
-            (A,), (B,) = self.stacked()
-            product = average_over_ranks_(B.to(wide) @ A.to(wide), self.workers)
-            return product.mul_(self.scale / len(self.A)).add_(weight)
-        with self.all_heads():
-            (A,), (B,) = self.stacked()
-        return torch.addmm(weight, B.to(wide), A.to(wide), alpha=self.scale / self.heads)
+            A, B = self.pairs()
+            product = B.permute(1, 0, 2).flatten(1).to(wide) @ A.flatten(0, 1).to(wide)  # (m, heads r) (heads r, n)
+            return mean(product, self.workers).mul_(self.scale / len(A)).add_(weight)
+        with self.averaged():
+            A, B = self.pairs()
+            A, B = A.flatten(0, 1).to(wide), B.permute(1, 0, 2).flatten(1).to(wide)  # (H r, n), (m, H r)
+            return torch.addmm(weight, B, A, alpha=self.scale / self.heads)
 
     @torch.no_grad()
     def merge(self, generator=None):
         """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B."""
+        if self.zero:
+            return
         self.weight.copy_(self.merged_weight())
-        if self.head_basis == 'gradient':
+        if self.factors == 'basis':
             self.trained.zero_()
-        elif self.merge_reset:
+        elif self.reset:
             self.reset_heads(generator)
         else:
             self.A_merged.copy_(self.A)
@@ -270,118 +361,165 @@ class MHLoRALinear(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# ranks
+# ranks: the three collectives of ours. One dimension of a matrix may be strided; nccl takes contiguous tensors only
 
-traffic = {'bytes': 0}  # what this process has put into collectives of its own so far; DDP's are not in it
+traffic = {'bytes': 0}  # what this process has put into them so far; DDP's are not in it
 
 
-def broadcast_from_rank_0_(x, world_size):
-    """The tensor of rank 0 on all ranks, in place."""
-    if world_size > 1:
+def _transposed(x):
+    return x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous()
+
+
+def mean(x, workers=None):
+    """The average of a tensor over ranks (all, where `workers` is left out), in place; alone, the tensor itself."""
+    if workers is None:
+        workers = dist.get_world_size() if dist.is_initialized() else 1
+    if workers > 1 and _transposed(x):
+        mean(x.mT, workers)  # the same memory
+    elif workers > 1:
         traffic['bytes'] += x.numel() * x.element_size()
-        torch.distributed.broadcast(x, 0)
+        dist.all_reduce(x)  # gloo has no average
+        x.div_(workers)
     return x
 
 
-def average_over_ranks_(x, world_size):
-    """The average of a tensor over all ranks, in place; with one rank, the tensor itself."""
-    if x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous():
-        average_over_ranks_(x.mT, world_size)  # the same memory: nccl takes contiguous tensors only
-    elif world_size > 1:
-        traffic['bytes'] += x.numel() * x.element_size()
-        torch.distributed.all_reduce(x)  # gloo has no average
-        x.div_(world_size)
-    return x
-
-
-def gather_over_ranks(x):
-    """The tensors x of all ranks, (ranks, *x.shape), in x's own layout; nothing is added, so 16 bits do."""
-    if x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous():
-        return gather_over_ranks(x.mT).mT
+def gather(x):
+    """The tensors x of all ranks, (ranks, *x.shape), in x's own layout."""
+    if _transposed(x):
+        return gather(x.mT).mT
     x = x.detach().contiguous()
     traffic['bytes'] += x.numel() * x.element_size()
-    gathered = x.new_empty(torch.distributed.get_world_size(), *x.shape)
-    torch.distributed.all_gather(list(gathered), x)
+    gathered = x.new_empty(dist.get_world_size(), *x.shape)
+    dist.all_gather(list(gathered), x)
     return gathered
+
+
+def same(x):
+    """The tensor of rank 0 on all ranks, in place, to the last bit; alone, the tensor itself."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        traffic['bytes'] += x.numel() * x.element_size()
+        dist.broadcast(x, 0)
+    return x
 
 
 def in_global_order(x):
     """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see Tokens.batch."""
-    if x.dim() > 2 and x.mT.is_contiguous() and not x.is_contiguous():  # the layout stays: products round by it
+    if x.dim() > 2 and _transposed(x):  # the layout stays: products round by it
         return in_global_order(x.mT).mT
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def own_factors(model):
-    """The set of what every rank holds for its own split heads, parameters and buffers: DDP must not touch it."""
-    return {x for layer in head_layers(model) if layer.workers > 1
-            for x in (layer.A, layer.B, *layer.buffers(recurse=False))}
+def own_heads(model):
+    """The set of what every rank holds for its own split heads, parameters and buffers: it differs by rank."""
+    return {x for layer in lowrank_layers(model) if layer.workers > 1
+            for x in (layer.A, layer.B, *(b for name, b in layer.named_buffers(recurse=False) if name != 'basis'))
+            if x is not None}
+
+
+def keep_out_of_ddp(net, apart):
+    """Tells DistributedDataParallel, before it wraps `net`, to leave alone the parameters and buffers of the set `apart`:
+    `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it, without a public
+    name so far."""
+    named = (*net.named_parameters(), *net.named_buffers())
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, [k for k, x in named if x in apart])
 
 
 def replica_parameters(model):
     """{name: parameter} of what is trained without heads: with sync='merge' each rank has its own (LTE's replicas)."""
-    factors = {factor for layer in head_layers(model) for factor in (layer.A, layer.B)}
+    factors = {factor for layer in lowrank_layers(model) for factor in (layer.A, layer.B)}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
 
 
-def _averaged(p):
+def averaged_copy(p):
     """A copy of a parameter, averaged over ranks in float32 or wider."""
-    wide = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-    return average_over_ranks_(wide, torch.distributed.get_world_size()).to(p.dtype)
+    return mean(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)).to(p.dtype)
 
 
-def _moments(model, optimizer, state, replicas, of_heads, of_replicas):
-    """An optimizer's state dict with of_heads, of_replicas applied to the tensors that belong to heads, to replicas."""
-    heads, others = own_factors(model), set(replicas.values())
-    change = {i: of_heads if p in heads else of_replicas for i, p in enumerate(
-        p for group in optimizer.param_groups for p in group['params']) if p in heads or p in others}
-    return {**state, 'state': {i: {key: change[i](x) if i in change and torch.is_tensor(x) and x.dim() else x
-                                   for key, x in values.items()} for i, values in state['state'].items()}}
+# -----------------------------------------------------------------------------
+# checkpoints over ranks
 
 
 @torch.no_grad()
-def whole_state(model, optimizer=None, replicas={}):
+def gather_state(model, optimizer=None, replicas=None):
     """
     What a checkpoint holds, as a dict; every rank takes part, and rank 0 gets all of it.
 
     'model': its state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged: what is
-    evaluated. With an optimizer also 'optimizer', its state dict with the moments of all heads in the same order and
-    those of replicas stacked (ranks, ...), and 'replicas', {name: (ranks, ...)}.
+    evaluated. With an optimizer of galore.py also 'optimizer', {name of a parameter: its state} with the moments of all
+    heads in the same order and those of replicas stacked (ranks, ...); 'replicas', {name: (ranks, ...)}; and 'sketches',
+    {name of a layer: (Omega, the part of each rank or None)} of the layers that are at one.
     """
-    with averaged_heads(model, replicas):
-        whole = {'model': model.state_dict()}
-    if optimizer is not None:
-        def kept(x):
-            return x.cpu() if torch.distributed.get_rank() == 0 else None  # one tensor at a time is on the device
-        whole['optimizer'] = _moments(model, optimizer, optimizer.state_dict(), replicas, lambda x: kept(
-            in_global_order(gather_over_ranks(x))), lambda x: kept(gather_over_ranks(x)))
-        whole['replicas'] = {name: kept(gather_over_ranks(p)) for name, p in replicas.items()}
-    return whole
+    replicas, own, others = replicas or {}, own_heads(model), set()
+    several = dist.is_initialized() and dist.get_world_size() > 1
+
+    def kept(x):  # on the device one tensor at a time
+        return x.cpu() if dist.get_rank() == 0 else None
+
+    def whole(p, x):
+        if torch.is_tensor(x) and x.dim() and p in own:
+            return kept(in_global_order(gather(x)))
+        if torch.is_tensor(x) and x.dim() and p in others:
+            return kept(gather(x))
+        return x
+
+    state = model.state_dict()
+    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    averages = {p: averaged_copy(p) for p in replicas.values()}
+    for name in state:
+        state[name] = averages[named[name]] if named.get(name) in averages else whole(named.get(name), state[name])
+    if optimizer is None:
+        return {'edition': EDITION, 'model': state}
+    others = set(replicas.values())
+    names = {p: name for name, p in model.named_parameters()}
+    sketches = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MHLoRALinear) and layer.sketch is not None:
+            part = layer.sketch.grad
+            sketches[name] = (layer.Omega, part if part is None else kept(gather(part)) if several else part[None])
+    return {'edition': EDITION, 'model': state, 'sketches': sketches,
+            'optimizer': {names[p]: {key: whole(p, x) for key, x in values.items()}
+                          for p, values in optimizer.state.items()},
+            'replicas': {name: kept(gather(p)) for name, p in replicas.items()}}
+
+
+def load_weights(model, weights):
+    """Loads the 'model' of `gather_state`, of split heads this rank's own. Returns {name: which slice that is}."""
+    parts = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MHLoRALinear) and layer.workers > 1:
+            for key in ('A', 'B', 'A_merged', 'B_merged'):
+                parts[f'{name}.{key}'] = slice(layer.worker, None, layer.workers)
+    model.load_state_dict({name: x[parts[name]] if name in parts else x for name, x in weights.items()})
+    return parts
 
 
 @torch.no_grad()
-def load_whole_state(model, optimizer, checkpoint, replicas={}):
+def load_state(model, optimizer, checkpoint, replicas=None):
     """
-    Loads the model of a checkpoint made by `whole_state`, and cuts checkpoint['optimizer'] down to this rank's part.
+    Loads what `gather_state` gave, each rank its own part, and leaves the checkpoint as it is.
 
     Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
     """
-    weights, workers = dict(checkpoint['model']), max([layer.workers for layer in head_layers(model)], default=1)
-    if replicas:  # on ranks, with heads or without any
-        workers = torch.distributed.get_world_size()
-    for name, layer in model.named_modules():
-        if isinstance(layer, MHLoRALinear):
-            for key in {'A', 'B', 'A_merged', 'B_merged'} & layer.state_dict().keys():
-                weights[f'{name}.{key}'] = weights[f'{name}.{key}'][layer.worker::layer.workers]
-    model.load_state_dict(weights)
+    replicas, parts = replicas or {}, load_weights(model, checkpoint['model'])
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for name, p in replicas.items():
-        if len(checkpoint['replicas'][name]) != workers:
-            raise ValueError(f"with sync='merge' each of {len(checkpoint['replicas'][name])} ranks saved its own "
-                             f'parameters, and here are {workers}: resume on as many as before')
-        p.copy_(checkpoint['replicas'][name][torch.distributed.get_rank()])
-    rank = torch.distributed.get_rank() if workers > 1 else 0
-    checkpoint['optimizer'] = _moments(model, optimizer, checkpoint['optimizer'], replicas,
-                                       lambda x: x[rank::workers].clone(), lambda x: x[rank].clone())
+        saved = checkpoint['replicas'].get(name, ())
+        if len(saved) != ranks:
+            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own parameters, and here are "
+                             f'{ranks}: resume on as many as before')
+        p.copy_(saved[rank])
+    for name, p in model.named_parameters():
+        for key, x in checkpoint['optimizer'].get(name, {}).items():
+            if torch.is_tensor(x):
+                x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x
+                x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
+            optimizer.state[p][key] = x
+    for name, (Omega, sums) in checkpoint['sketches'].items():
+        layer = model.get_submodule(name)
+        layer.ask_sketch(Omega.to(layer.weight.device, copy=True))
+        if sums is not None:  # on another number of ranks each takes the average: a sketch is a sum
+            part = sums[rank] if len(sums) == ranks else sums.mean(0)
+            layer.sketch.grad = part.to(layer.sketch, copy=True)
 
 
 # -----------------------------------------------------------------------------
@@ -390,32 +528,71 @@ def load_whole_state(model, optimizer, checkpoint, replicas={}):
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
 FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v, each a third of the outputs
+# They compute with the weights of their linears instead of calling them (the first one in eval mode)
+BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention', 'timm.models.eva.EvaAttention')
 
 
-def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_input='shared', head_compute='parallel',
-                 merge_reset=True, worker=0, workers=1, head_basis='trained'):
+class QKV(nn.Module):
+    """A fused projection as three linear layers q, k, v, so that each can have heads of its own."""
+
+    def __init__(self, fused):
+        super().__init__()
+        rows, n = fused.out_features // 3, fused.in_features
+        for i, name in enumerate('qkv'):
+            part = nn.Linear(n, rows, fused.bias is not None, device='meta')
+            part.weight = nn.Parameter(fused.weight.detach()[i * rows:(i + 1) * rows].clone())
+            if fused.bias is not None:
+                part.bias = nn.Parameter(fused.bias.detach()[i * rows:(i + 1) * rows].clone())
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def _refuse_what_bypasses(model, targets):
+    """ValueError where heads would be put beside layers whose weights are read by others."""
+    for name, module in model.named_modules():
+        kind, kinds = type(module).__name__, {f'{c.__module__}.{c.__qualname__}' for c in type(module).__mro__}
+        if type(module).__module__.startswith('peft.'):
+            raise ValueError(f"'{name}' is PEFT's {kind}: give the model without PEFT's adapters")
+        inside = [f'{name}.{part}' for part, child in module.named_modules() if isinstance(child, nn.Linear)]
+        if not kinds.isdisjoint(BYPASS) and any(_wanted(part, target) or _third(part, target)
+                                                for part in inside for target in targets):
+            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, so that heads would be passed over "
+                             'in silence: leave it out of targets, or write its forward pass with plain calls')
+        if kind == 'Conv1D' and any(_wanted(name, target) for target in targets):
+            raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into model.GPT")
+
+
+def _third(name, target):
+    return target in ('q', 'k', 'v') and name.split('.')[-1] in FUSED
+
+
+def _wanted(name, target):
+    return not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
+
+
+def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0,
+                 merge_reset=False, head_compute='parallel', worker=0, workers=1):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
-    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its
-    dotted name is replaced. 'q', 'k', 'v' are also the thirds of a fused projection. heads, rank, alpha: H, r, alpha.
-    head_input: 'shared', every head sees every token, or 'split', head h sees the h-th part of the batch.
-    head_compute: 'parallel', all heads in one pair of products, or 'sequential', a loop (the same result, slower).
-    merge_reset: what `merge` does with the heads, see MHLoRALinear.
-    worker, workers: number of this rank and number of ranks, over which split heads are spread; heads must divide.
-    head_basis: 'trained', or 'gradient' (needs split heads): see MHLoRALinear; galore.make_optimizer takes the bases.
-    Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and
-    the embedding stays trainable: the count of parameters rises.
-    Returns the names of the replaced layers. ValueError: a target that matches nothing, or what another one covers.
+    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its dotted
+    name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which then becomes three linears (QKV).
+    The other arguments are those of MHLoRALinear. With factors='basis' a rank above a layer's smaller side is clamped.
+    Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and the
+    embedding stays trainable: the count of parameters rises. Linears that share their weight share one layer.
+    Returns the names of the replaced layers and says how many of how many they are, and what it passed over. ValueError:
+    a target that matches nothing, or what another one covers; layers whose heads would be passed over.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    uses = [id(p) for module in model.modules() for p in module.parameters(recurse=False)]
+    if isinstance(targets, str):
+        raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as ('attn', 'mlp')")
+    _refuse_what_bypasses(model, targets)
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
     replaced = {}  # names, and which thirds of their outputs get heads: [None] for all
     for target in targets:
-        wanted = KINDS.get(target, (target,))
-        matched = {name: None for name in linears if any(part in wanted for part in name.split('.'))}
-        if target in ('q', 'k', 'v'):
-            matched |= {name: 'qkv'.index(target) for name in linears if name.split('.')[-1] in FUSED}
+        matched = {name: None for name in linears if _wanted(name, target)}
+        matched |= {name: target for name in linears if _third(name, target)}
         if not matched:
             there = sorted({name.split('.')[-1] for name in linears})
             raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' or one of "
@@ -426,24 +603,43 @@ def apply_mhlora(model, targets=('attn',), heads=4, rank=4, alpha=4.0, head_inpu
             if None in thirds and len(thirds) > 1:
                 raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of it: leave "
                                  'one of the two out')
-    if head_basis == 'gradient' and any(None not in thirds for thirds in replaced.values()):
-        raise ValueError("head_basis='gradient' takes the bases of whole layers, and lowrank="
-                         f"'{','.join(targets)}' has a part of one: set 'attn' instead of q, k or v")
+    places = {}  # layers to be: their names
     for name, thirds in replaced.items():
-        linear = linears[name]
-        if uses.count(id(linear.weight)) > 1:  # tied: freezing it would freeze the embedding
-            linear.weight = nn.Parameter(linear.weight.detach().clone())
-        model.set_submodule(name, MHLoRALinear(linear, heads, rank, alpha, head_input, head_compute, merge_reset,
-                                               worker, workers, head_basis, () if None in thirds else sorted(thirds)))
-    return list(replaced)
+        if None not in thirds:
+            model.set_submodule(name, QKV(linears[name]))
+            for third in thirds:
+                places[f'{name}.{third}'] = model.get_submodule(f'{name}.{third}')
+        else:
+            places[name] = linears[name]
+    elsewhere = {id(p) for module in model.modules() if type(module) is not nn.Linear for p in module.parameters(recurse=False)}
+    sizes = [rank * max(linear.weight.shape) for linear in places.values()]
+    zeros, made, clamped = Zeros(max(sizes)), {}, []
+    for name, linear in places.items():
+        key = id(linear.weight)
+        if key in made and linear.bias is not made[key].bias:
+            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both one bias, or none")
+        if key not in made:
+            if id(linear.weight) in elsewhere:  # tied: freezing it would freeze the embedding
+                linear.weight = nn.Parameter(linear.weight.detach().clone())
+            made[key] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset, head_compute, worker,
+                                     workers, zeros)
+            if made[key].rank < rank:
+                clamped.append(name)
+        model.set_submodule(name, made[key])
+    passed = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear
+              and any(_wanted(name, target) for target in targets)]
+    if worker == 0:
+        print(f'low-rank weights on {len(places)} of {len(linears)} linear layers'
+              + f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[:1]}' * bool(clamped)
+              + f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}" * bool(passed))
+    return list(places)
 
 
 def check_settings(settings, world_size):
     """Refuses (ValueError) settings of heads that make no sense together; world_size: the number of ranks."""
     s = settings
     for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
-                             sync=('step', 'merge'), head_basis=('trained', 'gradient'),
-                             basis_from=('own', 'shared')).items():
+                             sync=('step', 'merge'), head_basis=('trained', 'gradient')).items():
         if s[key] not in allowed:
             raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
     if s['batch_size'] % world_size:
@@ -460,9 +656,6 @@ def check_settings(settings, world_size):
                          f"{s['merge_every']} steps: set fewer")
     if s['rewarm_iters'] and not s['merge_reset']:
         raise ValueError(f"rewarm_iters={s['rewarm_iters']} is for merges that reset: set merge_reset=True, or 0")
-    if s['merge_reset'] and s['optimizer'] == 'galore':
-        raise ValueError("merge_reset=True would drop GaLore's bases at every merge: set optimizer='adamw' or "
-                         'merge_reset=False')
     split = s['lowrank'] and s['head_input'] == 'split'
     if s['sync'] == 'merge' and not ((split or not s['lowrank']) and s['merge_every'] and world_size > 1):
         raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: "
@@ -479,15 +672,11 @@ def check_settings(settings, world_size):
         if s['galore_gap'] % s['merge_every']:
             raise ValueError(f"galore_gap={s['galore_gap']} is no multiple of merge_every={s['merge_every']}: bases "
                              'are taken at merges, set one')
-    elif s['basis_from'] != 'own':
-        raise ValueError("basis_from='shared' is for head_basis='gradient': set that, or basis_from='own'")
     if not s['lowrank']:
         return
     if s['head_input'] == 'split':
         if s['head_compute'] == 'sequential':
             raise ValueError("split heads have no sequential form: set head_compute='parallel'")
-        if s['optimizer'] == 'galore' and s['grad_clip']:
-            raise ValueError("grad_clip with optimizer='galore' knows no norm of each split head: set grad_clip=0.0")
         if s['batch_size'] % s['heads']:
             raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
         if s['heads'] % world_size:
@@ -495,70 +684,69 @@ def check_settings(settings, world_size):
         if s['heads'] > 1 and not s['merge_every']:
             raise ValueError("split heads that never merge train models that never meet: set merge_every, or "
                              "head_input='shared'")
-        if world_size > 1 and s['optimizer'] == 'galore' and s['galore_basis'] != 'svd':
-            raise ValueError(f"galore_basis={s['galore_basis']!r} would draw other bases for split heads on every "
-                             "number of ranks: set galore_basis='svd'")
-        if world_size > 1 and (s['per_layer'] or s['state_bits'] == 8):
-            raise ValueError("split heads on several ranks are not averaged, and saved head by head: set "
-                             "per_layer=False and state_bits=32")
+        if world_size > 1 and s['state_bits'] == 8:
+            raise ValueError('moments of split heads on several ranks are saved head by head, and blocks of 8 bits are not: '
+                             'set state_bits=None, 32 or 16')
     elif s['merge_every'] and not s['merge_reset']:
         raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
                          "head_input='split' (LTE)")
 
 
-def head_layers(model):
-    """The MHLoRALinear layers of a model, in order."""
+def lowrank_layers(model):
+    """The MHLoRALinear layers of a model, in order, each once."""
     return [module for module in model.modules() if isinstance(module, MHLoRALinear)]
 
 
 @torch.no_grad()
-def merge(model, generator=None, replicas={}):
+def merge(model, generator=None, replicas=None):
     """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3; see MHLoRALinear.merge),
     and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks."""
-    for layer in head_layers(model):
+    for layer in lowrank_layers(model):
         layer.merge(generator)
-    for p in replicas.values():
-        p.copy_(_averaged(p))
+    for p in (replicas or {}).values():
+        p.copy_(averaged_copy(p))
 
 
 @contextlib.contextmanager
-def averaged_heads(model, replicas={}):
+def averaged_heads(model, replicas=None):
     """While this lasts, split heads act on every token, averaged: the function of the merged weights, for evaluation.
     On several ranks all take part, and hold the heads of all ranks and the average of `replicas`."""
-    split = [layer for layer in head_layers(model) if layer.head_input == 'split']
-    own = [(p, p.data) for p in replicas.values()]
+    own = [(p, p.data) for p in (replicas or {}).values()]
     with contextlib.ExitStack() as stack:
         try:
-            for layer in split:
-                layer.head_input = 'shared'
-                stack.enter_context(layer.all_heads())
+            for layer in lowrank_layers(model):
+                stack.enter_context(layer.averaged())
             for p, _ in own:
-                p.data = _averaged(p)
+                p.data = averaged_copy(p)
             yield
         finally:
-            for layer in split:
-                layer.head_input = 'split'
             for p, x in own:
                 p.data = x
 
 
 @torch.no_grad()
-def merged_state_dict(model, replicas={}):
+def merged_state_dict(model, replicas=None):
     """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights; the model
     itself stays as it is. On several ranks all take part. A weight that was tied is there twice, see `apply_mhlora`."""
     with averaged_heads(model, replicas):
         state = model.state_dict()
-        for name, layer in model.named_modules():
-            if isinstance(layer, MHLoRALinear):
-                state[f'{name}.weight'] = layer.merged_weight().to(layer.weight.dtype)
-                for key in ('A', 'B', 'A_merged', 'B_merged'):
-                    state.pop(f'{name}.{key}', None)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, MHLoRALinear):
+            state[f'{name}.weight'] = layer.merged_weight().to(layer.weight.dtype)
+            for key in ('A', 'B', 'A_merged', 'B_merged', 'basis'):
+                state.pop(f'{name}.{key}', None)
+    for name, module in model.named_modules():
+        if isinstance(module, QKV):
+            for key in ('weight', 'bias'):
+                parts = [state.pop(f'{name}.{third}.{key}') for third in 'qkv' if f'{name}.{third}.{key}' in state]
+                if parts:
+                    state[f'{name}.{key}'] = torch.cat(parts)
     return state
 
 
 def drop_moments(model, optimizer):
     """Drops the optimizer's state of every A and B: after a reset, moments and step counts belong to other factors."""
-    for layer in head_layers(model):
+    for layer in lowrank_layers(model):
         for factor in (layer.A, layer.B):
             optimizer.state.pop(factor, None)
 
@@ -568,16 +756,21 @@ def clip_gradients(model, max_norm):
     """
     Clips gradients to the norm max_norm, in place; split heads are models of their own, so each has a norm of its own.
 
-    max_norm: 0 only measures. Returns the norm of the whole gradient before clipping, as a tensor.
+    It is the norm of what is stepped on: of a layer in a basis that of the projected gradient. Computed in the gradients'
+    precision or float32, whichever is wider. max_norm: 0 only measures. Returns the norm of all before clipping, a tensor.
     """
-    factors = [f for layer in head_layers(model) if layer.head_input == 'split' for f in (layer.A, layer.B)
-               if f.requires_grad]
+    factors = [f for layer in lowrank_layers(model) if layer.split for f in (layer.A, layer.B)
+               if f is not None and f.grad is not None]
     own = {id(factor) for factor in factors}
     rest = [p for p in model.parameters() if id(p) not in own and p.grad is not None]
-    norms = nn.utils.get_total_norm([p.grad for p in rest])[None]
+
+    def norms_of(grads):  # each in float32 or wider
+        return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+
+    norms = torch.stack(norms_of([p.grad for p in rest]) or [torch.zeros(())]).norm()[None]
     if factors:
-        of_heads = sum(f.grad.float().square().sum((1, 2)) for f in factors).sqrt()  # (H,), each over all layers
-        norms = torch.cat([norms.to(of_heads.device), of_heads.to(norms.dtype)])  # (1 + H,)
+        of_heads = torch.stack([torch.stack(norms_of(f.grad)) for f in factors]).norm(dim=0)  # (heads,), each over all layers
+        norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads,)
     if max_norm:
         keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         if rest:
@@ -587,27 +780,46 @@ def clip_gradients(model, max_norm):
     return torch.linalg.vector_norm(norms)
 
 
+def check_training(model, *optimizers):
+    """ValueError, one sentence, for what would train wrongly in silence: a trainable parameter that no optimizer holds, or a
+    factor of GaLore, always zero, on which another optimizer than galore.LowRankAdamW has stepped. Waits for the device."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise ValueError(f"no optimizer steps on {lost[0]}{f' and {len(lost) - 1} more' * (len(lost) > 1)}, which wants a "
+                         'gradient: build the optimizer after apply_mhlora, or freeze it')
+    zeros = sorted((layer.trained.detach() for layer in lowrank_layers(model) if layer.zero), key=torch.numel)
+    longest = {x.untyped_storage().data_ptr(): x for x in zeros}  # of each buffer: one, or one of each dtype
+    if any(x.any() for x in longest.values()):
+        raise ValueError("an optimizer has stepped on factors that are always zero: with factors='basis' and merge_every=1 only "
+                         'galore.LowRankAdamW steps, on the weights behind them')
+
+
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other);
-    of heads that are split over ranks this rank's."""
+    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other); of
+    heads that are split over ranks this rank's. A weight that moves every step, as GaLore's do, counts as trainable; its
+    basis is the optimizer's state."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
-    factors = {id(factor) for layer in head_layers(model) for factor in (layer.A, layer.B)}
+    factors = {id(f) for layer in lowrank_layers(model) for f in (layer.A, layer.B) if f is not None and not layer.zero}
+    zeros = {id(layer.trained) for layer in lowrank_layers(model) if layer.zero}
+    moved = {id(layer.weight) for layer in lowrank_layers(model) if layer.zero and layer.trained.requires_grad}
     for name, parameter in model.named_parameters():  # a tied weight comes once, under its first name
+        if id(parameter) in zeros:
+            continue
+        trainable = parameter.requires_grad or id(parameter) in moved
         counts['total'] += parameter.numel()
-        counts['trainable' if parameter.requires_grad else 'frozen'] += parameter.numel()
-        if parameter.requires_grad:
-            parts = name.split('.')
-            kind = next((kind for kind, names in KINDS.items() if any(part in names for part in parts)), 'other')
+        counts['trainable' if trainable else 'frozen'] += parameter.numel()
+        if trainable:
+            kind = next((kind for kind in KINDS if _wanted(name, kind)), 'other')
             counts['heads' if id(parameter) in factors else kind] += parameter.numel()
     return counts
 
 
-def freeze_rest(model, kinds=('logit',)):
-    """Freezes all but the heads and the layers of the given kinds: LoRA as in PEFT, where biases and norms stay too."""
-    factors = {id(factor) for layer in head_layers(model) for factor in (layer.A, layer.B)}
-    names = {name for kind in kinds for name in KINDS[kind]}
+def freeze_rest(model, kinds=()):
+    """Freezes all but the heads and the layers of the given kinds. PEFT's LoRA of a classifier is kinds=('logit',)."""
+    factors = {id(factor) for layer in lowrank_layers(model) for factor in (layer.A, layer.B)}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in factors and names.isdisjoint(name.split('.')):
+        if id(parameter) not in factors and not any(_wanted(name, kind) for kind in kinds):
             parameter.requires_grad_(False)
 
 

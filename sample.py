@@ -27,7 +27,8 @@ if __name__ == '__main__':
 import torch  # noqa: E402
 
 import prepare  # noqa: E402
-from lowrank import apply_mhlora, averaged_heads, merge  # noqa: E402
+from galore import put_layers  # noqa: E402
+from lowrank import averaged_heads, merge  # noqa: E402
 from model import GPT, GPTConfig, Llama, LlamaConfig, generate  # noqa: E402
 
 
@@ -44,9 +45,7 @@ def main(argv):
     shape = state['model_config']
     model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
     model.to(getattr(torch, s['param_dtype']))
-    if s['lowrank']:
-        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     merge_reset=s['merge_reset'] or not s['merge_every'], head_basis=s['head_basis'])
+    put_layers(model, s)
     model.load_state_dict(state['model'])
     model.to(dev).eval()
     if merged:

@@ -36,6 +36,7 @@ n_embd = 768
 dropout = 0.0
 bias = True  # biases in linears and norms
 vocab_size = None  # None: that of the data
+checkpointing = False  # recompute activations in the backward pass: less memory, more time
 # heads
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
 heads = 1  # low-rank heads of a layer
@@ -43,23 +44,22 @@ rank = 4  # of each head
 alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
 head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
-head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
-basis_from = 'own'  # GaLoLTE: 'own', of each head's gradient, or 'shared', of the average, as momentum then is
+head_basis = 'trained'  # 'gradient': one factor of the split heads is a basis of their gradient, as in GaLore (GaLoLTE)
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
-optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP (or of heads)
+optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP
 galore_rank = 128
-galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
+galore_gap = 200  # steps between two bases of a matrix; in layers blocks take turns
 galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random', GaLoLTE: 'sketch'
+galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; in layers
+#                         ('projected', GaLoLTE) also 'sketch': never from a full gradient
 galore_rule = 'galore'  # 'galore' or 'fira'
-galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
 galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
-per_layer = False  # update every parameter during the backward pass and free its gradient; clipping is then one by one
-state_bits = 32  # of the moments; 32: as the weights, 8: block by block
+per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
 learning_rate = 6e-4
 max_iters = 10000  # steps
 weight_decay = 0.1  # on matrices only
@@ -85,9 +85,9 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, renew_bases, state_bytes  # noqa: E402
-from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, load_whole_state, merge, own_factors, replica_parameters, traffic, whole_state)
+from galore import check_optimizer, make_optimizer, put_layers  # noqa: E402
+from lowrank import (averaged_heads, check_settings, check_training, clip_gradients, count_parameters,  # noqa: E402
+                     drop_moments, gather_state, load_state, merge, own_heads, replica_parameters, traffic)
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -114,42 +114,42 @@ def main(argv):
         torch.manual_seed(seed)
         step, best_val_loss, checkpoint = 0, float('inf'), None
         if init_from == 'scratch':
-            model = GPT(GPTConfig(block_size, vocabulary, n_layer, n_head, n_embd, dropout, bias))
+            model = GPT(GPTConfig(block_size, vocabulary, n_layer, n_head, n_embd, dropout, bias, checkpointing))
         elif init_from == 'resume':
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
-                'head_input', 'head_basis', 'basis_from', 'merge_every', 'merge_reset', 'sync', 'param_dtype',
+                'head_input', 'head_basis', 'merge_every', 'merge_reset', 'sync', 'param_dtype',
                 'optimizer', 'galore_rank', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
-            model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout}))
+            model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout, 'checkpointing': checkpointing}))
         else:
             model = GPT.from_pretrained(init_from, block_size, dropout)
+            model.config.checkpointing = checkpointing
         model.to(dev, getattr(torch, param_dtype))
         if train_data.vocab_size > model.config.vocab_size:
             raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
                              f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
-        if lowrank:
-            apply_mhlora(model, lowrank.split(','), heads, rank, alpha, head_input, head_compute,
-                         merge_reset or not merge_every, dist_rank, world_size, head_basis)
+        put_layers(model, settings, dist_rank, world_size)
         replicas = replica_parameters(model) if sync == 'merge' else {}
         counts = count_parameters(model)
 
         # ---------------------------------------------------------------------
         # optimizer
-        adam = make_optimizer(model, settings, world_size)
+        adam = make_optimizer(model, settings)
         if checkpoint:
-            load_whole_state(model, adam, checkpoint, replicas)
+            load_state(model, adam, checkpoint, replicas)
         if dist_rank == 0:
             config.start_run(settings, step)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
     if checkpoint:
-        config.load_optimizer(adam, scaler, checkpoint)
+        if scaler.is_enabled() and checkpoint['scaler']:
+            scaler.load_state_dict(checkpoint['scaler'])
         del checkpoint
 
     # -------------------------------------------------------------------------
     # `net` computes, `model` is the same weights under their own names
-    apart = {*getattr(adam, 'apart', ()), *own_factors(model), *replicas.values()}
+    apart = {*adam.apart, *own_heads(model), *replicas.values()}
     net, ddp_bytes = config.wrap(model, dev, world_size, compile, apart)
 
     def loss_of(x, y):
@@ -168,7 +168,7 @@ def main(argv):
         return config.mean_over_ranks(torch.stack(losses).mean(), world_size).item()
 
     def save(name, stepping=None, **extra):
-        whole = whole_state(model, stepping, replicas)  # every rank takes part
+        whole = gather_state(model, stepping, replicas)  # every rank takes part
         if dist_rank == 0:
             config.save_checkpoint(f'{out_dir}/{name}', {
                 **whole, 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
@@ -208,26 +208,25 @@ def main(argv):
             break
 
         # forward, backward
-        if head_basis == 'gradient' and step % merge_every == 0:
-            renew_bases(model, adam, step, merge_every)
         if dropout:
             torch.manual_seed(hash((seed, step, dist_rank)))  # the same masks after a resume
         for micro_step in range(gradient_accumulation_steps):
-            # gradients travel, and with per_layer are stepped on, once a step
-            net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1
+            net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1  # they travel once a step
+            adam.begin(step, micro_step, gradient_accumulation_steps)  # bases, and which micro-batch is the last
             x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
                                     world_size, heads // world_size if lowrank and head_input == 'split' else 1)
             loss = loss_of(x, y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
             meter['sums'][0] += loss.detach()
+        adam.take_bases()
         scaler.unscale_(adam)
         config.share_overflow(scaler, adam, world_size)
-        norm = clip_gradients(model, grad_clip) if optimizer == 'adamw' else None  # GaLore clips what it projects
+        norm = clip_gradients(model, grad_clip)
 
         # update, merge
         scaler.step(adam)
         scaler.update()
-        meter['sums'][1] = adam.gradient_norm if norm is None else norm
+        meter['sums'][1] = norm
         adam.zero_grad(set_to_none=True)
         step += 1
         meter['steps'] += 1
@@ -244,13 +243,15 @@ def main(argv):
             config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
             if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
                 config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
+            with config.refusals():
+                check_training(model, adam)
             sent = traffic['bytes']
             if dist_rank == 0:
                 config.log(settings, {
                     'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
                     'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
                     'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}, progress)
+                    'optimizer_state_bytes': adam.state_bytes(), 'sync_bytes': sync_bytes}, progress)
         progress.update()
 
     # -------------------------------------------------------------------------

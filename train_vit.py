@@ -35,6 +35,7 @@ patch_size = None
 n_layer = None
 n_head = None
 n_embd = None
+checkpointing = False  # recompute activations in the backward pass: less memory, more time
 train = 'auto'  # besides heads: 'all', 'classifier' (biases, norms stay, as in PEFT; without heads: a linear probe) or
 #                 'auto': 'classifier' with heads, 'all' without
 # heads
@@ -44,23 +45,22 @@ rank = 4  # of each head
 alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
 head_input = 'shared'  # 'shared': every head sees every image; 'split': each its own part of the batch (LTE)
 head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
-head_basis = 'trained'  # 'gradient': one factor of each split head is a basis of its gradient, as in GaLore (GaLoLTE)
-basis_from = 'own'  # GaLoLTE: 'own', of each head's gradient, or 'shared', of the average, as momentum then is
+head_basis = 'trained'  # 'gradient': one factor of the split heads is a basis of their gradient, as in GaLore (GaLoLTE)
 merge_every = 0  # steps between merges into the frozen weight, 0: never
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 # optimizer
-optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP (or of heads)
+optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP
 galore_rank = 128
-galore_gap = 200  # steps between two bases of a matrix; the matrices take turns
+galore_gap = 200  # steps between two bases of a matrix; in layers blocks take turns
 galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random', GaLoLTE: 'sketch'
+galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; in layers
+#                         ('projected', GaLoLTE) also 'sketch': never from a full gradient
 galore_rule = 'galore'  # 'galore' or 'fira'
-galore_moments = 'keep'  # at a new basis: 'keep', 'rotate' or 'reset'
 galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
-per_layer = False  # update every parameter during the backward pass and free its gradient; clipping is then one by one
-state_bits = 32  # of the moments; 32: as the weights, 8: block by block
+per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
 learning_rate = 1e-4
 epochs = 0  # passes over the training images; above 0 it sets max_iters
 max_iters = 3000  # steps
@@ -95,10 +95,10 @@ from medmnist.evaluator import getACC, getAUC  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, renew_bases, state_bytes  # noqa: E402
-from lowrank import (apply_mhlora, averaged_heads, check_settings, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, freeze_rest, load_adapter, load_whole_state, merge, merged_state_dict, own_factors,
-                     replica_parameters, save_adapter, traffic, whole_state)
+from galore import check_optimizer, make_optimizer, put_layers  # noqa: E402
+from lowrank import (averaged_heads, check_settings, check_training, clip_gradients, count_parameters,  # noqa: E402
+                     drop_moments, freeze_rest, gather_state, load_adapter, load_state, load_weights, merge,
+                     merged_state_dict, own_heads, replica_parameters, save_adapter, traffic)
 
 # -----------------------------------------------------------------------------
 # model
@@ -133,14 +133,6 @@ def create(shape, num_classes, hub=False, weights=None):
     return vit
 
 
-def put_heads(vit, s, worker=0, workers=1):
-    """Heads as the settings s say, on a model of `create`."""
-    if s['lowrank']:
-        apply_mhlora(vit, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'], s['head_input'],
-                     s['head_compute'], s['merge_reset'] or not s['merge_every'], worker, workers,
-                     s['head_basis'])
-
-
 def read_weights(path, shape, classes, keep):
     """
     Weights of a file, (shape, state dict in timm's form): of our best.pt with its heads merged, or of timm.
@@ -168,7 +160,7 @@ def read_weights(path, shape, classes, keep):
                                  f'{shape.get(key)!r}: set the same, or choose another init_from')
         shape = {key: saved[key] if value is None else value for key, value in shape.items()}
         full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
-        put_heads(full, checkpoint['settings'])
+        put_layers(full, checkpoint['settings'])
         full.load_state_dict(checkpoint['model'])
         weights = merged_state_dict(full)
         theirs, same = len(checkpoint['classes']), checkpoint['classes'] == list(classes)
@@ -298,7 +290,7 @@ def main(argv):
         if init_from == 'resume':
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
-                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'basis_from',
+                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis',
                 'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
             if checkpoint['classes'] != classes:
                 theirs = len(checkpoint['classes'])
@@ -313,10 +305,11 @@ def main(argv):
         vit = create(shape, len(classes), init_from == 'pretrained', weights).to(dev, getattr(torch, param_dtype))
         del weights
         vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
-        put_heads(vit, settings, dist_rank, world_size)
+        put_layers(vit, settings, dist_rank, world_size)
+        vit.set_grad_checkpointing(checkpointing)
         alone = lowrank and train != 'all' and not merge_every and head_input == 'shared'  # on an unchanging base
         if train == 'classifier' or train == 'auto' and lowrank:
-            freeze_rest(vit)
+            freeze_rest(vit, ('logit',))
         about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
         if adapter and not checkpoint:
             load_adapter(vit, adapter, about)
@@ -328,21 +321,22 @@ def main(argv):
 
         # ---------------------------------------------------------------------
         # optimizer
-        adam = make_optimizer(vit, settings, world_size)
+        adam = make_optimizer(vit, settings)
         if checkpoint:
-            load_whole_state(vit, adam, checkpoint, replicas)
+            load_state(vit, adam, checkpoint, replicas)
         if eval_only:
             os.makedirs(out_dir, exist_ok=True)
         elif dist_rank == 0:
             config.start_run(settings, step)
     scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
     if checkpoint:
-        config.load_optimizer(adam, scaler, checkpoint)
+        if scaler.is_enabled() and checkpoint['scaler']:
+            scaler.load_state_dict(checkpoint['scaler'])
         del checkpoint
 
     # -------------------------------------------------------------------------
     # `net` computes, `vit` is the same weights under their own names
-    apart = {*getattr(adam, 'apart', ()), *own_factors(vit), *replicas.values()}
+    apart = {*adam.apart, *own_heads(vit), *replicas.values()}
     net, ddp_bytes = config.wrap(vit, dev, world_size, compile, apart)
 
     def to_device(x):
@@ -380,7 +374,7 @@ def main(argv):
                 f'{name}_acc_by_class': by_class}, matrix
 
     def save(name, stepping=None, **extra):
-        whole = whole_state(vit, stepping, replicas)  # every rank takes part
+        whole = gather_state(vit, stepping, replicas)  # every rank takes part
         if dist_rank == 0:
             config.save_checkpoint(f'{out_dir}/{name}', {
                 **whole, 'settings': settings, 'step': step, 'best_val_auc': best_val_auc,
@@ -422,11 +416,9 @@ def main(argv):
             break
 
         # forward, backward
-        if head_basis == 'gradient' and step % merge_every == 0:
-            renew_bases(vit, adam, step, merge_every)
         for micro_step in range(gradient_accumulation_steps):
-            # gradients travel, and with per_layer are stepped on, once a step
-            net.require_backward_grad_sync = adam.last_micro_batch = micro_step == gradient_accumulation_steps - 1
+            net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1  # they travel once a step
+            adam.begin(step, micro_step, gradient_accumulation_steps)  # bases, and which micro-batch is the last
             shards = heads // world_size if lowrank and head_input == 'split' else 1
             images, y = map(to_device, train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed,
                                                         dist_rank, world_size, shards))
@@ -436,14 +428,15 @@ def main(argv):
             loss = criterion(logits_of(images), y) / gradient_accumulation_steps
             scaler.scale(loss).backward()
             meter['sums'][0] += loss.detach()
+        adam.take_bases()
         scaler.unscale_(adam)
         config.share_overflow(scaler, adam, world_size)
-        norm = clip_gradients(vit, grad_clip) if optimizer == 'adamw' else None  # GaLore clips what it projects
+        norm = clip_gradients(vit, grad_clip)
 
         # update, merge
         scaler.step(adam)
         scaler.update()
-        meter['sums'][1] = adam.gradient_norm if norm is None else norm
+        meter['sums'][1] = norm
         adam.zero_grad(set_to_none=True)
         step += 1
         meter['steps'] += 1
@@ -460,13 +453,15 @@ def main(argv):
             config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
             if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
                 config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
+            with config.refusals():
+                check_training(vit, adam)
             sent = traffic['bytes']
             if dist_rank == 0:
                 config.log(settings, {
                     'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
                     'images_per_s': images_a_step / seconds,
                     'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': state_bytes(adam), 'sync_bytes': sync_bytes}, progress)
+                    'optimizer_state_bytes': adam.state_bytes(), 'sync_bytes': sync_bytes}, progress)
         progress.update()
 
     # -------------------------------------------------------------------------
@@ -474,10 +469,9 @@ def main(argv):
     if not stop:
         if world_size > 1:
             torch.distributed.barrier()  # rank 0 has written best.pt
-        with averaged_heads(vit, replicas):  # best.pt holds the heads of all ranks
-            if not eval_only and os.path.exists(f'{out_dir}/best.pt'):
-                vit.load_state_dict(config.load_checkpoint(f'{out_dir}/best.pt')['model'])
-            record, matrix = evaluate('test', test_data)
+        if not eval_only and os.path.exists(f'{out_dir}/best.pt'):
+            load_weights(vit, config.load_checkpoint(f'{out_dir}/best.pt')['model'])
+        record, matrix = evaluate('test', test_data)
         if dist_rank == 0:
             config.log(settings, record, progress)
             print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'

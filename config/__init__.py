@@ -215,11 +215,15 @@ def wrap(model, device, world_size, compiled, apart=()):
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel as DDP
-    net = torch.compile(model) if compiled else model
+
+    from lowrank import keep_out_of_ddp
+    if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
+        for block in getattr(model, 'blocks', ()):
+            block.compile(fullgraph=True)
+    net = model
     carried = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad and p not in apart)
     if world_size > 1 and carried:
-        DDP._set_params_and_buffers_to_ignore_for_model(
-            net, [name for named in (net.named_parameters(), net.named_buffers()) for name, x in named if x in apart])
+        keep_out_of_ddp(net, apart)
         net = DDP(net, device_ids=[torch.device(device).index] if device.startswith('cuda') else None,
                   broadcast_buffers=False,
                   gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
@@ -314,6 +318,9 @@ def load_checkpoint(path):
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
+    if checkpoint.get('edition') != 2:
+        raise ValueError(f"'{path}' was written by the first edition of this project, whose layers were others: train "
+                         'anew, or go on with that edition')
     return checkpoint
 
 
@@ -378,16 +385,6 @@ def need_same(settings, checkpoint, keys):
         if settings[key] != checkpoint['settings'][key]:
             raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
                              f'{settings[key]!r}: resume with the config it was started with')
-
-
-def load_optimizer(optimizer, scaler, checkpoint):
-    """Moments, bases and the scale of float16 from a checkpoint; what the groups are set to stays as this run says."""
-    groups = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    for group, ours in zip(optimizer.param_groups, groups):
-        group.update(ours)
-    if scaler.is_enabled() and checkpoint['scaler']:
-        scaler.load_state_dict(checkpoint['scaler'])
 
 
 # -----------------------------------------------------------------------------

@@ -7,6 +7,6 @@ size, param_dtype, dtype = '1b', 'bfloat16', 'bfloat16'
 block_size, batch_size, gradient_accumulation_steps = 256, 16, 32
 checkpointing = True
 optimizer, galore_rank = 'galore', 512
-galore_backward, per_layer, state_bits = 'projected', True, 8
+galore_backward, galore_basis, per_layer, state_bits = 'projected', 'sketch', True, 8
 max_iters, warmup_iters, eval_interval = 5000, 500, 500
 learning_rate, min_lr = 0.01, 0.001

@@ -8,6 +8,6 @@ block_size, batch_size = 256, 16  # a batch of 16 for each card
 gradient_accumulation_steps = 1  # more would keep r n numbers of every matrix between micro-batches, 3 GB
 checkpointing = True
 optimizer, galore_rank, galore_gap = 'galore', 1024, 500
-galore_backward, per_layer, state_bits = 'projected', True, 8
+galore_backward, galore_basis, per_layer, state_bits = 'projected', 'sketch', True, 8
 max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
 learning_rate, min_lr = 0.005, 0.0005

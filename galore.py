@@ -17,6 +17,7 @@ import re
 import warnings
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
@@ -332,21 +333,24 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if 'rank' not in group:
             return
-        for key, allowed in dict(update_proj_gap=None, scale=None, basis=('svd', 'power', 'random'), rule=tuple(RULES),
-                                 proj_type=('std', 'reverse_std', 'left', 'right', 'full')).items():
-            group.setdefault(key, dict(update_proj_gap=200, scale=0.25, basis='svd', rule='galore', proj_type='std')[key])
-            if allowed and group[key] not in allowed:
+        for key, value in dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', rule='galore').items():
+            group.setdefault(key, value)
+        for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'),
+                                 basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
+            if group[key] not in allowed:
                 raise ValueError(f"{key}={group[key]!r} is not one of {', '.join(map(repr, allowed))}")
         for key in ('rank', 'update_proj_gap'):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
         if RULES[group['rule']] and group['proj_type'] == 'full':
-            raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' has two: set 'std'")
+            raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' has two: set "
+                             "'std'")
         names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
         for name, p in zip(names, group['params']):
             if p.dim() != 2:
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group without rank')
-        clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params']) if group['rank'] > min(p.shape)]
+        clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
+                   if group['rank'] > min(p.shape)]
         if clamped:
             more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
             warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {clamped[0]}{more}")
@@ -450,17 +454,18 @@ def plain_step_(params, states, group):
 # The optimizer of models with low-rank layers
 
 def refresh_in(step, every, turn, turns):
-    """Steps from this one (from 0) to the next in which layers whose turn it is, of so many turns, take a new basis: once
-    in `every` steps, each turn at its own offset, so that no single step is slow or large."""
+    """Steps from this one (from 0) to the next in which layers whose turn it is, of so many turns, take a new basis:
+    once in `every` steps, each turn at its own offset, so that no single step is slow or large."""
     return (turn * every // turns - step) % every
 
 
 class LowRankAdamW(GaLoreAdamW):
     """AdamW for all that a model trains, and GaLore for its layers with factors='basis' (lowrank.MHLoRALinear).
 
-    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes straight into W;
-    merged every T steps (GaLoLTE), into the factor. Groups are built here: matrices get weight_decay, vectors and what
-    the model's own no_weight_decay() names (timm) none. scale multiplies lr inside a basis. state_bits: see GaLoreAdamW.
+    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes straight into
+    W; merged every T steps (GaLoLTE), into the factor. Groups are built here: matrices get weight_decay, vectors and
+    what the model's own no_weight_decay() names (timm) none. scale multiplies lr inside a basis. state_bits: see
+    GaLoreAdamW.
 
     A basis is taken anew every `basis_every` steps, the blocks of a model in turns, and the moments turn with it:
     basis='sketch'  the left singular vectors of G Omega, summed over the last ten steps (or T, if that is more) before
@@ -520,7 +525,8 @@ class LowRankAdamW(GaLoreAdamW):
                         layer.whole.register_post_accumulate_grad_hook(
                             lambda _, p=p: self._complete(p, self.param_groups[-1]))
             elif not state['bases'] or self.basis == 'random' and left == 0:
-                self._set_basis(p, orthonormal(gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
+                self._set_basis(p, orthonormal(
+                    gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
                 Y = mean(layer.sketch.grad)
                 self._set_basis(p, torch.where(Y.isfinite().all(), leading(Y).to(layer.basis.dtype), layer.basis))
@@ -540,7 +546,8 @@ class LowRankAdamW(GaLoreAdamW):
                         self._seed(p, -1))
 
     def _set_basis(self, p, new):
-        """The one refresh: a new basis (m, r) or (n, r) for a layer, whose trained factor is zero; its moments go along."""
+        """The one refresh: a new basis (m, r) or (n, r) for a layer, whose trained factor is zero; the moments go
+        along."""
         layer, state = self.layers[p], self.state[p]
         new = same(new.contiguous())  # to the last bit: merges leave it out, and another device may round otherwise
         if 'exp_avg' in state:
@@ -605,7 +612,8 @@ class LowRankAdamW(GaLoreAdamW):
             U = adam_step_(p.grad, state, group['betas'], group['eps'], group['correct_bias'])
             alpha = group['lr'] * group['scale'] * keep
             if layer.zero:
-                add_back_(layer.weight, U[0], *((layer.basis, None) if layer.left else (None, layer.basis)), alpha, keep)
+                P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
+                add_back_(layer.weight, U[0], P, Q, alpha, keep)
             else:
                 layer.weight.mul_(keep)
                 p.mul_(keep).add_(U, alpha=alpha)
@@ -647,7 +655,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     if rank > 0 and not projected:
         raise ValueError(f"{rank=}, but no trainable nn.Linear below {', '.join(KINDS['attn'] + KINDS['mlp'])}: set "
                          'rank=0, or name your modules in lowrank.KINDS')
-    if rank > 0:
+    if rank > 0 and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"{rule} on {len(projected)} of {len(projected) + sum(p.dim() == 2 for _, p in matrices)} matrices")
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
     parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
@@ -669,12 +677,12 @@ def check_optimizer(settings, compute):
         raise ValueError("optimizer='galore' is for full-rank weights, and heads have small gradients anyway: set "
                          "optimizer='adamw' or lowrank='' (GaLoLTE is head_basis='gradient')")
     if s['galore_backward'] == 'projected' and s['galore_rule'] != 'galore':
-        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which the projected backward never "
-                         "forms: set galore_backward='full', or galore_rule='galore'")
+        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which the projected backward "
+                         "never forms: set galore_backward='full', or galore_rule='galore'")
     in_layers = s['galore_backward'] == 'projected' or s['head_basis'] == 'gradient'
     if s['galore_basis'] == 'sketch' and not in_layers:
-        raise ValueError("galore_basis='sketch' is made in the backward pass of layers: set galore_backward='projected', "
-                         "head_basis='gradient', or galore_basis='power'")
+        raise ValueError("galore_basis='sketch' is made in the backward pass of layers: set "
+                         "galore_backward='projected', head_basis='gradient', or galore_basis='power'")
     if s['per_layer'] and s['grad_clip']:
         raise ValueError('per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0')
     if s['per_layer'] and compute == 'float16':
@@ -692,7 +700,7 @@ def put_layers(model, settings, worker=0, workers=1):
                      'basis' if s['head_basis'] == 'gradient' else 'both', s['head_input'] == 'split', s['merge_every'],
                      s['merge_reset'], s['head_compute'], worker, workers)
     elif s['optimizer'] == 'galore' and s['galore_backward'] == 'projected':
-        apply_mhlora(model, ('attn', 'mlp'), 1, s['galore_rank'], factors='basis', merge_every=1, worker=worker)
+        apply_mhlora(model, ('attn', 'mlp'), 1, s['galore_rank'], factors='basis', merge_every=1)
 
 
 def make_optimizer(model, settings):

@@ -1,13 +1,15 @@
 """
 Linear layers with low-rank weights: a frozen W beside H heads B_h A_h. Needs torch only.
 
-Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m, r), Q (n, r) orthonormal bases.
+Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m, r), Q (n, r) orthonormal
+bases.
 
-    factors='both'    y = W x + (s / H) sum_h B_h A_h x    LoRA (Hu et al., arXiv 2106.09685), with several heads multi-head LoRA
+    factors='both'    y = W x + (s / H) sum_h B_h A_h x    LoRA (Hu et al., arXiv 2106.09685), multi-head LoRA
     factors='B'       the same, A stays as it was drawn    LoRA-FA (Zhang et al., arXiv 2308.03303)
     factors='basis'   the factor on W's smaller side is a basis of the gradient, the same one for all heads, and s = 1:
-                      B = P where m < n, A = Q^T elsewhere. Merged every step it is GaLore (Zhao et al., arXiv 2403.03507;
-                      Torroba-Hennigen et al., 2025, on the duality), merged every T steps GaLoLTE. galore.py takes the bases.
+                      B = P where m < n, A = Q^T elsewhere. Merged every step it is GaLore (Zhao et al., arXiv
+                      2403.03507; Torroba-Hennigen et al., 2025, on the duality), merged every T steps GaLoLTE.
+                      galore.py takes the bases.
     split             head h sees the h-th part of the batch only, y = W x + s (B_h A_h - B_h' A_h') x (LTE, Huh et al.,
                       arXiv 2402.16828); primes: values at the last merge
     merge             W <- W + (s / H) sum_h (B_h A_h - B_h' A_h')
@@ -84,17 +86,17 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
     """
     y = x W^T + b + scale (x A^T) B^T: a frozen linear and a low-rank product that accumulates into its output.
 
-    x (..., n); weight (m, n), which gets no gradient; bias (m,) or None; A (groups, r, n), B (groups, m, r): the leading
-    dimension of x is cut into `groups` equal parts, one for each pair. `gain` multiplies the gradients of A, B and whole:
-    a loss that is the mean over all parts has 1 / groups of the gradient of each part's own mean.
+    x (..., n); weight (m, n), which gets no gradient; bias (m,) or None; A (groups, r, n), B (groups, m, r): the
+    leading dimension of x is cut into `groups` equal parts, one for each pair. `gain` multiplies the gradients of A,
+    B and whole: a loss that is the mean over all parts has 1 / groups of the gradient of each part's own mean.
     zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
     whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
-    sketch: another such leaf; its .grad becomes G Omega (m, r) with Omega (n, r) where A is trained, G^T Omega (n, r) with
-    Omega (m, r) where B is; G is that of all parts. Being linear in G, it adds up over micro-batches and ranks.
+    sketch: another such leaf; its .grad becomes G Omega (m, r) with Omega (n, r) where A is trained, G^T Omega (n, r)
+    with Omega (m, r) where B is; G is that of all parts. Being linear in G, it adds up over micro-batches and ranks.
     Under autocast everything is computed in autocast's dtype. Returns (..., m). No second derivatives (torch raises).
 
-    Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained, where a
-    dense layer that is trained has 6 m n; 4 m n + 2 R (m + n) with `zero`.
+    Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained,
+    where a dense layer that is trained has 6 m n; 4 m n + 2 R (m + n) with `zero`.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -134,14 +136,14 @@ class MHLoRALinear(nn.Module):
     head_compute: 'parallel', all shared heads in one pair of products, or 'sequential', a loop: the same, slower.
     worker, workers: of several ranks that share split heads, this one holds the heads worker::workers.
     zeros: the model's `Zeros`, None for a layer alone.
-    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With factors='basis' one of
-    A, B is None and `basis` is P (m, r) or Q (n, r); with merge_every=1 the other is always zero, takes no memory, is in no
-    state dict, and its .grad is the projected gradient R: galore.LowRankAdamW steps with it on W.
+    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With factors='basis'
+    one of A, B is None and `basis` is P (m, r) or Q (n, r); with merge_every=1 the other is always zero, takes no
+    memory, is in no state dict, and its .grad is the projected gradient R: galore.LowRankAdamW steps with it on W.
     Raises ValueError for arguments that make no sense together.
     """
 
-    def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0, merge_reset=False,
-                 head_compute='parallel', worker=0, workers=1, zeros=None):
+    def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0,
+                 merge_reset=False, head_compute='parallel', worker=0, workers=1, zeros=None):
         super().__init__()
         m, n = linear.weight.shape
         for key, value, allowed in (('factors', factors, ('both', 'B', 'basis')),
@@ -154,10 +156,11 @@ class MHLoRALinear(nn.Module):
             raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
                              f'set a rank between 1 and {min(m, n)}')
         if factors == 'basis' and not merge_every:
-            raise ValueError("factors='basis' trains a factor that is merged into W: set merge_every=1 (GaLore) or more")
+            raise ValueError("factors='basis' trains a factor that is merged into W: set merge_every=1 (GaLore) or "
+                             'more')
         if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
-            raise ValueError(f"{heads=} in one basis that see the same tokens, or are merged every step, are one head: set "
-                             'heads=1, or split=True and merge_every above 1')
+            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every step, are one head: '
+                             'set heads=1, or split=True and merge_every above 1')
         if split and heads % workers:
             raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
         self.in_features, self.out_features = n, m
@@ -190,8 +193,8 @@ class MHLoRALinear(nn.Module):
             self.register_buffer('B_merged', torch.zeros_like(self.B))
 
     def extra_repr(self):
-        return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, scale={self.scale:g}, '
-                f'factors={self.factors}, split={self.split}, merge_every={self.merge_every}')
+        return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, '
+                f'scale={self.scale:g}, factors={self.factors}, split={self.split}, merge_every={self.merge_every}')
 
     # Torch makes a view dense, or wants it in a state dict, in each of these: the zero factor steps aside meanwhile.
 
@@ -242,13 +245,14 @@ class MHLoRALinear(nn.Module):
         return self.A if self.left else self.B
 
     def pairs(self):
-        """A (heads, r, n), B (heads, m, r) of this rank's heads, and of what the last merges put into W, taken off again."""
+        """A (heads, r, n), B (heads, m, r) of this rank's heads; with what the last merges put into W, taken off
+        again, 2 r instead of r."""
         if self.factors == 'basis':
             basis = self.basis.expand(len(self.trained), -1, -1)
             return (self.A, basis) if self.left else (basis.mT, self.B)
         if self.reset:
             return self.A, self.B
-        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)  # (heads, 2 r, n), (.., m, 2 r)
+        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)
 
     def forward(self, x):
         if self.zero and not torch.is_grad_enabled():
@@ -276,7 +280,8 @@ class MHLoRALinear(nn.Module):
                                 self.whole, self.sketch, self.Omega)
 
     def ask_whole(self, wanted=True):
-        """From now on a backward pass leaves the gradient of W from each head (heads, m, n) in whole.grad, or no longer."""
+        """From now on a backward pass leaves the gradient of W from each head (heads, m, n) in whole.grad; False: no
+        longer."""
         shape = len(self.trained), *self.weight.shape
         self.whole = self.weight.new_zeros(()).expand(shape).requires_grad_() if wanted else None
 
@@ -290,8 +295,8 @@ class MHLoRALinear(nn.Module):
     @contextlib.contextmanager
     def averaged(self):
         """While this lasts, split heads act on every token, averaged over the heads of all ranks: the function of
-        `merged_weight`. Every rank takes part. A, B (A_merged, B_merged) are those of all heads, in global order, but in a
-        basis the trained factor is their mean."""
+        `merged_weight`. Every rank takes part. A, B (A_merged, B_merged) are those of all heads, in global order, but
+        in a basis the trained factor is their mean."""
         if not self.split:
             yield
             return
@@ -417,11 +422,12 @@ def own_heads(model):
 
 
 def keep_out_of_ddp(net, apart):
-    """Tells DistributedDataParallel, before it wraps `net`, to leave alone the parameters and buffers of the set `apart`:
-    `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it, without a public
-    name so far."""
+    """Tells DistributedDataParallel, before it wraps `net`, to leave alone the parameters and buffers of the set
+    `apart`: `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it,
+    without a public name so far."""
     named = (*net.named_parameters(), *net.named_buffers())
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, [k for k, x in named if x in apart])
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        net, [name for name, x in named if x in apart])
 
 
 def replica_parameters(model):
@@ -445,9 +451,9 @@ def gather_state(model, optimizer=None, replicas=None):
     What a checkpoint holds, as a dict; every rank takes part, and rank 0 gets all of it.
 
     'model': its state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged: what is
-    evaluated. With an optimizer of galore.py also 'optimizer', {name of a parameter: its state} with the moments of all
-    heads in the same order and those of replicas stacked (ranks, ...); 'replicas', {name: (ranks, ...)}; and 'sketches',
-    {name of a layer: (Omega, the part of each rank or None)} of the layers that are at one.
+    evaluated. With an optimizer of galore.py also 'optimizer', {name of a parameter: its state} with the moments of
+    all heads in the same order and those of replicas stacked (ranks, ...); 'replicas', {name: (ranks, ...)}; and
+    'sketches', {name of a layer: (Omega, the part of each rank or None)} of the layers that are at one.
     """
     replicas, own, others = replicas or {}, own_heads(model), set()
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -505,8 +511,8 @@ def load_state(model, optimizer, checkpoint, replicas=None):
     for name, p in replicas.items():
         saved = checkpoint['replicas'].get(name, ())
         if len(saved) != ranks:
-            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own parameters, and here are "
-                             f'{ranks}: resume on as many as before')
+            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own parameters, and here "
+                             f'are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
     for name, p in model.named_parameters():
         for key, x in checkpoint['optimizer'].get(name, {}).items():
@@ -529,7 +535,8 @@ def load_state(model, optimizer, checkpoint, replicas=None):
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
 FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v, each a third of the outputs
 # They compute with the weights of their linears instead of calling them (the first one in eval mode)
-BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention', 'timm.models.eva.EvaAttention')
+BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
+          'timm.models.eva.EvaAttention')
 
 
 class QKV(nn.Module):
@@ -558,8 +565,8 @@ def _refuse_what_bypasses(model, targets):
         inside = [f'{name}.{part}' for part, child in module.named_modules() if isinstance(child, nn.Linear)]
         if not kinds.isdisjoint(BYPASS) and any(_wanted(part, target) or _third(part, target)
                                                 for part in inside for target in targets):
-            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, so that heads would be passed over "
-                             'in silence: leave it out of targets, or write its forward pass with plain calls')
+            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, so that heads would be "
+                             'passed over in silence: leave it out of targets, or write its forward pass with plain calls')
         if kind == 'Conv1D' and any(_wanted(name, target) for target in targets):
             raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into model.GPT")
 
@@ -572,23 +579,26 @@ def _wanted(name, target):
     return not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
 
 
-def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0,
-                 merge_reset=False, head_compute='parallel', worker=0, workers=1):
+def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both', split=False,
+                 merge_every=0, merge_reset=False, head_compute='parallel', worker=0, workers=1):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
-    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its dotted
-    name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which then becomes three linears (QKV).
+    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its
+    dotted name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which then becomes three
+    linears (QKV).
     The other arguments are those of MHLoRALinear. With factors='basis' a rank above a layer's smaller side is clamped.
-    Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own frozen copy and the
-    embedding stays trainable: the count of parameters rises. Linears that share their weight share one layer.
-    Returns the names of the replaced layers and says how many of how many they are, and what it passed over. ValueError:
-    a target that matches nothing, or what another one covers; layers whose heads would be passed over.
+    Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own
+    frozen copy and the embedding stays trainable: the count of parameters rises. Linears that share their weight
+    share one layer. Returns the names of the replaced layers and says how many of how many they are, and what it
+    passed over. ValueError: a target that matches nothing, or what another one covers; layers whose heads would be
+    passed over.
     """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as ('attn', 'mlp')")
     _refuse_what_bypasses(model, targets)
-    linears = {name: module for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
+    linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
+               if type(module) is nn.Linear}
     replaced = {}  # names, and which thirds of their outputs get heads: [None] for all
     for target in targets:
         matched = {name: None for name in linears if _wanted(name, target)}
@@ -611,24 +621,27 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                 places[f'{name}.{third}'] = model.get_submodule(f'{name}.{third}')
         else:
             places[name] = linears[name]
-    elsewhere = {id(p) for module in model.modules() if type(module) is not nn.Linear for p in module.parameters(recurse=False)}
+    elsewhere = {id(p) for module in model.modules() if type(module) is not nn.Linear
+                 for p in module.parameters(recurse=False)}
     sizes = [rank * max(linear.weight.shape) for linear in places.values()]
     zeros, made, clamped = Zeros(max(sizes)), {}, []
     for name, linear in places.items():
         key = id(linear.weight)
         if key in made and linear.bias is not made[key].bias:
-            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both one bias, or none")
+            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both one bias, or "
+                             'none')
         if key not in made:
             if id(linear.weight) in elsewhere:  # tied: freezing it would freeze the embedding
                 linear.weight = nn.Parameter(linear.weight.detach().clone())
-            made[key] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset, head_compute, worker,
-                                     workers, zeros)
+            made[key] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset, head_compute,
+                                     worker, workers, zeros)
             if made[key].rank < rank:
                 clamped.append(name)
         model.set_submodule(name, made[key])
-    passed = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and type(module) is not nn.Linear
+    passed = [name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and type(module) is not nn.Linear
               and any(_wanted(name, target) for target in targets)]
-    if worker == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f'low-rank weights on {len(places)} of {len(linears)} linear layers'
               + f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[:1]}' * bool(clamped)
               + f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}" * bool(passed))
@@ -685,8 +698,8 @@ def check_settings(settings, world_size):
             raise ValueError("split heads that never merge train models that never meet: set merge_every, or "
                              "head_input='shared'")
         if world_size > 1 and s['state_bits'] == 8:
-            raise ValueError('moments of split heads on several ranks are saved head by head, and blocks of 8 bits are not: '
-                             'set state_bits=None, 32 or 16')
+            raise ValueError('moments of split heads on several ranks are saved head by head, and blocks of 8 bits are '
+                             'not: set state_bits=None, 32 or 16')
     elif s['merge_every'] and not s['merge_reset']:
         raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
                          "head_input='split' (LTE)")
@@ -756,8 +769,9 @@ def clip_gradients(model, max_norm):
     """
     Clips gradients to the norm max_norm, in place; split heads are models of their own, so each has a norm of its own.
 
-    It is the norm of what is stepped on: of a layer in a basis that of the projected gradient. Computed in the gradients'
-    precision or float32, whichever is wider. max_norm: 0 only measures. Returns the norm of all before clipping, a tensor.
+    It is the norm of what is stepped on: of a layer in a basis that of the projected gradient. Computed in the
+    gradients' precision or float32, whichever is wider. max_norm: 0 only measures. Returns the norm of all before
+    clipping, a tensor.
     """
     factors = [f for layer in lowrank_layers(model) if layer.split for f in (layer.A, layer.B)
                if f is not None and f.grad is not None]
@@ -769,7 +783,7 @@ def clip_gradients(model, max_norm):
 
     norms = torch.stack(norms_of([p.grad for p in rest]) or [torch.zeros(())]).norm()[None]
     if factors:
-        of_heads = torch.stack([torch.stack(norms_of(f.grad)) for f in factors]).norm(dim=0)  # (heads,), each over all layers
+        of_heads = torch.stack([torch.stack(norms_of(f.grad)) for f in factors]).norm(dim=0)  # (heads,)
         norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads,)
     if max_norm:
         keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)
@@ -781,24 +795,26 @@ def clip_gradients(model, max_norm):
 
 
 def check_training(model, *optimizers):
-    """ValueError, one sentence, for what would train wrongly in silence: a trainable parameter that no optimizer holds, or a
-    factor of GaLore, always zero, on which another optimizer than galore.LowRankAdamW has stepped. Waits for the device."""
+    """ValueError, one sentence, for what would train wrongly in silence: a trainable parameter that no optimizer
+    holds, or a factor of GaLore, always zero, on which another optimizer than galore.LowRankAdamW has stepped. Waits
+    for the device."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
-        raise ValueError(f"no optimizer steps on {lost[0]}{f' and {len(lost) - 1} more' * (len(lost) > 1)}, which wants a "
-                         'gradient: build the optimizer after apply_mhlora, or freeze it')
+        more = f' and {len(lost) - 1} more' * (len(lost) > 1)
+        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the optimizer after '
+                         'apply_mhlora, or freeze it')
     zeros = sorted((layer.trained.detach() for layer in lowrank_layers(model) if layer.zero), key=torch.numel)
     longest = {x.untyped_storage().data_ptr(): x for x in zeros}  # of each buffer: one, or one of each dtype
     if any(x.any() for x in longest.values()):
-        raise ValueError("an optimizer has stepped on factors that are always zero: with factors='basis' and merge_every=1 only "
-                         'galore.LowRankAdamW steps, on the weights behind them')
+        raise ValueError("an optimizer has stepped on factors that are always zero: with factors='basis' and "
+                         'merge_every=1 only galore.LowRankAdamW steps, on the weights behind them')
 
 
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other); of
-    heads that are split over ranks this rank's. A weight that moves every step, as GaLore's do, counts as trainable; its
-    basis is the optimizer's state."""
+    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other);
+    of heads that are split over ranks this rank's. A weight that moves every step, as GaLore's do, counts as
+    trainable; its basis is the optimizer's state."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     factors = {id(f) for layer in lowrank_layers(model) for f in (layer.A, layer.B) if f is not None and not layer.zero}
     zeros = {id(layer.trained) for layer in lowrank_layers(model) if layer.zero}

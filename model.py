@@ -26,10 +26,10 @@ def language_loss(head, x, targets):
     Mean cross entropy in nats per token. head: the output layer; x: (batch, time, width); targets: (batch, time), where
     -100 does not count.
 
-    Above ONE_PIECE logits a plain nn.Linear goes through F.linear_cross_entropy in chunks of tokens, so that the logits of
-    all tokens never exist together; what the chunks add up is float32. Below, on two CPU cores, 2,048 tokens of width 512
-    and 32,000 words in bfloat16: 0.63 s in one piece, 0.79 s in chunks. Any other layer (a head on `logit`) is called, not
-    bypassed.
+    Above ONE_PIECE logits a plain nn.Linear goes through F.linear_cross_entropy in chunks of tokens, so that the
+    logits of all tokens never exist together; what the chunks add up is float32. Below, on two CPU cores, 2,048
+    tokens of width 512 and 32,000 words in bfloat16: 0.63 s in one piece, 0.79 s in chunks. Any other layer (a head
+    on `logit`) is called, not bypassed.
     """
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
     chunks = type(head) is nn.Linear and head.out_features > head.in_features

@@ -2383,7 +2383,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(data_dir, tmp_path, capsys)
                                   '--optimizer=galore', '--galore_rank=2'), "'adamw'")
     assert not (tmp_path / 'x').exists()
     split = {**train_gpt.defaults, 'lowrank': 'attn', 'heads': 4, 'head_input': 'split', 'merge_every': 2}
-    for changes, count, said in [({}, 3, 'heads=4'), ({'sync': 'always'}, 2, "'step'"), ({'state_bits': 8}, 2, 'state_bits=None'),
+    for changes, count, said in [({}, 3, 'heads=4'), ({'sync': 'always'}, 2, "'step'"),
+                                 ({'state_bits': 8}, 2, 'state_bits=None'),
                                  ({'sync': 'merge', 'merge_every': 0}, 2, 'merge_every'),
                                  ({'merge_every': 0}, 2, 'meet'),
                                  ({'sync': 'merge', 'optimizer': 'galore', 'grad_clip': 0.0}, 2, 'other bases'),
@@ -2766,6 +2767,25 @@ def all_ranks_skip_a_step_that_overflows_on_one():
         scaler.step(optimizer)
         scaler.update()
     assert torch.equal(p, torch.ones(3)) and scaler.get_scale() == 2**14
+    # the same with GaLore's leaf under plain DDP, which averages it, and a sketch that the infinities poison
+    gpt, idx, scaler = tiny_gpt(), torch.arange(16)[None], torch.amp.GradScaler('cpu')
+    lowrank.apply_mhlora(gpt, rank=3, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(gpt, lr=0.01, basis_every=4)
+    net, start = nn.parallel.DistributedDataParallel(gpt), lowrank.merged_state_dict(copy.deepcopy(gpt))
+    for step, overflows in enumerate(((0,), (0, 1), (), (), (), ())):
+        optimizer.begin(step)
+        loss = net(idx, idx) * (math.inf if torch.distributed.get_rank() in overflows else 1.0)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        config.share_overflow(scaler, optimizer, 2)
+        lowrank.clip_gradients(gpt, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
+        assert all(moved) if step > 1 else not any(moved), step
+    assert scaler.get_scale() == 2**14 and all(torch.equal(*lowrank.gather(x)) for x in gpt.state_dict().values())
+    assert all(x.isfinite().all() for x in gpt.state_dict().values())
 
 
 def logged(out, key):
@@ -2856,7 +2876,8 @@ def test_any_number_of_ranks_trains_the_same(data_dir, image_root, tmp_path):
     # GaLoLTE of rank 2: a factor and its first moment after steps 3 and 6; first bases from rank 0, one refresh of each
     # layer within the eight steps, a sketch that is averaged and a basis from rank 0
     factors, bases = (16 * sum(side(shape) for shape in shapes) for side in (max, min))
-    assert sum(logged(tmp_path / 'galolte_sketch', 'sync_bytes').values()) * 2 == 8 * 8 * others + 4 * factors + 3 * bases
+    sent = sum(logged(tmp_path / 'galolte_sketch', 'sync_bytes').values()) * 2
+    assert sent == 8 * 8 * others + 4 * factors + 3 * bases
     step, gathered, merge, refresh = bench.sent_bytes(shapes, others, 'local AdamW', 2, 2, 2, 8)
     assert sum(logged(tmp_path / 'local', 'sync_bytes').values()) * 2 == 8 * step + 2 * merge and not gathered + refresh
     heads, step = 2 * 2 * 2 * 256 * 8, 8 * sum(p.numel() for p in workers[0].parameters()

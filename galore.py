@@ -518,12 +518,15 @@ class LowRankAdamW(GaLoreAdamW):
                 M, V = (x.view(p.shape) for x in read_moments(state))
                 M.copy_(mean(M.mean(0), layer.workers))
                 write_moments(state, [M.flatten(), V.flatten()])
+            if self.basis != 'sketch':  # a resumed run may have another basis
+                layer.ask_sketch(None)
             if self.basis in ('power', 'svd'):
                 if left == 0 or not state['bases']:
                     layer.ask_whole()
                     if self.per_layer:
+                        group = next(group for group in self.param_groups if group.get('basis'))
                         layer.whole.register_post_accumulate_grad_hook(
-                            lambda _, p=p: self._complete(p, self.param_groups[-1]))
+                            lambda _, p=p, group=group: self._complete(p, group))
             elif not state['bases'] or self.basis == 'random' and left == 0:
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
@@ -538,9 +541,10 @@ class LowRankAdamW(GaLoreAdamW):
                     layer.ask_sketch(self._Omega(p, layer, state))
 
     def _Omega(self, p, layer, state):
-        """What a sketch multiplies the gradient with, (n, r) or (m, r): the first moment, transposed where A trains."""
+        """What a sketch multiplies the gradient with, (n, r) or (m, r): the first moment, transposed where A trains, of
+        norm one, so that float16 does not lose it."""
         if 'exp_avg' in state:
-            M = read_moments(state)[0].view(p.shape).mean(0)
+            M = F.normalize(read_moments(state)[0].view(p.shape).mean(0).flatten(), dim=0).view(p.shape[1:])
             return (M.mT if layer.left else M).to(layer.weight.dtype).contiguous()
         return gaussian(layer.in_features if layer.left else layer.out_features, layer.rank, layer.weight,
                         self._seed(p, -1))
@@ -565,6 +569,9 @@ class LowRankAdamW(GaLoreAdamW):
             return
         layer.ask_whole(False)
         shared, old = mean(G.mean(0)), layer.basis if state['bases'] else None
+        if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
+            p.grad = torch.full_like(p, math.nan)
+            return
         bases = take_bases(shared, layer.rank, layer.left, not layer.left, self.basis,
                            (old, None) if layer.left else (None, old), self._seed(p, state['bases']))
         new = bases[0] if layer.left else bases[1]
@@ -593,10 +600,16 @@ class LowRankAdamW(GaLoreAdamW):
         super()._complete(p, group)
 
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self.take_bases()
         if any(p.grad is not None and not self.state.get(p, {}).get('bases') for p in self.layers):
-            raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward pass')
-        return super().step(closure)
+            raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward pass; where it '
+                             'was called, the first gradient is not finite')
+        super().step()
+        return loss
 
     step.__doc__ = GaLoreAdamW.step.__doc__
 

@@ -79,6 +79,8 @@ class _LowRankProduct(torch.autograd.Function):
             dsketch = dflat.mT @ (x @ Omega.to(dy.dtype))  # G Omega (m, r)
         elif needs_sketch:
             dsketch = x.mT @ (dflat @ Omega.to(dy.dtype))  # G^T Omega (n, r)
+        if dsketch is not None:  # an overflow of float16 costs its own part and not the sketch
+            dsketch = torch.where(dsketch.isfinite().all(), dsketch, 0)
         return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None, None
 
 
@@ -161,6 +163,8 @@ class MHLoRALinear(nn.Module):
         if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
             raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every step, are one head: '
                              'set heads=1, or split=True and merge_every above 1')
+        if factors == 'basis' and head_compute == 'sequential':
+            raise ValueError("factors='basis' has no loop over heads: set head_compute='parallel'")
         if split and heads % workers:
             raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
         self.in_features, self.out_features = n, m
@@ -566,7 +570,7 @@ def _refuse_what_bypasses(model, targets):
         if not kinds.isdisjoint(BYPASS) and any(_wanted(part, target) or _third(part, target)
                                                 for part in inside for target in targets):
             raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, so that heads would be "
-                             'passed over in silence: leave it out of targets, or write its forward pass with plain calls')
+                             'passed over in silence: leave it out of targets, or write its forward pass with calls')
         if kind == 'Conv1D' and any(_wanted(name, target) for target in targets):
             raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into model.GPT")
 
@@ -621,7 +625,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                 places[f'{name}.{third}'] = model.get_submodule(f'{name}.{third}')
         else:
             places[name] = linears[name]
-    elsewhere = {id(p) for module in model.modules() if type(module) is not nn.Linear
+    elsewhere = {id(p) for module in model.modules() if module not in places.values()
                  for p in module.parameters(recurse=False)}
     sizes = [rank * max(linear.weight.shape) for linear in places.values()]
     zeros, made, clamped = Zeros(max(sizes)), {}, []
@@ -631,7 +635,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both one bias, or "
                              'none')
         if key not in made:
-            if id(linear.weight) in elsewhere:  # tied: freezing it would freeze the embedding
+            if id(linear.weight) in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
                 linear.weight = nn.Parameter(linear.weight.detach().clone())
             made[key] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset, head_compute,
                                      worker, workers, zeros)
@@ -832,8 +836,9 @@ def count_parameters(model):
 
 
 def freeze_rest(model, kinds=()):
-    """Freezes all but the heads and the layers of the given kinds. PEFT's LoRA of a classifier is kinds=('logit',)."""
-    factors = {id(factor) for layer in lowrank_layers(model) for factor in (layer.A, layer.B)}
+    """Freezes all but the heads and the layers of the given kinds. PEFT's LoRA of a classifier is kinds=('logit',).
+    Layers of GaLore are whole weights, not heads, and freeze with the rest."""
+    factors = {id(factor) for layer in lowrank_layers(model) if not layer.zero for factor in (layer.A, layer.B)}
     for name, parameter in model.named_parameters():
         if id(parameter) not in factors and not any(_wanted(name, kind) for kind in kinds):
             parameter.requires_grad_(False)

@@ -1926,7 +1926,7 @@ def test_a_sketch_times_omega_gives_the_next_basis(heads, merge_every, every, wi
                 sums[name] = 0
                 if step:
                     M = optimizer.state[layer.trained]['exp_avg'].mean(0)
-                    assert torch.equal(layer.Omega, M.T if layer.left else M)
+                    torch.testing.assert_close(layer.Omega, (M.T if layer.left else M) / M.norm(), rtol=0, atol=1e-14)
             if inside:
                 G = ordinary.get_submodule(name).weight.grad
                 sums[name] = sums[name] + (G if layer.left else G.T) @ layer.Omega
@@ -2784,6 +2784,8 @@ def all_ranks_skip_a_step_that_overflows_on_one():
         optimizer.zero_grad()
         moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
         assert all(moved) if step > 1 else not any(moved), step
+    for layer in lowrank.lowrank_layers(gpt):  # the second gradient was lost, the sketch was not
+        assert optimizer.state[layer.trained]['bases'] == 2
     assert scaler.get_scale() == 2**14 and all(torch.equal(*lowrank.gather(x)) for x in gpt.state_dict().values())
     assert all(x.isfinite().all() for x in gpt.state_dict().values())
 

@@ -120,7 +120,7 @@ def main(argv):
             config.need_same(settings, checkpoint, (
                 'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'lowrank', 'heads', 'rank', 'alpha',
                 'head_input', 'head_basis', 'merge_every', 'merge_reset', 'sync', 'param_dtype',
-                'optimizer', 'galore_rank', 'state_bits'))
+                'optimizer', 'galore_rank', 'galore_backward', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             model = GPT(GPTConfig(**{**checkpoint['model_config'], 'dropout': dropout, 'checkpointing': checkpointing}))
         else:

@@ -126,7 +126,7 @@ def main(argv):
             config.need_same(settings, checkpoint, (
                 'size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'n_kv_head', 'block_size', 'vocab_size', 'lowrank',
                 'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'merge_every', 'merge_reset',
-                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
+                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'galore_backward', 'state_bits'))
             step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
             shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': checkpointing})
         else:

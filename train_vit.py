@@ -291,7 +291,8 @@ def main(argv):
             checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
             config.need_same(settings, checkpoint, (
                 *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis',
-                'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank', 'state_bits'))
+                'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank',
+                'galore_backward', 'state_bits'))
             if checkpoint['classes'] != classes:
                 theirs = len(checkpoint['classes'])
                 raise ValueError(f'the checkpoint knows {theirs} classes, and not the {len(classes)} of data set '

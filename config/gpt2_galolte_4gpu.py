@@ -6,6 +6,6 @@ dataset = 'cnn_dailymail'
 block_size, batch_size, gradient_accumulation_steps = 512, 32, 4
 lowrank, heads, rank = 'attn,mlp', 4, 192
 head_input, head_basis, merge_every = 'split', 'gradient', 10
-galore_gap, galore_basis = 50, 'sketch'
+galore_gap, galore_basis = 50, 'power'
 max_iters, warmup_iters, eval_interval = 10000, 200, 250
 learning_rate, min_lr, beta2 = 1e-2, 1e-3, 0.999

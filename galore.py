@@ -470,8 +470,9 @@ class LowRankAdamW(GaLoreAdamW):
     A basis is taken anew every `basis_every` steps, the blocks of a model in turns, and the moments turn with it:
     basis='sketch'  the left singular vectors of G Omega, summed over the last ten steps (or T, if that is more) before
                     it; Omega is the first moment, transposed, as it was before them. Full gradients never exist.
-    basis='power', 'svd', 'random'  as in `take_bases`, from the gradient of the step itself, which then exists.
-    The first bases of 'sketch' and 'random' are random; the others need the gradients of all layers in step 0.
+    basis='power', 'svd'  as in `take_bases`, from the gradient of the step itself, which then exists; without
+                    per_layer those of all layers at once in step 0.
+    basis='random'  drawn anew, as the first bases of 'sketch' are.
     In a training step of GaLoLTE that follows a merge, first moments are averaged over heads and ranks.
 
     The loop calls `begin(step, micro_step, micro_steps)` before each forward pass, and `take_bases` after the last

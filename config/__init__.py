@@ -218,7 +218,7 @@ def wrap(model, device, world_size, compiled, apart=()):
 
     from lowrank import keep_out_of_ddp
     if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
-        for block in getattr(model, 'blocks', ()):
+        for block in model.blocks:
             block.compile(fullgraph=True)
     net = model
     carried = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad and p not in apart)
@@ -305,6 +305,8 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
     import torch
+
+    from lowrank import EDITION
     if not os.path.isfile(path):
         other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
@@ -318,7 +320,7 @@ def load_checkpoint(path):
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
-    if checkpoint.get('edition') != 2:
+    if checkpoint.get('edition') != EDITION:
         raise ValueError(f"'{path}' was written by the first edition of this project, whose layers were others: train "
                          'anew, or go on with that edition')
     return checkpoint

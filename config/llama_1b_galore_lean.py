@@ -1,6 +1,6 @@
 # LLaMA 1B with GaLore, rank 512, as lean as it goes: projected backward, per layer, 8-bit moments, checkpointing.
 # python prepare.py c4 --tokens 1_000_000_000 && torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b_galore_lean.py
-# Four GPUs of 8 GB: not yet run; the peak of 1 x 256 tokens is 4.3 GB, measured on a CPU
+# Four GPUs of 8 GB: not yet run; the peak of 1 x 256 tokens is 4.3 GB, measured on a CPU (first edition, power bases)
 out_dir = 'out/llama_1b_galore_lean'
 dataset = 'c4'
 size, param_dtype, dtype = '1b', 'bfloat16', 'bfloat16'

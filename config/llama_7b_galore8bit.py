@@ -1,6 +1,6 @@
 # LLaMA 7B with GaLore, rank 1024, 8-bit moments, projected backward, per layer: the paper's 7B on one card of 24 GB.
 # python prepare.py c4 --tokens 1_000_000_000 && python train_llama.py config/llama_7b_galore8bit.py
-# One GPU of 24 GB: not yet run, planned peak 21.4 GB; three steps of 1 x 256 ran on two CPU cores: 19.9 GB, 10 min
+# One GPU of 24 GB: not yet run, planned peak 21.4 GB; three steps of 1 x 256 ran on two CPU cores: 19.9 GB, 10 min (first edition)
 out_dir = 'out/llama_7b_galore8bit'
 dataset = 'c4'
 size, param_dtype, dtype = '7b', 'bfloat16', 'bfloat16'

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import KINDS, MHLoRALinear, apply_mhlora, lowrank_layers, mean, own_heads, same
+from lowrank import KINDS, MHLoRALinear, lowrank_layers, mean, own_heads, same
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 10  # steps before a refresh in which its sketch is added up
@@ -48,14 +48,6 @@ def orthonormal(Y):
     return (Q * torch.where(R.diagonal() < 0, -1, 1)).to(Y.dtype)
 
 
-def leading(Y):
-    """The left singular vectors (m, r) of Y (m, r), largest first: by QR, and the eigenvectors of the small R R^T. Adam
-    wants coordinates along principal directions: with those of the QR alone it learns less (assets/README.md)."""
-    Y = torch.where(torch.isfinite(Y).all(), Y, 0)
-    Q, R = torch.linalg.qr(Y.to(torch.promote_types(Y.dtype, torch.float32)))
-    return (Q @ torch.linalg.eigh(R @ R.mT)[1].flip(-1)).to(Y.dtype)
-
-
 def gaussian(rows, rank, like, seed):
     """A random matrix (rows, rank), standard normal, that depends on `seed` alone, so that all ranks agree."""
     generator = torch.Generator(like.device).manual_seed(seed)
@@ -71,7 +63,7 @@ def power_iteration(G, P):
     return P
 
 
-def take_bases(G, rank, left, right, basis='svd', old=(None, None), seed=0):
+def bases_of(G, rank, left, right, basis='svd', old=(None, None), seed=0):
     """Orthonormal bases for the gradient G (m, n): P (m, rank) if `left`, Q (n, rank) if `right`, else None; `old` are
     the ones to start from or to fall back on.
 
@@ -401,8 +393,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if not state:
             state['step'] = 0
         if state['step'] % group['update_proj_gap'] == 0:
-            new = take_bases(G, min(group['rank'], *W.shape), *left_right, group['basis'],
-                             (state.get('P'), state.get('Q')), self._seed(W, state['step']))
+            new = bases_of(G, min(group['rank'], *W.shape), *left_right, group['basis'],
+                           (state.get('P'), state.get('Q')), self._seed(W, state['step']))
             state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
         P, Q, rule = state.get('P'), state.get('Q'), RULES[group['rule']]
         R = project(G, P, Q)
@@ -468,9 +460,10 @@ class LowRankAdamW(GaLoreAdamW):
     GaLoreAdamW.
 
     A basis is taken anew every `basis_every` steps, the blocks of a model in turns, and the moments turn with it:
-    basis='sketch'  the left singular vectors of G Omega, summed over the last ten steps (or T, if that is more) before
-                    it; Omega is the first moment, transposed, as it was before them. Full gradients never exist.
-    basis='power', 'svd'  as in `take_bases`, from the gradient of the step itself, which then exists; without
+    basis='sketch'  one step of subspace iteration from the old basis on the second moment of the gradients of single
+                    sequences (`lowrank.second_moment`), summed over the last ten steps (or T, if that is more) before
+                    it. Full gradients never exist.
+    basis='power', 'svd'  as in `bases_of`, from the gradient of the step itself, which then exists; without
                     per_layer those of all layers at once in step 0.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
     In a training step of GaLoLTE that follows a merge, first moments are averaged over heads and ranks.
@@ -520,7 +513,7 @@ class LowRankAdamW(GaLoreAdamW):
                 M.copy_(mean(M.mean(0), layer.workers))
                 write_moments(state, [M.flatten(), V.flatten()])
             if self.basis != 'sketch':  # a resumed run may have another basis
-                layer.ask_sketch(None)
+                layer.ask_sketch(False)
             if self.basis in ('power', 'svd'):
                 if left == 0 or not state['bases']:
                     layer.ask_whole()
@@ -533,22 +526,13 @@ class LowRankAdamW(GaLoreAdamW):
                     gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
                 Y = mean(layer.sketch.grad)
-                self._set_basis(p, torch.where(Y.isfinite().all(), leading(Y).to(layer.basis.dtype), layer.basis))
+                self._set_basis(p, torch.where(Y.isfinite().all(), orthonormal(Y).to(layer.basis.dtype), layer.basis))
             if self.basis == 'sketch':
                 if left == 0:
-                    layer.ask_sketch(None)
+                    layer.ask_sketch(False)
                 window = min(self.basis_every, -(-WINDOW // T) * T)
                 if layer.sketch is None and (left or self.basis_every) <= window:
-                    layer.ask_sketch(self._Omega(p, layer, state))
-
-    def _Omega(self, p, layer, state):
-        """What a sketch multiplies the gradient with, (n, r) or (m, r): the first moment, transposed where A trains, of
-        norm one, so that float16 does not lose it."""
-        if 'exp_avg' in state:
-            M = F.normalize(read_moments(state)[0].view(p.shape).mean(0).flatten(), dim=0).view(p.shape[1:])
-            return (M.mT if layer.left else M).to(layer.weight.dtype).contiguous()
-        return gaussian(layer.in_features if layer.left else layer.out_features, layer.rank, layer.weight,
-                        self._seed(p, -1))
+                    layer.ask_sketch()
 
     def _set_basis(self, p, new):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, whose trained factor is zero; the moments go
@@ -573,8 +557,8 @@ class LowRankAdamW(GaLoreAdamW):
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return
-        bases = take_bases(shared, layer.rank, layer.left, not layer.left, self.basis,
-                           (old, None) if layer.left else (None, old), self._seed(p, state['bases']))
+        bases = bases_of(shared, layer.rank, layer.left, not layer.left, self.basis,
+                         (old, None) if layer.left else (None, old), self._seed(p, state['bases']))
         new = bases[0] if layer.left else bases[1]
         if self.basis == 'svd' and old is not None:  # signs follow the old basis
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
@@ -634,7 +618,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""
-        more = [x for layer in self.layers.values() for x in (layer.basis, layer.Omega, layer.sketch) if x is not None]
+        more = [x for layer in self.layers.values() for x in (layer.basis, layer.sketch) if x is not None]
         return super().state_bytes() + sum(x.numel() * x.element_size() for x in more)
 
 
@@ -677,53 +661,13 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]
 
 
-def check_optimizer(settings, compute):
-    """Refuses (ValueError) settings of the optimizer that make no sense together. compute: the dtype computed in."""
-    s = settings
-    for key, allowed in dict(optimizer=('adamw', 'galore'), galore_backward=('full', 'projected'), galore_basis=BASES,
-                             galore_rule=tuple(RULES), state_bits=(None, 32, 16, 8)).items():
-        if s[key] not in allowed:
-            raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
-    if s['optimizer'] == 'adamw' and (s['galore_rule'] != 'galore' or s['galore_backward'] != 'full'):
-        raise ValueError(f"galore_rule={s['galore_rule']!r} and galore_backward={s['galore_backward']!r} are for "
-                         "optimizer='galore': set that, or leave both alone")
-    if s['optimizer'] == 'galore' and s['lowrank']:
-        raise ValueError("optimizer='galore' is for full-rank weights, and heads have small gradients anyway: set "
-                         "optimizer='adamw' or lowrank='' (GaLoLTE is head_basis='gradient')")
-    if s['galore_backward'] == 'projected' and s['galore_rule'] != 'galore':
-        raise ValueError(f"galore_rule={s['galore_rule']!r} needs the full gradient, which the projected backward "
-                         "never forms: set galore_backward='full', or galore_rule='galore'")
-    in_layers = s['galore_backward'] == 'projected' or s['head_basis'] == 'gradient'
-    if s['galore_basis'] == 'sketch' and not in_layers:
-        raise ValueError("galore_basis='sketch' is made in the backward pass of layers: set "
-                         "galore_backward='projected', head_basis='gradient', or galore_basis='power'")
-    if s['per_layer'] and s['grad_clip']:
-        raise ValueError('per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0')
-    if s['per_layer'] and compute == 'float16':
-        raise ValueError('per_layer=True steps on gradients before a GradScaler has seen them: compute in another '
-                         "dtype than 'float16'")
-    if s['per_layer'] and s['sync'] == 'merge':
-        raise ValueError("per_layer=True averages every gradient over ranks, sync='merge' none: leave one of them out")
-
-
-def put_layers(model, settings, worker=0, workers=1):
-    """The low-rank layers that a script's settings ask for, put into a model in place."""
-    s = settings
-    if s['lowrank']:
-        apply_mhlora(model, s['lowrank'].split(','), s['heads'], s['rank'], s['alpha'],
-                     'basis' if s['head_basis'] == 'gradient' else 'both', s['head_input'] == 'split', s['merge_every'],
-                     s['merge_reset'], s['head_compute'], worker, workers)
-    elif s['optimizer'] == 'galore' and s['galore_backward'] == 'projected':
-        apply_mhlora(model, ('attn', 'mlp'), 1, s['galore_rank'], factors='basis', merge_every=1)
-
-
 def make_optimizer(model, settings):
-    """The optimizer that a script's settings ask for, of a model that `put_layers` has seen."""
+    """The optimizer that a script's settings ask for, of a model that `lowrank.put_layers` has seen."""
     s = settings
     common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'], per_layer=s['per_layer'])
-    if s['optimizer'] == 'adamw' or s['galore_backward'] == 'projected':
-        return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['galore_scale'], basis=s['galore_basis'],
-                            basis_every=s['galore_gap'], state_bits=s['state_bits'], **common)
-    groups = param_groups(model, s['weight_decay'], s['galore_rank'], s['galore_gap'], s['galore_scale'],
-                          s['galore_basis'], s['galore_rule'], state_bits=s['state_bits'])
+    if s['optimizer'] == 'adamw':
+        return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
+                            basis_every=s['basis_every'], state_bits=s['state_bits'], **common)
+    groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
+                          rule=s['optimizer'], state_bits=s['state_bits'])
     return GaLoreAdamW(groups, **common)

@@ -35,7 +35,7 @@ class _LowRankProduct(torch.autograd.Function):
     """See `low_rank_product`."""
 
     @staticmethod
-    def forward(ctx, x, W, b, A, B, whole, sketch, Omega, scale, gain, zero, trains_A, trains_B):
+    def forward(ctx, x, W, b, A, B, whole, sketch, scale, gain, zero, trains_A, trains_B):
         groups, _, n = A.shape
         flat = x.reshape(-1, n)  # (tokens, n)
         y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
@@ -46,14 +46,14 @@ class _LowRankProduct(torch.autograd.Function):
             y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.to(x.dtype).mT, alpha=scale)
         # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
         keeps_x = trains_A or whole is not None or sketch is not None
-        ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None, Omega)
+        ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
         ctx.scale, ctx.gain, ctx.zero = scale, gain, zero
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, W, A, B, z, Omega = ctx.saved_tensors
+        x, W, A, B, z = ctx.saved_tensors
         needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch = ctx.needs_input_grad[:7]
         groups, _, n = A.shape
         dflat = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
@@ -75,16 +75,35 @@ class _LowRankProduct(torch.autograd.Function):
             dB = torch.bmm(z.mT, d).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r)
         if needs_whole:
             dwhole = torch.bmm(d.mT, x.view(groups, -1, n)).mul_(ctx.gain)  # (groups, m, n)
+        sequences = len(dy) if dy.dim() > 1 else 1
         if needs_sketch and needs_A:
-            dsketch = dflat.mT @ (x @ Omega.to(dy.dtype))  # G Omega (m, r)
+            dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences)  # (m, r)
         elif needs_sketch:
-            dsketch = x.mT @ (dflat @ Omega.to(dy.dtype))  # G^T Omega (n, r)
-        if dsketch is not None:  # an overflow of float16 costs its own part and not the sketch
-            dsketch = torch.where(dsketch.isfinite().all(), dsketch, 0)
-        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None, None
+            dsketch = second_moment(x, dflat, z.flatten(0, 1), sequences)  # (n, r)
+        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None
 
 
-def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole=None, sketch=None, Omega=None):
+def second_moment(a, b, z, sequences):
+    """
+    The sum over sequences of G_s G_s^T P / |G_s^T P|, where G_s = a_s^T b_s is what a sequence adds to a gradient.
+
+    a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r). One step of subspace iteration towards
+    the directions in which the gradients of single sequences lie; being a sum over sequences, it is the same however
+    they are spread over micro-batches and ranks. No G_s is formed. Returns (m, r); zeros where it is not finite.
+    """
+    tokens, rank = z.shape
+    b, wide = b.view(sequences, -1, b.shape[-1]), torch.promote_types(b.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(b.flatten(1), dim=1, dtype=wide)[:, None, None].clamp_min(1e-30)
+    unit = b / norm.to(b.dtype)  # its squares stay inside the range of float16
+    z = z.view(sequences, -1, rank)
+    few = tokens // sequences <= rank  # the cheaper order of the two products
+    v = torch.bmm(torch.bmm(unit, unit.mT), z) if few else torch.bmm(unit, torch.bmm(unit.mT, z))  # (sequences, time, r)
+    size = (z.to(wide) * v).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s^T P| / norm
+    Y = a.mT @ (v * (norm / size).to(v.dtype)).flatten(0, 1)
+    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part and not the sketch
+
+
+def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole=None, sketch=None):
     """
     y = x W^T + b + scale (x A^T) B^T: a frozen linear and a low-rank product that accumulates into its output.
 
@@ -93,8 +112,9 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
     B and whole: a loss that is the mean over all parts has 1 / groups of the gradient of each part's own mean.
     zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
     whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
-    sketch: another such leaf; its .grad becomes G Omega (m, r) with Omega (n, r) where A is trained, G^T Omega (n, r)
-    with Omega (m, r) where B is; G is that of all parts. Being linear in G, it adds up over micro-batches and ranks.
+    sketch (m, r) or (n, r): another such leaf; its .grad becomes the `second_moment` of the sequences' gradients, with
+    the basis P = B (m, r) where A is trained, and of their transposes, with A^T (n, r), where B is. Then the same for all
+    groups, and what is trained is a factor beside it.
     Under autocast everything is computed in autocast's dtype. Returns (..., m). No second derivatives (torch raises).
 
     Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained,
@@ -102,7 +122,7 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LowRankProduct.apply(x, weight, bias, A, B, whole, sketch, Omega, scale, gain, zero, A.requires_grad,
+    return _LowRankProduct.apply(x, weight, bias, A, B, whole, sketch, scale, gain, zero, A.requires_grad,
                                  B.requires_grad)
 
 
@@ -176,7 +196,7 @@ class MHLoRALinear(nn.Module):
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         self.left = m < n  # a basis is on W's smaller side; of a square matrix on the right, as in GaLore
         self.zero = None  # the name of the factor that is always zero
-        self.whole = self.sketch = self.Omega = None  # leaves, see `low_rank_product`; galore.py asks for them
+        self.whole = self.sketch = None  # leaves, see `low_rank_product`; galore.py asks for them
         self.evaluating = False
         shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
         if factors == 'basis':
@@ -281,7 +301,7 @@ class MHLoRALinear(nn.Module):
             scale, gain = self.scale / len(A), 1
             A, B = A.flatten(0, 1)[None], B.permute(1, 0, 2).flatten(1)[None]  # (1, H r, n), (1, m, H r)
         return low_rank_product(x, self.weight, self.bias, A, B, scale, gain, self.zero is not None,
-                                self.whole, self.sketch, self.Omega)
+                                self.whole, self.sketch)
 
     def ask_whole(self, wanted=True):
         """From now on a backward pass leaves the gradient of W from each head (heads, m, n) in whole.grad; False: no
@@ -289,12 +309,11 @@ class MHLoRALinear(nn.Module):
         shape = len(self.trained), *self.weight.shape
         self.whole = self.weight.new_zeros(()).expand(shape).requires_grad_() if wanted else None
 
-    def ask_sketch(self, Omega):
-        """From now on backward passes add up G Omega (m, r), or G^T Omega (n, r), in sketch.grad; None: no longer."""
-        self.Omega, self.sketch = Omega, None
-        if Omega is not None:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_()
+    def ask_sketch(self, wanted=True):
+        """From now on backward passes add up the `second_moment` of gradients (m, r), or (n, r), in sketch.grad; False:
+        no longer."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_() if wanted else None
 
     @contextlib.contextmanager
     def averaged(self):
@@ -457,7 +476,7 @@ def gather_state(model, optimizer=None, replicas=None):
     'model': its state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged: what is
     evaluated. With an optimizer of galore.py also 'optimizer', {name of a parameter: its state} with the moments of
     all heads in the same order and those of replicas stacked (ranks, ...); 'replicas', {name: (ranks, ...)}; and
-    'sketches', {name of a layer: (Omega, the part of each rank or None)} of the layers that are at one.
+    'sketches', {name of a layer: the part of each rank, or None} of the layers that are at one.
     """
     replicas, own, others = replicas or {}, own_heads(model), set()
     several = dist.is_initialized() and dist.get_world_size() > 1
@@ -485,7 +504,7 @@ def gather_state(model, optimizer=None, replicas=None):
     for name, layer in model.named_modules():
         if isinstance(layer, MHLoRALinear) and layer.sketch is not None:
             part = layer.sketch.grad
-            sketches[name] = (layer.Omega, part if part is None else kept(gather(part)) if several else part[None])
+            sketches[name] = part if part is None else kept(gather(part)) if several else part[None]
     return {'edition': EDITION, 'model': state, 'sketches': sketches,
             'optimizer': {names[p]: {key: whole(p, x) for key, x in values.items()}
                           for p, values in optimizer.state.items()},
@@ -524,9 +543,9 @@ def load_state(model, optimizer, checkpoint, replicas=None):
                 x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x
                 x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
             optimizer.state[p][key] = x
-    for name, (Omega, sums) in checkpoint['sketches'].items():
+    for name, sums in checkpoint['sketches'].items():
         layer = model.get_submodule(name)
-        layer.ask_sketch(Omega.to(layer.weight.device, copy=True))
+        layer.ask_sketch()
         if sums is not None:  # on another number of ranks each takes the average: a sketch is a sum
             part = sums[rank] if len(sums) == ranks else sums.mean(0)
             layer.sketch.grad = part.to(layer.sketch, copy=True)
@@ -652,61 +671,12 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     return list(places)
 
 
-def check_settings(settings, world_size):
-    """Refuses (ValueError) settings of heads that make no sense together; world_size: the number of ranks."""
-    s = settings
-    for key, allowed in dict(head_input=('shared', 'split'), head_compute=('parallel', 'sequential'),
-                             sync=('step', 'merge'), head_basis=('trained', 'gradient')).items():
-        if s[key] not in allowed:
-            raise ValueError(f"{key}={s[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
-    if s['batch_size'] % world_size:
-        raise ValueError(f"batch_size={s['batch_size']} does not split over {world_size} ranks: set a multiple")
-    if s['merge_every'] < 0:
-        raise ValueError(f"merge_every={s['merge_every']} makes no sense: set 0 (never) or a number of steps")
-    if s['merge_every'] and not s['lowrank'] and s['sync'] == 'step':
-        raise ValueError(f"merge_every={s['merge_every']} has no heads to merge: set lowrank='attn' or merge_every=0, "
-                         "or sync='merge' to average whole weights")
-    if s['merge_reset'] and not s['merge_every']:
-        raise ValueError('merge_reset=True without merges does nothing: set merge_every, or merge_reset=False')
-    if s['merge_reset'] and s['rewarm_iters'] >= s['merge_every']:
-        raise ValueError(f"rewarm_iters={s['rewarm_iters']} would never end before the next merge, every "
-                         f"{s['merge_every']} steps: set fewer")
-    if s['rewarm_iters'] and not s['merge_reset']:
-        raise ValueError(f"rewarm_iters={s['rewarm_iters']} is for merges that reset: set merge_reset=True, or 0")
-    split = s['lowrank'] and s['head_input'] == 'split'
-    if s['sync'] == 'merge' and not ((split or not s['lowrank']) and s['merge_every'] and world_size > 1):
-        raise ValueError("sync='merge' averages at merges what several ranks train, beside split heads or without any: "
-                         "set merge_every, head_input='split' with lowrank, and start it with torchrun, or set "
-                         "sync='step'")
-    if s['sync'] == 'merge' and (s['optimizer'] == 'galore' or s['merge_reset'] and not s['lowrank']):
-        raise ValueError("sync='merge' averages whole weights: GaLore is not supported with it, as each rank's would "
-                         "have other bases, and without heads there is nothing to reset: set optimizer='adamw', or "
-                         "merge_reset=False")
-    if s['head_basis'] == 'gradient':
-        if not split or not s['merge_every'] or s['merge_reset'] or s['optimizer'] != 'adamw':
-            raise ValueError("head_basis='gradient' (GaLoLTE) needs lowrank, head_input='split', merge_every, "
-                             "merge_reset=False and optimizer='adamw'")
-        if s['galore_gap'] % s['merge_every']:
-            raise ValueError(f"galore_gap={s['galore_gap']} is no multiple of merge_every={s['merge_every']}: bases "
-                             'are taken at merges, set one')
-    if not s['lowrank']:
-        return
-    if s['head_input'] == 'split':
-        if s['head_compute'] == 'sequential':
-            raise ValueError("split heads have no sequential form: set head_compute='parallel'")
-        if s['batch_size'] % s['heads']:
-            raise ValueError(f"batch_size={s['batch_size']} does not split over heads={s['heads']}: set a multiple")
-        if s['heads'] % world_size:
-            raise ValueError(f"heads={s['heads']} do not split over {world_size} ranks: set a multiple")
-        if s['heads'] > 1 and not s['merge_every']:
-            raise ValueError("split heads that never merge train models that never meet: set merge_every, or "
-                             "head_input='shared'")
-        if world_size > 1 and s['state_bits'] == 8:
-            raise ValueError('moments of split heads on several ranks are saved head by head, and blocks of 8 bits are '
-                             'not: set state_bits=None, 32 or 16')
-    elif s['merge_every'] and not s['merge_reset']:
-        raise ValueError("merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or "
-                         "head_input='split' (LTE)")
+def put_layers(model, settings, worker=0, workers=1):
+    """The low-rank layers that a script's settings ask for, put into a model in place (see `apply_mhlora`)."""
+    if settings['lowrank']:
+        keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
+        apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys}, worker=worker,
+                     workers=workers)
 
 
 def lowrank_layers(model):

@@ -5,6 +5,7 @@ $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 """
 
 import sys
+from types import SimpleNamespace
 
 import config
 
@@ -22,40 +23,37 @@ device = 'auto'
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    config.load(globals(), defaults, sys.argv[1:])
+    settings = config.load(globals(), defaults, sys.argv[1:])
 
-import torch  # noqa: E402
+import torch
 
-import prepare  # noqa: E402
-from galore import put_layers  # noqa: E402
-from lowrank import averaged_heads, merge  # noqa: E402
-from model import GPT, GPTConfig, Llama, LlamaConfig, generate  # noqa: E402
+import prepare
+from lowrank import averaged_heads, merge, put_layers
+from model import GPT, GPTConfig, Llama, LlamaConfig, generate
 
 
-def main(argv):
-    settings = config.load(globals(), defaults, argv)
-    _, _, dev, _ = config.join(device, 'auto', 'float32')
+def main(settings):
+    s = SimpleNamespace(**settings)
+    where = config.join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
-        config.check_numbers(settings)
-        state = config.load_checkpoint(f'{out_dir}/{checkpoint}')
+        state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
         if 'tokenizer' not in state:
-            raise ValueError(f"'{out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
+            raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
         tokens = prepare.tokenizer(state['tokenizer'])
-    s = state['settings']
     shape = state['model_config']
     model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
-    model.to(getattr(torch, s['param_dtype']))
-    put_layers(model, s)
+    model.to(getattr(torch, state['settings']['param_dtype']))
+    put_layers(model, state['settings'])
     model.load_state_dict(state['model'])
-    model.to(dev).eval()
-    if merged:
+    model.to(where.device).eval()
+    if s.merged:
         merge(model)
 
-    generator = torch.Generator(dev).manual_seed(seed)
-    start = tokens.encode_ordinary(prompt) or [tokens.eot_token]
-    start = torch.tensor([start] * num_samples, device=dev)  # (num_samples, time)
+    generator = torch.Generator(where.device).manual_seed(s.seed)
+    start = tokens.encode_ordinary(s.prompt) or [tokens.eot_token]
+    start = torch.tensor([start] * s.num_samples, device=where.device)  # (num_samples, time)
     with averaged_heads(model):
-        texts = generate(model, start, max_new_tokens, temperature, top_k, generator, tokens.n_vocab).tolist()
+        texts = generate(model, start, s.max_new_tokens, s.temperature, s.top_k, generator, tokens.n_vocab).tolist()
     for text in texts:
         print(tokens.decode(text))
         print('-' * 40)
@@ -63,4 +61,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main(settings)

@@ -1,19 +1,20 @@
 """
-Trains LLaMA with full-rank weights, heads, or GaLore (Adam in a projection of the gradient). One process or several:
+Trains LLaMA with full-rank weights, or by a method of config/methods. On one process or on several:
 
-$ python train_llama.py config/llama_quickstart.py
-$ python train_llama.py config/llama_60m_galore.py --galore_rank=64
-$ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b_galore.py
+$ python train_llama.py config/llama_quickstart.py config/methods/galore.py
+$ python train_llama.py config/llama_60m.py config/methods/galore.py --rank=64
+$ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b.py config/methods/galore.py
 Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
 """
 
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import config
 
 # -----------------------------------------------------------------------------
-# settings: LLaMA 60M on C4 with GaLore, as in its paper (arXiv 2403.03507)
+# settings: LLaMA 60M on C4, full rank, with the batch and the steps of GaLore's paper (arXiv 2403.03507)
 # run
 out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
 init_from = 'scratch'  # 'scratch' or 'resume'
@@ -38,238 +39,221 @@ n_mlp = None
 n_kv_head = None  # None: n_head; fewer: grouped-query attention
 vocab_size = None  # None: 32000, or that of the data where it has more
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
-# heads
+# low-rank layers: config/methods has a file for each method
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
 heads = 1  # low-rank heads of a layer
-rank = 4  # of each head
-alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
-head_input = 'shared'  # 'shared': every head sees every token; 'split': each its own part of the batch (LTE)
-head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
-head_basis = 'trained'  # 'gradient': one factor of the split heads is a basis of their gradient, as in GaLore (GaLoLTE)
-merge_every = 0  # steps between merges into the frozen weight, 0: never
+rank = 8  # of each head, or of GaLore's basis
+alpha = 8.0  # the product of a head is scaled by alpha / rank (in a basis by 1)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
+split = False  # True: every head sees its own part of the batch only (LTE)
+train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
+merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 # optimizer
-optimizer = 'galore'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP
-galore_rank = 128
-galore_gap = 200  # steps between two bases of a matrix; in layers blocks take turns
-galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; in layers
-#                         ('projected', GaLoLTE) also 'sketch': never from a full gradient
-galore_rule = 'galore'  # 'galore' or 'fira'
-galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
-per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
+basis = 'sketch'  # 'sketch' (never from a full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
+scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
-learning_rate = 0.01
+per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+learning_rate = 1e-3
 max_iters = 10000  # steps
 weight_decay = 0.0  # on matrices only
 beta1 = 0.9
 beta2 = 0.999
 grad_clip = 0.0  # norm of what is stepped on (GaLore: the projected gradient), 0: no clipping
 warmup_iters = 1000
-lr_decay_iters = None  # the cosine's end, None: max_iters
-min_lr = 1e-3
+min_lr = None  # the cosine's end, None: a tenth of learning_rate
 # system
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
 wandb_log = False  # needs the package wandb
-wandb_project = 'nanoLowRank'
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, put_layers  # noqa: E402
-from lowrank import (averaged_heads, check_settings, check_training, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, gather_state, load_state, merge, own_heads, replica_parameters, traffic)
-from model import SIZES, Llama, LlamaConfig  # noqa: E402
+import prepare
+from galore import make_optimizer
+from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_rest,
+                     gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters)
+from model import SIZES, Llama, LlamaConfig
 
 
-def main(argv):
-    settings = config.load(globals(), defaults, argv)
+def build(settings, where, vocabulary, checkpoint=None):
+    """
+    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas.
 
-    # -------------------------------------------------------------------------
-    # processes
-    dist_rank, world_size, dev, compute = config.join(device, dtype, param_dtype)
-    device_type = dev.split(':')[0]
-    with config.refusals():
-        config.check_numbers(settings)
-        check_settings(settings, world_size)
-        check_optimizer(settings, compute)
-
-        # ---------------------------------------------------------------------
-        # data
-        train_data = prepare.Tokens(dataset, 'train', block_size, data_dir)
-        val_data = prepare.Tokens(dataset, 'val', block_size, data_dir)
-        vocabulary = vocab_size or max(32000, train_data.vocab_size)
-
-        # ---------------------------------------------------------------------
-        # model: first the weights, then the heads on top
-        torch.manual_seed(seed)
-        step, best_val_loss, checkpoint = 0, float('inf'), None
-        if init_from == 'scratch':
-            if size not in SIZES:
-                raise ValueError(f"size={size!r} is not known: set one of {', '.join(SIZES)}")
-            width, depth, many, hidden = (mine or usual for mine, usual in
-                                          zip((n_embd, n_layer, n_head, n_mlp), SIZES[size]))
-            shape = LlamaConfig(block_size, vocabulary, width, depth, many, hidden, n_kv_head or many,
-                                checkpointing=checkpointing)
-        elif init_from == 'resume':
-            checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
-            config.need_same(settings, checkpoint, (
-                'size', 'n_layer', 'n_head', 'n_embd', 'n_mlp', 'n_kv_head', 'block_size', 'vocab_size', 'lowrank',
-                'heads', 'rank', 'alpha', 'head_input', 'head_basis', 'merge_every', 'merge_reset',
-                'sync', 'param_dtype', 'optimizer', 'galore_rank', 'galore_backward', 'state_bits'))
-            step, best_val_loss = checkpoint['step'], checkpoint['best_val_loss']
-            shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': checkpointing})
-        else:
-            raise ValueError(f"init_from={init_from!r} is not known: set 'scratch' or 'resume'")
-        with torch.device('meta'):
-            model = Llama(shape)  # filled where and as it stays: 7B in bfloat16 never exist in float32
-        model.to(getattr(torch, param_dtype)).to_empty(device=dev).init_weights()
-        if train_data.vocab_size > model.config.vocab_size:
-            raise ValueError(f'data set {dataset!r} has {train_data.vocab_size} tokens, the model only '
-                             f'{model.config.vocab_size}: set vocab_size={train_data.vocab_size}, or choose other data')
-        put_layers(model, settings, dist_rank, world_size)
-        replicas = replica_parameters(model) if sync == 'merge' else {}
-        counts = count_parameters(model)
-
-        # ---------------------------------------------------------------------
-        # optimizer
-        adam = make_optimizer(model, settings)
-        if checkpoint:
-            load_state(model, adam, checkpoint, replicas)
-        if dist_rank == 0:
-            config.start_run(settings, step)
-    scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. settings['train'] is resolved.
+    """
+    s = SimpleNamespace(**settings)
+    torch.manual_seed(s.seed)
     if checkpoint:
+        shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': s.checkpointing})
+    elif s.init_from == 'scratch':
+        if s.size not in SIZES:
+            raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
+        width, depth, many, hidden = (mine or usual for mine, usual in
+                                      zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
+        shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, depth, many, hidden,
+                            s.n_kv_head or many, checkpointing=s.checkpointing)
+    else:
+        raise ValueError(f"init_from={s.init_from!r} is not known: set 'scratch' or 'resume'")
+    with torch.device('meta'):
+        model = Llama(shape)  # filled where and as it stays: 7B in bfloat16 never exist in float32
+    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device).init_weights()
+    if vocabulary > shape.vocab_size:
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
+                         f'vocab_size={vocabulary}, or choose other data')
+    put_layers(model, settings, where.rank, where.ranks)
+    if s.train == 'auto':
+        heads_alone = s.lowrank and s.factors != 'basis' and s.init_from != 'scratch'
+        settings['train'] = 'factors' if heads_alone else 'all'
+    if settings['train'] == 'factors':
+        freeze_rest(model)
+    replicas = replica_parameters(model) if s.sync == 'merge' else {}
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
+    if checkpoint:
+        load_state(model, optimizer, checkpoint, replicas)
         if scaler.is_enabled() and checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
+    net, ddp_bytes = config.wrap(model, where, s.compile, {*optimizer.apart, *own_heads(model), *replicas.values()})
+    return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
+                           replicas=replicas, ddp_bytes=ddp_bytes)
+
+
+def loss_of(run, x, y):
+    """Mean loss of a batch of tokens (rows, time) on the CPU."""
+    if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
+        x, y = x.pin_memory(), y.pin_memory()
+    x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
+    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.settings['param_dtype']):
+        return run.net(x, y)
+
+
+def train_step(run, step, batch):
+    """
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank.
+    Returns the mean loss and the norm of the gradient before clipping, tensors.
+    """
+    s, total = SimpleNamespace(**run.settings), 0.0
+    for micro_step in range(s.gradient_accumulation_steps):
+        run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
+        run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
+        loss = loss_of(run, *batch(micro_step)) / s.gradient_accumulation_steps
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    run.optimizer.take_bases()
+    config.unscale(run.scaler, run.optimizer)
+    norm = clip_gradients(run.model, s.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if s.merge_every and (step + 1) % s.merge_every == 0:
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas)
+        if s.merge_reset:
+            drop_moments(run.model, run.optimizer)
+    return total, norm
+
+
+@torch.no_grad()
+def evaluate(run, data):
+    """Mean loss of the fixed batches of a split, with heads averaged."""
+    s = SimpleNamespace(**run.settings)
+    run.model.eval()
+    with averaged_heads(run.model, run.replicas):
+        losses = [loss_of(run, *data.fixed_batch(i, s.eval_iters, s.batch_size, run.rank, run.ranks))
+                  for i in range(s.eval_iters)]
+    run.model.train()
+    return mean(torch.stack(losses).mean()).item()
+
+
+def save(run, name, stepping=None, **extra):
+    """Writes out_dir/name: the weights, and with the optimizer `stepping` all that resumes the run."""
+    whole = gather_state(run.model, stepping, run.replicas)  # every rank takes part
+    if stepping:
+        extra['scaler'] = run.scaler.state_dict()
+    if run.rank == 0:
+        config.save_checkpoint(f"{run.settings['out_dir']}/{name}", {
+            **whole, 'settings': run.settings, 'model_config': asdict(run.model.config), **extra})
+
+
+def main(settings):
+    s = SimpleNamespace(**settings)
+    where = config.join(settings)
+    with config.refusals():
+        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir) for split in ('train', 'val'))
+        checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
+        if checkpoint:
+            config.need_same(settings, checkpoint)
+        run = build(settings, where, train_data.vocab_size, checkpoint)
+        step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
         del checkpoint
-
-    # -------------------------------------------------------------------------
-    # `net` computes, `model` is the same weights under their own names
-    apart = {*adam.apart, *own_heads(model), *replicas.values()}
-    net, ddp_bytes = config.wrap(model, dev, world_size, compile, apart)
-
-    def loss_of(x, y):
-        if device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
-            x, y = x.pin_memory().to(dev, non_blocking=True), y.pin_memory().to(dev, non_blocking=True)
-        with torch.autocast(device_type, getattr(torch, compute), enabled=compute != param_dtype):
-            return net(x.to(dev), y.to(dev))
-
-    @torch.no_grad()
-    def evaluate():
-        model.eval()
-        with averaged_heads(model, replicas):
-            losses = [loss_of(*val_data.fixed_batch(i, eval_iters, batch_size, dist_rank, world_size))
-                      for i in range(eval_iters)]
-        model.train()
-        return config.mean_over_ranks(torch.stack(losses).mean(), world_size).item()
-
-    def save(name, stepping=None, **extra):
-        whole = gather_state(model, stepping, replicas)  # every rank takes part
-        if dist_rank == 0:
-            config.save_checkpoint(f'{out_dir}/{name}', {
-                **whole, 'settings': settings, 'step': step, 'best_val_loss': best_val_loss,
-                'model_config': asdict(model.config), 'tokenizer': train_data.meta['tokenizer'], **extra})
-
-    # -------------------------------------------------------------------------
-    # loop
-    if dist_rank == 0:
+        if run.rank == 0:
+            config.start_run(settings, step)
+    counts, tokens = count_parameters(run.model), s.batch_size * s.gradient_accumulation_steps * s.block_size
+    parts = s.heads // run.ranks if s.lowrank and s.split else 1  # of this rank's batch, one for each of its heads
+    if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-              f"{batch_size * gradient_accumulation_steps * block_size:,} tokens a step, {dev}, {compute}, "
-              f"{world_size} rank{'s' * (world_size > 1)}")
-    progress = tqdm(total=max_iters, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
+              f"{tokens:,} tokens a step, {run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
+    progress = tqdm(total=s.max_iters, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
     config.catch_signals()
-    start, saved = step, step if init_from == 'resume' else None
-    meter, sent, stop = config.start_meter(dev), 0, False
+    meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
     while True:
-        lr = config.set_learning_rate(adam, settings, step)
+        lr = config.set_learning_rate(run.optimizer, settings, step)
+        last = stop or step >= s.max_iters or s.eval_only
 
-        # evaluate and save
-        last = stop or step >= max_iters or eval_only
-        if last or step % eval_interval == 0:
-            val_loss = None
+        if last or step % s.eval_interval == 0:
+            val_loss = float('inf')
             if not stop:  # a signal wants the checkpoint soon
-                val_loss = evaluate()
-                config.refuse_non_finite(step, saved, out_dir, val_loss=val_loss)
-                if dist_rank == 0:
+                val_loss = evaluate(run, val_data)
+                config.refuse_non_finite(step, saved, s.out_dir, val_loss=val_loss)
+                if run.rank == 0:
                     config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
-            if val_loss is not None and val_loss < best_val_loss and step > 0 and not eval_only:
+            about = dict(step=step, best_val_loss=min(val_loss, best_val_loss), tokenizer=train_data.meta['tokenizer'])
+            if val_loss < best_val_loss and step > 0 and not s.eval_only:
                 best_val_loss = val_loss
-                save('best.pt')
+                save(run, 'best.pt', **about)
             if step > start:
-                save('ckpt.pt', adam, scaler=scaler.state_dict())
+                save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
-            config.restart_meter(meter)
-            sent = traffic['bytes']
+            meter.restart()
         if last:
             break
 
-        # forward, backward
-        for micro_step in range(gradient_accumulation_steps):
-            net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1  # they travel once a step
-            adam.begin(step, micro_step, gradient_accumulation_steps)  # bases, and which micro-batch is the last
-            x, y = train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed, dist_rank,
-                                    world_size, heads // world_size if lowrank and head_input == 'split' else 1)
-            loss = loss_of(x, y) / gradient_accumulation_steps
-            scaler.scale(loss).backward()
-            meter['sums'][0] += loss.detach()
-        adam.take_bases()
-        scaler.unscale_(adam)
-        config.share_overflow(scaler, adam, world_size)
-        norm = clip_gradients(model, grad_clip)
-
-        # update, merge
-        scaler.step(adam)
-        scaler.update()
-        meter['sums'][1] = norm
-        adam.zero_grad(set_to_none=True)
+        meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
+            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rank, run.ranks, parts)))
         step += 1
-        meter['steps'] += 1
-        if merge_every and step % merge_every == 0:
-            merge(model, torch.Generator().manual_seed(seed + step), replicas)
-            if merge_reset:
-                drop_moments(model, adam)
 
-        # log
-        stop = config.stop_requested(world_size)
-        if step % log_interval == 0 or step == max_iters or step % eval_interval == 0 or stop:
-            sync_bytes = ddp_bytes + (traffic['bytes'] - sent) // meter['steps']  # a step
-            train_loss, gradient_norm, seconds = config.read_meter(meter, world_size)
-            config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
-            if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
-                config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
+        stop = config.stop_requested()
+        if step % s.log_interval == 0 or step == s.max_iters or step % s.eval_interval == 0 or stop:
+            norm, record = meter.read()
+            config.refuse_non_finite(step, saved, s.out_dir, train_loss=record['train_loss'])
+            if not run.scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
+                config.refuse_non_finite(step, saved, s.out_dir, gradient_norm=norm)
             with config.refusals():
-                check_training(model, adam)
-            sent = traffic['bytes']
-            if dist_rank == 0:
+                check_training(run.model, run.optimizer)
+            if run.rank == 0:
                 config.log(settings, {
-                    'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
-                    'tokens_per_s': batch_size * gradient_accumulation_steps * block_size / seconds,
-                    'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': adam.state_bytes(), 'sync_bytes': sync_bytes}, progress)
+                    'step': step, 'lr': lr, **record, 'tokens_per_s': 1000 * tokens / record['dt_ms'],
+                    'trainable_parameters': counts['trainable'],
+                    'optimizer_state_bytes': run.optimizer.state_bytes()}, progress)
         progress.update()
 
-    # -------------------------------------------------------------------------
     progress.close()
-    if dist_rank == 0 and step == start and not eval_only and not stop:
-        print(f'step {step} of {max_iters}: nothing to train, raise max_iters to go on')
-    if dist_rank == 0 and step > start:
-        # none where a signal came before the first evaluation
-        so_far = f', lowest validation loss so far {best_val_loss:.4f}' if best_val_loss < float('inf') else ''
-        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
-    config.leave(world_size)
+    if run.rank == 0:
+        config.say_goodbye(settings, start, step, saved, stop, f'lowest validation loss so far {best_val_loss:.4f}')
+    config.leave()
     return best_val_loss
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main(settings)

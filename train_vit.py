@@ -1,13 +1,14 @@
 """
-Trains a vision transformer of timm on images: full fine-tuning, a linear probe, LoRA, heads, GaLore, or from scratch:
+Trains a vision transformer of timm on images: fine-tuning or from scratch, whole or by a method of config/methods:
 
 $ python train_vit.py config/vit_quickstart.py
-$ python train_vit.py config/vit_base_pathmnist_lora.py --rank=16
+$ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16
 $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt --eval_only=True
-$ torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist_full.py
+$ torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist.py
 """
 
 import sys
+from types import SimpleNamespace
 
 import config
 
@@ -36,31 +37,26 @@ n_layer = None
 n_head = None
 n_embd = None
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
-train = 'auto'  # besides heads: 'all', 'classifier' (biases, norms stay, as in PEFT; without heads: a linear probe) or
-#                 'auto': 'classifier' with heads, 'all' without
-# heads
+# low-rank layers: config/methods has a file for each method
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
 heads = 1  # low-rank heads of a layer
-rank = 4  # of each head
-alpha = 4.0  # the heads' product is scaled by alpha / rank (GaLoLTE: by 1)
-head_input = 'shared'  # 'shared': every head sees every image; 'split': each its own part of the batch (LTE)
-head_compute = 'parallel'  # 'parallel' or 'sequential': the same result, at another speed
-head_basis = 'trained'  # 'gradient': one factor of the split heads is a basis of their gradient, as in GaLore (GaLoLTE)
-merge_every = 0  # steps between merges into the frozen weight, 0: never
+rank = 8  # of each head, or of GaLore's basis
+alpha = 8.0  # the product of a head is scaled by alpha / rank (in a basis by 1)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
+split = False  # True: every head sees its own part of the batch only (LTE)
+train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (without heads: a linear probe);
+#                 'auto': 'all', but on loaded weights with heads 'classifier'
+merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
 # optimizer
-optimizer = 'adamw'  # 'adamw', or 'galore': Adam in a projection of the gradients of attention and MLP
-galore_rank = 128
-galore_gap = 200  # steps between two bases of a matrix; in layers blocks take turns
-galore_scale = 0.25  # multiplies the learning rate of what is projected
-galore_basis = 'power'  # 'svd' (exact), 'power' (subspace iteration, a tenth of the time), 'random'; in layers
-#                         ('projected', GaLoLTE) also 'sketch': never from a full gradient
-galore_rule = 'galore'  # 'galore' or 'fira'
-galore_backward = 'full'  # 'projected': the backward pass forms the projected gradient, never the full one
-per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
+basis = 'sketch'  # 'sketch' (never from a full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
+scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
 learning_rate = 1e-4
 epochs = 0  # passes over the training images; above 0 it sets max_iters
 max_iters = 3000  # steps
@@ -69,7 +65,6 @@ beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0  # norm of what is stepped on (GaLore: the projected gradient), 0: no clipping
 warmup_iters = 100
-lr_decay_iters = None  # the cosine's end, None: max_iters
 min_lr = 0.0
 # system
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
@@ -77,28 +72,27 @@ dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a 
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
 wandb_log = False  # needs the package wandb
-wandb_project = 'nanoLowRank'
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    config.load(globals(), defaults, sys.argv[1:])  # before torch is imported, so that a typo answers at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
 
-import contextlib  # noqa: E402
-import difflib  # noqa: E402
-import os  # noqa: E402
+import contextlib
+import difflib
+import os
 
-import numpy as np  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from medmnist.evaluator import getACC, getAUC  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from medmnist.evaluator import getACC, getAUC
+from tqdm import tqdm
 
-import prepare  # noqa: E402
-from galore import check_optimizer, make_optimizer, put_layers  # noqa: E402
-from lowrank import (averaged_heads, check_settings, check_training, clip_gradients, count_parameters,  # noqa: E402
-                     drop_moments, freeze_rest, gather_state, load_adapter, load_state, load_weights, merge,
-                     merged_state_dict, own_heads, replica_parameters, save_adapter, traffic)
+import prepare
+from galore import make_optimizer
+from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_rest,
+                     gather_state, load_adapter, load_state, load_weights, merge, merged_state_dict, own_heads,
+                     put_layers, replica_parameters, save_adapter)
 
 # -----------------------------------------------------------------------------
 # model
@@ -106,9 +100,10 @@ from lowrank import (averaged_heads, check_settings, check_training, clip_gradie
 SHAPE = dict(img_size='img_size', patch_size='patch_size', n_layer='depth', n_embd='embed_dim', n_head='num_heads')
 
 
-def create(shape, num_classes, hub=False, weights=None):
+def create(shape, num_classes, hub=False, weights=None, path=''):
     """
-    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in its form.
+    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in its form,
+    from the file at `path`.
 
     timm fits weights to another image or patch size. ValueError: a name, a shape or weights that do not go together.
     """
@@ -122,7 +117,7 @@ def create(shape, num_classes, hub=False, weights=None):
         vit = timm.create_model(name, pretrained=hub or bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except (RuntimeError, TypeError, AssertionError) as error:
-        what = f"the weights '{init_from}'" if weights else f'{changes or "the pretrained weights"}'
+        what = f"the weights '{path}'" if weights else f'{changes or "the pretrained weights"}'
         raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
                          'n_layer, n_embd, n_head, patch_size as they belong together') from None
     except OSError as error:
@@ -133,7 +128,7 @@ def create(shape, num_classes, hub=False, weights=None):
     return vit
 
 
-def read_weights(path, shape, classes, keep):
+def read_weights(path, shape, classes, dataset, keep):
     """
     Weights of a file, (shape, state dict in timm's form): of our best.pt with its heads merged, or of timm.
 
@@ -249,246 +244,235 @@ def draw_confusion(matrix, classes, path):
 
 
 # -----------------------------------------------------------------------------
+# a run
 
 
-def main(argv):
-    settings = config.load(globals(), defaults, argv)
+def build(settings, where, classes, checkpoint=None):
+    """
+    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
+    shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
 
-    # -------------------------------------------------------------------------
-    # processes
-    dist_rank, world_size, dev, compute = config.join(device, dtype, param_dtype)
-    device_type = dev.split(':')[0]
-    with config.refusals():
-        config.check_numbers(settings)
-        check_settings(settings, world_size)
-        check_optimizer(settings, compute)
-        if adapter and head_input == 'split':
-            raise ValueError("an adapter has heads that see every image: set head_input='shared', or adapter=''")
-        if epochs < 0:
-            raise ValueError(f'{epochs=} makes no sense: set 0 (then max_iters counts) or more')
-        if eval_only and wandb_log:
-            raise ValueError('eval_only=True writes no run to wandb: set wandb_log=False')
-        if train not in ('auto', 'all', 'classifier'):
-            raise ValueError(f"train={train!r} is not known: set 'auto', 'all' or 'classifier'")
-        if not {'flip', 'crop'}.issuperset(augment.split(',') if augment else ()):
-            raise ValueError(f"augment={augment!r} is not known: set '', 'flip', 'crop' or 'flip,crop'")
-
-        # ---------------------------------------------------------------------
-        # data
-        train_data, val_data, test_data = (prepare.Images(dataset, name, data_dir) for name in ('train', 'val', 'test'))
-        classes, task = list(train_data.classes), train_data.task
-        images_a_step = batch_size * gradient_accumulation_steps
-        if epochs:
-            settings['max_iters'] = -(-epochs * len(train_data) // images_a_step)
-        steps = settings['max_iters']
-
-        # ---------------------------------------------------------------------
-        # model: first the weights, then the heads on top
-        torch.manual_seed(seed)
-        step, best_val_auc, checkpoint, weights = 0, 0.0, None, None
-        shape = {key: settings[key] for key in ('model', *SHAPE)}
-        if init_from == 'resume':
-            checkpoint = config.load_checkpoint(f'{out_dir}/ckpt.pt')
-            config.need_same(settings, checkpoint, (
-                *shape, 'train', 'lowrank', 'heads', 'rank', 'alpha', 'head_input', 'head_basis',
-                'merge_every', 'merge_reset', 'sync', 'param_dtype', 'optimizer', 'galore_rank',
-                'galore_backward', 'state_bits'))
-            if checkpoint['classes'] != classes:
-                theirs = len(checkpoint['classes'])
-                raise ValueError(f'the checkpoint knows {theirs} classes, and not the {len(classes)} of data set '
-                                 f'{dataset!r}: resume with the data it was started with')
-            step, best_val_auc, shape = checkpoint['step'], checkpoint['best_val_auc'], checkpoint['model_config']
-        elif os.path.isfile(init_from):
-            shape, weights = read_weights(init_from, shape, classes, keep=eval_only and not adapter)
-        elif init_from not in ('scratch', 'pretrained'):
-            raise ValueError(f"init_from={init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' "
-                             'or the path of a best.pt or of weights of timm')
-        vit = create(shape, len(classes), init_from == 'pretrained', weights).to(dev, getattr(torch, param_dtype))
-        del weights
-        vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
-        put_layers(vit, settings, dist_rank, world_size)
-        vit.set_grad_checkpointing(checkpointing)
-        alone = lowrank and train != 'all' and not merge_every and head_input == 'shared'  # on an unchanging base
-        if train == 'classifier' or train == 'auto' and lowrank:
-            freeze_rest(vit, ('logit',))
-        about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
-        if adapter and not checkpoint:
-            load_adapter(vit, adapter, about)
-        look = timm.data.resolve_data_config({}, model=vit)
-        size = shape['img_size'] or look['input_size'][-1]
-        mean, std = (torch.tensor(look[key], device=dev).view(3, 1, 1) for key in ('mean', 'std'))
-        replicas = replica_parameters(vit) if sync == 'merge' else {}
-        counts = count_parameters(vit)
-
-        # ---------------------------------------------------------------------
-        # optimizer
-        adam = make_optimizer(vit, settings)
-        if checkpoint:
-            load_state(vit, adam, checkpoint, replicas)
-        if eval_only:
-            os.makedirs(out_dir, exist_ok=True)
-        elif dist_rank == 0:
-            config.start_run(settings, step)
-    scaler = torch.amp.GradScaler(device_type, enabled=compute == 'float16')
+    where: from config.join; classes: names; checkpoint: to go on from. settings['train'] is resolved.
+    """
+    s = SimpleNamespace(**settings)
+    torch.manual_seed(s.seed)
+    shape, weights = {key: settings[key] for key in ('model', *SHAPE)}, None
     if checkpoint:
+        if checkpoint['classes'] != classes:
+            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} of "
+                             f'data set {s.dataset!r}: resume with the data it was started with')
+        shape = checkpoint['model_config']
+    elif os.path.isfile(s.init_from):
+        shape, weights = read_weights(s.init_from, shape, classes, s.dataset, keep=s.eval_only and not s.adapter)
+    elif s.init_from not in ('scratch', 'pretrained'):
+        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' or "
+                         'the path of a best.pt or of weights of timm')
+    model = create(shape, len(classes), s.init_from == 'pretrained', weights, s.init_from)
+    model.to(where.device, getattr(torch, s.param_dtype))
+    model.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
+    put_layers(model, settings, where.rank, where.ranks)
+    model.set_grad_checkpointing(s.checkpointing)
+    if s.train == 'auto':
+        heads_alone = s.lowrank and s.factors != 'basis' and s.init_from != 'scratch'
+        settings['train'] = 'classifier' if heads_alone else 'all'
+    if settings['train'] != 'all':
+        freeze_rest(model, ('logit',) if settings['train'] == 'classifier' else ())
+    about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
+    if s.adapter and not checkpoint:
+        load_adapter(model, s.adapter, about)
+    look = timm.data.resolve_data_config({}, model=model)
+    size = shape['img_size'] or look['input_size'][-1]
+    center, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
+    replicas = replica_parameters(model) if s.sync == 'merge' else {}
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
+    if checkpoint:
+        load_state(model, optimizer, checkpoint, replicas)
         if scaler.is_enabled() and checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
+    net, ddp_bytes = config.wrap(model, where, s.compile, {*optimizer.apart, *own_heads(model), *replicas.values()})
+    return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
+                           replicas=replicas, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=center, std=std,
+                           about=about)
+
+
+def to_device(run, x):
+    # pinned, so that the copy overlaps with what the GPU still has to do
+    return x.pin_memory().to(run.device, non_blocking=True) if run.device_type == 'cuda' else x
+
+
+def logits_of(run, images):
+    """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
+    dtype = getattr(torch, run.settings['param_dtype'])
+    x = normalised(images, run.size, run.mean, run.std, dtype)
+    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.settings['param_dtype']):
+        y = run.net(x)
+    return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+def train_step(run, step, batch):
+    """
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and labels.
+    Returns the mean loss and the norm of the gradient before clipping, tensors.
+    """
+    s, total = SimpleNamespace(**run.settings), 0.0
+    for micro_step in range(s.gradient_accumulation_steps):
+        run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
+        run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
+        images, labels = (to_device(run, x) for x in batch(micro_step))
+        if s.augment:
+            rows = prepare.rows_of(s.batch_size, run.rank, run.ranks, parts(run))
+            images = augmented(images, s.augment, (s.seed, step, micro_step), s.batch_size, rows)
+        loss = criterion(logits_of(run, images), labels) / s.gradient_accumulation_steps
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    run.optimizer.take_bases()
+    config.unscale(run.scaler, run.optimizer)
+    norm = clip_gradients(run.model, s.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if s.merge_every and (step + 1) % s.merge_every == 0:
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas)
+        if s.merge_reset:
+            drop_moments(run.model, run.optimizer)
+    return total, norm
+
+
+def parts(run):
+    """Into how many parts this rank's batch is cut, one for each of its split heads."""
+    s = run.settings
+    return s['heads'] // run.ranks if s['lowrank'] and s['split'] else 1
+
+
+@torch.no_grad()
+def evaluate(run, data, classes, name):
+    """A whole split: a record for the log, and the confusion matrix. Ranks share the work; each gets all scores."""
+    batch_size = run.settings['batch_size']
+    run.model.eval()
+    wide = torch.promote_types(getattr(torch, run.settings['param_dtype']), torch.float32)
+    _, y = data.fixed_batch(0, 1)
+    labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)  # (n,) or (n, classes)
+    logits = torch.zeros(len(data), len(classes), dtype=wide, device=run.device)
+    with averaged_heads(run.model, run.replicas):
+        for i in range(-(-len(data) // batch_size)):
+            images, y = data.fixed_batch(i, batch_size, run.rank, run.ranks)
+            mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
+            if len(y):  # the last batch may be short
+                logits[mine], labels[mine] = logits_of(run, to_device(run, images)), to_device(run, y)
+    run.model.train()
+    if run.ranks > 1:  # zeros are where the others' rows belong
+        torch.distributed.all_reduce(logits)
+        torch.distributed.all_reduce(labels)
+    loss = criterion(logits, labels).item()
+    accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu(), data.task)
+    return {f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc, f'{name}_acc_by_class': by_class}, matrix
+
+
+def save(run, name, stepping=None, **extra):
+    """Writes out_dir/name: the weights, and with the optimizer `stepping` all that resumes the run."""
+    whole = gather_state(run.model, stepping, run.replicas)  # every rank takes part
+    if stepping:
+        extra['scaler'] = run.scaler.state_dict()
+    if run.rank == 0:
+        config.save_checkpoint(f"{run.settings['out_dir']}/{name}", {
+            **whole, 'settings': run.settings, 'model_config': run.shape, **extra})
+
+
+def main(settings):
+    s = SimpleNamespace(**settings)
+    where = config.join(settings)
+    with config.refusals():
+        train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
+                                           for split in ('train', 'val', 'test'))
+        classes, images_a_step = list(train_data.classes), s.batch_size * s.gradient_accumulation_steps
+        if s.epochs:
+            settings['max_iters'] = -(-s.epochs * len(train_data) // images_a_step)
+        steps = settings['max_iters']
+        checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
+        if checkpoint:
+            config.need_same(settings, checkpoint)
+        run = build(settings, where, classes, checkpoint)
+        step, best_val_auc = (checkpoint['step'], checkpoint['best_val_auc']) if checkpoint else (0, 0.0)
         del checkpoint
-
-    # -------------------------------------------------------------------------
-    # `net` computes, `vit` is the same weights under their own names
-    apart = {*adam.apart, *own_heads(vit), *replicas.values()}
-    net, ddp_bytes = config.wrap(vit, dev, world_size, compile, apart)
-
-    def to_device(x):
-        # pinned, so that the copy overlaps with what the GPU still has to do
-        return x.pin_memory().to(dev, non_blocking=True) if device_type == 'cuda' else x
-
-    def logits_of(images):
-        x = normalised(images, size, mean, std, getattr(torch, param_dtype))
-        with torch.autocast(device_type, getattr(torch, compute), enabled=compute != param_dtype):
-            y = net(x)  # (rows, classes)
-        return y.to(torch.promote_types(y.dtype, torch.float32))
-
-    @torch.no_grad()
-    def evaluate(name, data):
-        """A whole split: a record for the log, and the confusion matrix. Ranks share the work; each gets all scores."""
-        vit.eval()
-        wide = torch.promote_types(getattr(torch, param_dtype), torch.float32)
-        _, y = data.fixed_batch(0, 1)
-        labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=dev)  # (n,) or (n, classes)
-        logits = torch.zeros(len(data), len(classes), dtype=wide, device=dev)
-        with averaged_heads(vit, replicas):
-            for i in range(-(-len(data) // batch_size)):
-                images, y = data.fixed_batch(i, batch_size, dist_rank, world_size)
-                mine = slice(i * batch_size + dist_rank, (i + 1) * batch_size, world_size)
-                if len(y):  # the last batch may be short
-                    logits[mine], labels[mine] = logits_of(to_device(images)), to_device(y)
-        vit.train()
-        if world_size > 1:  # zeros are where the others' rows belong
-            torch.distributed.all_reduce(logits)
-            torch.distributed.all_reduce(labels)
-        loss = criterion(logits, labels).item()
-        config.refuse_non_finite(step, saved, out_dir, **{f'{name}_loss': loss})
-        accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu(), task)
-        return {'step': step, f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc,
-                f'{name}_acc_by_class': by_class}, matrix
-
-    def save(name, stepping=None, **extra):
-        whole = gather_state(vit, stepping, replicas)  # every rank takes part
-        if dist_rank == 0:
-            config.save_checkpoint(f'{out_dir}/{name}', {
-                **whole, 'settings': settings, 'step': step, 'best_val_auc': best_val_auc,
-                'model_config': shape, 'classes': classes, **extra})
-
-    # -------------------------------------------------------------------------
-    # loop
-    if dist_rank == 0:
+        if s.eval_only:
+            os.makedirs(s.out_dir, exist_ok=True)
+        elif run.rank == 0:
+            config.start_run(settings, step)
+    counts = count_parameters(run.model)
+    alone = s.lowrank and settings['train'] != 'all' and not s.merge_every  # heads on an unchanging base: an adapter
+    if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-              f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {dev}, "
-              f"{compute}, {world_size} rank{'s' * (world_size > 1)}")
-    progress = tqdm(total=steps, initial=step, unit='step', disable=None if dist_rank == 0 else True, leave=False)
+              f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {run.device}, "
+              f"{run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
+    progress = tqdm(total=steps, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
     config.catch_signals()
-    start, saved = step, step if init_from == 'resume' else None
-    meter, sent, stop = config.start_meter(dev), 0, False
+    meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
     while True:
-        lr = config.set_learning_rate(adam, settings, step)
+        lr = config.set_learning_rate(run.optimizer, settings, step)
+        last = stop or step >= steps or s.eval_only
 
-        # evaluate and save
-        last = stop or step >= steps or eval_only
-        if last or step % eval_interval == 0:
+        if last or step % s.eval_interval == 0:
             better = False
             if not stop:  # a signal wants the checkpoint soon
-                record, _ = evaluate('val', val_data)
-                better = not record['val_auc'] < best_val_auc  # the last of equals, or where AUC is undefined
-                if dist_rank == 0:
-                    config.log(settings, record, progress)
-            if better and step > 0 and not eval_only:
+                record, _ = evaluate(run, val_data, classes, 'val')
+                config.refuse_non_finite(step, saved, s.out_dir, val_loss=record['val_loss'])
+                # the last of equals, or where AUC is undefined
+                better = not record['val_auc'] < best_val_auc and step > 0 and not s.eval_only
+                if run.rank == 0:
+                    config.log(settings, {'step': step, **record}, progress)
+            if better:
                 best_val_auc = record['val_auc']
-                save('best.pt')
-                if alone and dist_rank == 0:
-                    save_adapter(vit, f'{out_dir}/adapter.safetensors', about)
+            about = dict(step=step, best_val_auc=best_val_auc, classes=classes)
+            if better:
+                save(run, 'best.pt', **about)
+                if alone and run.rank == 0:
+                    save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             if step > start:
-                save('ckpt.pt', adam, scaler=scaler.state_dict())
+                save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
-            config.restart_meter(meter)
-            sent = traffic['bytes']
+            meter.restart()
         if last:
             break
 
-        # forward, backward
-        for micro_step in range(gradient_accumulation_steps):
-            net.require_backward_grad_sync = micro_step == gradient_accumulation_steps - 1  # they travel once a step
-            adam.begin(step, micro_step, gradient_accumulation_steps)  # bases, and which micro-batch is the last
-            shards = heads // world_size if lowrank and head_input == 'split' else 1
-            images, y = map(to_device, train_data.batch(batch_size, step, micro_step, gradient_accumulation_steps, seed,
-                                                        dist_rank, world_size, shards))
-            if augment:
-                images = augmented(images, augment, (seed, step, micro_step), batch_size,
-                                   prepare.rows_of(batch_size, dist_rank, world_size, shards))
-            loss = criterion(logits_of(images), y) / gradient_accumulation_steps
-            scaler.scale(loss).backward()
-            meter['sums'][0] += loss.detach()
-        adam.take_bases()
-        scaler.unscale_(adam)
-        config.share_overflow(scaler, adam, world_size)
-        norm = clip_gradients(vit, grad_clip)
-
-        # update, merge
-        scaler.step(adam)
-        scaler.update()
-        meter['sums'][1] = norm
-        adam.zero_grad(set_to_none=True)
+        meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
+            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rank, run.ranks, parts(run))))
         step += 1
-        meter['steps'] += 1
-        if merge_every and step % merge_every == 0:
-            merge(vit, torch.Generator().manual_seed(seed + step), replicas)
-            if merge_reset:
-                drop_moments(vit, adam)
 
-        # log
-        stop = config.stop_requested(world_size)
-        if step % log_interval == 0 or step == steps or step % eval_interval == 0 or stop:
-            sync_bytes = ddp_bytes + (traffic['bytes'] - sent) // meter['steps']  # a step
-            train_loss, gradient_norm, seconds = config.read_meter(meter, world_size)
-            config.refuse_non_finite(step, saved, out_dir, train_loss=train_loss)
-            if not scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
-                config.refuse_non_finite(step, saved, out_dir, gradient_norm=gradient_norm)
+        stop = config.stop_requested()
+        if step % s.log_interval == 0 or step == steps or step % s.eval_interval == 0 or stop:
+            norm, record = meter.read()
+            config.refuse_non_finite(step, saved, s.out_dir, train_loss=record['train_loss'])
+            if not run.scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
+                config.refuse_non_finite(step, saved, s.out_dir, gradient_norm=norm)
             with config.refusals():
-                check_training(vit, adam)
-            sent = traffic['bytes']
-            if dist_rank == 0:
+                check_training(run.model, run.optimizer)
+            if run.rank == 0:
                 config.log(settings, {
-                    'step': step, 'train_loss': train_loss, 'lr': lr, 'dt_ms': 1000 * seconds,
-                    'images_per_s': images_a_step / seconds,
-                    'peak_memory_bytes': config.peak_memory_bytes(dev), 'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': adam.state_bytes(), 'sync_bytes': sync_bytes}, progress)
+                    'step': step, 'lr': lr, **record, 'images_per_s': 1000 * images_a_step / record['dt_ms'],
+                    'trainable_parameters': counts['trainable'],
+                    'optimizer_state_bytes': run.optimizer.state_bytes()}, progress)
         progress.update()
 
-    # -------------------------------------------------------------------------
-    # the test split, once, by the best weights
-    if not stop:
-        if world_size > 1:
+    if not stop:  # the test split, once, by the best weights
+        if run.ranks > 1:
             torch.distributed.barrier()  # rank 0 has written best.pt
-        if not eval_only and os.path.exists(f'{out_dir}/best.pt'):
-            load_weights(vit, config.load_checkpoint(f'{out_dir}/best.pt')['model'])
-        record, matrix = evaluate('test', test_data)
-        if dist_rank == 0:
-            config.log(settings, record, progress)
+        if not s.eval_only and os.path.exists(f'{s.out_dir}/best.pt'):
+            load_weights(run.model, config.load_checkpoint(f'{s.out_dir}/best.pt')['model'])
+        record, matrix = evaluate(run, test_data, classes, 'test')
+        config.refuse_non_finite(step, saved, s.out_dir, test_loss=record['test_loss'])
+        if run.rank == 0:
+            config.log(settings, {'step': step, **record}, progress)
             print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'
                                                     for name, share in zip(classes, record['test_acc_by_class'])))
             if matrix is not None:
-                draw_confusion(matrix, classes, f'{out_dir}/confusion.png')
+                draw_confusion(matrix, classes, f'{s.out_dir}/confusion.png')
     progress.close()
-    if dist_rank == 0 and step == start and not eval_only and not stop:
-        print(f'step {step} of {steps}: nothing to train, raise max_iters or epochs to go on')
-    if dist_rank == 0 and step > start:
-        # none where a signal came before the first evaluation
-        so_far = f', highest validation AUC so far {best_val_auc:.4f}' if best_val_auc else ''
-        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
-    config.leave(world_size)
+    if run.rank == 0:
+        config.say_goodbye(settings, start, step, saved, stop, f'highest validation AUC so far {best_val_auc:.4f}')
+    config.leave()
     return best_val_auc
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main(settings)

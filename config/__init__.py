@@ -1,9 +1,9 @@
 """
 A run: its settings, its processes, its checkpoint, its log. Functions only; nothing here knows of models or data.
 
-Settings are the plain global names at the top of a script; `python train_x.py config/y.py --key=value` runs the
-file with the script's defaults visible, then the command line wins. torch is imported inside the functions that
-need it, so that a typo answers at once.
+Settings are the plain global names at the top of a script; `python train_x.py config/y.py config/methods/z.py
+--key=value` runs the files with the script's defaults visible, then the command line wins. torch is imported inside the
+functions that need it, so that a mistake is answered at once.
 """
 
 import ast
@@ -16,6 +16,9 @@ import re
 import signal
 import sys
 import time
+from types import SimpleNamespace
+
+RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 # -----------------------------------------------------------------------------
 # mistakes: one sentence, exit code 2
@@ -43,42 +46,91 @@ def refusals():
 
 def defaults(namespace):
     """The settings of a script: every plain global (None, bool, int, float, str, tuple) defined so far."""
-    return {key: value for key, value in namespace.items()
-            if not key.startswith('_') and isinstance(value, (type(None), bool, int, float, str, tuple))}
+    return {key: value for key, value in namespace.items() if not key.startswith('_') and _is_plain(value)}
+
+
+def _is_plain(value):
+    return isinstance(value, (type(None), bool, int, float, str, tuple))
 
 
 def load(namespace, known, argv):
     """
-    Resolves the settings of a script and writes them into its globals.
+    Resolves the settings of a script, and checks them.
 
     namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any order.
-    Returns the resolved settings as a dict. Unknown keys and wrong types end the process with exit code 2.
+    A file in a folder called methods is a method, and its name that of the method ('full' without one). A value that
+    is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then
+    tables, then plain values, on which files have to agree, then the defaults; so the order of files does not matter.
+    Returns the resolved settings as a dict. What is wrong ends the process with exit code 2.
     """
-    settings = dict(known)
-    if '--help' in argv:
-        print(namespace['__doc__'].strip(), '', *(f'--{key}={value!r}' for key, value in known.items()), sep='\n')
+    if not {'-h', '--help'}.isdisjoint(argv):
+        _help(namespace)
         raise SystemExit(0)
-    for path in (word for word in argv if not word.startswith('--')):
-        if not os.path.isfile(path):
-            fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value with "
-                 "a '='")
-        scope = dict(settings)  # a file sees the settings so far, so it can compute with them
-        try:
-            with open(path, encoding='utf-8') as file:
-                exec(compile(file.read(), path, 'exec'), scope)
-        except Exception as error:  # it is the user's program, and may fail in any way
-            fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
-        plain = defaults(scope)  # functions, modules, lists of other names only help to compute
-        for key, value in scope.items():
-            if key in plain or key in known:
-                settings[key] = _checked(known, key, value, f'in {path}')
-    for word in (word for word in argv if word.startswith('--')):
+    paths, words = ([word for word in argv if word.startswith('--') == option] for option in (False, True))
+    methods = [os.path.splitext(os.path.basename(path))[0] for path in paths
+               if os.path.basename(os.path.dirname(os.path.abspath(path))) == 'methods']
+    if len(methods) > 1:
+        fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
+    method = (methods or ['full'])[0]
+
+    plain, tables, given = {}, {}, {}  # given: where each setting was set
+    for path in paths:
+        for key, value in _run_file(path, known, namespace).items():
+            for name, entry in value.items() if isinstance(value, dict) else ():
+                _checked(known, key, entry, f'for {name} in {path}')
+            where = tables if isinstance(value, dict) else plain
+            if key in where and where[key] != value:
+                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and {value!r}: "
+                     f'leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
+            where[key], given[key] = _checked(known, key, value, f'in {path}'), f'in {path}'
+    chosen = {key: table[method] for key, table in tables.items() if method in table}
+    settings = {**known, **plain, **chosen}
+    for word in words:
         key, equals, text = word[2:].partition('=')
         if not equals:
             fail(f"'{word}' has no value: write --{key}={True if isinstance(known.get(key), bool) else 'value'}")
         settings[key] = _checked(known, key, _parse(text, known.get(key)), 'on the command line')
-    namespace.update(settings)
+        given[key] = 'on the command line'
+
+    for key, table in tables.items():
+        found = method in table or key in plain or given[key] == 'on the command line'
+        # a method that says nothing of lowrank has none
+        if not found and key != 'lowrank' and not _without_effect(key, settings):
+            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: add it there, "
+                 f'or set --{key}=')
+    _check(settings, known, given)
+    if settings.get('min_lr', 0) is None:
+        settings['min_lr'] = settings['learning_rate'] / 10
     return settings
+
+
+def _help(namespace):
+    """A script's docstring and settings, with the comment beside each, as they stand in it."""
+    with open(namespace['__file__'], encoding='utf-8') as file:
+        block = file.read().split(RULE)[1]
+    print(namespace['__doc__'].strip(), block.strip(), sep='\n\n')
+
+
+def _run_file(path, known, namespace):
+    """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with them."""
+    if not os.path.isfile(path):
+        fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value with a '='")
+    scope = dict(known)
+    try:
+        with open(path, encoding='utf-8') as file:
+            text = file.read()
+        tree = ast.parse(text, path)
+        exec(compile(tree, path, 'exec'), scope)
+    except Exception as error:  # it is the user's program, and may fail in any way
+        fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
+    header = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
+    scripts, script = re.findall(r'\btrain_\w+\.py', header), os.path.basename(namespace.get('__file__', ''))
+    if scripts and script.startswith('train_') and script not in scripts:
+        fail(f"config file '{path}' is one of {scripts[0]}: run that, or give a file of {script}")
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    # functions, modules and lists only help to compute, and so does what starts with an underscore
+    return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
+            and (key in known or _is_plain(value) or isinstance(value, dict))}
 
 
 def _parse(text, default):
@@ -94,37 +146,151 @@ def _checked(known, key, value, where):
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
         fail(f"unknown setting '{key}' {where}: did you mean '{near}'?")
+    if isinstance(value, dict) and where.startswith('in '):  # a table, whose entries are checked one by one
+        return value
     wanted, seen = type(known[key]), type(value)
+    if known[key] is None:  # such a default is worked out later
+        wanted = seen if value is None else float if key == 'min_lr' else int
     if wanted is float and seen is int:
         return float(value)
-    if known[key] is None:  # such a default is worked out later, and is a whole number in the end
-        wanted = int if value is not None else seen
     if wanted is not seen:
         fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} is needed, '
-             f"such as {1 if known[key] is None else repr(known[key])}")
+             f"such as {repr(known[key]) if known[key] is not None else wanted(1)}")
     return value
 
 
+# -----------------------------------------------------------------------------
+# checks of settings: three tables. s: the settings by name, and s.ranks
+
 LEAST = dict.fromkeys((
     'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer',
-    'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'galore_rank',
-    'galore_gap', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
+    'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'rank', 'basis_every',
+    'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
         'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
-        'weight_decay', 'grad_clip', 'top_k', 'temperature'), 0)
+        'merge_every', 'scale', 'weight_decay', 'grad_clip', 'top_k', 'temperature'), 0)
+
+CHOICES = dict(
+    factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
+    optimizer=('adamw', 'galore', 'fira'), basis=('sketch', 'power', 'svd', 'random'), state_bits=(None, 32, 16, 8),
+    dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'), param_dtype=('float32', 'bfloat16', 'float64'),
+    augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
 
-def check_numbers(settings):
-    """Refuses (ValueError) settings below what makes sense, whichever of them a script has."""
+def _takes_bases(s):
+    return s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw'
+
+
+EFFECT = (  # (settings, where they do something, what it takes)
+    ('heads factors split', lambda s: s.lowrank,
+     "there are no low-rank layers: set lowrank='attn,mlp', or give a file of config/methods"),
+    ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
+     "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
+    ('rank', lambda s: s.lowrank or s.optimizer != 'adamw',
+     'nothing has a low rank: set lowrank, or give a file of config/methods'),
+    ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
+     "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
+    ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
+    ('basis basis_every scale', _takes_bases,
+     "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
+    ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
+    ('n_layer n_head n_embd bias vocab_size', lambda s: s.vit or s.init_from in ('scratch', 'resume'),
+     "loaded weights have a shape of their own: set init_from='scratch'"))
+
+CHECKS = (  # (what makes no sense together, the sentence)
+    (lambda s: s.dropout >= 1, 'dropout={dropout} drops everything: set it below 1'),
+    (lambda s: s.dtype not in ('auto', s.param_dtype)
+     and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
+     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in '
+     "'bfloat16' or 'float16' with weights in 'float32'"),
+    (lambda s: s.batch_size % s.ranks, 'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
+    # heads
+    (lambda s: s.lowrank and s.optimizer != 'adamw',
+     "optimizer={optimizer!r} is for full-rank weights: set optimizer='adamw', or lowrank='' (GaLore of low-rank layers "
+     "is factors='basis')"),
+    (lambda s: s.merge_reset and not s.merge_every,
+     'merge_reset=True without merges does nothing: set merge_every, or merge_reset=False'),
+    (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
+     'rewarm_iters={rewarm_iters} would never end before the next merge, every {merge_every} steps: set fewer'),
+    (lambda s: s.lowrank and s.factors == 'basis' and not s.merge_every,
+     "factors='basis' trains what merges put into the weight: set merge_every=1 (GaLore) or more (GaLoLTE)"),
+    (lambda s: s.lowrank and s.factors == 'basis' and s.heads > 1 and (not s.split or s.merge_every == 1),
+     'heads={heads} in one basis that see the same tokens, or are merged every step, are one head: set heads=1, or '
+     'split=True and merge_every above 1'),
+    (lambda s: s.lowrank and s.factors == 'basis' and s.merge_every and s.basis_every % s.merge_every,
+     'basis_every={basis_every} is no multiple of merge_every={merge_every}: bases are taken at merges, set one'),
+    (lambda s: s.lowrank and s.split and s.batch_size % s.heads,
+     'batch_size={batch_size} does not split over heads={heads}: set a multiple'),
+    (lambda s: s.lowrank and s.split and s.heads % s.ranks,
+     'heads={heads} do not split over {ranks} ranks: set a multiple'),
+    (lambda s: s.lowrank and s.split and s.heads > 1 and not s.merge_every,
+     'split heads that never merge train models that never meet: set merge_every, or split=False'),
+    (lambda s: s.lowrank and s.split and s.ranks > 1 and s.state_bits == 8,
+     'moments of split heads on several ranks are saved head by head, and blocks of 8 bits are not: set '
+     'state_bits=None, 32 or 16'),
+    (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset and not s.split,
+     'merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or split=True (LTE)'),
+    (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
+     "sync='merge' averages at merges what several ranks train, beside split heads or without any: set merge_every, "
+     "split=True with lowrank, and start it with torchrun, or set sync='step'"),
+    (lambda s: s.sync == 'merge' and s.optimizer != 'adamw',
+     "sync='merge' averages whole weights, and each rank's optimizer={optimizer!r} would have other bases: set "
+     "optimizer='adamw'"),
+    # what trains
+    (lambda s: s.train == 'classifier' and not s.vit,
+     "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
+    (lambda s: s.train == 'factors' and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
+     "train='factors' leaves nothing to train where there are none: set lowrank, and heads that are not merged every "
+     "step, or train='all'"),
+    (lambda s: s.adapter and s.split,
+     "an adapter has heads that see every image: set split=False, or adapter=''"),
+    # the optimizer
+    (lambda s: s.optimizer != 'adamw' and s.basis == 'sketch',
+     "basis='sketch' is made in the backward pass of low-rank layers: set basis='power' beside "
+     'optimizer={optimizer!r}'),
+    (lambda s: s.per_layer and s.grad_clip,
+     'per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0'),
+    (lambda s: s.per_layer and s.dtype == 'float16',
+     "per_layer=True steps on gradients before a GradScaler has seen them: set another dtype than 'float16'"),
+    (lambda s: s.per_layer and s.sync == 'merge',
+     "per_layer=True averages every gradient over ranks, sync='merge' none: leave one of them out"),
+    (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
+
+
+def _named(settings):
+    """The settings as attributes; those that only one script has are there for all."""
+    return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
+                           ranks=int(os.environ.get('WORLD_SIZE', 1)))
+
+
+def _without_effect(key, settings):
+    """Why a setting does nothing beside the others, or None."""
+    s = _named(settings)
+    return next((words for keys, acts, words in EFFECT if key in keys.split() and not acts(s)), None)
+
+
+def _check(settings, known, given):
+    """Ends the process where settings make no sense, alone or together. given: where each of them was set."""
     for key, least in LEAST.items():
         if settings.get(key) is not None and settings[key] < least:
-            raise ValueError(f'{key}={settings[key]} makes no sense: set at least {least}')
-    if settings.get('dropout', 0) >= 1:
-        raise ValueError(f"dropout={settings['dropout']} drops everything: set it below 1")
+            fail(f'{key}={settings[key]} makes no sense: set at least {least}')
+    for key, allowed in CHOICES.items():
+        if key in settings and settings[key] not in allowed:
+            fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    if 'lowrank' not in settings:
+        return
+    for key, where in given.items():
+        words = settings[key] != known[key] and _without_effect(key, settings)
+        if words:
+            fail(f'{key}={settings[key]!r} {where} has no effect: {words}, or leave {key} out')
+    s = _named(settings)
+    for wrong, sentence in CHECKS:
+        if wrong(s):
+            fail(sentence.format(**vars(s)))
 
 
-def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, restart_every=0, restart_iters=0):
+def learning_rate_at(step, learning_rate, warmup_iters, max_iters, min_lr, restart_every=0, restart_iters=0):
     """
-    Learning rate of a step: linear warm-up, then cosine from learning_rate to min_lr at lr_decay_iters, then min_lr.
+    Learning rate of a step: linear warm-up, then cosine from learning_rate to min_lr at max_iters, then min_lr.
 
     restart_every, restart_iters: after each restart_every steps the rate climbs again from zero to the cosine
     within restart_iters steps (ReLoRA, section 3: a reset factor has no moments yet).
@@ -132,7 +298,7 @@ def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, 
     if step < warmup_iters:
         rate = learning_rate * (step + 1) / (warmup_iters + 1)
     else:
-        progress = min((step - warmup_iters) / max(lr_decay_iters - warmup_iters, 1), 1.0)
+        progress = min((step - warmup_iters) / max(max_iters - warmup_iters, 1), 1.0)
         rate = min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
     if restart_every and restart_iters and step >= restart_every:
         rate *= min((step % restart_every + 1) / (restart_iters + 1), 1.0)
@@ -142,8 +308,8 @@ def learning_rate_at(step, learning_rate, warmup_iters, lr_decay_iters, min_lr, 
 def set_learning_rate(optimizer, settings, step):
     """Sets the learning rate of a step (`learning_rate_at`) as the settings say, and returns it."""
     s = settings
-    rate = learning_rate_at(step, s['learning_rate'], s['warmup_iters'], s['lr_decay_iters'] or s['max_iters'],
-                            s['min_lr'], s['merge_every'] if s['merge_reset'] else 0, s['rewarm_iters'])
+    rate = learning_rate_at(step, s['learning_rate'], s['warmup_iters'], s['max_iters'], s['min_lr'],
+                            s['merge_every'] if s['merge_reset'] else 0, s['rewarm_iters'])
     for group in optimizer.param_groups:
         group['lr'] = rate
     return rate
@@ -153,40 +319,40 @@ def set_learning_rate(optimizer, settings, step):
 # processes
 
 
-def join(device, dtype, param_dtype):
+def join(settings):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    device: 'auto', 'cpu', 'cuda', 'cuda:1'; dtype: 'auto', or what is computed in; param_dtype: that of the weights.
-    Returns (rank, world_size, device of this process, dtype as a name).
+    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype (of weights).
+    Returns them as attributes: rank, ranks, device (of this process), device_type, compute (the dtype's name).
     """
     import torch
     import torch.distributed as dist
+    device, dtype, param_dtype = (settings[key] for key in ('device', 'dtype', 'param_dtype'))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device != 'cpu' and not re.fullmatch(r'cuda(:\d+)?', device):
         fail(f"device={device!r} is not known: set 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device != 'cpu' and not torch.cuda.is_available():
         fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
-    if param_dtype not in ('float64', 'float32', 'bfloat16'):
-        fail(f"param_dtype={param_dtype!r} is not known: set 'float32', 'bfloat16' or 'float64'")
     if dtype == 'auto' and (param_dtype != 'float32' or device == 'cpu'):
         dtype = param_dtype
     elif dtype == 'auto':  # cards before Ampere have no bfloat16
         dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if dtype != param_dtype and not (param_dtype == 'float32' and dtype in ('bfloat16', 'float16')):
-        fail(f"dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in "
-             "'bfloat16' or 'float16' with weights in 'float32'")
+    if dtype == 'float16' and settings.get('per_layer'):
+        fail("per_layer=True steps on gradients before a GradScaler has seen them, and this card computes in float16: "
+             "set dtype='float32'")
     if device == 'cpu':
         keep_freed_memory()
     if 'RANK' not in os.environ:
-        return 0, 1, device, dtype
+        return SimpleNamespace(rank=0, ranks=1, device=device, device_type=device.split(':')[0], compute=dtype)
     if device == 'cuda':
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
-    return dist.get_rank(), dist.get_world_size(), device, dtype
+    return SimpleNamespace(rank=dist.get_rank(), ranks=dist.get_world_size(), device=device,
+                           device_type=device.split(':')[0], compute=dtype)
 
 
 def keep_freed_memory():
@@ -205,7 +371,7 @@ def keep_freed_memory():
             libc.mallopt(option, value)
 
 
-def wrap(model, device, world_size, compiled, apart=()):
+def wrap(model, where, compiled, apart=()):
     """
     The callable that computes with a model: compiled, if asked, and under DDP, if there are several ranks.
 
@@ -213,41 +379,31 @@ def wrap(model, device, world_size, compiled, apart=()):
     they differ by rank.
     Returns (callable, bytes that DDP reduces a step).
     """
-    import torch
     from torch.nn.parallel import DistributedDataParallel as DDP
 
     from lowrank import keep_out_of_ddp
     if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
         for block in model.blocks:
             block.compile(fullgraph=True)
-    net = model
-    carried = sum(p.numel() * p.element_size() for p in net.parameters() if p.requires_grad and p not in apart)
-    if world_size > 1 and carried:
-        keep_out_of_ddp(net, apart)
-        net = DDP(net, device_ids=[torch.device(device).index] if device.startswith('cuda') else None,
-                  broadcast_buffers=False,
-                  gradient_as_bucket_view=True)  # the buckets are the gradients, not a second copy of them
-    return net, carried * (world_size > 1)
+    carried = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p not in apart)
+    if where.ranks == 1 or not carried:
+        return model, 0
+    keep_out_of_ddp(model, apart)
+    device_ids = [int(where.device.split(':')[1])] if where.device_type == 'cuda' else None
+    return DDP(model, device_ids, broadcast_buffers=False,
+               gradient_as_bucket_view=True), carried  # the buckets are the gradients, not a second copy of them
 
 
-def mean_over_ranks(tensor, world_size):
-    """The average of a tensor over all ranks, in place."""
-    if world_size > 1:
-        import torch.distributed as dist
-        dist.all_reduce(tensor)
-        tensor /= world_size
-    return tensor
-
-
-def share_overflow(scaler, optimizer, world_size):
-    """After `scaler.unscale_`: where a gradient of one rank alone overflows float16, all ranks skip the step."""
-    if world_size > 1 and scaler.is_enabled():
-        import torch.distributed as dist
+def unscale(scaler, optimizer):
+    """What was scaled for float16, unscaled. Where a gradient of one rank alone overflows, all ranks skip the step."""
+    import torch.distributed as dist
+    scaler.unscale_(optimizer)
+    if scaler.is_enabled() and dist.is_initialized():
         for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)  # fused Adam takes 1 for yes, and 2 for no
 
 
-def leave(world_size):
+def leave():
     """
     Ends what `join` began.
 
@@ -255,8 +411,8 @@ def leave(world_size):
     it, which the end of DDP or of Python holds while it waits for them: without the pause a process now and then hung
     or aborted when all was done (torch 2.13).
     """
-    if world_size > 1:
-        import torch.distributed as dist
+    import torch.distributed as dist
+    if dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()
 
@@ -274,12 +430,12 @@ def catch_signals():
         signal.signal(number, raise_flag)
 
 
-def stop_requested(world_size):
+def stop_requested():
     """True on every rank as soon as one of them got a signal."""
-    if world_size == 1:
-        return _stop['signal'] > 0
     import torch
     import torch.distributed as dist
+    if not dist.is_initialized():
+        return _stop['signal'] > 0
     flag = torch.tensor([_stop['signal']])
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag.item() > 0
@@ -348,7 +504,7 @@ def start_run(settings, step):
             import wandb
         except ImportError:
             raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
-        wandb.init(project=settings['wandb_project'], name=out_dir, config=settings)
+        wandb.init(project='nanoLowRank', name=out_dir, config=settings)
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
@@ -377,16 +533,35 @@ def refuse_non_finite(step, saved, out_dir, **values):
                                 else 'no checkpoint was written yet'))
 
 
-def need_same(settings, checkpoint, keys):
-    """Refuses to resume a checkpoint of weights alone, or one trained with other values of the settings `keys`."""
+MAY_CHANGE = set("""
+    out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
+    gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters rewarm_iters
+    weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer device dtype compile wandb_log""".split())
+
+
+def need_same(settings, checkpoint):
+    """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in MAY_CHANGE.
+    Where train is 'auto' it becomes what the checkpoint's run made of it."""
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
-    for key in keys:
+    if settings['train'] == 'auto':
+        settings['train'] = checkpoint['settings'].get('train')
+    for key in (key for key in settings if key not in MAY_CHANGE):
         if key not in checkpoint['settings']:
             raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): check --out_dir')
         if settings[key] != checkpoint['settings'][key]:
             raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
                              f'{settings[key]!r}: resume with the config it was started with')
+
+
+def say_goodbye(settings, start, step, saved, stop, best):
+    """The last lines of a run from step `start` to `step`, and what to do next. best: the best value so far, in words."""
+    out_dir = settings['out_dir']
+    if step == start and not settings['eval_only'] and not stop:
+        print(f"step {step} of {settings['max_iters']}: nothing to train, raise max_iters to go on")
+    if step > start:  # without a best one where a signal came before the first evaluation
+        so_far = f', {best}' if os.path.exists(f'{out_dir}/best.pt') else ''
+        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
 
 
 # -----------------------------------------------------------------------------
@@ -407,26 +582,44 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def start_meter(device):
-    """What a loop adds up between two lines of the log: sums[0] of the losses, sums[1] the gradient's norm, steps."""
-    import torch
-    return {'sums': torch.zeros(2, device=device), 'steps': 0, 'clock': time.perf_counter()}
+class Meter:
+    """
+    What a loop adds up between two lines of the log.
 
+    device: where losses are; ddp_bytes: what DDP reduces a step. `losses` and `norm`, of the loss of a step and of its
+    gradient, stay on the device: but for merges that draw new heads, `read` is the only place of a training step where
+    the host waits for it.
+    """
 
-def read_meter(meter, world_size):
-    """(mean loss of a step and gradient norm, both over all ranks, seconds a step); the meter starts again. But for
-    merges that draw new heads, this is the only place of a training step where the host waits for the device."""
-    meter['sums'][0] /= meter['steps']
-    train_loss, gradient_norm = mean_over_ranks(meter['sums'], world_size).tolist()
-    seconds = (time.perf_counter() - meter['clock']) / meter['steps']
-    restart_meter(meter)
-    return train_loss, gradient_norm, seconds
+    def __init__(self, device, ddp_bytes):
+        import torch
 
+        from lowrank import traffic
+        self.sums, self.ddp_bytes, self.traffic, self.device = torch.zeros(2, device=device), ddp_bytes, traffic, device
+        self.restart()
 
-def restart_meter(meter):
-    """Forgets what was added up: an evaluation is not a training step."""
-    meter['sums'].zero_()
-    meter.update(steps=0, clock=time.perf_counter())
+    def restart(self):
+        """Forgets what was added up: an evaluation is not a training step."""
+        self.sums.zero_()
+        self.steps, self.clock, self.sent = 0, time.perf_counter(), self.traffic['bytes']
+
+    def add(self, loss, norm):
+        """A step: its loss and the norm of its gradient, tensors."""
+        self.sums[0] += loss
+        self.sums[1] = norm
+        self.steps += 1
+
+    def read(self):
+        """(norm of the last gradient, record for the log), both over all ranks; the meter starts again."""
+        from lowrank import mean
+        sent = self.traffic['bytes'] - self.sent
+        self.sums[0] /= self.steps
+        train_loss, norm = mean(self.sums).tolist()
+        record = {'train_loss': train_loss, 'dt_ms': 1000 * (time.perf_counter() - self.clock) / self.steps,
+                  'peak_memory_bytes': peak_memory_bytes(self.device),
+                  'sync_bytes': self.ddp_bytes + sent // self.steps}
+        self.restart()
+        return norm, record
 
 
 def log(settings, record, progress):

@@ -1,12 +1,14 @@
-# A small GPT with multi-head LoRA on Python's own sources, byte by byte: the first thing to run.
-# python train_gpt.py config/quickstart.py
+# A small GPT on Python's own sources, byte by byte: the first thing to run.
+# python train_gpt.py config/quickstart.py config/methods/mhlora.py
 # Two CPU cores: 2 minutes, validation loss 2.29 nats a byte
 out_dir = 'out/quickstart'
 dataset = 'stdlib'
 block_size, batch_size = 256, 8
 n_layer, n_head, n_embd = 4, 4, 256
-lowrank, heads, rank, alpha = 'attn', 4, 16, 16.0
-max_iters, eval_interval, eval_iters, log_interval = 300, 100, 10, 10
-learning_rate, min_lr, warmup_iters = 2e-3, 2e-4, 20
-beta2 = 0.99
+max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 300, 100, 10, 10, 20
+rank = {'galore': 64, 'galore_lean': 64, 'fira': 64}
+basis_every = {'galore': 50, 'galore_lean': 50, 'fira': 50}
+learning_rate = {'full': 2e-3, 'local_adamw': 2e-3, 'lora': 4e-3, 'lora_fa': 4e-3, 'mhlora': 2e-3, 'lte': 4e-3,
+                 'relora': 4e-3, 'galore': 2e-2, 'galore_lean': 2e-2, 'galolte': 2e-2, 'fira': 1e-2}
+beta2 = dict.fromkeys(learning_rate, 0.99) | dict.fromkeys(('galore', 'galore_lean', 'galolte', 'fira'), 0.999)
 device, dtype = 'cpu', 'float32'

@@ -1,0 +1,13 @@
+# LLaMA 60M, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
+# python prepare.py c4 --tokens 1_400_000_000 && torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_60m.py config/methods/galore.py
+# Four GPUs of 12 GB: not yet run
+out_dir = 'out/llama_60m'
+dataset = 'c4'
+size = '60m'
+block_size, batch_size, gradient_accumulation_steps = 256, 128, 4
+max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
+rank = dict.fromkeys(('galore', 'galore_lean', 'fira'), 128) | dict.fromkeys(('lora', 'relora'), 128)
+alpha = dict.fromkeys(('lora', 'relora'), 128.0)
+merge_every = {'relora': 1000}
+rewarm_iters = {'relora': 50}
+learning_rate = {'full': 1e-3, 'galore': 0.01, 'galore_lean': 0.01, 'fira': 0.01, 'lora': 1e-3, 'relora': 1e-3}

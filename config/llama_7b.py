@@ -1,0 +1,11 @@
+# LLaMA 7B, the paper's run on one card of 24 GB: lean GaLore of rank 1024.
+# python prepare.py c4 --tokens 1_000_000_000 && python train_llama.py config/llama_7b.py config/methods/galore_lean.py
+# One GPU of 24 GB: not yet run. More micro-batches a step would keep r n numbers of every matrix, 3 GB
+out_dir = 'out/llama_7b'
+dataset = 'c4'
+size = '7b'
+param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
+block_size, batch_size, gradient_accumulation_steps = 256, 16, 1
+max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
+rank = {'galore_lean': 1024}
+learning_rate = {'galore_lean': 0.005}

@@ -1,9 +1,0 @@
-# ViT-B/16 at 224 pixels on PathMNIST, full fine-tuning for one epoch: the study's baseline.
-# python prepare.py pathmnist --size 224 && torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist_full.py
-# Four GPUs of 12 GB: not yet run
-out_dir = 'out/vit_base_pathmnist_full'
-dataset, augment = 'pathmnist_224', 'flip'
-model = 'vit_base_patch16_224'
-batch_size, gradient_accumulation_steps = 64, 1
-epochs, warmup_iters, eval_interval = 1, 100, 350
-learning_rate = 5e-5

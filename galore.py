@@ -526,7 +526,8 @@ class LowRankAdamW(GaLoreAdamW):
                     gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
                 Y = mean(layer.sketch.grad)
-                self._set_basis(p, torch.where(Y.isfinite().all(), orthonormal(Y).to(layer.basis.dtype), layer.basis))
+                ok = Y.isfinite().all() & Y.any()
+                self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), layer.basis))
             if self.basis == 'sketch':
                 if left == 0:
                     layer.ask_sketch(False)

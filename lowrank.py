@@ -37,18 +37,18 @@ class _LowRankProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, A, B, whole, sketch, scale, gain, zero, trains_A, trains_B):
         groups, _, n = A.shape
-        flat = x.reshape(-1, n)  # (tokens, n)
+        flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
         y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
-        z = None
+        z, time = None, len(flat) // groups
         if not zero or trains_B:
-            z = torch.bmm(flat.view(groups, -1, n), A.to(x.dtype).mT)  # (groups, tokens / groups, r)
+            z = torch.bmm(flat.view(groups, time, n), A.to(x.dtype).mT)  # (groups, tokens / groups, r)
         if not zero:
-            y.view(groups, -1, y.shape[-1]).baddbmm_(z, B.to(x.dtype).mT, alpha=scale)
+            y.view(groups, time, y.shape[-1]).baddbmm_(z, B.to(x.dtype).mT, alpha=scale)
         # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
         keeps_x = trains_A or whole is not None or sketch is not None
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
         ctx.scale, ctx.gain, ctx.zero = scale, gain, zero
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -56,25 +56,26 @@ class _LowRankProduct(torch.autograd.Function):
         x, W, A, B, z = ctx.saved_tensors
         needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch = ctx.needs_input_grad[:7]
         groups, _, n = A.shape
-        dflat = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
-        d = dflat.view(groups, -1, dy.shape[-1])  # (groups, tokens / groups, m)
+        dflat = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])  # (tokens, m)
+        time = len(dflat) // groups
+        d = dflat.view(groups, time, dy.shape[-1])  # (groups, tokens / groups, m)
         dx = db = dA = dB = dwhole = dsketch = dz = None
         if needs_A or not ctx.zero:
             dz = torch.bmm(d, B.to(dy.dtype)).mul_(ctx.scale)  # (groups, tokens / groups, r)
         if needs_x:
             dx = dflat @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.zero:
-                dx.view(groups, -1, n).baddbmm_(dz, A.to(dy.dtype))
+                dx.view(groups, time, n).baddbmm_(dz, A.to(dy.dtype))
             dx = dx.view(*dy.shape[:-1], n)
         if needs_b:
             db = dflat.sum(0)
         if needs_A:
-            dA = torch.bmm(dz.mT, x.view(groups, -1, n))  # (groups, r, n)
+            dA = torch.bmm(dz.mT, x.view(groups, time, n))  # (groups, r, n)
             dA = dA.mul_(ctx.gain) if ctx.gain != 1 else dA
         if needs_B:
             dB = torch.bmm(z.mT, d).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r)
         if needs_whole:
-            dwhole = torch.bmm(d.mT, x.view(groups, -1, n)).mul_(ctx.gain)  # (groups, m, n)
+            dwhole = torch.bmm(d.mT, x.view(groups, time, n)).mul_(ctx.gain)  # (groups, m, n)
         sequences = len(dy) if dy.dim() > 1 else 1
         if needs_sketch and needs_A:
             dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences)  # (m, r)
@@ -87,19 +88,22 @@ def second_moment(a, b, z, sequences):
     """
     The sum over sequences of G_s G_s^T P / |G_s^T P|, where G_s = a_s^T b_s is what a sequence adds to a gradient.
 
-    a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r). One step of subspace iteration towards
-    the directions in which the gradients of single sequences lie; being a sum over sequences, it is the same however
+    a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one sequence after
+    the other, and sequences are the leading dimension of a layer's input. It is one step of subspace iteration towards
+    the directions in which the gradients of single sequences lie. Being a sum over sequences, it is the same however
     they are spread over micro-batches and ranks. No G_s is formed. Returns (m, r); zeros where it is not finite.
     """
-    tokens, rank = z.shape
-    b, wide = b.view(sequences, -1, b.shape[-1]), torch.promote_types(b.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(b.flatten(1), dim=1, dtype=wide)[:, None, None].clamp_min(1e-30)
+    time, rank, wide = len(z) // max(sequences, 1), z.shape[1], torch.promote_types(b.dtype, torch.float32)
+    b, z = b.view(sequences, time, b.shape[1]), z.view(sequences, time, rank)
+    norm = torch.linalg.vector_norm(b.flatten(1), dim=1, dtype=wide)[:, None, None]
+    norm = norm.clamp(torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).max)
     unit = b / norm.to(b.dtype)  # its squares stay inside the range of float16
-    z = z.view(sequences, -1, rank)
-    few = tokens // sequences <= rank  # the cheaper order of the two products
-    v = torch.bmm(torch.bmm(unit, unit.mT), z) if few else torch.bmm(unit, torch.bmm(unit.mT, z))  # (sequences, time, r)
+    if time <= rank:  # the cheaper order of the two products
+        v = torch.bmm(torch.bmm(unit, unit.mT), z)  # (sequences, time, r)
+    else:
+        v = torch.bmm(unit, torch.bmm(unit.mT, z))
     size = (z.to(wide) * v).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s^T P| / norm
-    Y = a.mT @ (v * (norm / size).to(v.dtype)).flatten(0, 1)
+    Y = a.mT @ (v / size * norm).to(v.dtype).flatten(0, 1)
     return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part and not the sketch
 
 

@@ -73,16 +73,17 @@ def method(name, *more):
     return [FILES[name], *small, *['--grad_clip=0.2'] * ('grad_clip' not in own), *more]
 
 
+TEXT = '--dataset=tiny --block_size=16 --eval_iters=2 --learning_rate=0.01 --min_lr=0.01 '
+OWN = {'gpt': TEXT, 'llama': TEXT + '--n_mlp=24 --vocab_size=257',
+       'vit': '--dataset=xrays --init_from=scratch --model=vit_tiny_patch16_224 --img_size=28 '
+              '--patch_size=14 --learning_rate=0.001 --min_lr=0.001'}
+ALL = ('--n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --max_iters=4 --eval_interval=4 --log_interval=2 '
+       '--warmup_iters=2 --param_dtype=float64 --dtype=float64 --device=cpu ')
+
+
 def tiny(script, root, out, *words):
     """The command line of a tiny run in float64."""
-    text = ['--dataset=tiny', '--block_size=16', '--eval_iters=2']
-    own = {'gpt': text, 'llama': [*text, '--n_mlp=24', '--vocab_size=257'],
-           'vit': ['--dataset=xrays', '--init_from=scratch', '--model=vit_tiny_patch16_224', '--img_size=28',
-                   '--patch_size=14', '--learning_rate=0.001', '--min_lr=0.001']}
-    return [f'--data_dir={root}', f'--out_dir={out}', '--n_layer=2', '--n_head=2', '--n_embd=16',
-            '--batch_size=4', '--max_iters=4', '--eval_interval=4', '--log_interval=2', '--warmup_iters=2',
-            '--learning_rate=0.01', '--min_lr=0.01', '--param_dtype=float64', '--dtype=float64',
-            '--device=cpu', *own[script], *words]
+    return [f'--data_dir={root}', f'--out_dir={out}', *(ALL + OWN[script]).split(), *words]
 
 
 def saved(out, name='ckpt.pt'):
@@ -174,7 +175,7 @@ def test_files_compose_in_any_order(tmp_path):
     paths = write_files(
         tmp_path, m_galore="lowrank, factors, merge_every, rank = 'attn', 'basis', 1, 64\nbeta2 = 0.9",
         run="batch_size = 8\nlearning_rate = {'full': 1e-3, 'galore': n_layer * 1e-3}\nrank = {'galore': 4}\n"
-            "beta1 = {'lte': 0.5}\nalpha = {'lte': 3.0}",
+            "beta1, alpha, lowrank = {'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}",
         more='batch_size = 8\nbeta1 = 0.8')
     words = [*paths.values(), '--seed=3']
     first, *others = [settings_of(train_gpt, *order) for order in itertools.permutations(words)]
@@ -201,13 +202,15 @@ MISTAKES = [  # script, words, ranks, what is said
       for script in SCRIPTS for key in config.CHOICES if key in SCRIPTS[script].defaults),
     # what has no effect
     ('gpt', '--heads=4', 1, 'heads=4 on the command line has no effect: there are no low-rank layers'),
-    ('gpt', '--factors=B', 1, 'no low-rank'), ('gpt', '--split=True', 1, 'no low-rank'),
     ('llama', '--rank=4', 1, 'rank=4 on the command line has no effect'),
     ('gpt', '--alpha=4', 1, 'alpha=4.0'), ('gpt', f'{BASIS}--merge_every=1 --alpha=4', 1, 'not a basis'),
     ('gpt', '--merge_reset=True', 1, 'merge_reset=True'), ('gpt', '--merge_every=5', 1, 'no heads to merge'),
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
+    ('gpt', '--lowrank=attn --alpha=0', 1, 'above 0'), ('gpt', '--beta2=1', 1, 'below 1'),
+    ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
+    ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
     ('gpt', '--basis=svd', 1, "basis='svd' on the command line has no effect: no basis is taken"),
-    ('gpt', '--lowrank=attn --basis_every=5', 1, 'no basis'), ('vit', '--scale=1', 1, 'no basis'),
+    ('vit', '--lowrank=attn --basis_every=5', 1, 'no basis'),
     ('vit', '--epochs=2 --max_iters=9', 1, 'max_iters=9 on the command line has no effect: epochs'),
     ('gpt', '--init_from=gpt2 --n_layer=3', 1, 'loaded weights have a shape'),
     # what makes no sense together
@@ -874,7 +877,7 @@ def test_the_loss_is_the_cross_entropy_of_what_counts(dtype, tolerance, one_piec
         assert (got.grad - wanted.grad).norm() < tolerance * wanted.grad.norm()
 
 
-def test_rotary_products_depend_on_the_distance_alone():
+def test_rotary_products_depend_on_the_distance_alone_and_grouped_heads_are_repeated_ones():
     q, k = normal(2, 1, 1, 1, 8)
 
     def product(i, j):
@@ -883,16 +886,13 @@ def test_rotary_products_depend_on_the_distance_alone():
     assert product(3, 1) == pytest.approx(product(13, 11), abs=1e-5)  # angles are float32
     assert product(3, 1) != pytest.approx(product(3, 2), abs=1e-3)
     assert product(5, 5) == pytest.approx((q * k).sum().item(), abs=1e-6)
-
-
-def test_grouped_query_attention_equals_repeated_heads():
-    grouped, full = tiny_llama(), tiny_llama(n_kv_head=4)
+    grouped, full, idx = tiny_llama(), tiny_llama(n_kv_head=4), tokens_of(2, 16)
     state = grouped.state_dict()
     for name, value in state.items():
         if 'k_proj' in name or 'v_proj' in name:  # two heads of 8 rows, each serves two queries
             state[name] = value.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
     full.load_state_dict(state)
-    close(grouped(tokens_of(2, 16)), full(tokens_of(2, 16)))
+    close(grouped(idx), full(idx))
 
 
 def test_shapes_have_the_papers_numbers_of_parameters():
@@ -1120,24 +1120,11 @@ def test_two_hundred_merges_into_bfloat16_round_once_each():
     assert drift < 200 ** 0.5 * 2 ** -9  # a random walk of 200 roundings of half a unit in the last place
 
 
-def test_clipping_gives_every_split_head_its_own_norm():
-    gpt = tiny_gpt()
-    lowrank.apply_mhlora(gpt, ('attn', 'mlp'), 2, 2, 2.0, split=True)
-    factors = {f for layer in lowrank.lowrank_layers(gpt) for f in (random_heads(layer).A, layer.B)}
-    backward(gpt, tokens_of(4, 16))
-    rest = [p for p in gpt.parameters() if p.requires_grad and p not in factors]
-
-    def norms():
-        groups = [[f.grad[h] for f in factors] for h in range(2)] + [[p.grad for p in rest]]
-        return [sum(g.square().sum() for g in group).sqrt().item() for group in groups]
-    before = norms()
-    limit = sorted(before)[1]  # clips one of the three, leaves one alone
-    assert lowrank.clip_gradients(gpt, limit).item() == pytest.approx(math.hypot(*before))
-    assert norms() == pytest.approx([min(norm, limit) for norm in before], rel=1e-4)
+def test_heads_alone_are_clipped_and_gathered_in_global_order():
     alone = nn.Sequential(nn.Linear(6, 5, bias=False))
     lowrank.apply_mhlora(alone, ('0',), 2, 2, 2.0, split=True)
     alone(torch.randn(4, 6)).sum().backward()
-    assert lowrank.clip_gradients(alone, 1.0) > 0  # with nothing but heads to clip
+    assert lowrank.clip_gradients(alone, 1.0) > 0
     moments = torch.randn(2, 3, 5, 4).mT  # as of a factor that is projected from the left
     assert torch.equal(lowrank.in_global_order(moments), moments.transpose(0, 1).flatten(0, 1))
     assert lowrank.in_global_order(moments).mT.is_contiguous()
@@ -1172,7 +1159,7 @@ def galore_run(grads, W=None, lr=0.1, hyper={}, **group):
 
 
 def textbook(W, grads, rank, gap, scale, left, right, lr, betas, eps, decay=0.0, fira=False):
-    """GaLore's algorithm 2 with the arithmetic of galore-torch, and Fira as its authors have it: full matrices,
+    """GaLore's algorithm 2 with galore-torch's arithmetic, and Fira as its authors have it: full matrices,
     loops over columns, or over rows where the right side is projected."""
     M = V = last = None
     for t, G in enumerate(grads):
@@ -1548,9 +1535,9 @@ def in_layers(net, batches, optimizer, merge_every=1):
 
 def textbook_workers(nets, batches, every, merge_every=1, lr=0.05, decay=0.1, scale=0.25, betas=(0.9, 0.999),
                      eps=1e-6):
-    """GaLore's algorithm 2 by one worker or several, each an ordinary model on rows of its own. Bases come from
-    the mean gradient, moments turn with them, weights and first moments are averaged every `merge_every` steps.
-    The other parameters follow AdamW on averaged gradients. Returns the losses; nets[0] ends up averaged."""
+    """GaLore's algorithm 2 by one worker or several, each an ordinary model on rows of its own. Bases are
+    of the mean gradient, moments turn with them. Weights and first moments are averaged every `merge_every`
+    steps, the gradients of the others, for AdamW, in each. Returns the losses; nets[0] ends up averaged."""
     inside = [name for name, p in nets[0].named_parameters()
               if p.dim() == 2 and ('attn' in name or 'mlp' in name)]
     rest = [[p for name, p in net.named_parameters() if name not in inside] for net in nets]
@@ -1648,43 +1635,6 @@ def test_per_layer_is_the_same_run(rule, accumulation):
     assert np.allclose(*ends, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_a_layer_in_a_basis_leaves_the_whole_gradient_where_it_is_asked_for(shape):
-    torch.manual_seed(0)
-    linear, x = nn.Linear(shape[1], shape[0]).double(), normal(2, 3, shape[1]).requires_grad_()
-    layer = lowrank.MHLoRALinear(copy.deepcopy(linear), rank=2, factors='basis', merge_every=1)
-    layer.basis.copy_(torch.linalg.qr(torch.randn_like(layer.basis))[0])
-    layer.ask_whole()
-    (linear(x) + layer(x)).square().mean().backward()  # both get the same
-    G = linear.weight.grad
-    close(layer.whole.grad[0], G, 1e-14)
-    close(layer.trained.grad[0], layer.basis.T @ G if layer.left else G @ layer.basis, 1e-14)
-    assert layer.weight.grad is None
-    with torch.no_grad():  # and no gradient is formed where none is wanted
-        assert torch.equal(layer(x), linear(x))
-    dx, = torch.autograd.grad(layer(x).square().mean(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='twice'):
-        dx.sum().backward()
-
-
-@pytest.mark.parametrize('max_norm', [0.0, 0.05])
-def test_clipping_uses_the_norm_of_what_is_stepped_on(max_norm):
-    plain, net = one_block_llama(), one_block_llama()
-    layers = galore_layers(net)
-    galore.LowRankAdamW(net, basis='random').begin(0)
-    for model in (plain, net):
-        loss_of(model, batches_of(1, 2)[0][0]).backward()
-    wanted = {name: p.grad for name, p in plain.named_parameters()}
-    for name, layer in layers.items():
-        G = wanted.pop(f'{name}.weight')
-        wanted[name] = layer.basis.T @ G if layer.left else G @ layer.basis
-    norm = math.sqrt(sum(g.square().sum().item() for g in wanted.values()))
-    assert lowrank.clip_gradients(net, max_norm).item() == pytest.approx(norm, rel=1e-12)
-    for name, g in wanted.items():
-        mine = layers[name].trained.grad[0] if name in layers else net.get_parameter(name).grad
-        torch.testing.assert_close(mine, (max_norm / norm if max_norm else 1.0) * g, rtol=1e-4, atol=1e-12)
-
-
 @pytest.mark.parametrize('shape', [TALL, WIDE])
 @pytest.mark.parametrize('basis', ['svd', 'power'])
 def test_a_later_basis_is_that_of_all_micro_batches_and_heads(shape, basis):
@@ -1711,6 +1661,11 @@ def test_a_later_basis_is_that_of_all_micro_batches_and_heads(shape, basis):
     close(layer.basis @ layer.basis.T, new @ new.T)
     assert (layer.basis * old).sum(0).min() > 0 or basis != 'svd'  # raw signs would flip moments for nothing
     close(layer.trained.grad, layer.basis.T @ G if layer.left else G @ layer.basis)
+    with torch.no_grad(), lowrank.averaged_heads(net):  # no gradient is formed where none is wanted
+        assert not net(x).requires_grad
+    dx, = torch.autograd.grad(net(x.requires_grad_()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='twice'):
+        dx.sum().backward()
 
 
 @pytest.mark.parametrize('heads, merge_every, every, window, per_layer', [
@@ -1758,10 +1713,15 @@ def test_a_sketch_sums_over_sequences_and_gives_the_next_basis(heads, merge_ever
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
 def test_the_second_moment_in_either_order_of_products(time, dtype):
     torch.manual_seed(0)
-    a, b, P = torch.randn(5, time, 8), torch.randn(5, time, 6), torch.linalg.qr(torch.randn(8, 3).double())[0]
-    wanted = sum(x.T @ y @ (x.T @ y).T @ P / (P.T @ x.T @ y).norm() for x, y in zip(a.double(), b.double()))
-    size = 1 if dtype == torch.float64 else 1e-4  # whose squares float16 does not know
-    a, b = (a.to(dtype).flatten(0, 1), (b * size).to(dtype).flatten(0, 1))
+    a, b = torch.randn(5, time, 8), torch.randn(5, time, 6)
+    a[1], b[2] = 0, 0  # sequences that count for nothing
+    P = torch.linalg.qr(torch.randn(8, 3).double())[0]
+    wanted = 0
+    for x, y in zip(a.double(), b.double()):
+        R = (x.T @ y).T @ P
+        wanted = wanted + x.T @ y @ R / R.norm().clamp_min(1e-9)
+    size = 1 if dtype == torch.float64 else 1e-4  # squares of which float16 does not know
+    a, b = a.to(dtype).flatten(0, 1), (b * size).to(dtype).flatten(0, 1)
     Y = lowrank.second_moment(a, b, (a.double() @ P).to(dtype), 5).double() / size
     assert (Y - wanted).norm() / wanted.norm() < (1e-6 if dtype == torch.float64 else 2e-2)
 
@@ -1865,6 +1825,29 @@ def test_ten_compiled_blocks_share_two_graphs(kind):
     assert np.allclose(*losses, rtol=0, atol=1e-10) and 1 <= counter.frame_count <= 2
 
 
+@pytest.mark.parametrize('kind', ['mhlora', 'lte', 'galore', 'galolte'])
+def test_clipping_uses_the_norm_of_what_is_stepped_on_and_every_split_head_has_its_own(kind):
+    net = one_block_llama()
+    lowrank.apply_mhlora(net, rank=3, **KINDS[kind])
+    layers = lowrank.lowrank_layers(net)
+    for layer in layers if kind in ('mhlora', 'lte') else ():
+        random_heads(layer)
+    galore.LowRankAdamW(net, basis='random').begin(0)
+    loss_of(net, batches_of(1, 4)[0][0]).backward()
+    own = [f for layer in layers for f in (layer.A, layer.B) if layer.split and f is not None]
+    rest = [p for p in net.parameters() if p.requires_grad and not any(p is f for f in own)]
+
+    def norms():  # of each head, and of all the rest: of a layer in a basis the projected gradient
+        groups = [[f.grad[h] for f in own] for h in range(2 * bool(own))] + [[p.grad for p in rest]]
+        return [sum(g.square().sum() for g in group).sqrt().item() for group in groups]
+    before = norms()
+    assert min(before) > 0 and lowrank.clip_gradients(net, 0.0).item() == pytest.approx(math.hypot(*before))
+    assert norms() == before  # only measured
+    limit = sorted(before)[1] if own else before[0] / 2  # clips one of three, leaves one alone
+    assert lowrank.clip_gradients(net, limit).item() == pytest.approx(math.hypot(*before))
+    assert norms() == pytest.approx([min(norm, limit) for norm in before], rel=1e-4)
+
+
 @pytest.mark.parametrize('bits', [None, 32, 16, 8])
 @pytest.mark.parametrize('kind', ['full', 'mhlora', 'galolte', 'galore'])
 def test_moments_are_as_wide_as_asked_for(kind, bits):
@@ -1887,14 +1870,6 @@ def test_moments_are_as_wide_as_asked_for(kind, bits):
     assert optimizer.state_bytes() == sum(x.nbytes for x in held)
 
 
-class Sub(nn.Linear):
-    pass
-
-
-class SubLayer(nn.TransformerEncoderLayer):
-    pass
-
-
 def linears(**modules):
     return nn.ModuleDict({'attn': nn.Linear(8, 16), **modules})
 
@@ -1914,19 +1889,15 @@ def shared_weight_but_not_bias():
     return net
 
 
-def split_heads():
-    return put(linears(), heads=2, split=True, merge_every=2)['attn']
+def split_heads(rows):
+    return put(linears(), heads=2, split=True, merge_every=2)['attn'].train(rows != 2)(torch.ones(rows, 8))
 
 
-def stepped_without_begin():
-    net = put(linears(), rank=2, factors='basis', merge_every=1)
+def in_basis(heads=1, merge_every=1, **settings):
+    net = put(linears(), heads=heads, rank=2, factors='basis', split=heads > 1, merge_every=merge_every)
+    optimizer = galore.LowRankAdamW(net, **settings)
     net['attn'](torch.ones(2, 8)).sum().backward()
-    galore.LowRankAdamW(net).step()
-
-
-def in_basis(**settings):
-    net = put(linears(), heads=2, rank=2, factors='basis', split=True, merge_every=4)
-    return galore.LowRankAdamW(net, **settings)
+    optimizer.step()
 
 
 @pytest.mark.parametrize('call, message', [
@@ -1937,7 +1908,7 @@ def in_basis(**settings):
     (lambda: put(linears(), 'attn'), "targets='attn' is a string"),
     (lambda: put(linears(attn=encoder_layer()), ('linear1',)), 'TransformerEncoderLayer'),
     (lambda: put(nn.TransformerEncoder(encoder_layer(), 2)), 'TransformerEncoderLayer'),
-    (lambda: put(linears(attn=encoder_layer(SubLayer)), ('linear1',)), 'SubLayer'),
+    (lambda: put(linears(attn=encoder_layer(type('Sub', (nn.TransformerEncoderLayer,), {})))), 'Sub'),
     (lambda: put(linears(attn=timm.models.beit.Attention(16, 2))), r"'attn' \(Attention\) reads"),
     (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('q', 'v')),
      r"'attn' \(EvaAttention\) reads"),
@@ -1948,12 +1919,11 @@ def in_basis(**settings):
     (lambda: put(linears(), rank=0), 'rank=0'), (lambda: put(linears(), factors='basis'), 'merge_every=1'),
     (lambda: put(linears(), heads=2, factors='basis', merge_every=4), 'split=True'),
     (lambda: put(linears(), heads=3, split=True, merge_every=4, workers=2), 'over 2 ranks'),
-    (lambda: split_heads().eval()(torch.ones(2, 8)), 'averaged_heads'),
-    (lambda: split_heads()(torch.ones(3, 8)), 'does not split over 2 heads'),
+    (lambda: split_heads(2), 'averaged_heads'), (lambda: split_heads(3), 'does not split over 2 heads'),
     (lambda: lowrank.check_training(linears(), torch.optim.SGD([nn.Parameter(torch.ones(1))])),
      'attn.weight and 1 more'),
     (lambda: in_basis(basis='qr'), "basis='qr'"), (lambda: in_basis(state_bits=4), 'state_bits=4'),
-    (lambda: in_basis(basis_every=6), 'no multiple of merge_every=4'), (stepped_without_begin, 'begin')])
+    (lambda: in_basis(2, 4, basis_every=6), 'no multiple of merge_every=4'), (in_basis, 'begin')])
 def test_what_would_go_wrong_in_silence_is_one_sentence(call, message):
     with pytest.raises(ValueError, match=message) as refusal:
         call()
@@ -1966,7 +1936,8 @@ def test_what_is_replaced_passed_over_or_clamped_is_named(capsys):
     thirds = [f'{block}.attn.c_attn.{part}' for block in blocks for part in 'qv']
     assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == thirds
     capsys.readouterr()
-    put(linears(mlp=nn.Sequential(nn.Linear(16, 8), Sub(8, 8))), ('attn', 'mlp'), rank=12, factors='basis',
+    other = type('Sub', (nn.Linear,), {})(8, 8)
+    put(linears(mlp=nn.Sequential(nn.Linear(16, 8), other)), ('attn', 'mlp'), rank=12, factors='basis',
         merge_every=1)
     said = capsys.readouterr().out
     assert '2 of 2 linear layers' in said and 'subclasses of nn.Linear: mlp.1' in said
@@ -2033,7 +2004,7 @@ def test_metrics_agree_with_a_hand_computation():
     assert train_vit.criterion(logits, several).item() == pytest.approx(by_hand.item())
 
 
-def test_augmentation_is_a_function_of_its_key_and_of_the_row():
+def test_augmentation_is_a_function_of_key_and_row_and_images_are_normalised_as_timm_has_it():
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
 
     def augmented(kind, key, rows=slice(None)):
@@ -2047,9 +2018,6 @@ def test_augmentation_is_a_function_of_its_key_and_of_the_row():
     wide = F.pad(images.float(), (2, 2, 2, 2), mode='replicate').byte()
     for a, b in zip(augmented('crop', (0,)), wide):
         assert any(torch.equal(a, b[:, i:i + 16, j:j + 16]) for i in range(5) for j in range(5))
-
-
-def test_images_are_normalised_as_timm_has_it():
     grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
     x = train_vit.normalised(grey, 28, mean, std, torch.float32)
@@ -2128,43 +2096,38 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
 # -----------------------------------------------------------------------------
 # the scripts: every method, on one process and on several
 
-MORE = {  # other settings of methods
-    'gpt_reset': ('lte', '--merge_reset=True'), 'gpt_logit': ('mhlora', '--lowrank=attn,logit'),
-    'gpt_relogit': ('relora', '--lowrank=attn,logit'),
-    'gpt_power': ('galolte', '--basis=power', '--state_bits=32'),
-    'llama_lean': ('galore_lean', '--rank=64', '--n_embd=64', '--n_mlp=96'),
-    'llama_power': ('galore', '--basis=power'),
-    'vit_melo': ('lora', '--lowrank=q,v', '--train=classifier')}
-BARE = '--gradient_accumulation_steps=1', '--grad_clip=0.0', '--weight_decay=0.0'  # see by_hand
-REPLICAS = {**{f'{script}_local_adamw': ('local_adamw',) for script in SCRIPTS},
-            'gpt_local': ('local_adamw', *BARE), 'gpt_replicas': ('lte', '--sync=merge', *BARE)}
-HALF = '--param_dtype=float32', '--dtype=bfloat16'
-SIXTEEN = '--param_dtype=bfloat16', '--dtype=bfloat16'
+RUNS = {f'{script}_{name}': name for script in SCRIPTS for name in METHODS}
+BARE = '--gradient_accumulation_steps=1 --grad_clip=0.0 --weight_decay=0.0'  # see by_hand
+REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} | {
+    'gpt_local': f'local_adamw {BARE}', 'gpt_replicas': f'lte --sync=merge {BARE}'}
+MORE = {  # methods with other settings
+    'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
+    'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
+    'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
+    'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 ONE_PROCESS = {
-    'gpt_dropout': ('full', '--dropout=0.1'), 'gpt_autocast': ('mhlora', *HALF),
-    'gpt_float16': ('lte', '--param_dtype=float32', '--dtype=float16', '--lowrank=attn,logit'),
-    'vit_probe': ('full', '--param_dtype=float32', '--dtype=float16', '--train=classifier'),
-    'vit_autocast': ('lora', *HALF), 'vit_8': ('galore', '--state_bits=8'),
-    'vit_checkpointing': ('galolte', '--basis=sketch', '--checkpointing=True'),
-    'llama_checkpointing': ('galore', '--basis=svd', '--checkpointing=True'),
-    'llama_bfloat16': ('fira', '--basis=svd', *SIXTEEN),
-    'llama_16': ('galore', '--basis=random', '--state_bits=16'),
-    'llama_leaner': (*MORE['llama_lean'], *SIXTEEN, '--checkpointing=True'),
-    'llama_dropin': ('full', '--optimizer=galore', '--basis=svd', '--rank=3', '--basis_every=3',
-                     '--per_layer=True', '--grad_clip=0')}
-RUNS = {f'{script}_{name}': (name,) for script in SCRIPTS for name in METHODS} | MORE | REPLICAS | ONE_PROCESS
-RUNS = {name: (name.split('_')[0], method(which, *['--augment=flip,crop'] * name.startswith('vit'),
-                                          '--gradient_accumulation_steps=2', *words))
-        for name, (which, *words) in RUNS.items()}
-SEVERAL = [name for name in RUNS if name not in ONE_PROCESS]  # also on two ranks
+    'gpt_dropout': 'full --dropout=0.1', 'gpt_autocast': 'mhlora --param_dtype=float32 --dtype=bfloat16',
+    'gpt_float16': 'lte --param_dtype=float32 --dtype=float16 --lowrank=attn,logit',
+    'llama_bfloat16': 'fira --basis=svd --param_dtype=bfloat16 --dtype=bfloat16',
+    'llama_leaner': f"{MORE['llama_lean']} --param_dtype=bfloat16 --dtype=bfloat16 --checkpointing=True",
+    'llama_checkpointing': 'galore --basis=svd --checkpointing=True',
+    'llama_16': 'galore --basis=random --state_bits=16',
+    'llama_dropin': 'full --optimizer=galore --basis=svd --rank=3 --basis_every=3 '
+                    '--per_layer=True --grad_clip=0',
+    'vit_autocast': 'lora --param_dtype=float32 --dtype=bfloat16', 'vit_8': 'galore --state_bits=8',
+    'vit_checkpointing': 'galolte --basis=sketch --checkpointing=True',
+    'vit_probe': 'full --param_dtype=float32 --dtype=float16 --train=classifier'}
+RUNS |= MORE | REPLICAS | ONE_PROCESS
+SEVERAL = [name for name in RUNS if name not in ONE_PROCESS]  # on two ranks, too
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power']  # where two stop and go on, too
 
 
 def run(name, root, out, *words):
     """The checkpoint that a run of RUNS ends with."""
-    script, own = RUNS[name]
-    return train(script, root, out, *own, *words)
+    script, (which, *own) = name.split('_')[0], RUNS[name].split()
+    own = ['--augment=flip,crop'] * (script == 'vit') + ['--gradient_accumulation_steps=2'] + own
+    return train(script, root, out, *method(which), *own, *words)
 
 
 @pytest.fixture(scope='session')
@@ -2203,6 +2166,8 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
         assert len(whole['sketches']) == len(bases) * (whole['settings']['basis'] == 'sketch')
         for Q in bases if bases[0].dtype == torch.float64 else ():
             close(Q.mT @ Q, torch.eye(Q.shape[1], dtype=torch.float64), 1e-9)
+    if 'relo' in name:  # factors were drawn anew at step 6, and their moments dropped
+        assert {state['step'] for key, state in whole['optimizer'].items() if key[-2:] in ('.A', '.B')} == {2}
     assert name != 'gpt_float16' or 0 < whole['scaler']['scale'] < 65536  # it skips the first steps
     log = records(runs(name, 8))
     losses = [record['val_loss'] for record in log if 'val_loss' in record]
@@ -2337,9 +2302,9 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('vit', f'{resume} --augment=flip', "augment='flip,crop'"),
             ('vit', f'{resume} --dataset=digits', "dataset='xrays'", "'digits'")]:
         refused(capsys, lambda: train(script, root, held[script], *words.split()), *needles)
-    for script, weights, needle in (('llama', 'gpt2', "'resume'"), ('gpt', tmp_path / 'no.safetensors', 'wte'),
-                                    ('gpt', tmp_path / 'bad.safetensors', 'damaged'),
-                                    ('gpt', 'nothing.safetensors', 'nothing.safetensors')):
+    for script, weights, needle in (
+            ('llama', 'gpt2', "'resume'"), ('gpt', tmp_path / 'no.safetensors', 'wte'),
+            ('gpt', tmp_path / 'bad.safetensors', 'damaged'), ('gpt', 'none.safetensors', 'none.')):
         words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--vocab_size=None'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
@@ -2347,6 +2312,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'holds a ViT')
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):  # a loss that is not finite
         train('gpt', root, held['gpt'], resume, '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
+    train('gpt', root, held['gpt'], '--eval_only=True', '--overwrite=True')
     assert before == {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
 
 
@@ -2483,8 +2449,8 @@ def spawn(request, root, tmp_path_factory):
         return
     out = tmp_path_factory.mktemp('ranks')
     code = f'import test_lowrank as t; t.several_ranks({str(root)!r}, {str(out)!r})'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--no_python',
-               sys.executable, '-c', code]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--no_python', sys.executable, '-c', code]
     with open(out / 'said', 'w') as said:
         process = subprocess.Popen(command, cwd=HERE, stdout=said, stderr=said)
     yield process, out
@@ -2564,6 +2530,6 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
         assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; buffers have none
         # the peak is in the optimizer's step, or not much more
         assert 4 * said['weights'] - 16384 < said['total'] < 9 * said['weights']
-    for words, needle in (([path, '--budget=12'], 'no number with a unit'), ([path, '--budget=xGB'], 'number'),
+    for words, needle in (([path, '--budget=12'], 'no number with a unit'), ([path, '--budget=xGB'], 'unit'),
                           ([tmp_path / 'no.py'], 'is not there'), ([bare], 'does not say whose it is')):
         refused(capsys, lambda: bench.memory([*map(str, words)]), needle)

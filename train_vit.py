@@ -395,9 +395,7 @@ def main(settings):
         run = build(settings, where, classes, checkpoint)
         step, best_val_auc = (checkpoint['step'], checkpoint['best_val_auc']) if checkpoint else (0, 0.0)
         del checkpoint
-        if s.eval_only:
-            os.makedirs(s.out_dir, exist_ok=True)
-        elif run.rank == 0:
+        if run.rank == 0:
             config.start_run(settings, step)
     counts = count_parameters(run.model)
     alone = s.lowrank and settings['train'] != 'all' and not s.merge_every  # heads on an unchanging base: an adapter

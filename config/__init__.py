@@ -73,11 +73,16 @@ def load(namespace, known, argv):
         fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
     method = (methods or ['full'])[0]
 
+    names = [name.removesuffix('.py') for name in os.listdir(os.path.join(os.path.dirname(__file__), 'methods'))]
     plain, tables, given = {}, {}, {}  # given: where each setting was set
     for path in paths:
         for key, value in _run_file(path, known, namespace).items():
             for name, entry in value.items() if isinstance(value, dict) else ():
                 _checked(known, key, entry, f'for {name} in {path}')
+                if name not in (*names, method):
+                    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+                    fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you mean "
+                         f"'{near}'?")
             where = tables if isinstance(value, dict) else plain
             if key in where and where[key] != value:
                 fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and {value!r}: "
@@ -127,7 +132,8 @@ def _run_file(path, known, namespace):
     scripts, script = re.findall(r'\btrain_\w+\.py', header), os.path.basename(namespace.get('__file__', ''))
     if scripts and script.startswith('train_') and script not in scripts:
         fail(f"config file '{path}' is one of {scripts[0]}: run that, or give a file of {script}")
-    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {node.id for part in tree.body if not isinstance(part, (ast.FunctionDef, ast.ClassDef))
+                for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     # functions, modules and lists only help to compute, and so does what starts with an underscore
     return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
             and (key in known or _is_plain(value) or isinstance(value, dict))}
@@ -203,7 +209,9 @@ CHECKS = (  # (what makes no sense together, the sentence)
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in '
      "'bfloat16' or 'float16' with weights in 'float32'"),
     (lambda s: s.batch_size % s.ranks, 'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
+    (lambda s: not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1), 'beta1={beta1} and beta2={beta2} must be at least 0, below 1'),
     # heads
+    (lambda s: s.lowrank and s.alpha <= 0, 'alpha={alpha} leaves heads without effect: set it above 0'),
     (lambda s: s.lowrank and s.optimizer != 'adamw',
      "optimizer={optimizer!r} is for full-rank weights: set optimizer='adamw', or lowrank='' (GaLore of low-rank layers "
      "is factors='basis')"),
@@ -227,8 +235,12 @@ CHECKS = (  # (what makes no sense together, the sentence)
     (lambda s: s.lowrank and s.split and s.ranks > 1 and s.state_bits == 8,
      'moments of split heads on several ranks are saved head by head, and blocks of 8 bits are not: set '
      'state_bits=None, 32 or 16'),
-    (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset and not s.split,
-     'merging shared heads without reset changes nothing: set merge_reset=True (ReLoRA) or split=True (LTE)'),
+    (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset
+     and not (s.split and s.heads > 1),
+     'merging one head, or heads that see the same tokens, without reset changes nothing: set merge_reset=True (ReLoRA) '
+     'or split=True and several heads (LTE)'),
+    (lambda s: s.sync == 'merge' and s.merge_every and s.ranks == 1,
+     "sync='merge' averages what several ranks train, and here is one process: start it with torchrun"),
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
      "sync='merge' averages at merges what several ranks train, beside split heads or without any: set merge_every, "
      "split=True with lowrank, and start it with torchrun, or set sync='step'"),
@@ -482,11 +494,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def _logged_before(line, step):
-    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again (it evaluates first)."""
+def _logged_before(line, step, evaluates):
+    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again. evaluates: right there."""
     try:
         record = json.loads(line)
-        return record['step'] < step or record['step'] == step and 'val_loss' not in record
+        return record['step'] < step or record['step'] == step and not (evaluates and 'val_loss' in record)
     except (ValueError, KeyError, TypeError):  # a crash cut it
         return False
 
@@ -495,6 +507,12 @@ def start_run(settings, step):
     """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten. step:
     where the run begins; lines that a crashed one logged after it are dropped."""
     out_dir = settings['out_dir']
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
+    if settings['eval_only']:  # changes nothing of what is there, but adds to the log
+        return
     held = [name for name in ('ckpt.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
     if held and settings['init_from'] != 'resume' and not settings['overwrite']:
         raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
@@ -505,18 +523,15 @@ def start_run(settings, step):
         except ImportError:
             raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
         wandb.init(project='nanoLowRank', name=out_dir, config=settings)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
     if settings['init_from'] != 'resume':
         for name in held + ['log.jsonl', 'adapter.safetensors']:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(out_dir, name))
     path = os.path.join(out_dir, 'log.jsonl')
-    if os.path.exists(path) and not settings['eval_only']:
+    if os.path.exists(path):
         with open(path, encoding='utf-8') as file:
-            lines = [line for line in file if _logged_before(line, step)]
+            evaluates = step % settings['eval_interval'] == 0 or step >= settings['max_iters']
+            lines = [line for line in file if _logged_before(line, step, evaluates)]
         with open(path + '.tmp', 'w', encoding='utf-8') as file:
             file.writelines(lines)
         os.replace(path + '.tmp', path)
@@ -558,7 +573,8 @@ def say_goodbye(settings, start, step, saved, stop, best):
     """The last lines of a run from step `start` to `step`, and what to do next. best: the best value so far, in words."""
     out_dir = settings['out_dir']
     if step == start and not settings['eval_only'] and not stop:
-        print(f"step {step} of {settings['max_iters']}: nothing to train, raise max_iters to go on")
+        print(f"step {step} of {settings['max_iters']}: nothing to train, raise "
+              f"{'epochs' if settings.get('epochs') else 'max_iters'} to go on")
     if step > start:  # without a best one where a signal came before the first evaluation
         so_far = f', {best}' if os.path.exists(f'{out_dir}/best.pt') else ''
         print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')

@@ -7,5 +7,5 @@ dataset = 'digits'
 batch_size = 64
 model, img_size, patch_size, n_layer, n_head, n_embd = 'vit_tiny_patch16_224', 32, 8, 6, 3, 96
 epochs, eval_interval, log_interval, warmup_iters = 40, 100, 20, 20
-learning_rate, min_lr, weight_decay = 2e-3, 1e-5, 0.05
+learning_rate, min_lr, weight_decay = {'full': 2e-3}, 1e-5, 0.05
 device, dtype = 'cpu', 'float32'

@@ -1,4 +1,4 @@
-# GaLoLTE: LTE's workers, all inside one subspace of the averaged gradient. Best rate: 2e-2 at 10.7M and at 3.3M.
+# GaLoLTE: LTE's workers, all inside one basis of the averaged gradient. Best rate: 1e-2 to 2e-2.
 lowrank = 'attn,mlp'
 heads, rank = 4, 64
 factors, split = 'basis', True

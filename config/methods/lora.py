@@ -1,4 +1,4 @@
-# LoRA: one head, r (m + n) of m n numbers train. Saves gradients and moments; learns within rank r. Rates: as mhlora.py.
+# LoRA: one head of r (m + n) numbers trains and W does not. Learns within rank r. Rates: not searched.
 lowrank = 'attn,mlp'
 heads, rank, alpha = 1, 64, 64.0
 factors, split = 'both', False

@@ -1,4 +1,4 @@
-# LoRA-FA: LoRA whose A stays as drawn; r m numbers train, and the backward pass keeps x A^T instead of x.
+# LoRA-FA: A stays as it was drawn, so only x A^T is kept for the backward pass. Rates: not searched.
 lowrank = 'attn,mlp'
 heads, rank, alpha = 1, 64, 64.0
 factors, split = 'B', False

@@ -1300,7 +1300,7 @@ def draw_quality():
 
 def draw_frontier():
     """Validation loss of the screening against bytes on the wire, each method's best for each rank or T."""
-    best, known = {}, ('', 'running sketch, shared bases')  # sent what today's code sends
+    best, known = {}, ('', 'first edition: running sketch, shared bases')  # sent what today's code sends
     for cell in kept('screening'):
         s = cell['settings']
         bytes_, edition = wire_bytes(s, SCREEN), s.get('superseded', '')

@@ -52,7 +52,7 @@ import galore
 import train_gpt
 import train_llama
 from galore import GaLoreAdamW, LowRankAdamW, bases_of, make_optimizer, param_groups
-from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_rest,
+from lowrank import (MHLoRALinear, apply_mhlora, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      lowrank_layers, merge, merged_state_dict, put_layers)
 from model import GPT, SIZES, GPTConfig, Llama, LlamaConfig
 from prepare import Tokens
@@ -213,11 +213,7 @@ def trainer(model, settings, batch=None):
         s['min_lr'] = s['learning_rate'] / 10
     with contextlib.redirect_stdout(None):
         put_layers(model, s)
-        if s['train'] == 'auto':
-            adapts = s['lowrank'] and s['factors'] != 'basis' and s['init_from'] != 'scratch'
-            s['train'] = ('classifier' if vit else 'factors') if adapts else 'all'
-        if s['train'] != 'all':
-            freeze_rest(model, ('logit',) if s['train'] == 'classifier' else ())
+        freeze_as_set(model, s, new=('logit',) * vit)
         optimizer = make_optimizer(model, s)
     device = next(model.parameters()).device.type
     if batch is None:
@@ -1087,7 +1083,7 @@ def readme(words):
     lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' and '.join(machines)}, "
               f"torch {' and '.join(torches)}: `python bench.py quality` (five minutes a run), then "
               '`python bench.py readme`.']
-    methods = ['| method | what it is, and the learning rate that was best |', '|---|---|']
+    methods = ['| method | what it is, and learning rates that were good |', '|---|---|']
     for path in sorted(glob.glob(f'{HERE}/config/methods/*.py')):
         with open(path, encoding='utf-8') as file:
             said = file.readline().removeprefix('# ').strip()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-EDITION = 2  # of checkpoints
+EDITION = 3  # of checkpoints
 
 # -----------------------------------------------------------------------------
 # the product
@@ -816,6 +816,18 @@ def freeze_rest(model, kinds=()):
     for name, parameter in model.named_parameters():
         if id(parameter) not in factors and not any(_wanted(name, kind) for kind in kinds):
             parameter.requires_grad_(False)
+
+
+def freeze_as_set(model, settings, new=()):
+    """
+    Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but where heads are put on
+    loaded weights the heads, and with them the kinds of layers in `new`, which the weights did not bring: 'classifier'.
+    """
+    if settings['train'] == 'auto':
+        adapts = settings['lowrank'] and settings['factors'] != 'basis' and settings['init_from'] != 'scratch'
+        settings['train'] = ('classifier' if new else 'factors') if adapts else 'all'
+    if settings['train'] != 'all':
+        freeze_rest(model, new if settings['train'] == 'classifier' else ())
 
 
 # -----------------------------------------------------------------------------

@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_rest,
+from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters)
 from model import SIZES, Llama, LlamaConfig
 
@@ -91,7 +91,7 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. settings['train'] is resolved.
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'] where it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -113,11 +113,7 @@ def build(settings, where, vocabulary, checkpoint=None):
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
-    if s.train == 'auto':
-        heads_alone = s.lowrank and s.factors != 'basis' and s.init_from != 'scratch'
-        settings['train'] = 'factors' if heads_alone else 'all'
-    if settings['train'] == 'factors':
-        freeze_rest(model)
+    freeze_as_set(model, settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')

@@ -90,7 +90,7 @@ from tqdm import tqdm
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_rest,
+from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      gather_state, load_adapter, load_state, load_weights, merge, merged_state_dict, own_heads,
                      put_layers, replica_parameters, save_adapter)
 
@@ -252,7 +252,7 @@ def build(settings, where, classes, checkpoint=None):
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
     shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
 
-    where: from config.join; classes: names; checkpoint: to go on from. settings['train'] is resolved.
+    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -272,11 +272,7 @@ def build(settings, where, classes, checkpoint=None):
     model.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
-    if s.train == 'auto':
-        heads_alone = s.lowrank and s.factors != 'basis' and s.init_from != 'scratch'
-        settings['train'] = 'classifier' if heads_alone else 'all'
-    if settings['train'] != 'all':
-        freeze_rest(model, ('logit',) if settings['train'] == 'classifier' else ())
+    freeze_as_set(model, settings, new=('logit',))
     about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
     if s.adapter and not checkpoint:
         load_adapter(model, s.adapter, about)

@@ -77,17 +77,20 @@ def load(namespace, known, argv):
     plain, tables, given = {}, {}, {}  # given: where each setting was set
     for path in paths:
         for key, value in _run_file(path, known, namespace).items():
-            for name, entry in value.items() if isinstance(value, dict) else ():
-                _checked(known, key, entry, f'for {name} in {path}')
+            where = tables if isinstance(value, dict) else plain
+            for name in value if where is tables else ():
                 if name not in (*names, method):
                     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
                     fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you mean "
                          f"'{near}'?")
-            where = tables if isinstance(value, dict) else plain
+            if where is tables:
+                value = {name: _checked(known, key, entry, f'for {name} in {path}') for name, entry in value.items()}
+            else:
+                value = _checked(known, key, value, f'in {path}')
             if key in where and where[key] != value:
                 fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and {value!r}: "
                      f'leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
-            where[key], given[key] = _checked(known, key, value, f'in {path}'), f'in {path}'
+            where[key], given[key] = value, f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
     settings = {**known, **plain, **chosen}
     for word in words:
@@ -103,6 +106,10 @@ def load(namespace, known, argv):
         if not found and key != 'lowrank' and not _without_effect(key, settings):
             fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: add it there, "
                  f'or set --{key}=')
+    if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
+            and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
+        fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file of "
+             'config/methods (or of another folder called methods), or set --learning_rate=')
     _check(settings, known, given)
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
@@ -136,7 +143,7 @@ def _run_file(path, known, namespace):
                 for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     # functions, modules and lists only help to compute, and so does what starts with an underscore
     return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
-            and (key in known or _is_plain(value) or isinstance(value, dict))}
+            and (key in known or _is_plain(value) or isinstance(value, dict) and value)}
 
 
 def _parse(text, default):
@@ -152,8 +159,6 @@ def _checked(known, key, value, where):
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
         fail(f"unknown setting '{key}' {where}: did you mean '{near}'?")
-    if isinstance(value, dict) and where.startswith('in '):  # a table, whose entries are checked one by one
-        return value
     wanted, seen = type(known[key]), type(value)
     if known[key] is None:  # such a default is worked out later
         wanted = seen if value is None else float if key == 'min_lr' else int
@@ -199,7 +204,7 @@ EFFECT = (  # (settings, where they do something, what it takes)
     ('basis basis_every scale', _takes_bases,
      "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
-    ('n_layer n_head n_embd bias vocab_size', lambda s: s.vit or s.init_from in ('scratch', 'resume'),
+    ('n_layer n_head n_embd bias vocab_size', lambda s: not s.loads or s.init_from in ('scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # (what makes no sense together, the sentence)
@@ -271,6 +276,7 @@ CHECKS = (  # (what makes no sense together, the sentence)
 def _named(settings):
     """The settings as attributes; those that only one script has are there for all."""
     return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
+                           loads='bias' in settings,  # GPT takes weights that have their own shape
                            ranks=int(os.environ.get('WORLD_SIZE', 1)))
 
 
@@ -489,8 +495,8 @@ def load_checkpoint(path):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
     if checkpoint.get('edition') != EDITION:
-        raise ValueError(f"'{path}' was written by the first edition of this project, whose layers were others: train "
-                         'anew, or go on with that edition')
+        raise ValueError(f"'{path}' was written by the first edition of this project, or on the way to this one, with "
+                         'other layers: train anew, or go on with that edition')
     return checkpoint
 
 
@@ -602,9 +608,8 @@ class Meter:
     """
     What a loop adds up between two lines of the log.
 
-    device: where losses are; ddp_bytes: what DDP reduces a step. `losses` and `norm`, of the loss of a step and of its
-    gradient, stay on the device: but for merges that draw new heads, `read` is the only place of a training step where
-    the host waits for it.
+    device: where losses are; ddp_bytes: what DDP reduces a step. The sum of the losses and the last gradient's norm stay
+    on the device: but for merges that draw new heads, `read` is the only place of a training step where the host waits.
     """
 
     def __init__(self, device, ddp_bytes):

@@ -11,6 +11,7 @@ rank = {'mhlora': 8, 'lte': 8, 'lora': 32, 'lora_fa': 32, 'relora': 32, 'galore'
         'fira': 32}
 alpha = {'mhlora': 32.0, 'lte': 8.0, 'lora': 32.0, 'lora_fa': 32.0, 'relora': 32.0}
 basis_every = dict.fromkeys(('galore', 'galore_lean', 'galolte', 'fira'), 50)
+# rates and beta2 but mhlora's are those of 3.3M parameters, not searched here
 learning_rate = {'full': 2e-3, 'local_adamw': 2e-3, 'lora': 4e-3, 'lora_fa': 4e-3, 'mhlora': 2e-3, 'lte': 4e-3,
                  'relora': 4e-3, 'galore': 2e-2, 'galore_lean': 2e-2, 'galolte': 2e-2, 'fira': 1e-2}
 beta2 = dict.fromkeys(learning_rate, 0.99) | dict.fromkeys(('galore', 'galore_lean', 'galolte', 'fira'), 0.999)

@@ -175,14 +175,15 @@ def test_files_compose_in_any_order(tmp_path):
     paths = write_files(
         tmp_path, m_galore="lowrank, factors, merge_every, rank = 'attn', 'basis', 1, 64\nbeta2 = 0.9",
         run="batch_size = 8\nlearning_rate = {'full': 1e-3, 'galore': n_layer * 1e-3}\nrank = {'galore': 4}\n"
-            "beta1, alpha, lowrank = {'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}",
+            "beta1, alpha, lowrank, scale = {'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}, {'galore': 1}",
         more='batch_size = 8\nbeta1 = 0.8')
     words = [*paths.values(), '--seed=3']
     first, *others = [settings_of(train_gpt, *order) for order in itertools.permutations(words)]
     assert all(other == first for other in others)
     changed = {key: value for key, value in first.items() if value != train_gpt.defaults[key]}
-    assert changed == dict(lowrank='attn', factors='basis', merge_every=1, rank=4, batch_size=8, seed=3,
+    assert changed == dict(lowrank='attn', factors='basis', merge_every=1, rank=4, batch_size=8, seed=3, scale=1.0,
                            beta1=0.8, beta2=0.9, learning_rate=0.012, min_lr=0.012 / 10)  # tables win
+    assert isinstance(first['scale'], float)  # entries of tables have the types of settings, too
     full = settings_of(train_gpt, paths['run'], paths['more'], '--min_lr=0.0')
     assert (full['learning_rate'], full['rank'], full['min_lr']) == (1e-3, 8, 0.0)  # no rank is missed
     assert settings_of(train_gpt, *paths.values(), '--learning_rate=1')['learning_rate'] == 1.0
@@ -209,6 +210,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--lowrank=attn --alpha=0', 1, 'above 0'), ('gpt', '--beta2=1', 1, 'below 1'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
+    ('gpt', 'config/quickstart.py --lowrank=attn --rank=4 --alpha=4', 1, 'learning_rate in config/quickstart.py is that'),
     ('gpt', '--basis=svd', 1, "basis='svd' on the command line has no effect: no basis is taken"),
     ('vit', '--lowrank=attn --basis_every=5', 1, 'no basis'),
     ('vit', '--epochs=2 --max_iters=9', 1, 'max_iters=9 on the command line has no effect: epochs'),

@@ -136,22 +136,23 @@ def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
           beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
 
-def adam_(R, M, V, age, betas=(0.9, 0.999), eps=1e-6, correct_bias=True):
-    """Adam's moments M, V take in R, in place; returns minus the normalised direction in R's own memory, where
+def adam_(R, M, V, age, betas=(0.9, 0.999), eps=1e-6, correct_bias=True, into=None, lr=1.0, keep=0.0):
+    """Adam's moments M, V take in R, in place, and `into` becomes keep * into - lr * rho, where
 
         rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
 
     has eps before the bias correction as in galore-torch (torch divides by the correction first, so its eps is divided
-    too). It is torch's kernel, one pass over memory: at lr 1 and decay 1 the "parameter" is wiped out before the
-    update is taken from it, so the gradient's own memory can be the parameter."""
+    too). Without `into` that is R's own memory, which minus rho replaces. Returns it. It is torch's kernel, one pass
+    over memory, which takes each number of the gradient before it writes one."""
     if correct_bias:
         eps = eps / math.sqrt(1 - betas[1] ** age)
     else:
         age = math.inf  # has no bias left to correct
     if R.stride() != M.stride():  # the kernel reads raw memory
         R = torch.empty_like(M).copy_(R)
-    fused_adam_([R], [R], [M], [V], age, 1.0, betas, eps, 1.0)
-    return R
+    into = R if into is None else into
+    fused_adam_([into], [R], [M], [V], age, lr, betas, eps, (1 - keep) / lr if lr else 0.0)
+    return into
 
 
 def turn_moments(M, V, C, left):
@@ -422,6 +423,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                   if torch.is_tensor(x)})
 
 
+def step_(p, state, lr, keep, group, eps):
+    """p <- keep p - lr rho(p.grad), with eps before the bias correction; one pass where moments are of p's dtype."""
+    betas, correct_bias = group['betas'], group['correct_bias']
+    if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype:
+        adam_(p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], betas, eps, correct_bias, p, lr, keep)
+    else:
+        p.mul_(keep).add_(adam_step_(p.grad, state, betas, eps, correct_bias), alpha=lr)
+
+
 def plain_step_(params, states, group):
     """torch.optim.AdamW on parameters with .grad: eps after the bias correction, decay before the update. Moments of
     another dtype than their parameter's (`state_bits`) are float32 in chunks."""
@@ -435,8 +445,7 @@ def plain_step_(params, states, group):
             fused.setdefault((p.dtype, state['step']), []).append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
         else:
             eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['step']) if group['correct_bias'] else 1.0)
-            direction = adam_step_(p.grad, state, group['betas'], eps, group['correct_bias'])
-            p.mul_(1 - group['lr'] * group['weight_decay']).add_(direction, alpha=group['lr'])
+            step_(p, state, group['lr'], 1 - group['lr'] * group['weight_decay'], group, eps)
     for (_, age), tensors in fused.items():
         fused_adam_(*map(list, zip(*tensors)), age if group['correct_bias'] else math.inf, group['lr'], group['betas'],
                     group['eps'], group['weight_decay'])
@@ -608,14 +617,15 @@ class LowRankAdamW(GaLoreAdamW):
             if 'exp_avg' not in state:
                 new_moments(state, p, group['state_bits'])
             state['step'] += 1
-            U = adam_step_(p.grad, state, group['betas'], group['eps'], group['correct_bias'])
             alpha = group['lr'] * group['scale'] * keep
             if layer.zero:
+                U = adam_step_(p.grad, state, group['betas'], group['eps'], group['correct_bias'])
                 P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
                 add_back_(layer.weight, U[0], P, Q, alpha, keep)
             else:
-                layer.weight.mul_(keep)
-                p.mul_(keep).add_(U, alpha=alpha)
+                if keep != 1:
+                    layer.weight.mul_(keep)
+                step_(p, state, alpha, keep, group, group['eps'])
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""

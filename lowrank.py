@@ -31,6 +31,16 @@ EDITION = 3  # of checkpoints
 # the product
 
 
+def _cast(factor, dtype):
+    """A factor (groups, ...) in another dtype; one that all groups share, as a basis is, is cast once."""
+    return factor[:1].to(dtype).expand_as(factor) if factor.stride(0) == 0 else factor.to(dtype)
+
+
+def _times(x, factor):
+    """x (groups, tokens, k) times a factor (groups, k, l); one that all groups share makes one product of all."""
+    return (x.flatten(0, 1) @ factor[0]).unflatten(0, x.shape[:2]) if factor.stride(0) == 0 else torch.bmm(x, factor)
+
+
 class _LowRankProduct(torch.autograd.Function):
     """See `low_rank_product`."""
 
@@ -41,9 +51,9 @@ class _LowRankProduct(torch.autograd.Function):
         y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
         z, time = None, len(flat) // groups
         if not zero or trains_B:
-            z = torch.bmm(flat.view(groups, time, n), A.to(x.dtype).mT)  # (groups, tokens / groups, r)
+            z = _times(flat.view(groups, time, n), _cast(A, x.dtype).mT)  # (groups, tokens / groups, r)
         if not zero:
-            y.view(groups, time, y.shape[-1]).baddbmm_(z, B.to(x.dtype).mT, alpha=scale)
+            y.view(groups, time, y.shape[-1]).baddbmm_(z, _cast(B, x.dtype).mT, alpha=scale)
         # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
         keeps_x = trains_A or whole is not None or sketch is not None
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
@@ -61,26 +71,28 @@ class _LowRankProduct(torch.autograd.Function):
         d = dflat.view(groups, time, dy.shape[-1])  # (groups, tokens / groups, m)
         dx = db = dA = dB = dwhole = dsketch = dz = None
         if needs_A or not ctx.zero:
-            dz = torch.bmm(d, B.to(dy.dtype)).mul_(ctx.scale)  # (groups, tokens / groups, r)
+            dz = _times(d, _cast(B, dy.dtype))  # (groups, tokens / groups, r)
+            dz = dz.mul_(ctx.scale) if ctx.scale != 1 else dz
         if needs_x:
             dx = dflat @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.zero:
-                dx.view(groups, time, n).baddbmm_(dz, A.to(dy.dtype))
+                dx.view(groups, time, n).baddbmm_(dz, _cast(A, dy.dtype))
             dx = dx.view(*dy.shape[:-1], n)
         if needs_b:
             db = dflat.sum(0)
-        if needs_A:
-            dA = torch.bmm(dz.mT, x.view(groups, time, n))  # (groups, r, n)
-            dA = dA.mul_(ctx.gain) if ctx.gain != 1 else dA
-        if needs_B:
-            dB = torch.bmm(z.mT, d).mul_(ctx.scale * ctx.gain).mT  # (groups, m, r)
-        if needs_whole:
-            dwhole = torch.bmm(d.mT, x.view(groups, time, n)).mul_(ctx.gain)  # (groups, m, n)
         sequences = len(dy) if dy.dim() > 1 else 1
         if needs_sketch and needs_A:
             dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences)  # (m, r)
         elif needs_sketch:
             dsketch = second_moment(x, dflat, z.flatten(0, 1), sequences)  # (n, r)
+        if needs_whole:
+            dwhole = torch.bmm(d.mT, x.view(groups, time, n)).mul_(ctx.gain)  # (groups, m, n)
+        if needs_A:
+            dz = dz.mul_(ctx.gain) if ctx.gain != 1 else dz  # smaller than what it is multiplied into
+            dA = torch.bmm(dz.mT, x.view(groups, time, n))  # (groups, r, n)
+        if needs_B:
+            z = z * (ctx.scale * ctx.gain) if ctx.scale * ctx.gain != 1 else z
+            dB = torch.bmm(z.mT, d).mT  # (groups, m, r)
         return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None
 
 

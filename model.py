@@ -21,10 +21,18 @@ from torch.utils.checkpoint import checkpoint
 ONE_PIECE = 2**26  # logits: up to here, 0.8 GB at most, chunks would cost more time than their memory is worth
 
 
-def language_loss(head, x, targets):
+class CrossEntropy(nn.Module):
+    """Mean cross entropy in float32 or wider. A module, so that it can be compiled, as a block is: the wide logits then
+    never reach memory."""
+
+    def forward(self, logits, targets):
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def language_loss(head, x, targets, cross_entropy=CrossEntropy()):
     """
     Mean cross entropy in nats per token. head: the output layer; x: (batch, time, width); targets: (batch, time), where
-    -100 does not count.
+    -100 does not count; cross_entropy: what computes it where all logits are there at once.
 
     Above ONE_PIECE logits a plain nn.Linear goes through F.linear_cross_entropy in chunks of tokens, so that the
     logits of all tokens never exist together; what the chunks add up is float32. Below, on two CPU cores, 2,048
@@ -34,8 +42,7 @@ def language_loss(head, x, targets):
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
     chunks = type(head) is nn.Linear and head.out_features > head.in_features
     if not chunks or len(targets) * head.out_features <= ONE_PIECE:
-        logits = head(x)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        return cross_entropy(head(x), targets)
     weight = head.weight
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -120,7 +127,7 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
@@ -149,7 +156,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
         x = self.hidden(idx)
-        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets)
+        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
 
     @classmethod
     def from_pretrained(cls, source, block_size=1024, dropout=0.0):
@@ -290,7 +297,7 @@ class Llama(nn.Module):
             layers=nn.ModuleList([LlamaLayer(config) for _ in range(config.n_layer)]),
             norm=nn.RMSNorm(config.n_embd, eps=1e-6),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
         self.init_weights()
 
     @torch.no_grad()
@@ -321,7 +328,7 @@ class Llama(nn.Module):
     def forward(self, idx, targets=None):
         """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
         x = self.hidden(idx)
-        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets)
+        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
 
 
 # -----------------------------------------------------------------------------

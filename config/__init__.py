@@ -401,8 +401,8 @@ def wrap(model, where, compiled, apart=()):
 
     from lowrank import keep_out_of_ddp
     if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
-        for block in model.blocks:
-            block.compile(fullgraph=True)
+        for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
+            part.compile(fullgraph=True)
     carried = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p not in apart)
     if where.ranks == 1 or not carried:
         return model, 0

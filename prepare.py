@@ -510,19 +510,19 @@ def open_shards(folder, meta, split=None):
             if split in (None, shard['split'])]
 
 
-def ensure(name, root='data'):
+def ensure(name, data_dir='data'):
     """Prepare an embedded data set (stdlib, digits, digits_shifted) when it is missing; MissingData (a
     FileNotFoundError) for any other."""
-    if Path(root, name, 'meta.json').exists():
+    if Path(data_dir, name, 'meta.json').exists():
         return
     if name not in ('stdlib', *DIGITS):
-        state = 'only half prepared' if Path(root, name, 'progress.json').exists() else 'not there'
+        state = 'only half prepared' if Path(data_dir, name, 'progress.json').exists() else 'not there'
         arguments = name if name in {*TOKENIZERS} - {'text'} else f'text --input FILE --name {name}'
         if flag := re.fullmatch('([a-z]+mnist)(?:_(64|128|224))?', name):
             arguments = f'{flag[1]} --size {flag[2] or 28}'
-        arguments += '' if str(root) == 'data' else f' --root {root}'
+        arguments += '' if str(data_dir) == 'data' else f' --data_dir {data_dir}'
         raise MissingData(f"data set '{name}' is {state}: run 'python prepare.py {arguments}'")
-    main([name, '--root', str(root)])
+    main([name, '--data_dir', str(data_dir)])
 
 
 def permute(index, size, *key):
@@ -555,9 +555,9 @@ class Split:
     """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads items, and `first`, the
     number of the first item of each shard, with their total at the end."""
 
-    def __init__(self, name, split, kind, root):
-        ensure(name, root)
-        folder = Path(root, name)
+    def __init__(self, name, split, kind, data_dir):
+        ensure(name, data_dir)
+        folder = Path(data_dir, name)
         self.meta = read_meta(folder / 'meta.json')
         held = self.meta.get('kind', 'tokens')
         if held != kind:
@@ -595,8 +595,8 @@ class Tokens(Split):
     (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than the data,
     MissingData (a FileNotFoundError too) where something is missing."""
 
-    def __init__(self, name, split, block_size, root='data'):
-        super().__init__(name, split, 'tokens', root)
+    def __init__(self, name, split, block_size, data_dir='data'):
+        super().__init__(name, split, 'tokens', data_dir)
         self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])  # window of each shard
         self.num_windows = int(self.first[-1])
@@ -628,8 +628,8 @@ class Images(Split):
     the task, `size` the pixels of a side, `channels` 1 or 3. `batch` gives images (rows, channels, size, size), uint8,
     and labels: int64 (rows,), or float32 (rows, num_classes) where an image has several. Errors as for Tokens."""
 
-    def __init__(self, name, split, root='data'):
-        super().__init__(name, split, 'images', root)
+    def __init__(self, name, split, data_dir='data'):
+        super().__init__(name, split, 'images', data_dir)
         self.classes, self.task, self.size, self.channels = (
             self.meta[key] for key in ('classes', 'task', 'size', 'channels'))
         self.num_classes = len(self.classes)
@@ -662,7 +662,7 @@ def prepare_images(args, info):
     """args: those of the command line; info: the data set's entry of medmnist.INFO, None for digits."""
     if info:
         name = args.data + f'_{args.size}' * (args.size != 28)  # as MedMNIST names its files
-        path = Path(args.path or args.root, f'{name}.npz')
+        path = Path(args.path or args.data_dir, f'{name}.npz')
         if args.path and not path.is_file():
             raise MissingData(f"'{path}' is missing: --path is a folder with MedMNIST's archives")
         source = f'{path.name} ({path.stat().st_size} bytes)' if args.path else info[f'url{name[len(args.data):]}']
@@ -674,7 +674,7 @@ def prepare_images(args, info):
         chunks = partial(digit_images, name == 'digits_shifted')
         about = {'size': 32, 'channels': 3, 'classes': [*'0123456789'], 'task': 'multi-class', 'flag': None}
     settings = {'source': source, 'kind': 'images', **about, 'shard_bytes': args.shard_bytes}
-    write_images(Path(args.root, args.name or name), chunks, settings, args.overwrite)
+    write_images(Path(args.data_dir, args.name or name), chunks, settings, args.overwrite)
 
 
 def main(argv):
@@ -693,8 +693,8 @@ def main(argv):
     parser.add_argument('--shard_tokens', type=int, default=100_000_000, help='tokens of a shard')
     parser.add_argument('--size', type=int, choices=[28, 64, 128, 224], default=28, help='MedMNIST: pixels of a side')
     parser.add_argument('--shard_bytes', type=int, default=10**9, help='of a shard of images')
-    parser.add_argument('--name', help='of the folder under the root; default: that of the data, with _SIZE unless 28')
-    parser.add_argument('--root', default='data')
+    parser.add_argument('--name', help='of the folder in data_dir; default: that of the data, with _SIZE unless 28')
+    parser.add_argument('--data_dir', default='data')
     parser.add_argument('--overwrite', action='store_true', help='prepare anew what is there already')
     args = parser.parse_args(argv)
     info = {} if args.data in (*TOKENIZERS, *DIGITS) else medmnist_info()
@@ -743,7 +743,7 @@ def main(argv):
         documents = partial(hub_documents, args.data, args.path, args.tokens)
     settings = {'source': source, 'tokenizer': args.tokenizer or TOKENIZERS[args.data],
                 'shard_tokens': args.shard_tokens, 'limit': args.tokens}
-    write_data(Path(args.root, args.name or args.data), documents, settings, fraction, args.overwrite)
+    write_data(Path(args.data_dir, args.name or args.data), documents, settings, fraction, args.overwrite)
 
 
 if __name__ == '__main__':

@@ -375,7 +375,7 @@ def parquet(path, **columns):
 
 
 def prepare_text(root, *words):
-    prepare.main(['text', '--tokenizer', 'bytes', '--root', str(root), '--input', *map(str, words)])
+    prepare.main(['text', '--tokenizer', 'bytes', '--data_dir', str(root), '--input', *map(str, words)])
 
 
 def all_tokens(root, name, split):
@@ -500,7 +500,7 @@ def test_readers_name_what_is_wrong_and_the_remedy(root, tmp_path):
             (lambda: prepare.Tokens('tiny', 'test', 8, root), "no split 'test'"),
             (lambda: prepare.Tokens('digits', 'train', 8, root), "'digits' holds images, not tokens"),
             (lambda: prepare.Images('bloodmnist_224', 'train', tmp_path),
-             "run 'python prepare.py bloodmnist --size 224 --root"),
+             "run 'python prepare.py bloodmnist --size 224 --data_dir"),
             (lambda: prepare.Images('digits', 'valid', root), "no split 'valid': use one of train, val")):
         with pytest.raises(prepare.DataError, match=message):
             call()
@@ -587,7 +587,7 @@ def test_cnn_dailymail_comes_from_a_folder_in_the_layout_of_the_hub(tmp_path):
         name = f'{split}-0000{file}-of-0000{1 + (split == "train")}.parquet'
         parquet(tmp_path / '3.0.0' / name, article=ids, highlights=[f'short {i}' for i in ids], id=ids)
         wanted[split] += [f'{i}\n\nshort {i}' for i in ids]
-    prepare.main(['cnn_dailymail', '--path', str(tmp_path), '--tokenizer', 'bytes', '--root', str(tmp_path)])
+    prepare.main(['cnn_dailymail', '--path', str(tmp_path), '--tokenizer', 'bytes', '--data_dir', str(tmp_path)])
     assert texts_of(tmp_path, 'cnn_dailymail') == list(wanted.values())
 
 
@@ -600,7 +600,7 @@ def test_c4_keeps_its_validation_stops_where_asked_and_goes_on_after_an_interrup
             out.write('\n'.join(map(json.dumps, rows)))
 
     def c4(root, *words):
-        prepare.main(['c4', '--path', str(tmp_path / 'hub'), '--tokenizer', 'bytes', '--root', str(root),
+        prepare.main(['c4', '--path', str(tmp_path / 'hub'), '--tokenizer', 'bytes', '--data_dir', str(root),
                       '--shard_tokens', '18_000', *words])
     c4(tmp_path)
     train, val = ([document.splitlines()[0] for document in split] for split in texts_of(tmp_path, 'c4'))
@@ -634,7 +634,7 @@ def test_c4_keeps_its_validation_stops_where_asked_and_goes_on_after_an_interrup
 def test_a_kill_leaves_no_half_written_shard_and_what_is_prepared_is_overwritten_on_demand(tmp_path, capsys):
     path, more = numbered(tmp_path / 'a.txt', 40_000), ['--shard_tokens', '20_000']
     prepare_text(tmp_path, path, '--name', 'whole', *more)
-    command = [sys.executable, prepare.__file__, 'text', '--input', str(path), '--name', 'killed', '--root',
+    command = [sys.executable, prepare.__file__, 'text', '--input', str(path), '--name', 'killed', '--data_dir',
                str(tmp_path), '--tokenizer', 'bytes', *more]
     process, folder = subprocess.Popen(command), tmp_path / 'killed'
     while not (folder / 'train_000003.bin').exists() and process.poll() is None:
@@ -661,7 +661,7 @@ def test_gpt2_tokens_round_trip(tmp_path):
     except prepare.DataError as error:
         pytest.skip(str(error))
     path = numbered(tmp_path / 'a.txt', 500)
-    prepare.main(['text', '--input', str(path), '--root', str(tmp_path)])
+    prepare.main(['text', '--input', str(path), '--data_dir', str(tmp_path)])
     data = prepare.Tokens('text', 'train', 8, tmp_path)
     assert (data.vocab_size, data.meta['eot'], data.shards[0].dtype) == (50257, encoding.eot_token, '<u2')
     text = ''.join(encoding.decode(all_tokens(tmp_path, 'text', part).tolist()) for part in ('train', 'val'))
@@ -690,7 +690,7 @@ def archive(folder, flag='pathmnist', size=28, compressed=False, counts=COUNTS, 
 
 
 def prepare_images(root, flag='pathmnist', *words):
-    prepare.main([flag, '--path', str(root), '--root', str(root), '--shard_bytes', '1_000_000', *words])
+    prepare.main([flag, '--path', str(root), '--data_dir', str(root), '--shard_bytes', '1_000_000', *words])
 
 
 @pytest.mark.parametrize('flag, size, compressed', [
@@ -788,7 +788,7 @@ def test_mistakes_in_the_command_are_one_sentence_and_exit_code_2(tmp_path):
             ('digits --tokens 3', '--tokens'), ('stdlib --shard_bytes 3', '--shard_bytes'),
             ('pathmnist --shard_bytes 0', 'at least 1')):
         with pytest.raises(prepare.DataError, match=message):
-            prepare.main([*command.split(), '--root', str(tmp_path / 'data')])
+            prepare.main([*command.split(), '--data_dir', str(tmp_path / 'data')])
     run = subprocess.run([sys.executable, prepare.__file__, 'stdlb'], capture_output=True, text=True)
     assert run.returncode == 2 and not run.stdout and run.stderr.count('\n') == 1
     assert 'Traceback' not in run.stderr and not (tmp_path / 'data').exists()
@@ -801,7 +801,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
     code = ('import config, prepare, sys, tqdm, filelock\n'
             "before = config.peak_memory_bytes('cpu'); prepare.main(sys.argv[1:])\n"
             "print(config.peak_memory_bytes('cpu') - before)")
-    command = ['pathmnist', '--size', '224', '--path', str(tmp_path), '--root', str(tmp_path)]
+    command = ['pathmnist', '--size', '224', '--path', str(tmp_path), '--data_dir', str(tmp_path)]
     run = subprocess.run([sys.executable, '-c', code, *command], cwd=HERE, capture_output=True, check=True)
     assert 0 < int(run.stdout.split()[-1]) < 30e6, run.stdout
 

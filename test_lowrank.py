@@ -391,7 +391,7 @@ def texts_of(root, name):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*')) if path.name != '.lock'}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*')) if path.suffix != '.lock'}
 
 
 @contextlib.contextmanager
@@ -478,13 +478,15 @@ def test_shards_round_trip(tmp_path, vocab_size, item):
     encoding = mock.Mock(n_vocab=vocab_size, eot_token=vocab_size - 1)  # its tokens: the numbers in the text
     encoding.encode_to_numpy = lambda text, disallowed_special: np.array(text.split(), np.uint32)
     rows = [np.random.default_rng(i).integers(0, vocab_size - 1, 100) for i in range(50)]
-    meta = {'limit': None, 'shard_tokens': 1000, 'val_below': 0, 'lowest_hash': 0, 'consumed': 0,
-            'shards': [], 'tokens': {'train': 0, 'val': 0}, 'documents': {'train': 0, 'val': 0}}
-    prepare.write_shards(tmp_path, meta, lambda: (('train', ' '.join(map(str, row)), True) for row in rows),
-                         encoding)
-    shards = [prepare.open_shard(tmp_path / shard['file'], shard['tokens']) for shard in meta['shards']]
-    assert len(shards) == 5 and shards[0].dtype == f'<u{item}'
-    assert np.array_equal(np.concatenate(shards), np.concatenate([[*row, vocab_size - 1] for row in rows]))
+    documents = [(split, ' '.join(map(str, row)), True) for split in ('train', 'val') for row in rows]
+    settings = {'limit': None, 'shard_tokens': 1000, 'vocab_size': vocab_size}
+    fill = functools.partial(prepare.write_tokens, documents=lambda: documents, encoding=encoding, val_below=0)
+    prepare.write(tmp_path, settings, fill, overwrite=False)
+    for split in ('train', 'val'):
+        data = prepare.Tokens(tmp_path.name, split, 8, tmp_path.parent)
+        assert len(data.shards) == 5 and data.shards[0].dtype == f'<u{item}'
+        assert np.array_equal(np.concatenate(data.shards), sum([[*row, vocab_size - 1] for row in rows], []))
+        assert data.meta['bytes'][split] == sum(len(text) for _, text, _ in documents[:50])
     header = (tmp_path / 'train_000000.bin').read_bytes()[:32]
     assert header == b'nLRshard' + struct.pack('<IIQQ', 1, item, 1010, 0)
 
@@ -540,6 +542,8 @@ def test_validation_is_not_the_tail_and_nothing_is_lost(root, tmp_path):
         prepare_text(tmp_path, numbered(tmp_path / 'few.txt', few), '--name', few)
         tokens = [len(all_tokens(tmp_path, f'{few}', split)) for split in ('train', 'val')]
         assert 0 < tokens[1] < tokens[0] + 300
+        held = prepare.Tokens(f'{few}', 'val', 1, tmp_path).meta['bytes']
+        assert sum(held.values()) == (tmp_path / 'few.txt').stat().st_size and held['val'] < tokens[1]
     (tmp_path / 'one.txt').write_text('one line\n')
     with pytest.raises(prepare.DataError, match='too little text'):
         prepare_text(tmp_path, tmp_path / 'one.txt')
@@ -587,11 +591,12 @@ def test_cnn_dailymail_comes_from_a_folder_in_the_layout_of_the_hub(tmp_path):
         name = f'{split}-0000{file}-of-0000{1 + (split == "train")}.parquet'
         parquet(tmp_path / '3.0.0' / name, article=ids, highlights=[f'short {i}' for i in ids], id=ids)
         wanted[split] += [f'{i}\n\nshort {i}' for i in ids]
-    prepare.main(['cnn_dailymail', '--path', str(tmp_path), '--tokenizer', 'bytes', '--data_dir', str(tmp_path)])
+    prepare.main(['cnn_dailymail', '--path', str(tmp_path), '--tokenizer', 'bytes',
+                  '--data_dir', str(tmp_path)])
     assert texts_of(tmp_path, 'cnn_dailymail') == list(wanted.values())
 
 
-def test_c4_keeps_its_validation_stops_where_asked_and_goes_on_after_an_interruption(tmp_path):
+def test_c4_keeps_its_validation_stops_where_asked_and_begins_anew_after_an_interruption(tmp_path):
     (tmp_path / 'hub' / 'en').mkdir(parents=True)  # the hub's layout
     files = ['train.00000-of-01024', 'train.00001-of-01024', 'validation.00000-of-00008']
     for file in files:
@@ -610,32 +615,27 @@ def test_c4_keeps_its_validation_stops_where_asked_and_goes_on_after_an_interrup
     assert 20_000 <= len(all_tokens(tmp_path, 'some', 'train')) < 20_300
     whole = files_of(tmp_path / 'c4')
     assert len(whole) == 10
-    for renames in (0, 1, 2, 7, 8, 9, 10):  # of shards and progress.json
+    for renames in range(10):  # of shards and meta.json
         folder = tmp_path / f'{renames}' / 'c4'
         with interrupted_after(renames):
             c4(folder.parent)
-        shards = {name: x for name, x in files_of(folder).items() if name.endswith('.bin')}
-        assert all(whole[name] == x for name, x in shards.items())  # what has the name of a shard is whole
-        begun = (folder / 'progress.json').exists()
-        assert begun == (renames > 1)
-        with pytest.raises(FileNotFoundError, match='only half prepared' if begun else 'not there'):
+        assert not files_of(folder)
+        with pytest.raises(FileNotFoundError, match='not there'):
             prepare.Tokens('c4', 'train', 8, folder.parent)
-        kept = {}
-        if begun:
-            shards = json.loads((folder / 'progress.json').read_text())['shards']
-            kept = {shard['file']: (folder / shard['file']).stat().st_mtime_ns for shard in shards}
-            with pytest.raises(prepare.DataError, match='limit None, not 7'):  # another command
-                c4(folder.parent, '--tokens', '7')
-        c4(folder.parent)
-        assert files_of(folder) == whole
-        assert kept == {name: (folder / name).stat().st_mtime_ns for name in kept}  # not written again
+        c4(folder.parent, '--tokens', '20_000')  # the same command or another
+        with interrupted_after(renames):
+            c4(folder.parent, '--overwrite')
+        assert files_of(folder) == files_of(tmp_path / 'some')  # stays until the new one is whole
+        c4(folder.parent, '--overwrite')
+        assert texts_of(folder.parent, 'c4') == texts_of(tmp_path, 'c4')
+        assert len(files_of(folder)) == 10
 
 
 def test_a_kill_leaves_no_half_written_shard_and_what_is_prepared_is_overwritten_on_demand(tmp_path, capsys):
     path, more = numbered(tmp_path / 'a.txt', 40_000), ['--shard_tokens', '20_000']
     prepare_text(tmp_path, path, '--name', 'whole', *more)
-    command = [sys.executable, prepare.__file__, 'text', '--input', str(path), '--name', 'killed', '--data_dir',
-               str(tmp_path), '--tokenizer', 'bytes', *more]
+    command = [sys.executable, prepare.__file__, 'text', '--input', str(path), '--name', 'killed',
+               '--data_dir', str(tmp_path), '--tokenizer', 'bytes', *more]
     process, folder = subprocess.Popen(command), tmp_path / 'killed'
     while not (folder / 'train_000003.bin').exists() and process.poll() is None:
         time.sleep(0.002)
@@ -643,7 +643,7 @@ def test_a_kill_leaves_no_half_written_shard_and_what_is_prepared_is_overwritten
     assert process.wait() == -signal.SIGKILL
     whole, killed = files_of(tmp_path / 'whole'), files_of(folder)
     assert all(whole[name] == x for name, x in killed.items() if name.endswith('.bin'))
-    assert 'meta.json' not in killed and 'progress.json' in killed
+    assert 'meta.json' not in killed and 'train_000003.bin' in killed
     subprocess.run(command, check=True, capture_output=True)
     assert files_of(folder) == whole
     prepare_text(tmp_path, path, '--name', 'whole', *more)
@@ -652,7 +652,25 @@ def test_a_kill_leaves_no_half_written_shard_and_what_is_prepared_is_overwritten
         prepare_text(tmp_path, numbered(path, 300), '--name', 'whole', *more)
     assert files_of(tmp_path / 'whole') == whole
     prepare_text(tmp_path, path, '--name', 'whole', '--overwrite', *more)
-    assert files_of(tmp_path / 'whole') != whole
+    assert files_of(tmp_path / 'whole').keys() & whole.keys() == {'meta.json'}  # the old shards are gone
+
+
+def test_files_of_others_stay(root, tmp_path):
+    folder, path = tmp_path / 'mine', numbered(tmp_path / 'a.txt', 300)
+    folder.mkdir()
+    others = {'train_000000.bin': b'theirs', 'val.bin': prepare.MAGIC, 'notes.tmp': b'', 'a.json': b'{}'}
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
+    for words in ([], ['--overwrite']):
+        prepare_text(tmp_path, path, '--name', 'mine', *words)
+        assert others.items() <= files_of(folder).items() and len(files_of(folder)) == 7
+        assert sum(len(all_tokens(tmp_path, 'mine', split)) for split in ('train', 'val')) > 7000
+    for content in ('{"name": "a web page"}', '[]', 'hello'):
+        (folder / 'meta.json').write_text(content)
+        held = files_of(folder)
+        with pytest.raises(prepare.DataError, match='meta.json.* move it away'):
+            prepare_text(tmp_path, path, '--name', 'mine', '--overwrite')
+        assert files_of(folder) == held
 
 
 def test_gpt2_tokens_round_trip(tmp_path):
@@ -742,7 +760,7 @@ def test_shards_of_images_keep_the_contract_and_an_interrupted_command_begins_an
     archive(tmp_path)
     with interrupted_after(2):
         prepare_images(tmp_path)
-    assert len(list((tmp_path / 'pathmnist').glob('*.bin'))) == 2
+    assert not files_of(tmp_path / 'pathmnist')
     with pytest.raises(FileNotFoundError, match="'pathmnist' is not there: run '.* pathmnist --size 28"):
         prepare.Images('pathmnist', 'val', tmp_path)
     for said in ('1,000 train, 30 val, 41 test images', 'already there'):
@@ -786,7 +804,9 @@ def test_mistakes_in_the_command_are_one_sentence_and_exit_code_2(tmp_path):
             (f'octmnist --size 64 --path {tmp_path}', 'octmnist_64.npz.*missing.*--path'),
             ('pathmnist --size 32', '28'), ('digits --size 64', '--size'), ('digits --path x', '--path'),
             ('digits --tokens 3', '--tokens'), ('stdlib --shard_bytes 3', '--shard_bytes'),
-            ('pathmnist --shard_bytes 0', 'at least 1')):
+            ('pathmnist --shard_bytes 0', 'at least 1'), ('stdlib --name ../x', r"not '\.\./x'"),
+            ('stdlib --name /x', "not '/x'"), ('stdlib --name ..', 'name of a folder'),
+            ('--overwrite stdlib', 'did you')):
         with pytest.raises(prepare.DataError, match=message):
             prepare.main([*command.split(), '--data_dir', str(tmp_path / 'data')])
     run = subprocess.run([sys.executable, prepare.__file__, 'stdlb'], capture_output=True, text=True)

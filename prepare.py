@@ -78,18 +78,6 @@ def tokenizer(name):
                         "set TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
 
 
-def chunks(items, size, length=len):
-    """Lists of successive items whose lengths add up to `size` or more."""
-    chunk, total = [], 0
-    for item in items:
-        chunk.append(item)
-        total += length(item)
-        if total >= size:
-            yield chunk
-            chunk, total = [], 0
-    yield chunk
-
-
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, hash), on all cores, in constant memory."""
     def encode(document):
@@ -104,7 +92,7 @@ def tokenise(documents, encoding, val_below):
         return split, np.concatenate(tokens), ends, len(content), number
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
-        for group in chunks(documents, 2**22, lambda document: len(document[1]) + 64):
+        while group := [*itertools.islice(documents, 16 * os.cpu_count())]:
             yield from pool.map(encode, group)
 
 
@@ -141,9 +129,13 @@ def read_lines(path, size=-1):
 
 
 def read_txt(path, size):
-    for lines in chunks(read_lines(path, size), size):
-        yield ''.join(lines), False
-    yield '', True
+    piece = ''
+    for line in read_lines(path, size):
+        piece += line
+        if len(piece) >= size:
+            yield piece, False
+            piece = ''
+    yield piece, True
 
 
 def read_jsonl(path, _):
@@ -309,13 +301,10 @@ class Writer:
         self.bar.reset()
         self.meta.update({self.kind: dict.fromkeys(SPLITS[self.kind], 0), 'shards': []})
 
-    def header(self, items):
-        return HEADER.pack(MAGIC, VERSION, self.dtype.itemsize, items)
-
     def append(self, split, items):
         if split not in self.files:
             self.files[split] = open(self.folder / f'{split}.bin.tmp', 'w+b')
-            self.files[split].write(self.header(0))
+            self.files[split].write(header_of(self.dtype, 0))
         self.files[split].write(items.astype(self.dtype, copy=False))
         self.meta[self.kind][split] += len(items)
         self.bar.update(len(items))
@@ -327,7 +316,7 @@ class Writer:
             if count < (least or self.items_a_shard):
                 continue
             file.seek(0)
-            file.write(self.header(count))
+            file.write(header_of(self.dtype, count))
             file.seek(0)
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
             os.fsync(file.fileno())
@@ -441,6 +430,10 @@ def item_type(meta):
     return np.dtype([('label', 'u1', (labels,)), ('image', 'u1', pixels)])
 
 
+def header_of(dtype, items):
+    return HEADER.pack(MAGIC, VERSION, dtype.itemsize, items)
+
+
 def open_shards(folder, meta, split=None):
     """Memory-mapped items (count,) of the shards of a split, or all. DataError for one that is not whole."""
     remedy = 'prepare the data set again with --overwrite'
@@ -452,15 +445,11 @@ def open_shards(folder, meta, split=None):
         if not path.exists():
             raise MissingData(f"'{path}' is missing: {remedy}")
         with open(path, 'rb') as file:
-            magic, version, item, count = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b'\0'))
-        if (magic, version, item) != (MAGIC, VERSION, dtype.itemsize):
-            raise DataError(f"'{path}' is no shard of version {VERSION} (it begins with {magic!r}, version "
-                            f"{version}, {item} bytes an item): {remedy}")
-        size = path.stat().st_size
-        if size != HEADER.size + item * count or count != items:
-            raise DataError(f"'{path}' is damaged ({size} bytes; its header says {count} items of {item}, "
-                            f"meta.json {items}): {remedy}")
-        shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (count,))))  # arrays slice faster
+            header, size = file.read(HEADER.size), path.stat().st_size
+        if header != header_of(dtype, items) or size != HEADER.size + dtype.itemsize * items:
+            raise DataError(f"'{path}' is no whole shard of {items} items of {dtype.itemsize} bytes (it has "
+                            f'{size} bytes and begins with {header}): {remedy}')
+        shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (items,))))  # arrays slice faster
     return shards
 
 

@@ -480,7 +480,8 @@ def test_shards_round_trip(tmp_path, vocab_size, item):
     rows = [np.random.default_rng(i).integers(0, vocab_size - 1, 100) for i in range(50)]
     documents = [(split, ' '.join(map(str, row)), True) for split in ('train', 'val') for row in rows]
     settings = {'limit': None, 'shard_tokens': 1000, 'vocab_size': vocab_size}
-    fill = functools.partial(prepare.write_tokens, documents=lambda: documents, encoding=encoding, val_below=0)
+    fill = functools.partial(prepare.write_tokens, documents=lambda: iter(documents), encoding=encoding,
+                             val_below=0)
     prepare.write(tmp_path, settings, fill, overwrite=False)
     for split in ('train', 'val'):
         data = prepare.Tokens(tmp_path.name, split, 8, tmp_path.parent)

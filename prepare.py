@@ -228,7 +228,7 @@ def medmnist_images(path, size, info, download):
     shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
     classes, rows = len(info['label']), max(1, 2**20 // math.prod(shape))
     width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
-    if download:
+    if download and not path.exists():
         from torchvision.datasets.utils import download_url
         flag = '' if size == 28 else f'_{size}'
         try:
@@ -261,7 +261,8 @@ def medmnist_images(path, size, info, download):
     except (OSError, EOFError, KeyError, TypeError, ValueError, NotImplementedError, zipfile.BadZipFile,
             zlib.error) as error:
         why = ' '.join(f'{type(error).__name__} {error}'.split())[:80]
-        raise DataError(f"'{path}' is damaged or no archive of MedMNIST ({why}): get it again") from error
+        raise DataError(f"'{path}' is damaged or no archive of MedMNIST ({why}): move it away and "
+                        'get it again') from error
 
 
 # -----------------------------------------------------------------------------

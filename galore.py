@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 from lowrank import KINDS, MHLoRALinear, lowrank_layers, mean, own_heads, same
 
 BASES = ('sketch', 'power', 'svd', 'random')
-WINDOW = 10  # steps before a refresh in which its sketch is added up
+WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 # -----------------------------------------------------------------------------
 # Bases: which subspace
@@ -454,10 +454,10 @@ def plain_step_(params, states, group):
 # -----------------------------------------------------------------------------
 # The optimizer of models with low-rank layers
 
-def refresh_in(step, every, turn, turns):
+def refresh_in(step, every, merge_every, turn, turns):
     """Steps from this one (from 0) to the next in which layers whose turn it is, of so many turns, take a new basis:
-    once in `every` steps, each turn at its own offset, so that no single step is slow or large."""
-    return (turn * every // turns - step) % every
+    once in `every` steps, after a merge, each turn at its own offset, so that no single step is slow or large."""
+    return (turn * (every // merge_every) // turns * merge_every - step) % every
 
 
 class LowRankAdamW(GaLoreAdamW):
@@ -470,8 +470,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     A basis is taken anew every `basis_every` steps, the blocks of a model in turns, and the moments turn with it:
     basis='sketch'  one step of subspace iteration from the old basis on the second moment of the gradients of single
-                    sequences (`lowrank.second_moment`), summed over the last ten steps (or T, if that is more) before
-                    it. Full gradients never exist.
+                    sequences (`lowrank.second_moment`), summed over the last five steps before it. Full
+                    gradients never exist.
     basis='power', 'svd'  as in `bases_of`, from the gradient of the step itself, which then exists; without
                     per_layer those of all layers at once in step 0.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
@@ -514,10 +514,8 @@ class LowRankAdamW(GaLoreAdamW):
             if not state:
                 state.update(step=0, bases=0)
             T = layer.merge_every
-            if step % T:
-                continue
-            left = T * refresh_in(step // T, self.basis_every // T, *self.turns[p])
-            if T > 1 and 'exp_avg' in state:  # with momentum of their own the workers drift apart
+            left = refresh_in(step, self.basis_every, T, *self.turns[p])
+            if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own the workers drift apart
                 M, V = (x.view(p.shape) for x in read_moments(state))
                 M.copy_(mean(M.mean(0), layer.workers))
                 write_moments(state, [M.flatten(), V.flatten()])
@@ -540,8 +538,7 @@ class LowRankAdamW(GaLoreAdamW):
             if self.basis == 'sketch':
                 if left == 0:
                     layer.ask_sketch(False)
-                window = min(self.basis_every, -(-WINDOW // T) * T)
-                if layer.sketch is None and (left or self.basis_every) <= window:
+                if layer.sketch is None and (left or self.basis_every) <= WINDOW:
                     layer.ask_sketch()
 
     def _set_basis(self, p, new):

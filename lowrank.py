@@ -16,9 +16,7 @@ bases.
 """
 
 import contextlib
-import hashlib
 import math
-import os
 
 import torch
 import torch.distributed as dist
@@ -840,53 +838,3 @@ def freeze_as_set(model, settings, new=()):
         settings['train'] = ('classifier' if new else 'factors') if adapts else 'all'
     if settings['train'] != 'all':
         freeze_rest(model, new if settings['train'] == 'classifier' else ())
-
-
-# -----------------------------------------------------------------------------
-# adapters
-
-
-def adapter_parts(model, about):
-    """(tensors of an adapter: what trains, and the output layer; its metadata: `about` and a checksum of the rest)."""
-    parts, base = {}, hashlib.sha256()
-    for name, p in model.named_parameters():
-        if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.')):
-            parts[name] = p.detach()
-        else:
-            base.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return parts, {**{key: str(value) for key, value in about.items()}, 'base': base.hexdigest()[:16]}
-
-
-def save_adapter(model, path, about):
-    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors.
-
-    about: what has to be the same when it is loaded, such as the model's name, rank and alpha; kept as metadata, with a
-    checksum of the frozen weights."""
-    from safetensors.torch import save
-    parts, about = adapter_parts(model, about)
-    with open(f'{path}.tmp', 'wb') as file:
-        file.write(save({name: part.cpu().contiguous() for name, part in parts.items()}, about))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f'{path}.tmp', path)
-
-
-def load_adapter(model, path, about):
-    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any other."""
-    from safetensors import SafetensorError, safe_open
-    parts, about = adapter_parts(model, about)
-    try:
-        with safe_open(path, 'pt') as file:
-            theirs, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
-    for key, value in about.items():
-        if theirs.get(key) != value:
-            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
-                             'that it was trained on, with the same heads')
-    if saved.keys() != parts.keys():
-        lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
-        raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
-                         'the one that the run wrote')
-    for name, part in parts.items():
-        part.copy_(saved[name])

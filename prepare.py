@@ -38,6 +38,8 @@ from pathlib import Path
 
 import numpy as np
 
+from config import replacing
+
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
 SHARD = re.compile(r'(train|val|test)(_\d+\.bin|\.bin\.tmp)')  # whole, and while it is written
@@ -268,12 +270,6 @@ def medmnist_images(path, size, info, download):
 # -----------------------------------------------------------------------------
 # writer
 
-def sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def clean(folder):
     """Remove our files that meta.json does not name: of an interrupted command, or of what is overwritten."""
     meta = folder / 'meta.json'
@@ -329,12 +325,11 @@ class Writer:
 
     def publish(self):
         self.close(least=1)
-        sync(self.folder)
-        temporary = self.folder / 'meta.json.tmp'
-        temporary.write_text(json.dumps(self.meta, indent=1) + '\n')
-        sync(temporary)
-        os.replace(temporary, self.folder / 'meta.json')
-        sync(self.folder)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        os.fsync(descriptor)  # the shards' names reach the disk before meta.json, which names them
+        os.close(descriptor)
+        with replacing(self.folder / 'meta.json') as file:
+            file.write(json.dumps(self.meta, indent=1).encode() + b'\n')
 
 
 def write_tokens(writer, documents, encoding, val_below):

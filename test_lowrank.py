@@ -1334,10 +1334,10 @@ def test_refreshes_are_on_schedule_and_layers_take_turns():
         follow(optimizer, [W], normal(17, 1, 6, 9), lambda step: seen.append(optimizer.state[W]['P'].clone()))
         changes = [step for step in range(17) if not step or not torch.equal(seen[step], seen[step - 1])]
         assert changes == [0, 8, 16]
-    due = [[turn for turn in range(30) if galore.refresh_in(step, 50, turn, 30) == 0] for step in range(100)]
+    due = [[turn for turn in range(30) if galore.refresh_in(step, 50, 1, turn, 30) == 0] for step in range(100)]
     assert due[:50] == due[50:] and sorted(sum(due[:50], [])) == list(range(30)) and max(map(len, due)) == 1
     for step, turn in itertools.product(range(50), range(30)):
-        steps = galore.refresh_in(step, 50, turn, 30)
+        steps = galore.refresh_in(step, 50, 1, turn, 30)
         assert [turn in due[step + i] for i in range(steps + 1)] == [False] * steps + [True]
 
 

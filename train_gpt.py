@@ -212,12 +212,13 @@ def main(settings):
                 if run.rank == 0:
                     config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
             about = dict(step=step, best_val_loss=min(val_loss, best_val_loss), tokenizer=train_data.meta['tokenizer'])
-            if val_loss < best_val_loss and step > 0 and not s.eval_only:
-                best_val_loss = val_loss
-                save(run, 'best.pt', **about)
             if step > start:
                 save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
+            # after ckpt.pt, and also where it is equal: a run that was killed in between writes it when it goes on
+            if val_loss <= best_val_loss and step > 0 and not (stop or s.eval_only):
+                best_val_loss = val_loss
+                save(run, 'best.pt', **about)
             meter.restart()
         if last:
             break

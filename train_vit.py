@@ -91,8 +91,8 @@ from tqdm import tqdm
 import prepare
 from galore import make_optimizer
 from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
-                     gather_state, load_adapter, load_state, load_weights, merge, merged_state_dict, own_heads,
-                     put_layers, replica_parameters, save_adapter)
+                     gather_state, load_state, load_weights, merge, merged_state_dict, own_heads, put_layers,
+                     replica_parameters)
 
 # -----------------------------------------------------------------------------
 # model
@@ -275,7 +275,7 @@ def build(settings, where, classes, checkpoint=None):
     freeze_as_set(model, settings, new=('logit',))
     about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
     if s.adapter and not checkpoint:
-        load_adapter(model, s.adapter, about)
+        config.load_adapter(model, s.adapter, about)
     look = timm.data.resolve_data_config({}, model=model)
     size = shape['img_size'] or look['input_size'][-1]
     center, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
@@ -418,13 +418,13 @@ def main(settings):
             if better:
                 best_val_auc = record['val_auc']
             about = dict(step=step, best_val_auc=best_val_auc, classes=classes)
-            if better:
-                save(run, 'best.pt', **about)
-                if alone and run.rank == 0:
-                    save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             if step > start:
                 save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
+            if better:  # after ckpt.pt: a run that was killed in between writes it when it goes on
+                save(run, 'best.pt', **about)
+                if alone and run.rank == 0:
+                    config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             meter.restart()
         if last:
             break

@@ -9,6 +9,7 @@ functions that need it, so that a mistake is answered at once.
 import ast
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import re
 import signal
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
@@ -29,6 +31,17 @@ def fail(sentence):
     if os.environ.get('LOCAL_RANK', '0') == '0':
         print(f'error: {sentence}', file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _in_one_line(kind, error, trace):
+    """Python's last word on an error that nobody caught: Ctrl-C, and what the disk refuses, is one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+    elif issubclass(kind, OSError) and error.filename:
+        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before stands",
+              file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextlib.contextmanager
@@ -63,6 +76,7 @@ def load(namespace, known, argv):
     tables, then plain values, on which files have to agree, then the defaults; so the order of files does not matter.
     Returns the resolved settings as a dict. What is wrong ends the process with exit code 2.
     """
+    sys.excepthook = _in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
         _help(namespace)
         raise SystemExit(0)
@@ -430,6 +444,7 @@ def leave():
     or aborted when all was done (torch 2.13).
     """
     import torch.distributed as dist
+    _locks.clear()
     if dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()
@@ -460,20 +475,39 @@ def stop_requested():
 
 
 # -----------------------------------------------------------------------------
-# checkpoint: tensors and plain types, written to a temporary name, fsynced, renamed
+# files, and the checkpoint: tensors and plain types
 
 
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of tensors and plain types; a crash at any moment leaves the old file or the new one whole."""
-    import torch
-    with open(path + '.tmp', 'wb') as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment, also a power
+    cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError):
+            error.filename = error.filename or path
+        raise
     folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
     os.fsync(folder)  # the rename itself has to reach the disk too
     os.close(folder)
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of tensors and plain types, see `replacing`."""
+    import torch
+    with replacing(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # what torch's zip writer makes of an OSError
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(path):
@@ -485,6 +519,10 @@ def load_checkpoint(path):
         other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
     try:
+        with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f'the checksum of {damaged} is another')
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except OSError:
         raise
@@ -500,29 +538,120 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def _logged_before(line, step, evaluates):
-    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again. evaluates: right there."""
+# -----------------------------------------------------------------------------
+# adapters
+
+
+def _sha256(tensors):
+    import torch
+    found = hashlib.sha256()
+    for x in tensors:
+        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+def adapter_parts(model, about):
+    """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a checksum of
+    all others)."""
+    from lowrank import KINDS
+    named = dict(model.named_parameters())
+    parts = {name: p.detach() for name, p in named.items()
+             if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.'))}
+    base = _sha256(p for name, p in named.items() if name not in parts)
+    return parts, {**{key: str(value) for key, value in about.items()}, 'base': base}
+
+
+def save_adapter(model, path, about):
+    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors.
+
+    about: what has to be the same when it is loaded, such as the model's name, rank and alpha; kept as metadata, with
+    checksums of the frozen weights and of the file's own tensors."""
+    from safetensors.torch import save
+    parts, about = adapter_parts(model, about)
+    with replacing(path) as file:
+        file.write(save({name: part.cpu().contiguous() for name, part in parts.items()},
+                        {**about, 'sha256': _sha256(parts.values())}))
+
+
+def load_adapter(model, path, about):
+    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any other."""
+    from safetensors import SafetensorError, safe_open
+    parts, about = adapter_parts(model, about)
+    try:
+        with safe_open(path, 'pt') as file:
+            theirs, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
+    for key, value in about.items():
+        if theirs.get(key) != value:
+            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
+                             'that it was trained on, with the same heads')
+    if saved.keys() != parts.keys():
+        lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
+        raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
+                         'the one that the run wrote')
+    if theirs.get('sha256') != _sha256(saved[name] for name in parts):
+        raise ValueError(f"adapter '{path}' is damaged (its checksum is another): load the one that the run wrote")
+    for name, part in parts.items():
+        part.copy_(saved[name])
+
+
+# -----------------------------------------------------------------------------
+# a run's folder
+
+
+RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'log.jsonl', 'config.json'
+_locks = {}  # those that this process holds, by out_dir
+
+
+def _logged_before(line, step, again):
+    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again. again: keys of what it
+    begins with."""
     try:
         record = json.loads(line)
-        return record['step'] < step or record['step'] == step and not (evaluates and 'val_loss' in record)
+        return record['step'] < step or record['step'] == step and again.isdisjoint(record)
     except (ValueError, KeyError, TypeError):  # a crash cut it
         return False
 
 
 def start_run(settings, step):
-    """Makes out_dir and writes config.json; refuses one that holds a run unless that is resumed or overwritten. step:
-    where the run begins; lines that a crashed one logged after it are dropped."""
+    """
+    Makes out_dir, locks it, and writes config.json. step: where the run begins.
+
+    A fresh run is refused where there are files of a run, unless they are ours (config.json tells) and to be
+    overwritten. Of a resumed one lines that a crash logged after `step` are dropped. eval_only changes nothing that is
+    there, but adds to the log. ValueError: what is wrong.
+    """
+    from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
+    config_path, log_path = (os.path.join(out_dir, name) for name in ('config.json', 'log.jsonl'))
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
-    if settings['eval_only']:  # changes nothing of what is there, but adds to the log
+    if settings['eval_only']:
+        if not os.path.exists(config_path):
+            _write_json(config_path, settings)
         return
-    held = [name for name in ('ckpt.pt', 'best.pt') if os.path.exists(os.path.join(out_dir, name))]
-    if held and settings['init_from'] != 'resume' and not settings['overwrite']:
-        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
-                         '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
+    _locks.pop(out_dir, None)
+    lock = FileLock(os.path.join(out_dir, '.lock'))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
+            from None
+    _locks[out_dir] = lock  # the kernel lets go of it when the process ends
+    for name in RUN_FILES:
+        for path in (os.path.join(out_dir, name), os.path.join(out_dir, name + '.tmp')):
+            if os.path.isdir(path):
+                raise ValueError(f"'{path}' is a folder, and a file is to be written there: choose another --out_dir")
+    held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
+    if held and settings['init_from'] != 'resume':
+        if not _is_ours(config_path):
+            raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, which is of no run of ours: choose another --out_dir")
+        if not settings['overwrite']:
+            raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
+                             '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
     if settings['wandb_log']:
         try:
             import wandb
@@ -530,19 +659,30 @@ def start_run(settings, step):
             raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
         wandb.init(project='nanoLowRank', name=out_dir, config=settings)
     if settings['init_from'] != 'resume':
-        for name in held + ['log.jsonl', 'adapter.safetensors']:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(out_dir, name))
-    path = os.path.join(out_dir, 'log.jsonl')
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            evaluates = step % settings['eval_interval'] == 0 or step >= settings['max_iters']
-            lines = [line for line in file if _logged_before(line, step, evaluates)]
-        with open(path + '.tmp', 'w', encoding='utf-8') as file:
+        for name in held:
+            os.remove(os.path.join(out_dir, name))
+    elif os.path.exists(log_path):
+        ends = step >= settings['max_iters']
+        again = {'val_loss'} if ends or step % settings['eval_interval'] == 0 else set()
+        with open(log_path, 'rb') as file:
+            lines = [line for line in file if _logged_before(line, step, again | ({'test_loss'} if ends else set()))]
+        with replacing(log_path) as file:
             file.writelines(lines)
-        os.replace(path + '.tmp', path)
-    with open(os.path.join(out_dir, 'config.json'), 'w', encoding='utf-8') as file:
-        json.dump(settings, file, indent=2)
+    _write_json(config_path, settings)
+
+
+def _write_json(path, value):
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+
+
+def _is_ours(path):
+    """Whether config.json is of a run of ours."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return {'out_dir', 'init_from', 'lowrank'} <= json.load(file).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def refuse_non_finite(step, saved, out_dir, **values):
@@ -654,8 +794,13 @@ def log(settings, record, progress):
              for key, form in shown.items() if key in record]
     progress.write(f"step {record['step']:>6} | " + ' | '.join(words), file=sys.stdout)
     sys.stdout.flush()  # a log in a file is read while it grows
-    with open(os.path.join(settings['out_dir'], 'log.jsonl'), 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
+    path = os.path.join(settings['out_dir'], 'log.jsonl')
+    try:
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(record) + '\n')
+    except OSError as error:
+        error.filename = path  # a full disk does not say whose
+        raise
     if settings['wandb_log']:
         import wandb
         wandb.log(record, step=record['step'])

@@ -1,15 +1,27 @@
 """
-Draws assets/method.png, the picture of the first page.
+Draws the pictures in this folder from the cells in *.jsonl, and renews the tables in README.md.
 
 $ python assets/figures.py
 """
 
+import contextlib
+import glob
+import itertools
+import json
 import os
+import statistics
+import sys
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+from bench import ADAPT, FINAL, MEMORY, SCREEN, SPECTRUM, TRAININGS, kept, talks
+
+# -----------------------------------------------------------------------------
+# the picture of the first page
+
 FROZEN, TRAINED, BASIS = '#c9ccd1', '#e08a3c', '#5b8fc7'
 
 
@@ -24,7 +36,7 @@ def arrow(axes, start, end, bend=0.0, color='black'):
 
 
 def layer(axes, title, parts, left, right, merge):
-    """One layer: W and its heads; parts: words inside each head's (left factor, right factor), and their colours."""
+    """One layer: W and its heads; parts: words inside each head's left and right factor; and their colours."""
     axes.set(xlim=(0, 10), ylim=(0, 6.1), aspect='equal')
     axes.axis('off')
     axes.set_title(title, size=11)
@@ -34,7 +46,8 @@ def layer(axes, title, parts, left, right, merge):
         y = 2.9 + (len(parts) - 1) * 0.85 - number * 1.7 - 0.65
         box(axes, 4.2, y, 0.5, 1.4, left, first, 9)
         box(axes, 4.85, y + 0.9, 1.4, 0.5, right, second, 9)
-        axes.text(6.5, y + 0.75, f'worker {number + 1}' if len(parts) > 1 else '', size=8, va='center', color='#555555')
+        words = f'worker {number + 1}' if len(parts) > 1 else ''
+        axes.text(6.5, y + 0.75, words, size=8, va='center', color='#555555')
     arrow(axes, (5.2, 0.75), (1.8, 1.6), -0.25, '#444444')
     axes.text(4.1, 0.25, merge, size=9, ha='center', color='#444444')
 
@@ -42,16 +55,322 @@ def layer(axes, title, parts, left, right, merge):
 def method():
     figure = Figure((11, 2.9), layout='constrained')
     axes = figure.subplots(1, 3)
-    layer(axes[0], 'LoRA: one head (or several, all at once)', [('B', 'A')], TRAINED, TRAINED, 'merged at the end')
+    layer(axes[0], 'LoRA: one head (or several, all at once)', [('B', 'A')], TRAINED, TRAINED,
+          'merged at the end')
     layer(axes[1], 'LTE: a head on each worker', [('B₁', 'A₁'), ('B₂', 'A₂')], TRAINED, TRAINED,
           'merged every T steps: W ← W + mean B A')
     layer(axes[2], 'GaLore (T = 1), GaLoLTE (T > 1)', [('P', 'A₁'), ('P', 'A₂')], BASIS, TRAINED,
           'merged every T steps; P: a basis of the gradient')
-    handles = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor='black') for color in (FROZEN, TRAINED, BASIS)]
-    figure.legend(handles, ['frozen between merges', 'trained by Adam', 'taken anew now and then, the same everywhere'],
-                  loc='outside lower center', ncols=3, frameon=False, fontsize=9)
+    handles = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor='black')
+               for color in (FROZEN, TRAINED, BASIS)]
+    words = 'frozen between merges', 'trained by Adam', 'taken anew now and then, the same everywhere'
+    figure.legend(handles, words, loc='outside lower center', ncols=3, frameon=False, fontsize=9)
     figure.savefig(f'{HERE}/method.png', dpi=110)
+
+
+# -----------------------------------------------------------------------------
+# what was measured
+
+
+def label(cell):
+    """A cell's method and what it sets, in a few words."""
+    s = cell['settings']
+    forms = dict(heads='H = {}', rank='r = {}', alpha='alpha = {:g}', merge_every='T = {}', basis='{} bases',
+                 basis_every='every {}', beta2='beta2 {:g}', grad_clip='clipping at {:g}', ranks='{} workers',
+                 superseded='({})', learning_rate='lr {:g}')
+    name = 'Fira' if s.get('optimizer') == 'fira' else cell['method']
+    return ', '.join([name, *(form.format(s[key]) for key, form in forms.items() if key in s)])
+
+
+def losses(cells):
+    return [cell['val_loss'] for cell in cells]
+
+
+def trained(name):
+    """The kept cells of a bench that it still has: today's code does what they say."""
+    cells = SPECTRUM if name == 'spectrum' else TRAININGS[name][2]
+    return [cell for cell in kept(name) if (cell['method'], cell['settings']) in cells]
+
+
+def groups(name):
+    """{method: [its kept cells that differ in their seed alone, ...]} of what did not diverge: the group with
+    the most seeds comes first, of these the one with the least loss."""
+    found = {}
+    for cell in trained(name):
+        if cell['val_loss'] is not None:
+            others = found.setdefault(cell['method'], {})
+            others.setdefault(json.dumps({**cell['settings'], 'seed': 0}, sort_keys=True), []).append(cell)
+
+    def order(group):
+        return -len(group), statistics.mean(losses(group))
+    return {name: sorted(found[name].values(), key=order)
+            for name in dict(TRAININGS[name][2]) if name in found}
+
+
+def seconds_of_steps(name):
+    """{method: seconds of a step} as `step_times` kept them: the first one's, times the ratio to it."""
+    cells = kept(f'{name}_time')
+    return {cell['method']: cells[0]['seconds'] * cell['to_full'] for cell in cells}
+
+
+def sent(model, settings):
+    """What `bench.py communication` counted for a training with these settings on four workers, or {}."""
+    return next(iter(kept('communication', model=model, settings=talks(settings))), {})
+
+
+def all_state(cell):
+    """Bytes of a finalist's optimizer state, bases included, of all workers; the log has those of one
+    process, and not those that a merge with a reset has just dropped."""
+    s = cell['settings']
+    if s.get('merge_reset'):
+        return 8 * cell['trainable_parameters']
+    several = s.get('split') or 'ranks' in s
+    return cell['optimizer_state_bytes'] + (3 * sent('quality', s)['shared'] if several else 0)
+
+
+# -----------------------------------------------------------------------------
+# pictures: each draws NAME.png from what is kept
+
+
+@contextlib.contextmanager
+def picture(name, size, shape=(1, 1), columns=3, grid=True, **sharing):
+    """The panels (rows, columns) of assets/NAME.png, with the last one's legend below unless columns is 0."""
+    figure = Figure(size, layout='constrained')
+    panels = figure.subplots(*shape, squeeze=False, **sharing)
+    yield panels
+    for axes in panels.flat if grid else ():
+        axes.grid(alpha=0.3)
+    if columns:
+        handles = panels.flat[-1].get_legend_handles_labels()
+        figure.legend(*handles, loc='outside lower center', ncols=columns, fontsize=8)
+    figure.savefig(f'{HERE}/{name}.png', dpi=130)
+
+
+def band(axes, x, curves, color, label=None):
+    """The mean of curves, one a seed, within their range."""
+    values = list(zip(*curves))  # a point: one a seed
+    x = x[:len(values)]
+    axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2, lw=0)
+    axes.plot(x, list(map(statistics.mean, values)), color=color, lw=1.5, label=label)
+
+
+def bars(middle, values):
+    """How far the least and the largest of values are from the middle, as errorbar wants them."""
+    return [[middle - min(values)], [max(values) - middle]]
+
+
+def draw_heads():
+    """Time of a step, full rank = 1, with the range of its repeats, and trainable parameters, against the
+    rank; a panel for each number of heads."""
+    cells = sorted(kept('heads', bench='heads_steps', dtype='bfloat16', sequences=2, targets='attn'),
+                   key=lambda cell: cell['rank'])
+    with picture('heads', (9.3, 3.4), (1, 3), 4, sharey=True) as panels:
+        for axes, count in zip(panels[0], (1, 4, 16)):
+            for compute, style, color in (('parallel', 'o-', 'C0'), ('sequential', 's--', 'C1')):
+                mine = [cell for cell in cells if (cell['compute'], cell['heads']) == (compute, count)]
+                ranks = [cell['rank'] for cell in mine]
+                axes.plot(ranks, [cell['to_full'] for cell in mine], style, color=color, label=compute)
+                for cell in mine:
+                    axes.errorbar(cell['rank'], cell['to_full'], bars(cell['to_full'], cell['ratios']),
+                                  color=color, capsize=3)
+            axes.plot(ranks, [cell['trainable_to_full'] for cell in mine], '^:', color='grey',
+                      label='trained parameters')
+            axes.axhline(1.0, color='black', lw=1, label='full rank')
+            axes.set_xscale('log', base=2)
+            axes.set_xticks(ranks, ranks)
+            axes.set(title=f"{count} head{'s' * (count > 1)}", xlabel='rank of each head')
+        panels[0, 0].set(ylabel='time, parameters; full rank = 1', ylim=(0, None))
+
+
+def draw_peaks(name, panels):
+    """Stacked bars of peak memory. panels: {title: [(name, bytes by category, those measured or None)]}."""
+    longest = max(map(len, panels.values()))
+    categories = {'weights': ('#4c72b0', 'weights'), 'state': ('#dd8452', 'optimizer state'),
+                  'gradients': ('#c44e52', 'gradients'),
+                  'activations': ('#8c8c8c', 'activations and buffers')}
+    with picture(name, (3.1 * len(panels), 1 + 0.5 * longest), (1, len(panels)), 5, False) as all_axes:
+        for axes, (title, rows) in zip(all_axes[0], panels.items()):
+            names, left = [row[0] for row in rows], [0.0] * len(rows)
+            for key, (color, category) in categories.items():
+                values = [cell.get(key, 0) / 1e9 for _, cell, _ in rows]
+                axes.barh(names, values, left=left, color=color, label=category if any(values) else None)
+                left = [a + b for a, b in zip(left, values)]
+            measured = [(i, row[2] / 1e9) for i, row in enumerate(rows) if row[2]]
+            for i, x in measured:
+                axes.plot([x, x], [i - 0.4, i + 0.4], color='black', lw=2)
+            if any(row[2] for rows in panels.values() for row in rows):
+                axes.plot([], [], color='black', lw=2, label='measured')
+            axes.invert_yaxis()
+            axes.set(title=title, xlabel='peak memory, GB')
+            named = axes.get_subplotspec().is_first_col() or len(rows) < longest
+            axes.tick_params('y', labelsize=7, labelleft=named)
+
+
+def draw_memory():
+    """Peak memory of LLaMA by category and method, and the measured total as a line."""
+    panels, cells = {}, {(cell['size'], cell['method']): cell for cell in kept('memory')}
+    for size, name in itertools.product(('60m', '350m', '1b', '7b'), MEMORY):
+        cell = cells[size, name]
+        name = name.replace(', ', ',\n').replace('the same', 'all that')
+        panels.setdefault(f'LLaMA {size.upper()}', []).append((name, cell, cell.get('measured')))
+    draw_peaks('memory', panels)
+
+
+def draw_vit():
+    """Planned peak memory of ViT-B and ViT-L at batch 32; gradients hardly live at the peak."""
+    panels = {}
+    for cell in kept('vit'):
+        title = f"{cell['model'].replace('_patch16_224', '').replace('vit_', 'ViT ')}, 32 images"
+        rest = cell['planned_32'] - cell['weights'] - cell['state']
+        panels.setdefault(title, []).append((cell['method'], {**cell, 'activations': rest}, None))
+    draw_peaks('vit', panels)
+
+
+def draw_quality():
+    """Validation loss of the finalists against steps, time and the optimizer's bytes."""
+    found, times = groups('quality'), seconds_of_steps('quality')
+    with picture('quality', (11, 4.4), (1, 3), 4, sharey=True) as ((by_step, by_time, by_bytes),):
+        for number, (name, (mine, *_)) in enumerate(found.items()):
+            color, steps = f'C{number}', [step for step, _ in mine[0]['curve']]
+            curves = [[loss for _, loss in cell['curve']] for cell in mine]
+            band(by_step, steps, curves, color)
+            if name in times:
+                band(by_time, [step * times[name] for step in steps], curves, color)
+            mean, trained = statistics.mean(losses(mine)), mine[0]['trainable_parameters'] / 1e6
+            seeds = f"{len(mine)} seed{'s' * (len(mine) > 1)}"
+            by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
+                              fmt='os^vDP*Xph'[number], capsize=3,
+                              label=f'{name} ({trained:.1f}M trained, {seeds})')
+        shown = [loss for mine, *_ in found.values() for cell in mine
+                 for step, loss in cell['curve'] if step >= 400]
+        by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
+                    ylim=(min(shown) - 0.02, max(shown) + 0.02))
+        by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
+        by_bytes.set(xlabel="optimizer state, MB (all workers')", xscale='log')
+        by_bytes.set_xticks(ticks := [20, 50, 100, 200, 400], list(map(str, ticks)))
+        by_bytes.minorticks_off()
+
+
+def draw_frontier():
+    """Validation loss of the screening against bytes on the wire, each method's best for each rank or T."""
+    best, known = {}, ('', 'first edition: running sketch, shared bases')  # sent what today's code sends
+    for cell in kept('screening'):
+        s = cell['settings']
+        bytes_, edition = sent('screening', s).get('wire'), s.get('superseded', '')
+        if bytes_ and cell['val_loss'] and 'seed' not in s and edition in known:
+            what = f"T={s['merge_every']}" if 'merge_every' in s else f"r={s['rank']}" if 'rank' in s else ''
+            key = cell['method'] + ' (first edition)' * bool(edition), bytes_, what
+            best[key] = min(best.get(key, 9.0), cell['val_loss'])
+    with picture('frontier', (8.5, 4.2), columns=0) as ((axes,),):
+        for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
+            points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
+            color, style = f'C{number}', 'osD^vP*Xph'[number]
+            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name)
+            for x, y, what in points if len(points) > 1 else ():
+                axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
+        axes.set_xscale('log')
+        axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
+                 ylabel='validation loss (nats a byte)')
+        axes.legend(fontsize=8)
+
+
+def draw_convergence():
+    """Loss and accuracy of the adaptation, each method at its best rate, against epochs and time."""
+    times, epoch = seconds_of_steps('convergence'), 1078 / ADAPT['batch_size']
+    found = groups('convergence')
+    with picture('convergence', (8.5, 6.2), (2, 2), 2, sharex='col', sharey='row') as plots:
+        for (name, (mine, *_)), color in zip(found.items(), ('#333333', '#4c72b0', '#dd8452', '#55a868')):
+            steps, trained = mine[0]['curve']['step'], mine[0]['trainable_parameters'] / 1e3
+            rate = mine[0]['settings']['learning_rate']
+            for row, key in zip(plots, ('val_loss', 'val_acc')):
+                curves = [cell['curve'][key] for cell in mine]
+                for axes, unit in zip(row, (1 / epoch, times[name])):
+                    band(axes, [step * unit for step in steps], curves, color,
+                         f'{name} ({trained:.0f}k trainable, learning rate {rate:g})')
+        plots[0, 0].set(ylabel='validation loss (nats)', yscale='log')
+        plots[0, 0].set_yticks([0.2, 0.5, 1, 2, 5], ['0.2', '0.5', '1', '2', '5'])
+        plots[0, 0].minorticks_off()
+        plots[1, 0].set(ylabel='validation accuracy', ylim=(0.5, 1), xlabel='epochs', xlim=(0, 20))
+        plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
+
+
+def draw_layers():
+    """Validation loss against trainable parameters; bars from the least to the largest of seeds."""
+    with picture('layers', (6.4, 4.2), columns=0) as ((axes,),):
+        for letters, (mine, *_) in groups('layers').items():
+            trained, mean = mine[0]['trainable_parameters'] / 1e6, statistics.mean(losses(mine))
+            axes.errorbar(trained, mean, bars(mean, losses(mine)), fmt='o', capsize=3,
+                          color='black' if letters == 'none' else '#4c72b0')
+            right = 'L' in letters  # heads on the output layer move a point only a little to the right
+            axes.annotate(letters, (trained, mean), (6 if right else -6, 5), textcoords='offset points',
+                          ha='left' if right else 'right')
+        axes.margins(0.1)
+        axes.set(xlabel='trainable parameters, millions', ylabel='validation loss, nats per byte',
+                 title='four split heads on A(ttn), M(lp), L(ogit)')
+
+
+def draw_spectrum():
+    """Effective ranks over training, a line for each method."""
+    titles = {'change': 'what the weights changed by', 'weight': 'weights, heads merged',
+              'gradient': 'full gradient'}
+    with picture('spectrum', (10, 3.8), (1, 3)) as (panels,):
+        for axes, (key, title) in zip(panels, titles.items()):
+            for cell in trained('spectrum'):
+                points = [(point['step'], point[key]) for point in cell['points'] if point[key]]  # at 0 none
+                axes.plot(*zip(*points), 'o-', ms=3, label=cell['method'])
+            axes.set(title=title, xlabel='step')
+        panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
+
+
+# -----------------------------------------------------------------------------
+# tables
+
+
+def renew_readme():
+    """Renews the two tables between markers in README.md."""
+    def but_rate(cell):
+        return {key: x for key, x in cell['settings'].items() if key not in ('learning_rate', 'seed')}
+    cells, times = trained('quality'), seconds_of_steps('quality')
+    lines = ['| method | trained | optimizer state | sent a step | time of a step | validation loss: mean '
+             '(range; seeds) | other rates, one seed |', '|---|---|---|---|---|---|---|']
+    for name, (mine, *_) in groups('quality').items():
+        first, found = mine[0], losses(mine)
+        rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in cells
+                 if cell['method'] == name and but_rate(cell) == but_rate(first)}
+        del rates[first['settings']['learning_rate']]
+        others = [f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items())]
+        wire = sent('quality', first['settings']).get('wire')
+        spread = f'{min(found):.3f} to {max(found):.3f}; {len(found)}' if len(found) > 1 else 'one seed'
+        columns = (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
+                   f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
+                   f"{times[name] / times['full rank']:.2f}" if name in times else '',
+                   f'{statistics.mean(found):.3f} ({spread})', ', '.join(others))
+        lines.append(f"| {' | '.join(columns)} |")
+    dates, machines, torches = (sorted({cell[key] for cell in cells}) for key in ('date', 'machine', 'torch'))
+    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' and '.join(machines)}, "
+              f"torch {' and '.join(torches)}: `python bench.py quality` (five minutes a run), then "
+              '`python bench.py readme`.']
+    methods = ['| method | what it is, and learning rates that were good |', '|---|---|']
+    for path in sorted(glob.glob(f'{HERE}/../config/methods/*.py')):
+        with open(path, encoding='utf-8') as file:
+            said = file.readline().removeprefix('# ').strip()
+        name = os.path.basename(path)
+        methods.append(f'| [`{name[:-3]}`](config/methods/{name}) | {said} |')
+    with open(f'{HERE}/../README.md', encoding='utf-8') as file:
+        text = file.read()
+    for mark, rows in (('methods', methods), ('quality', lines)):
+        before, _, rest = text.partition(f'<!-- {mark} -->\n')
+        after = rest.partition('<!-- end -->\n')[2]
+        text = '\n'.join([f'{before}<!-- {mark} -->', *rows, '<!-- end -->', after])
+    with open(f'{HERE}/../README.md', 'w', encoding='utf-8') as file:
+        file.write(text)
 
 
 if __name__ == '__main__':
     method()
+    for draw in (draw_heads, draw_memory, draw_vit, draw_quality, draw_frontier, draw_convergence, draw_layers,
+                 draw_spectrum):
+        draw()
+    renew_readme()

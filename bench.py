@@ -197,7 +197,6 @@ def layers_cells():
     return cells
 
 
-ABOUT = 'bench', 'machine', 'torch', 'date', 'device'  # what tells no cells apart
 TRAININGS = {  # the script, settings of all cells, the cells
     'screening': ('train_gpt.py', SCREEN, screening_cells()),
     'quality': ('train_gpt.py', FINAL, quality_cells()),
@@ -350,10 +349,10 @@ def table(first, *names, wide):
 
 def show(name, *keys):
     """A table of what assets/NAME.jsonl holds: words or settings that tell cells apart, and numbers."""
-    row = table(name, *keys, wide=90)
+    row, about = table(name, *keys, wide=90), ('bench', 'machine', 'torch', 'date', 'device')
     for cell in kept(name):
         words = [x for key, x in cell.items()
-                 if isinstance(x, str) and key not in ABOUT or key in ('sequences', 'heads', 'rank')]
+                 if isinstance(x, str) and key not in about or key in ('sequences', 'heads', 'rank')]
         row(' '.join(map(str, [*words, *cell.get('settings', {}).values()])), *map(cell.get, keys))
 
 
@@ -617,7 +616,7 @@ def speed(options):
     for dtype in ('float32', 'bfloat16'):
         for case, matrix in (('a step of one matrix', matrix_step), ('its basis', matrix_basis)):
             about = dict(case=case, dtype=dtype)
-            if options.only in str(about) and not kept('speed', **about):
+            if lacking('speed', [(about, None)], options.only):
                 for name, cell in timed(matrix(getattr(torch, dtype)), 5).items():
                     keep('speed', dict(about, method=name, **cell))
     time_steps('speed', speed_cells(), options, 3, 10)
@@ -683,7 +682,7 @@ def speed_nanogpt(path):
 
 def planned(settings):
     """Peak bytes of two training steps by category, without computing anything; of two micro-steps where they
-    are more, as gradients are held from the second on. Sketches of blocks whose turn comes later lack."""
+    are more, as gradients are held from the second on. Sketches of blocks with a later turn are left out."""
     with watched() as watch:
         s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
         run, step = stepper(s, alone(s))
@@ -729,7 +728,7 @@ def grown_here(settings, steps):
 
 
 def memory(options):
-    if any(word.endswith('.py') for word in options.words):
+    if options.words:
         return plan(options.words, options.budget)
     for about, settings in lacking('memory', memory_cells(), options.only):
         cell = dict(about, rank=settings['rank'], **of_depth(planned, settings, 5, depth_of(settings)[0]))

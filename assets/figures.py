@@ -36,7 +36,7 @@ def arrow(axes, start, end, bend=0.0, color='black'):
 
 
 def layer(axes, title, parts, left, right, merge):
-    """One layer: W and its heads; parts: words inside each head's left and right factor; and their colours."""
+    """One layer: W and its heads; parts: words inside each head's two factors, and colours."""
     axes.set(xlim=(0, 10), ylim=(0, 6.1), aspect='equal')
     axes.axis('off')
     axes.set_title(title, size=11)
@@ -162,7 +162,8 @@ def bars(middle, values):
 def draw_heads():
     """Time of a step, full rank = 1, with the range of its repeats, and trainable parameters, against the
     rank; a panel for each number of heads."""
-    cells = sorted(kept('heads', bench='heads_steps', dtype='bfloat16', sequences=2, targets='attn'),
+    cells = sorted(kept('heads', bench='heads_steps', device='cpu', dtype='bfloat16', sequences=2,
+                        targets='attn'),
                    key=lambda cell: cell['rank'])
     with picture('heads', (9.3, 3.4), (1, 3), 4, sharey=True) as panels:
         for axes, count in zip(panels[0], (1, 4, 16)):
@@ -370,7 +371,7 @@ def renew_readme():
 
 if __name__ == '__main__':
     method()
-    for draw in (draw_heads, draw_memory, draw_vit, draw_quality, draw_frontier, draw_convergence, draw_layers,
-                 draw_spectrum):
+    for draw in (draw_heads, draw_memory, draw_vit, draw_quality, draw_frontier, draw_convergence,
+                 draw_layers, draw_spectrum):
         draw()
     renew_readme()

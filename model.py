@@ -41,6 +41,7 @@ def language_loss(head, x, targets, cross_entropy=CrossEntropy()):
     """
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
     chunks = type(head) is nn.Linear and head.out_features > head.in_features
+    chunks = chunks and hasattr(nn, 'LinearCrossEntropyOptions')  # torch 2.13; before that it is one piece
     if not chunks or len(targets) * head.out_features <= ONE_PIECE:
         return cross_entropy(head(x), targets)
     weight = head.weight

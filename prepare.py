@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import replacing
+from config import in_one_line, replacing
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -710,6 +710,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
+    sys.excepthook = in_one_line  # of Ctrl-C
     try:
         main(sys.argv[1:])
     except (DataError, OSError) as error:

@@ -5,6 +5,7 @@ float64 against independent formulations; the scripts run for real, on tiny data
 
 import contextlib
 import copy
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -2551,3 +2552,82 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (tmp_path / 'no.py', '12GB', 'is not there'), (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
     refused(capsys, lambda: bench.chosen(['qualty']), "did you mean 'quality'?")
+
+
+# -----------------------------------------------------------------------------
+# a run's folder: nothing of others is lost, nothing damaged is used
+
+
+def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
+    def run(*words):
+        return lambda: train('gpt', root, tmp_path, '--max_iters=1', *words)
+    for name in ('adapter.safetensors', 'log.jsonl'):  # of somebody else: no config.json of ours
+        (tmp_path / name).write_text('precious')
+        for words in ((), ('--overwrite=True',)):
+            refused(capsys, run(*words), name, 'no run of ours')
+        assert (tmp_path / name).read_text() == 'precious'
+        (tmp_path / name).unlink()
+    (tmp_path / 'ckpt.pt.tmp').mkdir()
+    refused(capsys, run(), 'ckpt.pt.tmp', 'is a folder')
+    (tmp_path / 'ckpt.pt.tmp').rmdir()
+    with open(tmp_path / '.lock', 'w') as lock:  # another process trains there
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused(capsys, run(), 'another run')
+    run()()
+    refused(capsys, run(), 'already holds a run', '--overwrite=True')
+    run('--overwrite=True')()
+
+
+def test_a_run_killed_between_its_two_files_goes_on(root, tmp_path):
+    for script, best in (('gpt', 'best_val_loss'), ('vit', 'best_val_auc')):
+        out = tmp_path / script
+        train(script, root, out, '--max_iters=2', '--eval_interval=2')
+        before = saved(out, 'best.pt')
+        (out / 'best.pt').unlink()  # ckpt.pt is written first
+        again = train(script, root, out, '--max_iters=2', '--init_from=resume', '--eval_interval=2')
+        assert same_state(saved(out, 'best.pt')['model'], before['model'])
+        assert again[best] == before[best]
+        lines = [line for line in records(out) if 'val_loss' in line or 'test_loss' in line]
+        steps = [(line['step'], *(key for key in ('val_loss', 'test_loss') if key in line)) for line in lines]
+        assert len(steps) == len(set(steps))  # nothing twice
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.argv = {argv}
+exec(compile(open('{script}').read(), '{script}', 'exec'))
+"""
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(root, tmp_path):
+    train('gpt', root, tmp_path, '--max_iters=2')
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    words = tiny('gpt', root, tmp_path, '--init_from=resume', '--eval_interval=4')
+    program = FULL_DISK.format(limit=len(before) // 2, argv=['train_gpt.py', *map(str, words)],
+                               script=f'{HERE}/train_gpt.py')
+    ran = subprocess.run([sys.executable, '-c', program], cwd=HERE, capture_output=True, text=True)
+    said = ran.stderr.strip().splitlines()[-1]
+    assert ran.returncode == 1 and 'ckpt.pt' in said and 'File too large' in said, ran.stderr
+    assert 'Traceback' not in ran.stderr
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before and not list(tmp_path.glob('*.tmp'))
+
+
+def test_checksums_tell_of_a_single_byte(root, tmp_path, capsys):
+    train('vit', root, tmp_path / 'base', '--max_iters=1', '--eval_interval=1')
+    words = [f'--init_from={tmp_path / "base" / "best.pt"}', *method('lora')]
+    train('vit', root, tmp_path / 'a', *words)
+    rng = np.random.default_rng(0)
+    for name in ('ckpt.pt', 'adapter.safetensors'):
+        path = tmp_path / 'a' / name
+        whole = path.read_bytes()
+        for place in rng.integers(len(whole) // 4, len(whole) * 3 // 4, 10).tolist():
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
+            if name == 'ckpt.pt':
+                with pytest.raises(ValueError, match='damaged'):
+                    saved(tmp_path / 'a')
+            else:
+                again = tiny('vit', root, tmp_path / 'b', *words, f'--adapter={path}', '--eval_only=True')
+                refused(capsys, lambda: start(train_vit, again), 'adapter.safetensors')
+        path.write_bytes(whole)

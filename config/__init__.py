@@ -33,7 +33,7 @@ def fail(sentence):
     raise SystemExit(2)
 
 
-def _in_one_line(kind, error, trace):
+def in_one_line(kind, error, trace):
     """Python's last word on an error that nobody caught: Ctrl-C, and what the disk refuses, is one line."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
@@ -76,7 +76,7 @@ def load(namespace, known, argv):
     tables, then plain values, on which files have to agree, then the defaults; so the order of files does not matter.
     Returns the resolved settings as a dict. What is wrong ends the process with exit code 2.
     """
-    sys.excepthook = _in_one_line
+    sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
         _help(namespace)
         raise SystemExit(0)
@@ -132,6 +132,8 @@ def load(namespace, known, argv):
 
 def _help(namespace):
     """A script's docstring and settings, with the comment beside each, as they stand in it."""
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     with open(namespace['__file__'], encoding='utf-8') as file:
         block = file.read().split(RULE)[1]
     print(namespace['__doc__'].strip(), block.strip(), sep='\n\n')
@@ -420,10 +422,10 @@ def wrap(model, where, compiled, apart=()):
     carried = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p not in apart)
     if where.ranks == 1 or not carried:
         return model, 0
-    keep_out_of_ddp(model, apart)
+    keep_out_of_ddp(model, {*apart, *model.buffers()})  # buffers are equal, or own: none has to be sent
     device_ids = [int(where.device.split(':')[1])] if where.device_type == 'cuda' else None
-    return DDP(model, device_ids, broadcast_buffers=False,
-               gradient_as_bucket_view=True), carried  # the buckets are the gradients, not a second copy of them
+    # with the buckets as gradients there is no second copy of them
+    return DDP(model, device_ids, gradient_as_bucket_view=True), carried
 
 
 def unscale(scaler, optimizer):
@@ -444,7 +446,7 @@ def leave():
     or aborted when all was done (torch 2.13).
     """
     import torch.distributed as dist
-    _locks.clear()
+    unlock()
     if dist.is_initialized():
         time.sleep(0.1)
         dist.destroy_process_group()
@@ -601,7 +603,7 @@ def load_adapter(model, path, about):
 
 
 RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'log.jsonl', 'config.json'
-_locks = {}  # those that this process holds, by out_dir
+_locks = []  # the one that this process holds
 
 
 def _logged_before(line, step, again):
@@ -612,6 +614,12 @@ def _logged_before(line, step, again):
         return record['step'] < step or record['step'] == step and again.isdisjoint(record)
     except (ValueError, KeyError, TypeError):  # a crash cut it
         return False
+
+
+def unlock():
+    for lock in _locks:
+        lock.release()
+    _locks.clear()
 
 
 def start_run(settings, step):
@@ -633,14 +641,6 @@ def start_run(settings, step):
         if not os.path.exists(config_path):
             _write_json(config_path, settings)
         return
-    _locks.pop(out_dir, None)
-    lock = FileLock(os.path.join(out_dir, '.lock'))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
-            from None
-    _locks[out_dir] = lock  # the kernel lets go of it when the process ends
     for name in RUN_FILES:
         for path in (os.path.join(out_dir, name), os.path.join(out_dir, name + '.tmp')):
             if os.path.isdir(path):
@@ -652,6 +652,14 @@ def start_run(settings, step):
         if not settings['overwrite']:
             raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
                              '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
+    unlock()  # a run of this process that ended early
+    lock = FileLock(os.path.join(out_dir, '.lock'))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
+            from None
+    _locks.append(lock)  # the kernel lets go of it when the process ends
     if settings['wandb_log']:
         try:
             import wandb

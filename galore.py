@@ -293,7 +293,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     per_layer: a parameter is updated during the backward pass, as soon as its gradient is complete, and the gradient
     is freed; `step` has nothing left to do. Gradients are averaged over ranks here then, so the parameters stay out
-    of DDP (`apart`), but for those in `own`, which differ by rank. With gradient accumulation `begin` says which
+    of DDP (`outside_ddp`), but for those in `own`, which differ by rank. With gradient accumulation `begin` says which
     backward pass is the last.
     seed is for the random bases. `no_deprecation_warning` is accepted and means nothing.
 
@@ -315,7 +315,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                     p.register_post_accumulate_grad_hook(lambda p, group=group: self._complete(p, group))
 
     @property
-    def apart(self):
+    def outside_ddp(self):
         """The parameters whose gradients are averaged over ranks here and not by DDP."""
         return set(self.order) if self.per_layer else set()
 

@@ -127,8 +127,8 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
     zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
     whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
     sketch (m, r) or (n, r): another such leaf; its .grad becomes the `second_moment` of the sequences' gradients, with
-    the basis P = B (m, r) where A is trained, and of their transposes, with A^T (n, r), where B is. Then the same for all
-    groups, and what is trained is a factor beside it.
+    the basis P = B (m, r) where A is trained, and of their transposes, with A^T (n, r), where B is. Then the same for
+    all groups, and what is trained is a factor beside it.
     Under autocast everything is computed in autocast's dtype. Returns (..., m). No second derivatives (torch raises).
 
     Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained,
@@ -327,7 +327,8 @@ class MHLoRALinear(nn.Module):
         """From now on backward passes add up the `second_moment` of gradients (m, r), or (n, r), in sketch.grad; False:
         no longer."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_() if wanted else None
+        leaf = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape)
+        self.sketch = leaf.requires_grad_() if wanted else None
 
     @contextlib.contextmanager
     def averaged(self):
@@ -458,13 +459,13 @@ def own_heads(model):
             if x is not None}
 
 
-def keep_out_of_ddp(net, apart):
+def keep_out_of_ddp(net, outside_ddp):
     """Tells DistributedDataParallel, before it wraps `net`, to leave alone the parameters and buffers of the set
-    `apart`: `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it,
+    `outside_ddp`: `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it,
     without a public name so far."""
     named = (*net.named_parameters(), *net.named_buffers())
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        net, [name for name, x in named if x in apart])
+        net, [name for name, x in named if x in outside_ddp])
 
 
 def replica_parameters(model):
@@ -830,8 +831,9 @@ def freeze_rest(model, kinds=()):
 
 def freeze_as_set(model, settings, new=()):
     """
-    Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but where heads are put on
-    loaded weights the heads, and with them the kinds of layers in `new`, which the weights did not bring: 'classifier'.
+    Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but where heads are put
+    on loaded weights the heads, and with them the kinds of layers in `new`, which the weights did not bring:
+    'classifier'.
     """
     if settings['train'] == 'auto':
         adapts = settings['lowrank'] and settings['factors'] != 'basis' and settings['init_from'] != 'scratch'

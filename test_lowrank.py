@@ -1651,7 +1651,7 @@ def test_per_layer_is_the_same_run(rule, accumulation):
         optimizer = galore.GaLoreAdamW(galore.param_groups(net, 0.1, rank=3, gap=3, rule=rule), lr=0.05,
                                        per_layer=per_layer)
         ends.append(in_layers(net, batches_of(7, 2 * accumulation, accumulation), optimizer))
-        assert optimizer.apart == (set(net.parameters()) if per_layer else set())
+        assert optimizer.outside_ddp == (set(net.parameters()) if per_layer else set())
         loss_of(net, batches_of(1, 2)[0][0]).backward()
         assert all((p.grad is None) == per_layer for p in net.parameters())
     assert np.allclose(*ends, rtol=0, atol=1e-12)

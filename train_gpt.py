@@ -90,7 +90,8 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'] where it is 'auto'.
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
+    is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -98,15 +99,15 @@ def build(settings, where, vocabulary, checkpoint=None):
         shape = {**checkpoint['model_config'], 'dropout': s.dropout, 'checkpointing': s.checkpointing}
         model = GPT(GPTConfig(**shape))
     elif s.init_from == 'scratch':
-        model = GPT(GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias,
-                              s.checkpointing))
+        model = GPT(GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, s.dropout,
+                              s.bias, s.checkpointing))
     else:
         model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
         model.config.checkpointing = s.checkpointing
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: set '
-                         f'vocab_size={vocabulary}, or choose other data')
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: '
+                         f'set vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
@@ -116,7 +117,8 @@ def build(settings, where, vocabulary, checkpoint=None):
         load_state(model, optimizer, checkpoint, replicas)
         if scaler.is_enabled() and checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
-    net, ddp_bytes = config.wrap(model, where, s.compile, {*optimizer.apart, *own_heads(model), *replicas.values()})
+    net, ddp_bytes = config.wrap(model, where, s.compile,
+                                 {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
                            replicas=replicas, ddp_bytes=ddp_bytes)
 
@@ -126,7 +128,8 @@ def loss_of(run, x, y):
     if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
         x, y = x.pin_memory(), y.pin_memory()
     x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
-    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.settings['param_dtype']):
+    with torch.autocast(run.device_type, getattr(torch, run.compute),
+                        enabled=run.compute != run.settings['param_dtype']):
         return run.net(x, y)
 
 
@@ -183,7 +186,8 @@ def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join(settings)
     with config.refusals():
-        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir) for split in ('train', 'val'))
+        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
+                                for split in ('train', 'val'))
         checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
         if checkpoint:
             config.need_same(settings, checkpoint)

@@ -91,7 +91,8 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'] where it is 'auto'.
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
+    is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -121,7 +122,8 @@ def build(settings, where, vocabulary, checkpoint=None):
         load_state(model, optimizer, checkpoint, replicas)
         if scaler.is_enabled() and checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
-    net, ddp_bytes = config.wrap(model, where, s.compile, {*optimizer.apart, *own_heads(model), *replicas.values()})
+    net, ddp_bytes = config.wrap(model, where, s.compile,
+                                 {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
                            replicas=replicas, ddp_bytes=ddp_bytes)
 
@@ -131,7 +133,8 @@ def loss_of(run, x, y):
     if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
         x, y = x.pin_memory(), y.pin_memory()
     x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
-    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.settings['param_dtype']):
+    with torch.autocast(run.device_type, getattr(torch, run.compute),
+                        enabled=run.compute != run.settings['param_dtype']):
         return run.net(x, y)
 
 
@@ -186,7 +189,8 @@ def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join(settings)
     with config.refusals():
-        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir) for split in ('train', 'val'))
+        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
+                                for split in ('train', 'val'))
         checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
         if checkpoint:
             config.need_same(settings, checkpoint)

@@ -252,21 +252,22 @@ def build(settings, where, classes, checkpoint=None):
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
     shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
 
-    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it is 'auto'.
+    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it
+    is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     shape, weights = {key: settings[key] for key in ('model', *SHAPE)}, None
     if checkpoint:
         if checkpoint['classes'] != classes:
-            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} of "
-                             f'data set {s.dataset!r}: resume with the data it was started with')
+            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} "
+                             f'of data set {s.dataset!r}: resume with the data it was started with')
         shape = checkpoint['model_config']
     elif os.path.isfile(s.init_from):
         shape, weights = read_weights(s.init_from, shape, classes, s.dataset, keep=s.eval_only and not s.adapter)
     elif s.init_from not in ('scratch', 'pretrained'):
-        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' or "
-                         'the path of a best.pt or of weights of timm')
+        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' "
+                         'or the path of a best.pt or of weights of timm')
     model = create(shape, len(classes), s.init_from == 'pretrained', weights, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     model.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
@@ -286,7 +287,8 @@ def build(settings, where, classes, checkpoint=None):
         load_state(model, optimizer, checkpoint, replicas)
         if scaler.is_enabled() and checkpoint['scaler']:
             scaler.load_state_dict(checkpoint['scaler'])
-    net, ddp_bytes = config.wrap(model, where, s.compile, {*optimizer.apart, *own_heads(model), *replicas.values()})
+    net, ddp_bytes = config.wrap(model, where, s.compile,
+                                 {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
                            replicas=replicas, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=center, std=std,
                            about=about)
@@ -301,7 +303,8 @@ def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
     dtype = getattr(torch, run.settings['param_dtype'])
     x = normalised(images, run.size, run.mean, run.std, dtype)
-    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.settings['param_dtype']):
+    with torch.autocast(run.device_type, getattr(torch, run.compute),
+                        enabled=run.compute != run.settings['param_dtype']):
         y = run.net(x)
     return y.to(torch.promote_types(y.dtype, torch.float32))
 

@@ -46,7 +46,8 @@ def in_one_line(kind, error, trace):
 
 @contextlib.contextmanager
 def refusals():
-    """While a run is set up, what the rooms (ValueError) or the disk (OSError) refuse is the user's to mend: `fail`."""
+    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's to mend:
+    `fail`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -102,8 +103,8 @@ def load(namespace, known, argv):
             else:
                 value = _checked(known, key, value, f'in {path}')
             if key in where and where[key] != value:
-                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and {value!r}: "
-                     f'leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
+                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and "
+                     f'{value!r}: leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
             where[key], given[key] = value, f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
     settings = {**known, **plain, **chosen}
@@ -118,8 +119,8 @@ def load(namespace, known, argv):
         found = method in table or key in plain or given[key] == 'on the command line'
         # a method that says nothing of lowrank has none
         if not found and key != 'lowrank' and not _without_effect(key, settings):
-            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: add it there, "
-                 f'or set --{key}=')
+            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: add it "
+                 f'there, or set --{key}=')
     if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file of "
@@ -230,12 +231,13 @@ CHECKS = (  # (what makes no sense together, the sentence)
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in '
      "'bfloat16' or 'float16' with weights in 'float32'"),
     (lambda s: s.batch_size % s.ranks, 'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
-    (lambda s: not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1), 'beta1={beta1} and beta2={beta2} must be at least 0, below 1'),
+    (lambda s: not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1),
+     'beta1={beta1} and beta2={beta2} must be at least 0, below 1'),
     # heads
     (lambda s: s.lowrank and s.alpha <= 0, 'alpha={alpha} leaves heads without effect: set it above 0'),
     (lambda s: s.lowrank and s.optimizer != 'adamw',
-     "optimizer={optimizer!r} is for full-rank weights: set optimizer='adamw', or lowrank='' (GaLore of low-rank layers "
-     "is factors='basis')"),
+     "optimizer={optimizer!r} is for full-rank weights: set optimizer='adamw', or lowrank='' (GaLore of low-rank "
+     "layers is factors='basis')"),
     (lambda s: s.merge_reset and not s.merge_every,
      'merge_reset=True without merges does nothing: set merge_every, or merge_reset=False'),
     (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
@@ -258,8 +260,8 @@ CHECKS = (  # (what makes no sense together, the sentence)
      'state_bits=None, 32 or 16'),
     (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset
      and not (s.split and s.heads > 1),
-     'merging one head, or heads that see the same tokens, without reset changes nothing: set merge_reset=True (ReLoRA) '
-     'or split=True and several heads (LTE)'),
+     'merging one head, or heads that see the same tokens, without reset changes nothing: set merge_reset=True '
+     '(ReLoRA) or split=True and several heads (LTE)'),
     (lambda s: s.sync == 'merge' and s.merge_every and s.ranks == 1,
      "sync='merge' averages what several ranks train, and here is one process: start it with torchrun"),
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
@@ -357,8 +359,8 @@ def join(settings):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype (of weights).
-    Returns them as attributes: rank, ranks, device (of this process), device_type, compute (the dtype's name).
+    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype (of
+    weights). Returns as attributes: rank, ranks, device (of this process), device_type, compute (the dtype's name).
     """
     import torch
     import torch.distributed as dist
@@ -405,13 +407,12 @@ def keep_freed_memory():
             libc.mallopt(option, value)
 
 
-def wrap(model, where, compiled, apart=()):
+def wrap(model, where, compiled, outside_ddp=()):
     """
     The callable that computes with a model: compiled, if asked, and under DDP, if there are several ranks.
 
-    apart: a set of parameters and buffers that DDP does not touch, because somebody else reduces their gradients, or
-    they differ by rank.
-    Returns (callable, bytes that DDP reduces a step).
+    outside_ddp: a set of parameters that DDP does not touch: somebody else reduces their gradients, or they differ by
+    rank. Returns (callable, bytes that DDP reduces a step).
     """
     from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -419,10 +420,11 @@ def wrap(model, where, compiled, apart=()):
     if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
-    carried = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p not in apart)
+    carried = sum(p.numel() * p.element_size() for p in model.parameters()
+                  if p.requires_grad and p not in outside_ddp)
     if where.ranks == 1 or not carried:
         return model, 0
-    keep_out_of_ddp(model, {*apart, *model.buffers()})  # buffers are equal, or own: none has to be sent
+    keep_out_of_ddp(model, {*outside_ddp, *model.buffers()})  # buffers are equal, or own: none has to be sent
     device_ids = [int(where.device.split(':')[1])] if where.device_type == 'cuda' else None
     # with the buckets as gradients there is no second copy of them
     return DDP(model, device_ids, gradient_as_bucket_view=True), carried
@@ -648,7 +650,8 @@ def start_run(settings, step):
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
     if held and settings['init_from'] != 'resume':
         if not _is_ours(config_path):
-            raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, which is of no run of ours: choose another --out_dir")
+            raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, which is of no run of ours: choose another "
+                             '--out_dir')
         if not settings['overwrite']:
             raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
                              '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
@@ -724,7 +727,7 @@ def need_same(settings, checkpoint):
 
 
 def say_goodbye(settings, start, step, saved, stop, best):
-    """The last lines of a run from step `start` to `step`, and what to do next. best: the best value so far, in words."""
+    """The last lines of a run from step `start` to `step`, and what to do next. best: the best value, in words."""
     out_dir = settings['out_dir']
     if step == start and not settings['eval_only'] and not stop:
         print(f"step {step} of {settings['max_iters']}: nothing to train, raise "
@@ -756,7 +759,7 @@ class Meter:
     """
     What a loop adds up between two lines of the log.
 
-    device: where losses are; ddp_bytes: what DDP reduces a step. The sum of the losses and the last gradient's norm stay
+    device: where losses are; ddp_bytes: what DDP reduces a step. The sum of losses and the last gradient's norm stay
     on the device: but for merges that draw new heads, `read` is the only place of a training step where the host waits.
     """
 

@@ -560,8 +560,8 @@ SHARD = 'tiny/train_000000.bin'
     *((SHARD, damage, '--overwrite') for damage in (  # magic, version, item, count; lengths
         changed(0, b'X'), changed(8, b'\7'), changed(12, b'\3'), changed(16, b'\0'), changed(23, b'\1'),
         empty, cut(0, 5), cut(0, 32), cut(0, -1), lambda whole: whole + b'x')),
-    (SHARD, None, 'is missing.*--overwrite'), ('tiny/meta.json', cut(0, 30), 'is damaged.*--overwrite'),
-    ('tiny/meta.json', lambda _: b'[]', 'is damaged.*--overwrite')])
+    (SHARD, None, 'is missing.*--overwrite'), ('tiny/meta.json', cut(0, 30), 'is damaged.*move it away'),
+    ('tiny/meta.json', lambda _: b'[]', 'is damaged.*move it away')])
 def test_a_damaged_file_is_refused_by_name(files, name, damage, said):
     folder, readers = files
     path = folder / name

@@ -532,7 +532,7 @@ def spectrum(options):
     for about, settings in trainings_lacking('spectrum', SPECTRUM, options):
         s = {**base, **settings, 'min_lr': settings['learning_rate'] / 10}
         run, step = stepper(s, batch=lambda number, micro_step: data.batch(
-            s['batch_size'], number, seed=s['seed'], heads=s['heads'] if s['split'] else 1))
+            s['batch_size'], number, seed=s['seed'], rows=run.rows))
         plain = stepper(base)[0].model  # whole gradients are those of a model without heads, in float32
         matrices, start, points = galore.param_groups(plain, rank=1)[0]['params'], {}, []
         for number in range(SPECTRUM_STEPS[-1] + 1):

@@ -446,10 +446,18 @@ def same(x):
 
 
 def in_global_order(x):
-    """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see Tokens.batch."""
+    """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see `rows_of`."""
     if x.dim() > 2 and _transposed(x):  # the layout stays: products round by it
         return in_global_order(x.mT).mT
     return x.transpose(0, 1).flatten(0, 1)
+
+
+def rows_of(batch_size, heads=1, rank=0, ranks=1):
+    """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j is one of head
+    j % (heads ranks) of all, whatever the number of ranks. ValueError where they do not divide the batch."""
+    if batch_size % (heads * ranks):
+        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {ranks} ranks: set a multiple')
+    return [row for head in range(heads) for row in range(head * ranks + rank, batch_size, heads * ranks)]
 
 
 def own_heads(model):

@@ -484,12 +484,6 @@ def permute(index, size, *key):
     return out.astype(np.int64)
 
 
-def rows_of(batch_size, rank, world_size, heads):
-    """Which rows of a micro-batch a rank takes, in its own order: see Split.batch."""
-    assert batch_size % (world_size * heads) == 0, (batch_size, world_size, heads)
-    return np.arange(rank, batch_size, world_size).reshape(-1, heads).T.ravel()
-
-
 class Split:
     """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads items, and
     `first`, the number of the first item of each shard, with their total at the end."""
@@ -512,13 +506,12 @@ class Split:
         for row, (item, shard) in enumerate(zip(index.tolist(), shards.tolist())):
             yield row, self.shards[shard], item - int(self.first[shard])
 
-    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rank=0, world_size=1, heads=1):
-        """Items rank::world_size of one micro-batch: x, y of batch_size / world_size rows.
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None):
+        """Items x, y of one micro-batch of batch_size rows, or of those of its `rows` (integers) in their order.
 
         A pure function of its arguments. Every epoch shows every item once, in an order keyed by (seed,
-        epoch). Row j of the micro-batch belongs to head j % (heads * world_size) of all ranks; the rows of
-        this rank's `heads` come head by head, so that x.view(heads, -1, *x.shape[1:]) is one shard a head."""
-        rows = rows_of(batch_size, rank, world_size, heads)
+        epoch)."""
+        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         sequence = (step * accumulation + micro_step) * batch_size + rows
         count = int(self.first[-1])
         epochs, index = np.divmod(sequence, count)

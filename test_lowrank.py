@@ -416,7 +416,7 @@ def test_every_item_once_an_epoch_in_the_same_order_on_any_number_of_ranks(data)
     for epoch, world_size in ((0, 1), (0, 2), (1, 1), (1, 3)):
         rows, first = [], epoch * count  # batches do not divide the epoch: what counts is the row of items
         for step in range(first // 12, (first + count) // 12 + 1):
-            ranks = [rows_of(data.batch(12, step, seed=5, rank=rank, world_size=world_size))
+            ranks = [rows_of(data.batch(12, step, seed=5, rows=lowrank.rows_of(12, 1, rank, world_size)))
                      for rank in range(world_size)]
             rows += [ranks[j % world_size][j // world_size] for j in range(12)]
         order = rows[first % 12:][:count]
@@ -431,7 +431,7 @@ def test_a_batch_depends_on_its_arguments_alone(data):
     whole = rows_of(data.batch(24, 2, seed=3))
     for heads, world_size in ((1, 1), (1, 2), (1, 3), (4, 1), (2, 2), (1, 4)):
         for rank in range(world_size):  # a row goes to the same of all heads, whatever the number of ranks
-            rows = rows_of(data.batch(24, 2, seed=3, rank=rank, world_size=world_size, heads=heads))
+            rows = rows_of(data.batch(24, 2, seed=3, rows=lowrank.rows_of(24, heads, rank, world_size)))
             parts = [whole[head * world_size + rank::heads * world_size] for head in range(heads)]
             assert rows == sum(parts, [])
 
@@ -2292,7 +2292,7 @@ def by_hand(root, steps, each):
         for k, (gpt, optimizer) in enumerate(zip(workers, optimizers)):
             optimizer.param_groups[0]['lr'] = 0.01 * min((step + 1) / 3, 1)
             optimizer.zero_grad()
-            gpt(*data.batch(8, step, seed=seed, rank=k, world_size=2, heads=each or 1)).backward()
+            gpt(*data.batch(8, step, seed=seed, rows=lowrank.rows_of(8, each or 1, k, 2))).backward()
             optimizer.step()
         if step % 3 == 2:
             with torch.no_grad():

@@ -83,13 +83,15 @@ from tqdm import tqdm
 import prepare
 from galore import make_optimizer
 from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
-                     gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters)
+                     gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters,
+                     rows_of)
 from model import SIZES, Llama, LlamaConfig
 
 
 def build(settings, where, vocabulary, checkpoint=None):
     """
-    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas.
+    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
+    rows (those of a micro-batch that this rank trains on).
 
     where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
     is 'auto'.
@@ -124,8 +126,9 @@ def build(settings, where, vocabulary, checkpoint=None):
             scaler.load_state_dict(checkpoint['scaler'])
     net, ddp_bytes = config.wrap(model, where, s.compile,
                                  {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
-                           replicas=replicas, ddp_bytes=ddp_bytes)
+                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes)
 
 
 def loss_of(run, x, y):
@@ -200,7 +203,6 @@ def main(settings):
         if run.rank == 0:
             config.start_run(settings, step)
     counts, tokens = count_parameters(run.model), s.batch_size * s.gradient_accumulation_steps * s.block_size
-    parts = s.heads // run.ranks if s.lowrank and s.split else 1  # of this rank's batch, one for each of its heads
     if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
               f"{tokens:,} tokens a step, {run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
@@ -231,7 +233,7 @@ def main(settings):
             break
 
         meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rank, run.ranks, parts)))
+            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
         step += 1
 
         stop = config.stop_requested()

@@ -92,7 +92,7 @@ import prepare
 from galore import make_optimizer
 from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      gather_state, load_state, load_weights, merge, merged_state_dict, own_heads, put_layers,
-                     replica_parameters)
+                     replica_parameters, rows_of)
 
 # -----------------------------------------------------------------------------
 # model
@@ -250,7 +250,7 @@ def draw_confusion(matrix, classes, path):
 def build(settings, where, classes, checkpoint=None):
     """
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
-    shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
+    rows (those of a micro-batch that this rank trains on), shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
 
     where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it
     is 'auto'.
@@ -289,8 +289,9 @@ def build(settings, where, classes, checkpoint=None):
             scaler.load_state_dict(checkpoint['scaler'])
     net, ddp_bytes = config.wrap(model, where, s.compile,
                                  {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
-                           replicas=replicas, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=center, std=std,
+                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=center, std=std,
                            about=about)
 
 
@@ -320,8 +321,7 @@ def train_step(run, step, batch):
         run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
         images, labels = (to_device(run, x) for x in batch(micro_step))
         if s.augment:
-            rows = prepare.rows_of(s.batch_size, run.rank, run.ranks, parts(run))
-            images = augmented(images, s.augment, (s.seed, step, micro_step), s.batch_size, rows)
+            images = augmented(images, s.augment, (s.seed, step, micro_step), s.batch_size, run.rows)
         loss = criterion(logits_of(run, images), labels) / s.gradient_accumulation_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -336,12 +336,6 @@ def train_step(run, step, batch):
         if s.merge_reset:
             drop_moments(run.model, run.optimizer)
     return total, norm
-
-
-def parts(run):
-    """Into how many parts this rank's batch is cut, one for each of its split heads."""
-    s = run.settings
-    return s['heads'] // run.ranks if s['lowrank'] and s['split'] else 1
 
 
 @torch.no_grad()
@@ -433,7 +427,7 @@ def main(settings):
             break
 
         meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rank, run.ranks, parts(run))))
+            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
         step += 1
 
         stop = config.stop_requested()

@@ -2817,3 +2817,18 @@ def test_checksums_tell_of_a_single_byte(root, tmp_path, capsys):
                 again = tiny('vit', root, tmp_path / 'b', *words, f'--adapter={path}', '--eval_only=True')
                 refused(capsys, lambda: start(train_vit, again), 'adapter.safetensors')
         path.write_bytes(whole)
+
+
+# -----------------------------------------------------------------------------
+# the first page
+
+
+def test_the_snippets_of_the_readme_run():
+    with open(f'{HERE}/README.md', encoding='utf-8') as file:
+        snippets = file.read().split('```python run\n')[1:]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        model, batches = tiny_gpt(n_embd=64), [tokens_of(2, 3, 9) for _ in range(3)]
+        before = model(*batches[0]).item()
+        exec(snippet.split('```')[0], dict(model=model, batches=batches, torch=torch))
+        assert model(*batches[0]).item() < before

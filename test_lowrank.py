@@ -2408,7 +2408,7 @@ def texts_of(root, name):
 
 
 def files_of(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*')) if path.suffix != '.lock'}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*')) if path.suffix not in ('.lock', '.verified')}
 
 
 @contextlib.contextmanager
@@ -2817,6 +2817,25 @@ def test_checksums_tell_of_a_single_byte(root, tmp_path, capsys):
                 again = tiny('vit', root, tmp_path / 'b', *words, f'--adapter={path}', '--eval_only=True')
                 refused(capsys, lambda: start(train_vit, again), 'adapter.safetensors')
         path.write_bytes(whole)
+
+
+def test_a_shard_whose_bytes_changed_is_named(root, tmp_path):
+    shutil.copytree(root / 'tiny', tmp_path / 'tiny', ignore=shutil.ignore_patterns('*.verified'))
+    notes, shard = tmp_path / 'tiny' / 'meta.json.verified', tmp_path / SHARD
+
+    def batch_in_time(split='train'):
+        data, end = prepare.Tokens('tiny', split, 8, tmp_path), time.time() + 20
+        while time.time() < end and not data.unsound and not notes.exists():
+            time.sleep(0.01)
+        return data.batch(4, 0)
+    batch_in_time()
+    assert len(notes.read_text().splitlines()) == 1
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:99] + bytes([whole[99] ^ 1]) + whole[100:])
+    notes.unlink()
+    with pytest.raises(OSError, match='checksum.*--overwrite.*train_000000.bin'):
+        batch_in_time()
+    batch_in_time('val')
 
 
 # -----------------------------------------------------------------------------

@@ -456,7 +456,7 @@ def plain_step_(params, states, group):
 
 def refresh_in(step, every, merge_every, turn, turns):
     """Steps from this one (from 0) to the next in which layers whose turn it is, of so many turns, take a new basis:
-    once in `every` steps, after a merge, each turn at its own offset, so that no single step is slow or large."""
+    once in `every` steps, after a merge, turn i at i / turns of the period, so that no step is slow or large."""
     return (turn * (every // merge_every) // turns * merge_every - step) % every
 
 
@@ -585,7 +585,7 @@ class LowRankAdamW(GaLoreAdamW):
     def _complete(self, p, group):
         layer = self.layers.get(p)
         if layer is not None and layer.whole is not None and self.last:  # R and the whole gradient, in any order
-            self.waiting ^= {p}
+            self.waiting ^= {p}  # in it after the first of the two, out of it after the second
             if p in self.waiting:
                 return
             self._from_whole(p)
@@ -634,7 +634,7 @@ class LowRankAdamW(GaLoreAdamW):
 # From a model and settings
 
 
-def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore', proj_type='std',
+def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
                  state_bits=None, leave=()):
     """The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
@@ -663,7 +663,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
                          'rank=0, or name your modules in lowrank.KINDS')
     if rank > 0 and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"{rule} on {len(projected)} of {len(projected) + sum(p.dim() == 2 for _, p in matrices)} matrices")
-    galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
+    galore = dict(rank=rank, update_proj_gap=gap, scale=scale, basis=basis, rule=rule)
     parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]

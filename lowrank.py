@@ -145,7 +145,8 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
 
 
 class Zeros:
-    """One buffer of zeros that all factors which are always zero are views of; the layers of a model share it."""
+    """One buffer of zeros that all factors which are always zero are views of; the layers of a model share it. Such a
+    factor is a parameter so that autograd, DDP and clipping see its .grad, the projected gradient."""
 
     def __init__(self, room=0):
         self.room, self.flat = room, None
@@ -290,7 +291,7 @@ class MHLoRALinear(nn.Module):
             return (self.A, basis) if self.left else (basis.mT, self.B)
         if self.reset:
             return self.A, self.B
-        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)
+        return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)  # B A - B' A'
 
     def forward(self, x):
         if self.zero and not torch.is_grad_enabled():
@@ -311,7 +312,7 @@ class MHLoRALinear(nn.Module):
                 raise ValueError(f'a batch of {x.shape[0]} does not split over {len(A)} heads: '
                                  'set batch_size to a multiple of heads times the number of ranks')
             scale, gain = self.scale, len(A)
-        else:  # every head sees every token: one pair of rank H r
+        else:  # every head sees every token: side by side they are one pair of rank H r, and the mean divides by H
             scale, gain = self.scale / len(A), 1
             A, B = A.flatten(0, 1)[None], B.permute(1, 0, 2).flatten(1)[None]  # (1, H r, n), (1, m, H r)
         return low_rank_product(x, self.weight, self.bias, A, B, scale, gain, self.zero is not None,

@@ -2,7 +2,7 @@
 Trains GPT-2 with full-rank weights, or by a method of config/methods. On one process or on several:
 
 $ python train_gpt.py config/quickstart.py config/methods/mhlora.py
-$ python train_gpt.py config/gpt2.py config/methods/lte.py --batch_size=8 --rank=16
+$ python train_gpt.py config/gpt2.py config/methods/lte.py --batch_size=8
 $ torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2.py config/methods/lte.py
 Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
 """
@@ -42,7 +42,7 @@ checkpointing = False  # recompute activations in the backward pass: less memory
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
-alpha = 8.0  # the product of a head is scaled by alpha / rank (in a basis by 1)
+alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
 factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
 split = False  # True: every head sees its own part of the batch only (LTE)
 train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
@@ -121,13 +121,14 @@ def build(settings, where, vocabulary, checkpoint=None):
             scaler.load_state_dict(checkpoint['scaler'])
     net, ddp_bytes = config.wrap(model, where, s.compile,
                                  {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+    # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
                            replicas=replicas, rows=rows, ddp_bytes=ddp_bytes)
 
 
 def loss_of(run, x, y):
-    """Mean loss of a batch of tokens (rows, time) on the CPU."""
+    """Mean loss of a batch of tokens (rows, time) that lie on the CPU."""
     if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
         x, y = x.pin_memory(), y.pin_memory()
     x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
@@ -150,7 +151,7 @@ def train_step(run, step, batch):
         loss = loss_of(run, *batch(micro_step)) / s.gradient_accumulation_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    run.optimizer.take_bases()
+    run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
     config.unscale(run.scaler, run.optimizer)
     norm = clip_gradients(run.model, s.grad_clip)
     run.scaler.step(run.optimizer)
@@ -217,6 +218,7 @@ def main(settings):
                 config.refuse_non_finite(step, saved, s.out_dir, val_loss=val_loss)
                 if run.rank == 0:
                     config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
+            # ckpt.pt counts this evaluation already
             about = dict(step=step, best_val_loss=min(val_loss, best_val_loss), tokenizer=train_data.meta['tokenizer'])
             if step > start:
                 save(run, 'ckpt.pt', run.optimizer, **about)

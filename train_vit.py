@@ -41,7 +41,7 @@ checkpointing = False  # recompute activations in the backward pass: less memory
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
-alpha = 8.0  # the product of a head is scaled by alpha / rank (in a basis by 1)
+alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
 factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
 split = False  # True: every head sees its own part of the batch only (LTE)
 train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (without heads: a linear probe);
@@ -250,7 +250,8 @@ def draw_confusion(matrix, classes, path):
 def build(settings, where, classes, checkpoint=None):
     """
     What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
-    rows (those of a micro-batch that this rank trains on), shape (of the model), size, mean, std (of its images), about (what an adapter has to go with).
+    rows (those of a micro-batch that this rank trains on), shape (of the model), size, mean, std (of its images), about
+    (what an adapter has to go with).
 
     where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it
     is 'auto'.
@@ -279,7 +280,7 @@ def build(settings, where, classes, checkpoint=None):
         config.load_adapter(model, s.adapter, about)
     look = timm.data.resolve_data_config({}, model=model)
     size = shape['img_size'] or look['input_size'][-1]
-    center, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
+    mean, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
@@ -289,10 +290,11 @@ def build(settings, where, classes, checkpoint=None):
             scaler.load_state_dict(checkpoint['scaler'])
     net, ddp_bytes = config.wrap(model, where, s.compile,
                                  {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+    # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
     return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
-                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=center, std=std,
-                           about=about)
+                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=mean,
+                           std=std, about=about)
 
 
 def to_device(run, x):
@@ -325,7 +327,7 @@ def train_step(run, step, batch):
         loss = criterion(logits_of(run, images), labels) / s.gradient_accumulation_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    run.optimizer.take_bases()
+    run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
     config.unscale(run.scaler, run.optimizer)
     norm = clip_gradients(run.model, s.grad_clip)
     run.scaler.step(run.optimizer)
@@ -391,7 +393,7 @@ def main(settings):
         if run.rank == 0:
             config.start_run(settings, step)
     counts = count_parameters(run.model)
-    alone = s.lowrank and settings['train'] != 'all' and not s.merge_every  # heads on an unchanging base: an adapter
+    is_adapter = s.lowrank and settings['train'] != 'all' and not s.merge_every  # heads on a base that stays
     if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
               f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {run.device}, "
@@ -420,7 +422,7 @@ def main(settings):
                 saved = step
             if better:  # after ckpt.pt: a run that was killed in between writes it when it goes on
                 save(run, 'best.pt', **about)
-                if alone and run.rank == 0:
+                if is_adapter and run.rank == 0:
                     config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             meter.restart()
         if last:

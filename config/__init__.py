@@ -1,5 +1,5 @@
 """
-A run: its settings, its processes, its checkpoint, its log. Functions only; nothing here knows of models or data.
+A run: its settings, its processes, its folder, its log. Nothing here knows a particular model, or data.
 
 Settings are the plain global names at the top of a script; `python train_x.py config/y.py config/methods/z.py
 --key=value` runs the files with the script's defaults visible, then the command line wins. torch is imported inside the
@@ -115,6 +115,7 @@ def load(namespace, known, argv):
         settings[key] = _checked(known, key, _parse(text, known.get(key)), 'on the command line')
         given[key] = 'on the command line'
 
+    _check(settings, known, given)
     for key, table in tables.items():
         found = method in table or key in plain or given[key] == 'on the command line'
         # a method that says nothing of lowrank has none
@@ -125,7 +126,6 @@ def load(namespace, known, argv):
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file of "
              'config/methods (or of another folder called methods), or set --learning_rate=')
-    _check(settings, known, given)
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
     return settings
@@ -208,6 +208,7 @@ def _takes_bases(s):
     return s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw'
 
 
+# what sets something for nothing is refused
 EFFECT = (  # (settings, where they do something, what it takes)
     ('heads factors split', lambda s: s.lowrank,
      "there are no low-rank layers: set lowrank='attn,mlp', or give a file of config/methods"),

@@ -536,9 +536,10 @@ class LowRankAdamW(GaLoreAdamW):
                 ok = Y.isfinite().all() & Y.any()
                 self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), layer.basis))
             if self.basis == 'sketch':
-                if left == 0:
+                inside = (left or self.basis_every) <= WINDOW
+                if left == 0 or not inside:  # a resumed run may have other windows
                     layer.ask_sketch(False)
-                if layer.sketch is None and (left or self.basis_every) <= WINDOW:
+                if inside and layer.sketch is None:
                     layer.ask_sketch()
 
     def _set_basis(self, p, new):
@@ -634,7 +635,7 @@ class LowRankAdamW(GaLoreAdamW):
 # From a model and settings
 
 
-def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
+def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore', proj_type='std',
                  state_bits=None, leave=()):
     """The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
@@ -663,7 +664,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
                          'rank=0, or name your modules in lowrank.KINDS')
     if rank > 0 and (not dist.is_initialized() or dist.get_rank() == 0):
         print(f"{rule} on {len(projected)} of {len(projected) + sum(p.dim() == 2 for _, p in matrices)} matrices")
-    galore = dict(rank=rank, update_proj_gap=gap, scale=scale, basis=basis, rule=rule)
+    galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
     parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]

@@ -280,7 +280,7 @@ def clean(folder):
     for path in folder.iterdir():
         if SHARD.fullmatch(path.name) and path.name not in named:
             with open(path, 'rb') as file:
-                ours = file.read(len(MAGIC)) == MAGIC
+                ours = file.read(len(MAGIC)) in (MAGIC, b'')  # empty: killed before the first write
             if ours:
                 path.unlink()
 
@@ -302,7 +302,7 @@ class Writer:
 
     def append(self, split, items):
         if split not in self.files:
-            self.files[split] = open(self.folder / f'{split}.bin.tmp', 'w+b')
+            self.files[split] = open(self.folder / f'{split}.bin.tmp', 'x+b')  # not over somebody else's
             self.files[split].write(header_of(self.dtype, 0))
         self.files[split].write(items.astype(self.dtype, copy=False))
         self.meta[self.kind][split] += len(items)
@@ -391,6 +391,7 @@ def write(folder, settings, fill, overwrite):
                     raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
                                     f'{settings[key]!r}: choose another --name, or --overwrite it')
             open_shards(folder, found)
+            clean(folder)
             print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
             return
         kind, limit = settings.get('kind', 'tokens'), settings.get('limit')
@@ -400,6 +401,8 @@ def write(folder, settings, fill, overwrite):
                 fill(writer)
                 writer.publish()
             finally:
+                for file in writer.files.values():
+                    file.close()
                 clean(folder)
     counts = ', '.join(f'{count:,} {split}' for split, count in writer.meta[kind].items())
     bad = writer.meta.get('replaced_bytes')
@@ -412,8 +415,10 @@ def write(folder, settings, fill, overwrite):
 def read_meta(path):
     try:
         meta = json.loads(path.read_text())
-        meta['shards'][0]['sha256']
-    except (ValueError, LookupError, TypeError):
+        item_type(meta), meta['shards'][0]  # also what readers take from it
+        for shard in meta['shards']:
+            shard['file'], shard['split'], shard['sha256'], shard[meta.get('kind', 'tokens')]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DataError(f"'{path}' is damaged or not of prepare.py: move it away and prepare the data set "
                         'again') from None
     return meta

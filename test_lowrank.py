@@ -2168,13 +2168,15 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('vit', '--init_from=nowhere.pt', 'nowhere.pt'), ('vit', '--max_iters=9', 'already holds a run'),
             ('vit', f'{resume} --augment=flip', "augment='flip,crop'"),
             ('vit', f'{resume} --dataset=digits', "dataset='xrays'", "'digits'")]:
-        refused(capsys, lambda: train(script, root, held[script], *words.split()), *needles)
+        words = words.split() + ['--overwrite=True'] * (resume not in words and 'already holds a run' not in needles)
+        refused(capsys, lambda: train(script, root, held[script], *words), *needles)
     for script, weights, needle in (('llama', 'gpt2', "'resume'"), ('gpt', 'none.safetensors', 'none.'),
                                     ('gpt', tmp_path / 'no.safetensors', 'wte')):
-        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--vocab_size=None'))
+        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--vocab_size=None',
+                             '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
-        refused(capsys, lambda: train('gpt', root, held['gpt'], '--device=cuda'), '--device=cpu')
+        refused(capsys, lambda: train('gpt', root, held['gpt'], '--device=cuda', '--overwrite=True'), '--device=cpu')
     refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'holds a ViT')
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):  # a loss that is not finite
         train('gpt', root, held['gpt'], resume, '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
@@ -2750,18 +2752,34 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
     for name in ('adapter.safetensors', 'log.jsonl'):  # of somebody else: no config.json of ours
         (tmp_path / name).write_text('precious')
         for words in ((), ('--overwrite=True',)):
-            refused(capsys, run(*words), name, 'no run of ours')
+            refused(capsys, run(*words), name, 'no config.json of a run of ours')
         assert (tmp_path / name).read_text() == 'precious'
         (tmp_path / name).unlink()
     (tmp_path / 'ckpt.pt.tmp').mkdir()
     refused(capsys, run(), 'ckpt.pt.tmp', 'is a folder')
     (tmp_path / 'ckpt.pt.tmp').rmdir()
+    config.unlock()  # as the end of a process does
     with open(tmp_path / '.lock', 'w') as lock:  # another process trains there
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         refused(capsys, run(), 'another run')
     run()()
     refused(capsys, run(), 'already holds a run', '--overwrite=True')
     run('--overwrite=True')()
+
+
+def test_evaluating_makes_no_folder_ours_and_a_run_without_a_checkpoint_begins_again(root, tmp_path, capsys):
+    for name, content in (('foreign', b'theirs'), ('fresh', None)):
+        out = tmp_path / name
+        out.mkdir()
+        if content:
+            (out / 'ckpt.pt').write_bytes(content)
+        train_only = ['--eval_only=True', '--max_iters=1']
+        start(train_gpt, tiny('gpt', root, out, *train_only))
+        if content:
+            refused(capsys, lambda: train('gpt', root, out, '--max_iters=1', '--overwrite=True'), 'ckpt.pt', 'ours')
+            assert (out / 'ckpt.pt').read_bytes() == content
+        else:
+            train('gpt', root, out, '--max_iters=1')
 
 
 def test_a_run_killed_between_its_two_files_goes_on(root, tmp_path):

@@ -195,11 +195,13 @@ def main(settings):
     with config.refusals():
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
+        config.claim_folder(settings, where.rank)
         checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
         if checkpoint:
             config.need_same(settings, checkpoint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
+        was_best = bool(checkpoint) and checkpoint.get('is_best', False) and not s.eval_only
         del checkpoint
         if run.rank == 0:
             config.start_run(settings, step)
@@ -209,6 +211,9 @@ def main(settings):
               f"{tokens:,} tokens a step, {run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
     progress = tqdm(total=s.max_iters, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
     config.catch_signals()
+    tokenizer = train_data.meta['tokenizer']
+    if was_best:  # and the run may have been killed between the two files
+        save(run, 'best.pt', step=step, best_val_loss=best_val_loss, is_best=True, tokenizer=tokenizer)
     meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
     while True:
         lr = config.set_learning_rate(run.optimizer, settings, step)
@@ -221,14 +226,13 @@ def main(settings):
                 config.refuse_non_finite(step, saved, s.out_dir, val_loss=val_loss)
                 if run.rank == 0:
                     config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
-            # ckpt.pt counts this evaluation already
-            about = dict(step=step, best_val_loss=min(val_loss, best_val_loss), tokenizer=train_data.meta['tokenizer'])
+            better = val_loss < best_val_loss and step > 0 and not s.eval_only
+            best_val_loss = val_loss if better else best_val_loss
+            about = dict(step=step, best_val_loss=best_val_loss, is_best=better, tokenizer=tokenizer)
             if step > start:
                 save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
-            # after ckpt.pt, and also where it is equal: a run that was killed in between writes it when it goes on
-            if val_loss <= best_val_loss and step > 0 and not (stop or s.eval_only):
-                best_val_loss = val_loss
+            if better:
                 save(run, 'best.pt', **about)
             meter.restart()
         if last:

@@ -374,6 +374,14 @@ def save(run, name, stepping=None, **extra):
             **whole, 'settings': run.settings, 'model_config': run.shape, **extra})
 
 
+def save_best(run, **about):
+    """Writes best.pt, and of heads on a base that stays as it is an adapter."""
+    save(run, 'best.pt', **about)
+    s = run.settings
+    if run.rank == 0 and s['lowrank'] and s['train'] != 'all' and not s['merge_every']:
+        config.save_adapter(run.model, f"{s['out_dir']}/adapter.safetensors", run.about)
+
+
 def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join(settings)
@@ -384,22 +392,25 @@ def main(settings):
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images_a_step)
         steps = settings['max_iters']
+        config.claim_folder(settings, where.rank)
         checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
         if checkpoint:
             config.need_same(settings, checkpoint)
         run = build(settings, where, classes, checkpoint)
         step, best_val_auc = (checkpoint['step'], checkpoint['best_val_auc']) if checkpoint else (0, 0.0)
+        was_best = bool(checkpoint) and checkpoint.get('is_best', False) and not s.eval_only
         del checkpoint
         if run.rank == 0:
             config.start_run(settings, step)
     counts = count_parameters(run.model)
-    is_adapter = s.lowrank and settings['train'] != 'all' and not s.merge_every  # heads on a base that stays
     if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
               f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {run.device}, "
               f"{run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
     progress = tqdm(total=steps, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
     config.catch_signals()
+    if was_best:  # and the run may have been killed between the two files
+        save_best(run, step=step, best_val_auc=best_val_auc, is_best=True, classes=classes)
     meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
     while True:
         lr = config.set_learning_rate(run.optimizer, settings, step)
@@ -416,14 +427,12 @@ def main(settings):
                     config.log(settings, {'step': step, **record}, progress)
             if better:
                 best_val_auc = record['val_auc']
-            about = dict(step=step, best_val_auc=best_val_auc, classes=classes)
+            about = dict(step=step, best_val_auc=best_val_auc, is_best=better, classes=classes)
             if step > start:
                 save(run, 'ckpt.pt', run.optimizer, **about)
                 saved = step
-            if better:  # after ckpt.pt: a run that was killed in between writes it when it goes on
-                save(run, 'best.pt', **about)
-                if is_adapter and run.rank == 0:
-                    config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
+            if better:
+                save_best(run, **about)
             meter.restart()
         if last:
             break
@@ -458,8 +467,9 @@ def main(settings):
             config.log(settings, {'step': step, **record}, progress)
             print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'
                                                     for name, share in zip(classes, record['test_acc_by_class'])))
-            if matrix is not None:
-                draw_confusion(matrix, classes, f'{s.out_dir}/confusion.png')
+            picture = f'{s.out_dir}/confusion.png'
+            if matrix is not None and not (s.eval_only and os.path.exists(picture)):
+                draw_confusion(matrix, classes, picture)
     progress.close()
     if run.rank == 0:
         config.say_goodbye(settings, start, step, saved, stop, f'highest validation AUC so far {best_val_auc:.4f}')

@@ -9,6 +9,7 @@ functions that need it, so that a mistake is answered at once.
 import ast
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -595,7 +596,7 @@ def load_adapter(model, path, about):
         lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
         raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
                          'the one that the run wrote')
-    if theirs.get('sha256') != _sha256(saved[name] for name in parts):
+    if theirs.get('sha256', '') not in ('', _sha256(saved[name] for name in parts)):  # older ones have none
         raise ValueError(f"adapter '{path}' is damaged (its checksum is another): load the one that the run wrote")
     for name, part in parts.items():
         part.copy_(saved[name])
@@ -609,6 +610,94 @@ RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'log.j
 _locks = []  # the one that this process holds
 
 
+def unlock():
+    for lock in _locks:
+        lock.release()
+    _locks.clear()
+
+
+def claim_folder(settings, rank):
+    """
+    Makes out_dir and locks it, before anything is read from it; every rank takes part.
+
+    A fresh run is refused where there is a checkpoint, unless it is of a run of ours (config.json tells) and to be
+    overwritten, and wherever files have the names of a run's and are not ours. eval_only takes no lock. ValueError:
+    what is wrong.
+    """
+    import torch.distributed as dist
+    if rank == 0:
+        _claim_folder(settings)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _claim_folder(settings):
+    from filelock import FileLock, Timeout
+    out_dir = settings['out_dir']
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
+    if settings['eval_only']:
+        return
+    unlock()  # of a run of this process that ended early
+    lock = FileLock(os.path.join(out_dir, '.lock'))
+    try:
+        lock.acquire(timeout=0)
+        _locks.append(lock)  # the kernel lets go of it when the process ends
+    except Timeout:
+        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
+            from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise ValueError(f"out_dir '{out_dir}' cannot be written to ({error.strerror}): choose another --out_dir") \
+                from None
+        print(f"warning: the disk of out_dir '{out_dir}' knows no locks: start no second run there", file=sys.stderr)
+    paths = {name: os.path.join(out_dir, name) for name in RUN_FILES}
+    for path in (*paths.values(), *(path + '.tmp' for path in paths.values())):
+        if os.path.isdir(path):
+            raise ValueError(f"'{path}' is a folder, and a file is to be written there: choose another --out_dir")
+    held = [name for name, path in paths.items() if os.path.exists(path)]
+    if not held or settings['init_from'] == 'resume':
+        return
+    if not _is_ours(paths['config.json']):
+        raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of ours: choose another "
+                         '--out_dir')
+    if held[0] in RUN_FILES[:3] and not settings['overwrite']:
+        go_on = 'go on with it by --init_from=resume, ' * (held[0] == 'ckpt.pt')
+        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): {go_on}choose another --out_dir, or "
+                         'replace it by --overwrite=True')
+
+
+def start_run(settings, step):
+    """Writes config.json into the folder that `claim_folder` has claimed, for a run that begins at `step`. Of a resumed
+    one the lines are dropped that a crash logged after it; a fresh one removes the files of the old one. eval_only
+    changes nothing that is there, but adds to the log."""
+    paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
+    held = [path for path in paths.values() if os.path.exists(path)]
+    if settings['eval_only']:
+        if not held:
+            _write_json(paths['config.json'], settings)
+        return
+    if settings['wandb_log']:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
+        wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
+    if settings['init_from'] != 'resume':
+        for path in held:
+            os.remove(path)
+    elif paths['log.jsonl'] in held:
+        ends = step >= settings['max_iters']
+        again = {'val_loss'} if ends or step % settings['eval_interval'] == 0 else set()
+        with open(paths['log.jsonl'], 'rb') as file:
+            lines = [line for line in file if _logged_before(line, step, again | ({'test_loss'} if ends else set()))]
+        with replacing(paths['log.jsonl']) as file:
+            file.writelines(lines)
+    _write_json(paths['config.json'], settings)
+
+
 def _logged_before(line, step, again):
     """Whether a line of log.jsonl is whole and not of what a run from this step on logs again. again: keys of what it
     begins with."""
@@ -617,70 +706,6 @@ def _logged_before(line, step, again):
         return record['step'] < step or record['step'] == step and again.isdisjoint(record)
     except (ValueError, KeyError, TypeError):  # a crash cut it
         return False
-
-
-def unlock():
-    for lock in _locks:
-        lock.release()
-    _locks.clear()
-
-
-def start_run(settings, step):
-    """
-    Makes out_dir, locks it, and writes config.json. step: where the run begins.
-
-    A fresh run is refused where there are files of a run, unless they are ours (config.json tells) and to be
-    overwritten. Of a resumed one lines that a crash logged after `step` are dropped. eval_only changes nothing that is
-    there, but adds to the log. ValueError: what is wrong.
-    """
-    from filelock import FileLock, Timeout
-    out_dir = settings['out_dir']
-    config_path, log_path = (os.path.join(out_dir, name) for name in ('config.json', 'log.jsonl'))
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
-    if settings['eval_only']:
-        if not os.path.exists(config_path):
-            _write_json(config_path, settings)
-        return
-    for name in RUN_FILES:
-        for path in (os.path.join(out_dir, name), os.path.join(out_dir, name + '.tmp')):
-            if os.path.isdir(path):
-                raise ValueError(f"'{path}' is a folder, and a file is to be written there: choose another --out_dir")
-    held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
-    if held and settings['init_from'] != 'resume':
-        if not _is_ours(config_path):
-            raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, which is of no run of ours: choose another "
-                             '--out_dir')
-        if not settings['overwrite']:
-            raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): go on with it by "
-                             '--init_from=resume, choose another --out_dir, or replace it by --overwrite=True')
-    unlock()  # a run of this process that ended early
-    lock = FileLock(os.path.join(out_dir, '.lock'))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
-            from None
-    _locks.append(lock)  # the kernel lets go of it when the process ends
-    if settings['wandb_log']:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
-        wandb.init(project='nanoLowRank', name=out_dir, config=settings)
-    if settings['init_from'] != 'resume':
-        for name in held:
-            os.remove(os.path.join(out_dir, name))
-    elif os.path.exists(log_path):
-        ends = step >= settings['max_iters']
-        again = {'val_loss'} if ends or step % settings['eval_interval'] == 0 else set()
-        with open(log_path, 'rb') as file:
-            lines = [line for line in file if _logged_before(line, step, again | ({'test_loss'} if ends else set()))]
-        with replacing(log_path) as file:
-            file.writelines(lines)
-    _write_json(config_path, settings)
 
 
 def _write_json(path, value):
@@ -693,7 +718,7 @@ def _is_ours(path):
     try:
         with open(path, encoding='utf-8') as file:
             return {'out_dir', 'init_from', 'lowrank'} <= json.load(file).keys()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 

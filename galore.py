@@ -427,7 +427,8 @@ def step_(p, state, lr, keep, group, eps):
     """p <- keep p - lr rho(p.grad), with eps before the bias correction; one pass where moments are of p's dtype."""
     betas, correct_bias = group['betas'], group['correct_bias']
     if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype:
-        adam_(p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], betas, eps, correct_bias, p, lr, keep)
+        adam_(p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], betas, eps, correct_bias, into=p, lr=lr,
+              keep=keep)
     else:
         p.mul_(keep).add_(adam_step_(p.grad, state, betas, eps, correct_bias), alpha=lr)
 
@@ -445,7 +446,7 @@ def plain_step_(params, states, group):
             fused.setdefault((p.dtype, state['step']), []).append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
         else:
             eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['step']) if group['correct_bias'] else 1.0)
-            step_(p, state, group['lr'], 1 - group['lr'] * group['weight_decay'], group, eps)
+            step_(p, state, lr=group['lr'], keep=1 - group['lr'] * group['weight_decay'], group=group, eps=eps)
     for (_, age), tensors in fused.items():
         fused_adam_(*map(list, zip(*tensors)), age if group['correct_bias'] else math.inf, group['lr'], group['betas'],
                     group['eps'], group['weight_decay'])
@@ -623,7 +624,7 @@ class LowRankAdamW(GaLoreAdamW):
             else:
                 if keep != 1:
                     layer.weight.mul_(keep)
-                step_(p, state, alpha, keep, group, group['eps'])
+                step_(p, state, lr=alpha, keep=keep, group=group, eps=group['eps'])
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""

@@ -327,9 +327,10 @@ class MHLoRALinear(nn.Module):
     def ask_sketch(self, wanted=True):
         """From now on backward passes add up the `second_moment` of gradients (m, r), or (n, r), in sketch.grad; False:
         no longer."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        leaf = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape)
-        self.sketch = leaf.requires_grad_() if wanted else None
+        self.sketch = None
+        if wanted:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
     def averaged(self):

@@ -128,7 +128,8 @@ class GPT(nn.Module):
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy()
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
@@ -298,7 +299,8 @@ class Llama(nn.Module):
             layers=nn.ModuleList([LlamaLayer(config) for _ in range(config.n_layer)]),
             norm=nn.RMSNorm(config.n_embd, eps=1e-6),
         ))
-        self.lm_head, self.cross_entropy = nn.Linear(config.n_embd, config.vocab_size, bias=False), CrossEntropy()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cross_entropy = CrossEntropy()
         self.init_weights()
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, replacing
+from config import in_one_line, write_json
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -330,8 +330,7 @@ class Writer:
         descriptor = os.open(self.folder, os.O_RDONLY)
         os.fsync(descriptor)  # the shards' names reach the disk before meta.json, which names them
         os.close(descriptor)
-        with replacing(self.folder / 'meta.json') as file:
-            file.write(json.dumps(self.meta, indent=1).encode() + b'\n')
+        write_json(self.folder / 'meta.json', self.meta)
 
 
 def write_tokens(writer, documents, encoding, val_below):
@@ -457,24 +456,27 @@ def open_shards(folder, meta, split=None):
 
 
 def verify(folder, shards, unsound):
-    """Appends to the list `unsound` an OSError for the first shard whose checksum is not that of meta.json. Each is
-    read once on a machine: those that were whole are noted in meta.json.verified."""
+    """Appends to the list `unsound` an OSError for the first shard that cannot be read, or whose checksum is not that
+    of meta.json. Each is read once on a machine: those that were whole are noted in meta.json.verified. A run that ends
+    before they are all read says nothing of the others."""
     notes = folder / 'meta.json.verified'
-    known = notes.read_text().splitlines() if notes.exists() else []
-    for shard in shards:
-        path = folder / shard['file']
-        about = path.stat()
-        note = f"{shard['sha256']} {about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
-        if note in known:
-            continue
-        with open(path, 'rb') as file:
-            if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
-                unsound.append(OSError(errno.EIO, 'its checksum is not that of meta.json: prepare the data set '
-                                       'again with --overwrite', str(path)))
-                return
-        if os.access(folder, os.W_OK):
-            with open(notes, 'a', encoding='utf-8') as file:
-                file.write(note + '\n')
+    try:
+        known = notes.read_text().splitlines() if notes.exists() else []
+        for shard in shards:
+            path = folder / shard['file']
+            about = path.stat()
+            note = f"{shard['sha256']} {about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
+            if note in known:
+                continue
+            with open(path, 'rb') as file:
+                if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
+                    raise OSError(errno.EIO, 'its checksum is not that of meta.json: prepare the data set again with '
+                                  '--overwrite', str(path))
+            if os.access(folder, os.W_OK):
+                with open(notes, 'a', encoding='utf-8') as file:
+                    file.write(note + '\n')
+    except OSError as error:  # of a thread nobody would see it: the next batch raises it
+        unsound.append(error)
 
 
 def ensure(name, data_dir='data'):

@@ -209,7 +209,7 @@ def _takes_bases(s):
     return s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw'
 
 
-# what sets something for nothing is refused
+# a setting that does nothing beside the others is refused
 EFFECT = (  # (settings, where they do something, what it takes)
     ('heads factors split', lambda s: s.lowrank,
      "there are no low-rank layers: set lowrank='attn,mlp', or give a file of config/methods"),
@@ -677,7 +677,7 @@ def start_run(settings, step):
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
         if not held:
-            _write_json(paths['config.json'], settings)
+            write_json(paths['config.json'], settings)
         return
     if settings['wandb_log']:
         try:
@@ -695,7 +695,7 @@ def start_run(settings, step):
             lines = [line for line in file if _logged_before(line, step, again | ({'test_loss'} if ends else set()))]
         with replacing(paths['log.jsonl']) as file:
             file.writelines(lines)
-    _write_json(paths['config.json'], settings)
+    write_json(paths['config.json'], settings)
 
 
 def _logged_before(line, step, again):
@@ -708,7 +708,8 @@ def _logged_before(line, step, again):
         return False
 
 
-def _write_json(path, value):
+def write_json(path, value):
+    """Writes plain values as JSON, see `replacing`."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2).encode())
 

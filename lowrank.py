@@ -810,6 +810,22 @@ def check_training(model, *optimizers):
                          'merge_every=1 only galore.LowRankAdamW steps, on the weights behind them')
 
 
+@torch.no_grad()
+def not_finite(model, optimizer=None):
+    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None: nothing. Every rank
+    takes part. Waits for the device."""
+    found = dict([*model.named_parameters(), *model.named_buffers()])
+    if optimizer:
+        found |= {f'{key} of {name}': x for name, p in model.named_parameters()
+                  for key, x in optimizer.state.get(p, {}).items()}
+        found |= {f'the sketch of {name}': layer.sketch.grad for name, layer in model.named_modules()
+                  if isinstance(layer, MHLoRALinear) and layer.sketch is not None}
+    found = {name: x for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point() and x.numel()}
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) for x in found.values()])
+    bad = mean((~largest.isfinite()).to(torch.float32)).tolist()
+    return next((name for name, share in zip(found, bad) if share), None)
+
+
 def count_parameters(model):
     """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other);
     of heads that are split over ranks this rank's. A weight that moves every step, as GaLore's do, counts as

@@ -522,6 +522,8 @@ class Split:
         ensure(name, data_dir)
         folder = Path(data_dir, name)
         self.meta = read_meta(folder / 'meta.json')
+        sums = ''.join(shard['sha256'] for shard in self.meta['shards'])
+        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of the whole data set
         held = self.meta.get('kind', 'tokens')
         if held != kind:
             raise DataError(f"data set '{name}' holds {held}, not {kind}: choose one of {kind}")

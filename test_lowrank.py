@@ -20,6 +20,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from unittest import mock
@@ -1969,7 +1970,7 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
     words = '--param_dtype=float32', '--dtype=float16'
     run, data = built(script, root, tmp_path, *words)
     assert run.scaler.get_scale() == 65536
-    SCRIPTS[script].save(run, 'ckpt.pt', run.optimizer, step=0, classes=getattr(data, 'classes', None))
+    config.save(run, 'ckpt.pt', dict(step=0, classes=getattr(data, 'classes', None)), resumable=True)
     checkpoint = saved(tmp_path)
     checkpoint['scaler']['scale'] = 8.0
     again, _ = built(script, root, tmp_path, *words, '--init_from=resume', checkpoint=checkpoint)
@@ -2197,7 +2198,7 @@ def several_ranks(root, out):
     os.environ.update(RANK=str(me + 2 * forked), LOCAL_RANK=str(me + 2 * forked), WORLD_SIZE='4')
     join, end = dist.init_process_group, dist.destroy_process_group
     join('gloo', f'file://{out}/store', rank=me + 2 * forked, world_size=4)
-    dist.init_process_group = lambda *a: dist.is_initialized() or join(*a)  # all runs share a group,
+    dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # all runs share a group,
     dist.destroy_process_group = lambda: dist.barrier()  # and rank 0's files are written when one ends
     for name in (*FOUR, 'gpt_local', 'gpt_replicas'):
         run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
@@ -2225,6 +2226,9 @@ def several_ranks(root, out):
             run(name, root, f'{out}/{name}_four', '--init_from=resume')
     with contextlib.redirect_stdout(Stops(3)):  # a signal to rank 0, which alone writes a log: both end
         run('gpt_full', root, f'{out}/stopped', '--max_iters=8', '--log_interval=1')
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+        run('gpt_full', root, f'{out}/differ', f'--seed={me}')
+    assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
     merged_weights_have_the_same_bits_on_every_rank()
     all_ranks_skip_a_step_that_overflows_on_one()
     end()
@@ -2870,3 +2874,71 @@ def test_the_snippets_of_the_readme_run():
         before = model(*batches[0]).item()
         exec(snippet.split('```')[0], dict(model=model, batches=batches, torch=torch))
         assert model(*batches[0]).item() < before
+
+
+# -----------------------------------------------------------------------------
+# runs that something goes wrong in
+
+
+@pytest.mark.parametrize('name', ALONE)
+def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
+    run, data = built('llama', root, tmp_path, *method(name))
+    for step in range(4):
+        train_llama.train_step(run, step, lambda micro_step: data.batch(8, step, rows=run.rows))
+    config.save(run, 'ckpt.pt', dict(step=4), resumable=True)
+    before = (tmp_path / 'ckpt.pt').read_bytes()
+    tensors = [*run.model.parameters(), *run.model.buffers()]
+    tensors += [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    tensors += [layer.sketch.grad for layer in lowrank.lowrank_layers(run.model) if layer.sketch is not None]
+    for x, value in zip((x for x in tensors if x.is_floating_point()), itertools.cycle((math.nan, math.inf))):
+        last = x.detach()[(-1,) * x.dim()]
+        kept = last.clone()
+        last.fill_(value)
+        with pytest.raises(SystemExit, match='at step 5 is not finite.*ckpt.pt of step 4'):
+            config.save(run, 'ckpt.pt', dict(step=5), resumable=True)
+        last.copy_(kept)
+    assert (tmp_path / 'ckpt.pt').read_bytes() == before
+    config.save(run, 'ckpt.pt', dict(step=5), resumable=True)  # all of it is whole again
+
+
+def test_a_float16_run_counts_the_steps_it_skips_and_ends_if_it_skips_them_all(root, tmp_path):
+    run, data = built('gpt', root, tmp_path, '--param_dtype=float32', '--dtype=float16')
+    meter = config.Meter(run, 0, 128, 'tokens')
+    next(run.model.parameters()).register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(SystemExit, match='every gradient at step 40 is not finite.*no checkpoint'):
+        for step in range(40):
+            meter.add(*train_gpt.train_step(run, step, lambda micro_step: data.batch(8, step)))
+            if step in (3, 39):
+                meter.line(step + 1, 0.1)
+    assert [(line['step'], line['skipped_steps'], line['loss_scale']) for line in records(tmp_path)] == [(4, 4, 4096)]
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_auto_begins_or_goes_on_and_names_what_changed(root, tmp_path, capsys, script):
+    train(script, root, tmp_path, '--init_from=auto')
+    assert 'resumed' not in capsys.readouterr().out
+    assert train(script, root, tmp_path, '--init_from=auto', '--max_iters=8', '--beta1=0.8')['step'] == 8
+    assert 'resumed with other settings than before: max_iters 4 -> 8, beta1 0.9 -> 0.8\n' in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(root, tmp_path, capsys):
+    train('gpt', root, tmp_path / 'run')
+    prepare_text(tmp_path, numbered(tmp_path / 'other.txt'), '--name', 'tiny')
+    words = tiny('gpt', tmp_path, tmp_path / 'run', '--init_from=resume', '--max_iters=8')
+    refused(capsys, lambda: start(train_gpt, words), "'tiny' is not the one that this run began with")
+
+
+class Signals(Stops):
+    """One that sends the signal a moment later, when the evaluation of the step has begun."""
+
+    def write(self, text):
+        if f'step {self.step:>6} | train' in text:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return io.StringIO.write(self, text)
+
+
+def test_a_signal_ends_an_evaluation(root, tmp_path):
+    train('gpt', root, tmp_path, '--max_iters=3')
+    with contextlib.redirect_stdout(Signals(4)):
+        stopped = train('gpt', root, tmp_path, '--init_from=resume', '--max_iters=8', '--eval_iters=1000000000')
+    assert stopped['step'] == 4 and 4 not in logged(tmp_path, 'val_loss')

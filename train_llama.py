@@ -78,20 +78,16 @@ if __name__ == '__main__':
     settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
 
 import torch
-from tqdm import tqdm
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
-                     gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters,
-                     rows_of)
+from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers
 from model import SIZES, Llama, LlamaConfig
 
 
 def build(settings, where, vocabulary, checkpoint=None):
     """
-    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
-    rows (those of a micro-batch that this rank trains on).
+    What a run computes with, see `config.assemble`.
 
     where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
     is 'auto'.
@@ -117,19 +113,7 @@ def build(settings, where, vocabulary, checkpoint=None):
                          f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
-    replicas = replica_parameters(model) if s.sync == 'merge' else {}
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
-    if checkpoint:
-        load_state(model, optimizer, checkpoint, replicas)
-        if scaler.is_enabled() and checkpoint['scaler']:
-            scaler.load_state_dict(checkpoint['scaler'])
-    net, ddp_bytes = config.wrap(model, where, s.compile,
-                                 {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
-    # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
-    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
-    return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
-                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes)
+    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings, where, checkpoint)
 
 
 def loss_of(run, x, y):
@@ -138,7 +122,7 @@ def loss_of(run, x, y):
         x, y = x.pin_memory(), y.pin_memory()
     x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
     with torch.autocast(run.device_type, getattr(torch, run.compute),
-                        enabled=run.compute != run.settings['param_dtype']):
+                        enabled=run.compute != run.s.param_dtype):
         return run.net(x, y)
 
 
@@ -147,7 +131,7 @@ def train_step(run, step, batch):
     One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank.
     Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
-    s, total = SimpleNamespace(**run.settings), 0.0
+    s, total = run.s, 0.0
     for micro_step in range(s.gradient_accumulation_steps):
         run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
@@ -169,24 +153,14 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data):
-    """Mean loss of the fixed batches of a split, with heads averaged."""
-    s = SimpleNamespace(**run.settings)
+    """Mean loss of the fixed batches of a split, with heads averaged; None where a signal came meanwhile."""
+    s, losses = run.s, []
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
-        losses = [loss_of(run, *data.fixed_batch(i, s.eval_iters, s.batch_size, run.rank, run.ranks))
-                  for i in range(s.eval_iters)]
+        while len(losses) < s.eval_iters and not config.stop_requested():
+            losses.append(loss_of(run, *data.fixed_batch(len(losses), s.eval_iters, s.batch_size, run.rank, run.ranks)))
     run.model.train()
-    return mean(torch.stack(losses).mean()).item()
-
-
-def save(run, name, stepping=None, **extra):
-    """Writes out_dir/name: the weights, and with the optimizer `stepping` all that resumes the run."""
-    whole = gather_state(run.model, stepping, run.replicas)  # every rank takes part
-    if stepping:
-        extra['scaler'] = run.scaler.state_dict()
-    if run.rank == 0:
-        config.save_checkpoint(f"{run.settings['out_dir']}/{name}", {
-            **whole, 'settings': run.settings, 'model_config': asdict(run.model.config), **extra})
+    return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
 
 
 def main(settings):
@@ -195,72 +169,44 @@ def main(settings):
     with config.refusals():
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
-        config.claim_folder(settings, where.rank)
-        checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
-        if checkpoint:
-            config.need_same(settings, checkpoint)
+        checkpoint = config.open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
-        was_best = bool(checkpoint) and checkpoint.get('is_best', False) and not s.eval_only
-        del checkpoint
-        if run.rank == 0:
-            config.start_run(settings, step)
-    counts, tokens = count_parameters(run.model), s.batch_size * s.gradient_accumulation_steps * s.block_size
-    if run.rank == 0:
-        print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-              f"{tokens:,} tokens a step, {run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
-    progress = tqdm(total=s.max_iters, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
+        tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
+        meter = config.Meter(run, step, tokens, 'tokens')
+    del checkpoint
     config.catch_signals()
-    tokenizer = train_data.meta['tokenizer']
-    if was_best:  # and the run may have been killed between the two files
-        save(run, 'best.pt', step=step, best_val_loss=best_val_loss, is_best=True, tokenizer=tokenizer)
-    meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
+    start, stop = step, False
     while True:
         lr = config.set_learning_rate(run.optimizer, settings, step)
         last = stop or step >= s.max_iters or s.eval_only
 
         if last or step % s.eval_interval == 0:
-            val_loss = float('inf')
-            if not stop:  # a signal wants the checkpoint soon
-                val_loss = evaluate(run, val_data)
-                config.refuse_non_finite(step, saved, s.out_dir, val_loss=val_loss)
-                if run.rank == 0:
-                    config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
-            better = val_loss < best_val_loss and step > 0 and not s.eval_only
+            val_loss = evaluate(run, val_data)
+            stop = val_loss is None  # a signal wants the checkpoint soon
+            if not stop:
+                meter.log(step, {'val_loss': val_loss})
+            # also where a run resumes at its best, as it may have been killed before it wrote best.pt
+            better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
             best_val_loss = val_loss if better else best_val_loss
-            about = dict(step=step, best_val_loss=best_val_loss, is_best=better, tokenizer=tokenizer)
+            about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
+                         tokenizer=train_data.meta['tokenizer'])
             if step > start:
-                save(run, 'ckpt.pt', run.optimizer, **about)
-                saved = step
+                config.save(run, 'ckpt.pt', about, resumable=True)
             if better:
-                save(run, 'best.pt', **about)
+                config.save(run, 'best.pt', about)
             meter.restart()
-        if last:
+        if last or stop:
             break
 
         meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
             s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
         step += 1
-
         stop = config.stop_requested()
-        if step % s.log_interval == 0 or step == s.max_iters or step % s.eval_interval == 0 or stop:
-            norm, record = meter.read()
-            config.refuse_non_finite(step, saved, s.out_dir, train_loss=record['train_loss'])
-            if not run.scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
-                config.refuse_non_finite(step, saved, s.out_dir, gradient_norm=norm)
-            with config.refusals():
-                check_training(run.model, run.optimizer)
-            if run.rank == 0:
-                config.log(settings, {
-                    'step': step, 'lr': lr, **record, 'tokens_per_s': 1000 * tokens / record['dt_ms'],
-                    'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': run.optimizer.state_bytes()}, progress)
-        progress.update()
+        if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters:
+            meter.line(step, lr)
 
-    progress.close()
-    if run.rank == 0:
-        config.say_goodbye(settings, start, step, saved, stop, f'lowest validation loss so far {best_val_loss:.4f}')
-    config.leave()
+    meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}')
     return best_val_loss
 
 

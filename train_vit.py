@@ -86,13 +86,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from medmnist.evaluator import getACC, getAUC
-from tqdm import tqdm
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
-                     gather_state, load_state, load_weights, merge, merged_state_dict, own_heads, put_layers,
-                     replica_parameters, rows_of)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, load_weights, merge,
+                     merged_state_dict, put_layers)
 
 # -----------------------------------------------------------------------------
 # model
@@ -141,7 +139,7 @@ def read_weights(path, shape, classes, dataset, keep):
             checkpoint = config.load_checkpoint(path)
     if not checkpoint:
         try:
-            weights = timm.models.load_state_dict(path)
+            weights = timm.models.load_state_dict(path, weights_only=True)
         except Exception as error:  # of pickle, zipfile, safetensors
             raise ValueError(f"'{path}' is damaged or holds no weights ({str(error).splitlines()[0][:80]}): "
                              'check init_from') from None
@@ -249,12 +247,10 @@ def draw_confusion(matrix, classes, path):
 
 def build(settings, where, classes, checkpoint=None):
     """
-    What a run computes with, as attributes: model, net (the same, compiled or under DDP), optimizer, scaler, replicas,
-    rows (those of a micro-batch that this rank trains on), shape (of the model), size, mean, std (of its images), about
-    (what an adapter has to go with).
+    What a run computes with, see `config.assemble`; besides size, mean, std (of the model's images) and about (what an
+    adapter has to go with).
 
-    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'] where it
-    is 'auto'.
+    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -281,20 +277,8 @@ def build(settings, where, classes, checkpoint=None):
     look = timm.data.resolve_data_config({}, model=model)
     size = shape['img_size'] or look['input_size'][-1]
     mean, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
-    replicas = replica_parameters(model) if s.sync == 'merge' else {}
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
-    if checkpoint:
-        load_state(model, optimizer, checkpoint, replicas)
-        if scaler.is_enabled() and checkpoint['scaler']:
-            scaler.load_state_dict(checkpoint['scaler'])
-    net, ddp_bytes = config.wrap(model, where, s.compile,
-                                 {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
-    # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
-    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
-    return SimpleNamespace(**vars(where), settings=settings, model=model, net=net, optimizer=optimizer, scaler=scaler,
-                           replicas=replicas, rows=rows, ddp_bytes=ddp_bytes, shape=shape, size=size, mean=mean,
-                           std=std, about=about)
+    run = config.assemble(model, shape, make_optimizer(model, settings), settings, where, checkpoint)
+    return SimpleNamespace(**vars(run), size=size, mean=mean, std=std, about=about)
 
 
 def to_device(run, x):
@@ -304,10 +288,10 @@ def to_device(run, x):
 
 def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
-    dtype = getattr(torch, run.settings['param_dtype'])
+    dtype = getattr(torch, run.s.param_dtype)
     x = normalised(images, run.size, run.mean, run.std, dtype)
     with torch.autocast(run.device_type, getattr(torch, run.compute),
-                        enabled=run.compute != run.settings['param_dtype']):
+                        enabled=run.compute != run.s.param_dtype):
         y = run.net(x)
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
@@ -317,7 +301,7 @@ def train_step(run, step, batch):
     One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and labels.
     Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
-    s, total = SimpleNamespace(**run.settings), 0.0
+    s, total = run.s, 0.0
     for micro_step in range(s.gradient_accumulation_steps):
         run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
@@ -342,20 +326,26 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data, classes, name):
-    """A whole split: a record for the log, and the confusion matrix. Ranks share the work; each gets all scores."""
-    batch_size = run.settings['batch_size']
+    """
+    A whole split: a record for the log, and the confusion matrix; None, None where a signal came meanwhile. Ranks share
+    the work; each gets all scores.
+    """
+    batch_size, batches = run.s.batch_size, -(-len(data) // run.s.batch_size)
     run.model.eval()
-    wide = torch.promote_types(getattr(torch, run.settings['param_dtype']), torch.float32)
+    wide = torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32)
     _, y = data.fixed_batch(0, 1)
     labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)  # (n,) or (n, classes)
-    logits = torch.zeros(len(data), len(classes), dtype=wide, device=run.device)
+    logits, i = torch.zeros(len(data), len(classes), dtype=wide, device=run.device), 0
     with averaged_heads(run.model, run.replicas):
-        for i in range(-(-len(data) // batch_size)):
+        while i < batches and not config.stop_requested():
             images, y = data.fixed_batch(i, batch_size, run.rank, run.ranks)
             mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
             if len(y):  # the last batch may be short
                 logits[mine], labels[mine] = logits_of(run, to_device(run, images)), to_device(run, y)
+            i += 1
     run.model.train()
+    if i < batches:
+        return None, None
     if run.ranks > 1:  # zeros are where the others' rows belong
         torch.distributed.all_reduce(logits)
         torch.distributed.all_reduce(labels)
@@ -364,22 +354,22 @@ def evaluate(run, data, classes, name):
     return {f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc, f'{name}_acc_by_class': by_class}, matrix
 
 
-def save(run, name, stepping=None, **extra):
-    """Writes out_dir/name: the weights, and with the optimizer `stepping` all that resumes the run."""
-    whole = gather_state(run.model, stepping, run.replicas)  # every rank takes part
-    if stepping:
-        extra['scaler'] = run.scaler.state_dict()
-    if run.rank == 0:
-        config.save_checkpoint(f"{run.settings['out_dir']}/{name}", {
-            **whole, 'settings': run.settings, 'model_config': run.shape, **extra})
-
-
-def save_best(run, **about):
-    """Writes best.pt, and of heads on a base that stays as it is an adapter."""
-    save(run, 'best.pt', **about)
-    s = run.settings
-    if run.rank == 0 and s['lowrank'] and s['train'] != 'all' and not s['merge_every']:
-        config.save_adapter(run.model, f"{s['out_dir']}/adapter.safetensors", run.about)
+def test(run, meter, step, data, classes):
+    """The last evaluation, on the test split: by the best weights, if this run trained any."""
+    out_dir = run.s.out_dir
+    if run.ranks > 1:
+        torch.distributed.barrier()  # rank 0 has written best.pt
+    if not run.s.eval_only and os.path.exists(f'{out_dir}/best.pt'):
+        load_weights(run.model, config.load_checkpoint(f'{out_dir}/best.pt')['model'])
+    record, matrix = evaluate(run, data, classes, 'test')
+    if record:
+        meter.log(step, record)
+    if record and run.rank == 0:
+        print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'
+                                                for name, share in zip(classes, record['test_acc_by_class'])))
+        picture = f'{out_dir}/confusion.png'
+        if matrix is not None and not (run.s.eval_only and os.path.exists(picture)):
+            draw_confusion(matrix, classes, picture)
 
 
 def main(settings):
@@ -388,92 +378,51 @@ def main(settings):
     with config.refusals():
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
-        classes, images_a_step = list(train_data.classes), s.batch_size * s.gradient_accumulation_steps
+        classes, images = list(train_data.classes), s.batch_size * s.gradient_accumulation_steps
         if s.epochs:
-            settings['max_iters'] = -(-s.epochs * len(train_data) // images_a_step)
+            settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
-        config.claim_folder(settings, where.rank)
-        checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
-        if checkpoint:
-            config.need_same(settings, checkpoint)
+        checkpoint = config.open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, classes, checkpoint)
         step, best_val_auc = (checkpoint['step'], checkpoint['best_val_auc']) if checkpoint else (0, 0.0)
-        was_best = bool(checkpoint) and checkpoint.get('is_best', False) and not s.eval_only
-        del checkpoint
-        if run.rank == 0:
-            config.start_run(settings, step)
-    counts = count_parameters(run.model)
-    if run.rank == 0:
-        print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-              f"{images_a_step:,} images a step, {steps * images_a_step / len(train_data):.1f} epochs, {run.device}, "
-              f"{run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
-    progress = tqdm(total=steps, initial=step, unit='step', disable=None if run.rank == 0 else True, leave=False)
+        meter = config.Meter(run, step, images, 'images', f'{steps * images / len(train_data):.1f} epochs, ')
+    del checkpoint
     config.catch_signals()
-    if was_best:  # and the run may have been killed between the two files
-        save_best(run, step=step, best_val_auc=best_val_auc, is_best=True, classes=classes)
-    meter, stop, start, saved = config.Meter(run.device, run.ddp_bytes), False, step, step if step else None
+    start, stop = step, False
     while True:
         lr = config.set_learning_rate(run.optimizer, settings, step)
         last = stop or step >= steps or s.eval_only
 
         if last or step % s.eval_interval == 0:
-            better = False
-            if not stop:  # a signal wants the checkpoint soon
-                record, _ = evaluate(run, val_data, classes, 'val')
-                config.refuse_non_finite(step, saved, s.out_dir, val_loss=record['val_loss'])
-                # the last of equals, or where AUC is undefined
-                better = not record['val_auc'] < best_val_auc and step > 0 and not s.eval_only
-                if run.rank == 0:
-                    config.log(settings, {'step': step, **record}, progress)
-            if better:
-                best_val_auc = record['val_auc']
-            about = dict(step=step, best_val_auc=best_val_auc, is_best=better, classes=classes)
+            record, _ = evaluate(run, val_data, classes, 'val')
+            stop = record is None  # a signal wants the checkpoint soon
+            if not stop:
+                meter.log(step, record)
+            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may have been
+            # killed before it wrote best.pt
+            better = not stop and not s.eval_only and step > 0 and not record['val_auc'] < best_val_auc
+            best_val_auc = record['val_auc'] if better else best_val_auc
+            about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint, classes=classes)
             if step > start:
-                save(run, 'ckpt.pt', run.optimizer, **about)
-                saved = step
+                config.save(run, 'ckpt.pt', about, resumable=True)
             if better:
-                save_best(run, **about)
+                config.save(run, 'best.pt', about)
+            if better and run.rank == 0 and s.lowrank and settings['train'] != 'all' and not s.merge_every:
+                config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             meter.restart()
-        if last:
+        if last or stop:
             break
 
         meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
             s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
         step += 1
-
         stop = config.stop_requested()
-        if step % s.log_interval == 0 or step == steps or step % s.eval_interval == 0 or stop:
-            norm, record = meter.read()
-            config.refuse_non_finite(step, saved, s.out_dir, train_loss=record['train_loss'])
-            if not run.scaler.is_enabled():  # a GradScaler skips such steps and lowers its scale
-                config.refuse_non_finite(step, saved, s.out_dir, gradient_norm=norm)
-            with config.refusals():
-                check_training(run.model, run.optimizer)
-            if run.rank == 0:
-                config.log(settings, {
-                    'step': step, 'lr': lr, **record, 'images_per_s': 1000 * images_a_step / record['dt_ms'],
-                    'trainable_parameters': counts['trainable'],
-                    'optimizer_state_bytes': run.optimizer.state_bytes()}, progress)
-        progress.update()
+        if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == steps:
+            meter.line(step, lr)
 
-    if not stop:  # the test split, once, by the best weights
-        if run.ranks > 1:
-            torch.distributed.barrier()  # rank 0 has written best.pt
-        if not s.eval_only and os.path.exists(f'{s.out_dir}/best.pt'):
-            load_weights(run.model, config.load_checkpoint(f'{s.out_dir}/best.pt')['model'])
-        record, matrix = evaluate(run, test_data, classes, 'test')
-        config.refuse_non_finite(step, saved, s.out_dir, test_loss=record['test_loss'])
-        if run.rank == 0:
-            config.log(settings, {'step': step, **record}, progress)
-            print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'
-                                                    for name, share in zip(classes, record['test_acc_by_class'])))
-            picture = f'{s.out_dir}/confusion.png'
-            if matrix is not None and not (s.eval_only and os.path.exists(picture)):
-                draw_confusion(matrix, classes, picture)
-    progress.close()
-    if run.rank == 0:
-        config.say_goodbye(settings, start, step, saved, stop, f'highest validation AUC so far {best_val_auc:.4f}')
-    config.leave()
+    if not stop:
+        test(run, meter, step, test_data, classes)
+    meter.close(step, f'highest validation AUC so far {best_val_auc:.4f}')
     return best_val_auc
 
 

@@ -19,8 +19,10 @@ import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from types import SimpleNamespace
 
+ANSWER = 600  # seconds that ranks wait for each other
 RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 # -----------------------------------------------------------------------------
@@ -28,19 +30,28 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do (once a machine) and ends the process with exit code 2."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
-        print(f'error: {sentence}', file=sys.stderr, flush=True)
+    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a machine find is
+    said once: the others wait a second, in which torchrun ends them if the first one has failed as well."""
+    who = ''
+    if os.environ.get('LOCAL_RANK', '0') != '0':
+        who = f" (rank {os.environ['RANK']})"
+        time.sleep(1)
+    print(f'error{who}: {sentence}', file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def in_one_line(kind, error, trace):
-    """Python's last word on an error that nobody caught: Ctrl-C, and what the disk refuses, is one line."""
+    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were lost are one
+    line."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before stands",
               file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and re.search('gloo|NCCL|Timed out|reset by peer', str(error)):
+        print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
+              f'{ANSWER // 60} minutes ({str(error).splitlines()[0][:80]}): what was saved before stands, and '
+              '--init_from=resume goes on from it', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -223,7 +234,7 @@ EFFECT = (  # (settings, where they do something, what it takes)
     ('basis basis_every scale', _takes_bases,
      "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
-    ('n_layer n_head n_embd bias vocab_size', lambda s: not s.loads or s.init_from in ('scratch', 'resume'),
+    ('n_layer n_head n_embd bias vocab_size', lambda s: not s.loads or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # (what makes no sense together, the sentence)
@@ -388,7 +399,8 @@ def join(settings):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo',
+                            timeout=timedelta(seconds=ANSWER))
     return SimpleNamespace(rank=dist.get_rank(), ranks=dist.get_world_size(), device=device,
                            device_type=device.split(':')[0], compute=dtype)
 
@@ -407,6 +419,31 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
             libc.mallopt(option, value)
+
+
+def assemble(model, shape, optimizer, settings, where, checkpoint=None):
+    """
+    What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as attributes;
+    model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters); scaler; net (the model,
+    compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a micro-batch, that this rank trains on);
+    saved (the step of the last checkpoint, or None). Goes on from a checkpoint, if there is one.
+    """
+    import torch
+
+    from lowrank import load_state, own_heads, replica_parameters, rows_of
+    s = SimpleNamespace(**settings)
+    replicas = replica_parameters(model) if s.sync == 'merge' else {}
+    scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
+    if checkpoint:
+        load_state(model, optimizer, checkpoint, replicas)
+        if scaler.is_enabled() and checkpoint['scaler']:
+            scaler.load_state_dict(checkpoint['scaler'])
+    net, ddp_bytes = wrap(model, where, s.compile, {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+    # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
+    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
+    return SimpleNamespace(**vars(where), settings=settings, s=s, model=model, shape=shape, optimizer=optimizer,
+                           replicas=replicas, scaler=scaler, net=net, ddp_bytes=ddp_bytes, rows=rows,
+                           saved=checkpoint['step'] if checkpoint else None)
 
 
 def wrap(model, where, compiled, outside_ddp=()):
@@ -516,6 +553,20 @@ def save_checkpoint(path, checkpoint):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
+def save(run, name, about, resumable=False):
+    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to be resumed,
+    the rest of its state. Every rank takes part. What is not finite is never written over what is."""
+    from lowrank import gather_state, not_finite
+    optimizer = run.optimizer if resumable else None
+    refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
+    whole = gather_state(run.model, optimizer, run.replicas)
+    if resumable:
+        whole['scaler'], run.saved = run.scaler.state_dict(), about['step']
+    if run.rank == 0:
+        save_checkpoint(f'{run.s.out_dir}/{name}', {**whole, 'settings': run.settings, 'model_config': run.shape,
+                                                    **about})
+
+
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
     import torch
@@ -616,22 +667,65 @@ def unlock():
     _locks.clear()
 
 
-def claim_folder(settings, rank):
+def open_run(settings, where, data):
     """
-    Makes out_dir and locks it, before anything is read from it; every rank takes part.
+    What comes before anything is built, on every rank: ranks whose settings, code or data differ are refused, out_dir
+    is claimed, and the checkpoint of a run that goes on is read and compared. Returns it, or None.
+
+    data: the fingerprint of the run's data set. Writes settings['init_from'] where it is 'auto', and settings['train']
+    where a checkpoint says what it became. ValueError, OSError: what is wrong.
+    """
+    import torch.distributed as dist
+    if where.ranks > 1:
+        _compare({**settings, 'data': data, 'code': _code()}, where.ranks)
+    if where.rank == 0:
+        _claim_folder(settings)
+    if where.ranks > 1:
+        dist.barrier()
+    path = os.path.join(settings['out_dir'], 'ckpt.pt')
+    if settings['init_from'] == 'auto':
+        settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
+    if settings['init_from'] != 'resume':
+        return None
+    checkpoint = load_checkpoint(path)
+    changed = need_same(settings, checkpoint)
+    if checkpoint.get('data', data) != data:
+        raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began with: it was prepared "
+                         'anew, from other files or in another way')
+    if changed and where.rank == 0:
+        print(f'resumed with other settings than before: {changed}')
+    return checkpoint
+
+
+def _code():
+    """A hash of this project's code, as ranks on several machines may have several."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = hashlib.sha256()
+    for path in (*sorted(name for name in os.listdir(here) if name.endswith('.py')), 'config/__init__.py'):
+        with open(os.path.join(here, path), 'rb') as file:
+            found.update(file.read())
+    return found.hexdigest()[:16]
+
+
+def _compare(mine, ranks):
+    import torch.distributed as dist
+    theirs = [None] * ranks
+    dist.all_gather_object(theirs, mine)
+    for rank, other in enumerate(theirs):
+        for key, value in theirs[0].items():
+            if other.get(key) != value:
+                raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all ranks with '
+                                 'the same settings, code and data')
+
+
+def _claim_folder(settings):
+    """
+    Makes out_dir and locks it.
 
     A fresh run is refused where there is a checkpoint, unless it is of a run of ours (config.json tells) and to be
     overwritten, and wherever files have the names of a run's and are not ours. eval_only takes no lock. ValueError:
     what is wrong.
     """
-    import torch.distributed as dist
-    if rank == 0:
-        _claim_folder(settings)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _claim_folder(settings):
     from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
     try:
@@ -658,7 +752,8 @@ def _claim_folder(settings):
         if os.path.isdir(path):
             raise ValueError(f"'{path}' is a folder, and a file is to be written there: choose another --out_dir")
     held = [name for name, path in paths.items() if os.path.exists(path)]
-    if not held or settings['init_from'] == 'resume':
+    goes_on = settings['init_from'] == 'auto' and 'ckpt.pt' in held or settings['init_from'] == 'resume'
+    if not held or goes_on:
         return
     if not _is_ours(paths['config.json']):
         raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of ours: choose another "
@@ -670,7 +765,7 @@ def _claim_folder(settings):
 
 
 def start_run(settings, step):
-    """Writes config.json into the folder that `claim_folder` has claimed, for a run that begins at `step`. Of a resumed
+    """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a resumed
     one the lines are dropped that a crash logged after it; a fresh one removes the files of the old one. eval_only
     changes nothing that is there, but adds to the log."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
@@ -723,13 +818,13 @@ def _is_ours(path):
         return False
 
 
-def refuse_non_finite(step, saved, out_dir, **values):
-    """Ends the run (exit code 1) where a loss or a norm is inf or nan, before anything can overwrite its checkpoint."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise SystemExit(f'{name} is {value} at step {step}: lower learning_rate or raise warmup_iters; '
-                             + (f'the last good checkpoint is {out_dir}/ckpt.pt of step {saved}' if saved is not None
-                                else 'no checkpoint was written yet'))
+def refuse_non_finite(run, step, what):
+    """Ends the run (exit code 1) where something, in words, is inf or nan, before anything overwrites its
+    checkpoint."""
+    if what:
+        raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; '
+                         + (f'the last good checkpoint is {run.s.out_dir}/ckpt.pt of step {run.saved}'
+                            if run.saved is not None else 'no checkpoint was written yet'))
 
 
 MAY_CHANGE = set("""
@@ -740,7 +835,7 @@ MAY_CHANGE = set("""
 
 def need_same(settings, checkpoint):
     """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in MAY_CHANGE.
-    Where train is 'auto' it becomes what the checkpoint's run made of it."""
+    Returns in words what of that has changed. Where train is 'auto' it becomes what the checkpoint's run made of it."""
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
     if settings['train'] == 'auto':
@@ -751,17 +846,9 @@ def need_same(settings, checkpoint):
         if settings[key] != checkpoint['settings'][key]:
             raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
                              f'{settings[key]!r}: resume with the config it was started with')
-
-
-def say_goodbye(settings, start, step, saved, stop, best):
-    """The last lines of a run from step `start` to `step`, and what to do next. best: the best value, in words."""
-    out_dir = settings['out_dir']
-    if step == start and not settings['eval_only'] and not stop:
-        print(f"step {step} of {settings['max_iters']}: nothing to train, raise "
-              f"{'epochs' if settings.get('epochs') else 'max_iters'} to go on")
-    if step > start:  # without a best one where a signal came before the first evaluation
-        so_far = f', {best}' if os.path.exists(f'{out_dir}/best.pt') else ''
-        print(f'{out_dir}/ckpt.pt holds step {saved}{so_far}; --init_from=resume goes on')
+    here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}  # change nothing
+    return ', '.join(f"{key} {checkpoint['settings'][key]!r} -> {settings[key]!r}" for key in settings
+                     if key not in here and settings[key] != checkpoint['settings'].get(key, settings[key]))
 
 
 # -----------------------------------------------------------------------------
@@ -784,17 +871,28 @@ def peak_memory_bytes(device):
 
 class Meter:
     """
-    What a loop adds up between two lines of the log.
+    The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
 
-    device: where losses are; ddp_bytes: what DDP reduces a step. The sum of losses and the last gradient's norm stay
-    on the device: but for merges that draw new heads, `read` is the only place of a training step where the host waits.
+    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which. Prepares the
+    run's folder (`start_run`) and says what there is to train. The sum of losses and the last gradient's norm stay on
+    the device: but for merges that draw new heads, `line` is the only place of a training step where the host waits.
     """
 
-    def __init__(self, device, ddp_bytes):
+    def __init__(self, run, step, items, unit, more=''):
         import torch
+        from tqdm import tqdm
 
-        from lowrank import traffic
-        self.sums, self.ddp_bytes, self.traffic, self.device = torch.zeros(2, device=device), ddp_bytes, traffic, device
+        from lowrank import count_parameters, traffic
+        s, counts = run.s, count_parameters(run.model)
+        self.run, self.start, self.items, self.unit = run, step, items, unit
+        self.sums, self.traffic, self.trainable = torch.zeros(3, device=run.device), traffic, counts['trainable']
+        if run.rank == 0:
+            start_run(run.settings, step)
+            print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
+                  f"{items:,} {unit} a step, {more}{run.device}, {run.compute}, {run.ranks} "
+                  f"rank{'s' * (run.ranks > 1)}")
+        self.progress = tqdm(total=s.max_iters, initial=step, unit='step', leave=False,
+                             disable=None if run.rank == 0 else True)
         self.restart()
 
     def restart(self):
@@ -803,42 +901,74 @@ class Meter:
         self.steps, self.clock, self.sent = 0, time.perf_counter(), self.traffic['bytes']
 
     def add(self, loss, norm):
-        """A step: its loss and the norm of its gradient, tensors."""
+        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not finite is a
+        step that was skipped."""
         self.sums[0] += loss
         self.sums[1] = norm
+        self.sums[2] += ~norm.isfinite()
         self.steps += 1
+        self.progress.update()
 
-    def read(self):
-        """(norm of the last gradient, record for the log), both over all ranks; the meter starts again."""
-        from lowrank import mean
-        sent = self.traffic['bytes'] - self.sent
+    def line(self, step, lr):
+        """A line of the log on the steps since the last one. Ends the run where something went wrong in silence: what
+        is not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
+        from lowrank import check_training, mean
+        run, sent = self.run, self.traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
-        train_loss, norm = mean(self.sums).tolist()
-        record = {'train_loss': train_loss, 'dt_ms': 1000 * (time.perf_counter() - self.clock) / self.steps,
-                  'peak_memory_bytes': peak_memory_bytes(self.device),
-                  'sync_bytes': self.ddp_bytes + sent // self.steps}
+        loss, norm, skipped = mean(self.sums).tolist()  # over all ranks
+        record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * (time.perf_counter() - self.clock) / self.steps,
+                  'peak_memory_bytes': peak_memory_bytes(run.device), 'gradient_norm': norm,
+                  'sync_bytes': run.ddp_bytes + sent // self.steps}
+        record[f'{self.unit}_per_s'] = 1000 * self.items / record['dt_ms']
+        record.update(trainable_parameters=self.trainable, optimizer_state_bytes=run.optimizer.state_bytes())
+        if run.scaler.is_enabled():  # it skips the steps of such gradients and lowers its scale
+            record.update(gradient_norm=norm if math.isfinite(norm) else -1, skipped_steps=math.ceil(skipped),
+                          loss_scale=run.scaler.get_scale())
+            if record['loss_scale'] < 2**-14:  # thirty in a row, from torch's first scale
+                refuse_non_finite(run, step, 'every gradient')
+        with refusals():
+            check_training(run.model, run.optimizer)
+        self.log(step, record)
         self.restart()
-        return norm, record
 
+    def log(self, step, record):
+        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells wandb. Ends
+        the run where a loss or a norm is not finite."""
+        bad = [f'{key} {record[key]}' for key in ('train_loss', 'val_loss', 'test_loss', 'gradient_norm')
+               if not math.isfinite(record.get(key, 0))]
+        refuse_non_finite(self.run, step, ' and '.join(bad))
+        if self.run.rank:
+            return
+        shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
+                 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
+                 'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}',
+                 'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
+                 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
+                 'loss_scale': 'scale {:.3g}'}
+        record = {'step': step, **record}
+        words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
+                 for key, form in shown.items() if key in record]
+        self.progress.write(f"step {step:>6} | " + ' | '.join(words), file=sys.stdout)
+        sys.stdout.flush()  # a log in a file is read while it grows
+        path = os.path.join(self.run.s.out_dir, 'log.jsonl')
+        try:
+            with open(path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(record) + '\n')
+        except OSError as error:
+            error.filename = path  # a full disk does not say whose
+            raise
+        if self.run.s.wandb_log:
+            import wandb
+            wandb.log(record, step=step)
 
-def log(settings, record, progress):
-    """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
-    shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
-             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
-             'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
-             'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
-             'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}
-    words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
-             for key, form in shown.items() if key in record]
-    progress.write(f"step {record['step']:>6} | " + ' | '.join(words), file=sys.stdout)
-    sys.stdout.flush()  # a log in a file is read while it grows
-    path = os.path.join(settings['out_dir'], 'log.jsonl')
-    try:
-        with open(path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
-    except OSError as error:
-        error.filename = path  # a full disk does not say whose
-        raise
-    if settings['wandb_log']:
-        import wandb
-        wandb.log(record, step=record['step'])
+    def close(self, step, best):
+        """The last lines of a run, and what to do next; then ends what `join` began. best: the best value, in words."""
+        s = self.run.s
+        self.progress.close()
+        if self.run.rank == 0 and step > self.start:  # no best one where a signal came before the first evaluation
+            so_far = f', {best}' if os.path.exists(f'{s.out_dir}/best.pt') else ''
+            print(f'{s.out_dir}/ckpt.pt holds step {self.run.saved}{so_far}; --init_from=resume goes on')
+        elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
+            print(f"step {step} of {s.max_iters}: nothing to train, raise "
+                  f"{'epochs' if self.run.settings.get('epochs') else 'max_iters'} to go on")
+        leave()

@@ -136,25 +136,6 @@ def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
           beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
 
-def adam_(R, M, V, age, betas=(0.9, 0.999), eps=1e-6, correct_bias=True, into=None, lr=1.0, keep=0.0):
-    """Adam's moments M, V take in R, in place, and `into` becomes keep * into - lr * rho, where
-
-        rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
-
-    has eps before the bias correction as in galore-torch (torch divides by the correction first, so its eps is divided
-    too). Without `into` that is R's own memory, which minus rho replaces. Returns it. It is torch's kernel, one pass
-    over memory, which takes each number of the gradient before it writes one."""
-    if correct_bias:
-        eps = eps / math.sqrt(1 - betas[1] ** age)
-    else:
-        age = math.inf  # has no bias left to correct
-    if R.stride() != M.stride():  # the kernel reads raw memory
-        R = torch.empty_like(M).copy_(R)
-    into = R if into is None else into
-    fused_adam_([into], [R], [M], [V], age, lr, betas, eps, (1 - keep) / lr if lr else 0.0)
-    return into
-
-
 def turn_moments(M, V, C, left):
     """Moments of the coordinates in the old basis as seen from the new one, with C = new^T old (r, r): the first
     becomes C M, the second (C * C) V (exact if the coordinates are uncorrelated). M, V: (r, n), or (m, r) if not
@@ -233,19 +214,35 @@ def write_moments(state, moments, numbers=slice(None)):
             state[key].view(-1)[numbers] = x.to(state[key].dtype)
 
 
-def adam_step_(R, state, betas, eps, correct_bias):
-    """`adam_` with the moments of a state, whose `step` counts this gradient already. Uses R up and returns the
-    direction. Moments in another dtype than R's are float32 in chunks only."""
-    if 'exp_avg_top' not in state and state['exp_avg'].dtype == R.dtype:
-        return adam_(R, state['exp_avg'], state['exp_avg_sq'], state['step'], betas, eps, correct_bias)
-    R = R.contiguous()
-    flat = R.view(-1)
+def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True):
+    """
+    p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts this gradient already, take in grad.
+
+        rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
+
+    has eps before the bias correction as in galore-torch (torch divides by the correction first, so its eps is divided
+    too). p may be grad itself: with lr=1, keep=0 minus rho replaces it. Returns p, or that in another layout. It is
+    torch's kernel, one pass over memory, which takes each number of a gradient before it writes one. Where moments have
+    another dtype than p all is computed in theirs, float32 at least, chunk by chunk.
+    """
+    eps, age = (eps / math.sqrt(1 - betas[1] ** state['step']), state['step']) if correct_bias else (eps, math.inf)
+    decay = (1 - keep) / lr if lr else 0.0
+    M, V = state['exp_avg'], state['exp_avg_sq']
+    if 'exp_avg_top' not in state and M.dtype == p.dtype:
+        if grad.stride() != M.stride():  # the kernel reads raw memory
+            own, grad = p is grad, torch.empty_like(M).copy_(grad)
+            p = grad if own else p
+        fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
+        return p
+    flat, flat_grad = p.reshape(-1), grad.reshape(-1)  # views, where they can be
     for i in range(0, len(flat), CHUNK):
         where = slice(i, min(i + CHUNK, len(flat)))
         moments = read_moments(state, where)
-        flat[where] = adam_(flat[where].to(moments[0].dtype), *moments, state['step'], betas, eps, correct_bias)
+        part, g = (x[where].to(moments[0].dtype) for x in (flat, flat_grad))
+        fused_adam_([part], [g], *([x] for x in moments), age, lr, betas, eps, decay)
+        flat[where] = part
         write_moments(state, moments, where)
-    return R
+    return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
 
 
 # -----------------------------------------------------------------------------
@@ -403,7 +400,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             new_moments(state, R, group['state_bits'])
         state['step'] += 1
         keep = 1.0 - group['lr'] * group['weight_decay']
-        U = adam_step_(R.clone() if rule else R, state, group['betas'], group['eps'], group['correct_bias'])
+        U = R.clone() if rule else R
+        U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'])
         if rule:
             W.mul_(keep).add_(rule(G, R, U, state, group), alpha=group['lr'] * keep)
         else:
@@ -423,16 +421,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                   if torch.is_tensor(x)})
 
 
-def step_(p, state, lr, keep, group, eps):
-    """p <- keep p - lr rho(p.grad), with eps before the bias correction; one pass where moments are of p's dtype."""
-    betas, correct_bias = group['betas'], group['correct_bias']
-    if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype:
-        adam_(p.grad, state['exp_avg'], state['exp_avg_sq'], state['step'], betas, eps, correct_bias, into=p, lr=lr,
-              keep=keep)
-    else:
-        p.mul_(keep).add_(adam_step_(p.grad, state, betas, eps, correct_bias), alpha=lr)
-
-
 def plain_step_(params, states, group):
     """torch.optim.AdamW on parameters with .grad: eps after the bias correction, decay before the update. Moments of
     another dtype than their parameter's (`state_bits`) are float32 in chunks."""
@@ -446,7 +434,8 @@ def plain_step_(params, states, group):
             fused.setdefault((p.dtype, state['step']), []).append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
         else:
             eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['step']) if group['correct_bias'] else 1.0)
-            step_(p, state, lr=group['lr'], keep=1 - group['lr'] * group['weight_decay'], group=group, eps=eps)
+            step_(p, p.grad, state, group['lr'], 1 - group['lr'] * group['weight_decay'], group['betas'], eps,
+                  group['correct_bias'])
     for (_, age), tensors in fused.items():
         fused_adam_(*map(list, zip(*tensors)), age if group['correct_bias'] else math.inf, group['lr'], group['betas'],
                     group['eps'], group['weight_decay'])
@@ -616,15 +605,15 @@ class LowRankAdamW(GaLoreAdamW):
             if 'exp_avg' not in state:
                 new_moments(state, p, group['state_bits'])
             state['step'] += 1
-            alpha = group['lr'] * group['scale'] * keep
+            alpha, how = group['lr'] * group['scale'] * keep, (group['betas'], group['eps'], group['correct_bias'])
             if layer.zero:
-                U = adam_step_(p.grad, state, group['betas'], group['eps'], group['correct_bias'])
+                U = step_(p.grad, p.grad, state, 1.0, 0.0, *how)
                 P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
                 add_back_(layer.weight, U[0], P, Q, alpha, keep)
             else:
                 if keep != 1:
                     layer.weight.mul_(keep)
-                step_(p, state, lr=alpha, keep=keep, group=group, eps=group['eps'])
+                step_(p, p.grad, state, alpha, keep, *how)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""

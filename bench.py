@@ -204,12 +204,12 @@ PLAIN = dict(optimizer='galore', basis='power')  # the drop-in
 VIT = {'full fine-tuning': {},
        **{f'LoRA, rank {rank}': method('lora', lowrank='attn', rank=rank, alpha=float(rank))
           for rank in (1, 2, 4, 8, 16, 32)},
-       'GaLore, rank 64': dict(PLAIN, rank=64), 'GaLore, rank 64, projected': method('galore', rank=64)}
+       'GaLore, drop-in, rank 64': dict(PLAIN, rank=64), 'GaLore, rank 64': method('galore', rank=64)}
 MEMORY = {  # rank None: half of the width, a quarter with 8 bits
     'full rank': {},
-    'GaLore': dict(PLAIN, rank=None),
-    'GaLore, projected': method('galore', rank=None),
-    'GaLore, projected, per layer': method('galore', rank=None, per_layer=True),
+    'GaLore, drop-in': dict(PLAIN, rank=None),
+    'GaLore': method('galore', rank=None),
+    'GaLore, per layer': method('galore', rank=None, per_layer=True),
     'the same, 8 bits, checkpointing': method('galore_lean', rank=None, checkpointing=True),
     'MHLoRA, 4 heads': method('mhlora'),
     # a worker with one head; how often it merges does not matter, so that three steps have a merge
@@ -246,10 +246,10 @@ def speed_cells():
     llama = {**LLAMA, 'batch_size': 8, 'size': '60m'}
     # so few tokens that the output layer is nothing
     wide = {**LLAMA, 'batch_size': 8, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}
-    methods = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'layer': method('galore'),
-               'drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
+    methods = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'GaLore': method('galore'),
+               'GaLore, drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
     return [named(base, methods, case=case) for case, base in (
-        ('GPT of 25M', gpt), ('LLaMA 60M', llama), ('4 layers of LLaMA 350M', wide))]
+        ('GPT of 25M', gpt), ('LLaMA-60M', llama), ('4 layers of LLaMA-350M', wide))]
 
 
 def memory_cells():
@@ -456,6 +456,7 @@ def train(options):
 
 
 def train_one(name, cell):
+    """Runs a training and keeps its results; prints why it did not run."""
     about, settings = cell
     with tempfile.TemporaryDirectory() as folder:
         settings = {**settings, 'out_dir': folder}

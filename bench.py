@@ -14,8 +14,6 @@ import ctypes
 import difflib
 import functools
 import gc
-import glob
-import importlib
 import itertools
 import json
 import multiprocessing
@@ -28,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -102,14 +99,9 @@ def method(name, **changes):
     return {**{key: value for key, value in found.items() if not key.startswith('_')}, **changes}
 
 
-def named(base, methods, key='method', **about):
+def named(base, methods, **about):
     """Pairs by the name of a method, of its settings beside those of `base`."""
-    return [({**about, key: name}, {**base, **changes}) for name, changes in methods.items()]
-
-
-def trainings(base, cells):
-    """Pairs of trainings, which are called by what they set: cells (method, settings)."""
-    return [(dict(method=name, settings=changes), {**base, **changes}) for name, changes in cells]
+    return [({**about, 'method': name}, {**base, **changes}) for name, changes in methods.items()]
 
 
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; trainings say only what they change.
@@ -174,7 +166,7 @@ def by_rate_and_seed(methods):
             for name, (settings, rates) in methods.items() for lr in (rates if seed == 1337 else rates[:1])]
 
 
-RATES = {  # the finalists, ranks a quarter of the width in all
+FINALISTS = {  # ranks are a quarter of the width in all
     'full rank': ({}, (1e-3, 5e-4, 2e-3)),
     'GaLore': (dict(**LAYER, rank=96), (5e-3, 1e-2)),
     'GaLore, drop-in': (dict(**DROP_IN, rank=96), (5e-3, 2.5e-3, 1e-2, 2e-2)),
@@ -191,12 +183,12 @@ HEADS_ON = {  # all else is at full rank
     'none': '', 'A': 'attn', 'M': 'mlp', 'L': 'logit', 'AM': 'attn,mlp', 'AL': 'attn,logit',
     'ML': 'mlp,logit', 'AML': 'attn,mlp,logit'}
 TRAININGS = {
-    'screening': trainings(SCREEN, screening_cells()),
-    'quality': trainings(FINAL, by_rate_and_seed(RATES)),
-    'convergence': trainings(ADAPT, by_rate_and_seed(ADAPTING)),
-    'layers': trainings(LAYERS, by_rate_and_seed({
-        letters: (dict(SPLIT, rank=16, alpha=16.0, lowrank=targets) if targets else {}, (2e-3,))
-        for letters, targets in HEADS_ON.items()}))}
+    name: [(dict(method=kind, settings=changes), {**base, **changes}) for kind, changes in cells]
+    for name, base, cells in (
+        ('screening', SCREEN, screening_cells()), ('quality', FINAL, by_rate_and_seed(FINALISTS)),
+        ('convergence', ADAPT, by_rate_and_seed(ADAPTING)), ('layers', LAYERS, by_rate_and_seed({
+            letters: (dict(SPLIT, rank=16, alpha=16.0, lowrank=targets) if targets else {}, (2e-3,))
+            for letters, targets in HEADS_ON.items()})))}
 
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
          'gradient_accumulation_steps': 1}
@@ -218,7 +210,7 @@ MEMORY = {  # rank None: half of the width, a quarter with 8 bits
 
 
 def heads_cells():
-    """Lists of GPT-2 124M, by the layers with heads (a table), and by heads and rank (a picture)."""
+    """GPT-2 124M, by the layers with heads (a table), and by heads and rank (a picture)."""
     table = [(4, dtype, targets, 4, 4) for dtype in ('float32', 'bfloat16')
              for targets in ('attn', 'attn,mlp', 'attn,mlp,logit')]
     figure = [(2, 'bfloat16', 'attn', heads, rank) for heads in (1, 4, 16) for rank in (1, 4, 16, 64)]
@@ -226,30 +218,29 @@ def heads_cells():
         base = {**train_gpt.defaults, 'batch_size': sequences, 'dtype': dtype, 'grad_clip': 0.0}
         there = dict(lowrank=targets, heads=heads, rank=rank, alpha=float(rank))
         ways = {'full': {}, **{way: dict(there, head_compute=way) for way in ('parallel', 'sequential')}}
-        yield named(base, ways, 'compute', device=DEVICE, sequences=sequences, dtype=dtype, targets=targets,
-                    heads=heads, rank=rank)
+        yield from named(base, ways, device=DEVICE, sequences=sequences, dtype=dtype, targets=targets,
+                         heads=heads, rank=rank)
 
 
-def vit_cells():
-    """Lists of ViT at 224 pixels by size and images of a batch."""
+def vit_cells(*batches):
+    """ViT at 224 pixels by size and images of a batch."""
     for size, name, depth in (('ViT-B', 'vit_base_patch16_224', 12), ('ViT-L', 'vit_large_patch16_224', 24)):
-        for images in (4, 32):
+        for images in batches:
             base = {**train_vit.defaults, 'model': name, 'n_layer': depth, 'batch_size': images,
                     'dtype': 'bfloat16', 'grad_clip': 0.0}
-            yield named(base, VIT, size=size, images=images)
+            yield from named(base, VIT, size=size, images=images)
 
 
 def speed_cells():
-    """Lists of language models, 8 x 256 tokens in bfloat16."""
-    gpt = {**train_gpt.defaults, 'dtype': 'bfloat16', 'batch_size': 8, 'block_size': 256, 'vocab_size': 257,
-           'n_layer': 8, 'n_head': 8, 'n_embd': 512}
-    llama = {**LLAMA, 'batch_size': 8, 'size': '60m'}
-    # so few tokens that the output layer is nothing
-    wide = {**LLAMA, 'batch_size': 8, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}
+    """Language models, 8 x 256 tokens in bfloat16."""
+    gpt = {**train_gpt.defaults, 'dtype': 'bfloat16', 'block_size': 256, 'vocab_size': 257, 'n_layer': 8,
+           'n_head': 8, 'n_embd': 512}
+    few = {**LLAMA, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}  # so that the output layer is nothing
     methods = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'GaLore': method('galore'),
                'GaLore, drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
-    return [named(base, methods, case=case) for case, base in (
-        ('GPT of 25M', gpt), ('LLaMA-60M', llama), ('4 layers of LLaMA-350M', wide))]
+    for case, base in (('GPT of 25M', gpt), ('LLaMA-60M', {**LLAMA, 'size': '60m'}),
+                       ('4 layers of LLaMA-350M', few)):
+        yield from named({**base, 'batch_size': 8}, methods, case=case)
 
 
 def memory_cells():
@@ -260,7 +251,7 @@ def memory_cells():
         for about, settings in named(base, MEMORY, size=size):
             rank = settings['rank'] or width // (4 if '8 bits' in about['method'] else 2)
             yield about, {**settings, 'rank': rank}
-    yield from itertools.chain(*vit_cells())
+    yield from vit_cells(4, 32)
 
 
 def sending(model, name, settings):
@@ -282,7 +273,7 @@ def communication_cells(workers):
     cells += [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
               for model in ('screening', 'quality') for about, settings in TRAININGS[model]
               if about['method'] not in ('MHLoRA', 'ReLoRA')]
-    return {words(cell[0]): cell for cell in cells}.values()  # whatever the rate and the seed
+    return {title(cell[0]): cell for cell in cells}.values()  # whatever the rate and the seed
 
 
 # -----------------------------------------------------------------------------
@@ -318,7 +309,7 @@ def kept(name, **about):
     return [cell for cell in read_lines(f'{HERE}/assets/{name}.jsonl') if about.items() <= cell.items()]
 
 
-def words(about):
+def title(about):
     """What is measured, in a line."""
     settings = about.get('settings', {}).values()
     return ' '.join(map(str, [*(x for key, x in about.items() if key != 'settings'), *settings]))
@@ -326,7 +317,7 @@ def words(about):
 
 def lacking(name, cells, only):
     """Those of cells whose words hold `only` and that assets/NAME.jsonl lacks."""
-    return [cell for cell in cells if only in words(cell[0]) and not kept(name, **cell[0])]
+    return [cell for cell in cells if only in title(cell[0]) and not kept(name, **cell[0])]
 
 
 def table(first, *names, wide):
@@ -343,7 +334,7 @@ def table(first, *names, wide):
 
 def show(name, cells, *keys):
     """A table of what assets/NAME.jsonl holds of cells."""
-    found = [(words(about), cell) for about, _ in cells for cell in kept(name, **about)]
+    found = [(title(about), cell) for about, _ in cells for cell in kept(name, **about)]
     row = table(name, *keys, wide=max([len(name), *(len(text) for text, _ in found)]))
     for text, cell in found:
         row(text, *map(cell.get, keys))
@@ -432,8 +423,7 @@ class Watch(TorchDispatchMode):
 @contextlib.contextmanager
 def watched():
     """While this lasts tensors are fake: they have shapes, and nothing is computed. Gives the `Watch`."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch:
         yield watch
 
 
@@ -452,7 +442,7 @@ def train(options):
     if name in ('quality', 'convergence'):
         torch.set_num_threads(1)
         methods = {about['method']: settings for about, settings in cells if 'ranks' not in settings}
-        time_steps(f'{name}_time', [named({}, methods)], options, 10)
+        time_steps(f'{name}_time', named({}, methods), options, 10)
 
 
 def train_one(name, cell):
@@ -469,7 +459,7 @@ def train_one(name, cell):
         records = read_lines(f'{folder}/log.jsonl')
     if ran.returncode and not re.search('is (nan|inf) at step', ran.stderr):
         said = [line for line in ran.stderr.splitlines() if 'rror: ' in line]
-        print(words(about), 'did not run:', *said[:1], flush=True)
+        print(title(about), 'did not run:', *said[:1], flush=True)
     else:
         keep(name, {**about, **results(records, diverged=ran.returncode > 0)})
 
@@ -489,17 +479,20 @@ def results(records, diverged):
 # time
 
 
-def time_steps(name, lists, options, steps):
+def time_steps(name, cells, options, steps):
     """
     Keeps what a training step takes where assets/NAME.jsonl lacks it.
 
-    So many steps to warm up, then five times as many, in turn with those of the first of its list. Kept are
-    the median of the seconds of a step, and the ratios of neighbouring runs, its own to the first one's, and
-    their median (to_full): what one costs in units of the other, whatever the machine's mood.
+    So many steps to warm up, then five times as many, in turn with those of the first that differs in its
+    method alone. Kept are the median of the seconds of a step, and the ratios of neighbouring runs, its own
+    to the first one's, and their median (to_full): what one costs in units of the other, whatever the
+    machine's mood.
     """
-    for cells in lists:
-        todo, first = lacking(name, cells, options.only), words(cells[0][0])
-        kinds = {words(about): stepper(settings) for about, settings in (cells[0], *todo) if todo}
+    cells = list(cells)
+    for _, group in itertools.groupby(cells, lambda cell: {**cell[0], 'method': ''}):
+        group = list(group)
+        todo, first = lacking(name, group, options.only), title(group[0][0])
+        kinds = {title(about): stepper(settings) for about, settings in (group[0], *todo) if todo}
         seconds = {key: [] for key in kinds}
         for turn, (key, (_, step)) in itertools.product(range(6), kinds.items()):
             start = time.perf_counter()
@@ -513,22 +506,22 @@ def time_steps(name, lists, options, steps):
         kinds.clear()
         gc.collect()  # models and their moments, before the next ones
         for about, settings in todo:
-            key = words(about)
+            key = title(about)
             ratios = [mine / other for mine, other in zip(seconds[key], seconds[first])]
             keep(name, {**about, 'trainable': trained[key],
                         'trainable_to_full': trained[key] / trained[first],
                         'seconds': statistics.median(seconds[key]) / steps,
                         'to_full': statistics.median(ratios), 'ratios': ratios})
-    show(name, itertools.chain(*lists), 'trainable', 'seconds', 'to_full')
+    show(name, cells, 'trainable', 'seconds', 'to_full')
 
 
 def heads(options):
-    time_steps('heads', list(heads_cells()), options, 1)
+    time_steps('heads', heads_cells(), options, 1)
 
 
 def speed(options):
     time_steps('speed', speed_cells(), options, 10)  # with merges and new bases
-    time_steps('speed', list(vit_cells())[::2], options, 1)
+    time_steps('speed', vit_cells(4), options, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -613,14 +606,15 @@ def plan(words, budget):
     free = float(size[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[size[2]] - 10**9
     methods = [word for word in words if Path(word).resolve().parent.name == 'methods']
     words = [word for word in words if word not in methods]
-    methods = methods or sorted(glob.glob(f'{HERE}/config/methods/*.py'), key=lambda x: '/full.' not in x)
+    every = sorted(map(str, Path(HERE, 'config/methods').glob('*.py')))
+    methods = methods or sorted(every, key=lambda path: not path.endswith('/full.py'))
     # of files that are not there config.load says so
     text = ''.join(Path(word).read_text(encoding='utf-8') for word in words if os.path.isfile(word))
     script = re.search(r'\btrain_(gpt|llama|vit)\b', text)
     if text and not script:
         config.fail(f"{' '.join(words)} does not say whose it is: write '# python train_gpt.py FILE' (or "
                     'train_llama.py, train_vit.py) into its second line')
-    known = importlib.import_module(script[0] if script else 'train_gpt').defaults
+    known = sys.modules[script[0] if script else 'train_gpt'].defaults
     for path in methods:
         try:
             with config.refusals():
@@ -692,8 +686,8 @@ def sent_a_step(settings, workers):
 def communication(options):
     cells = communication_cells(options.workers)
     for about, settings in lacking('communication', cells, options.only):
-        measure = functools.partial(sent_a_step, workers=about['workers'])
-        keep('communication', {**about, **of_depth(measure, settings, 1)})
+        found = of_depth(functools.partial(sent_a_step, workers=about['workers']), settings, 1)
+        keep('communication', {**about, **{key: round(x) for key, x in found.items()}})
     show('communication', cells, 'averaged', 'gathered', 'wire')
 
 

@@ -161,10 +161,10 @@ def draw_heads():
                    key=lambda cell: cell['rank'])
     with picture('heads', (9.3, 3.4), (1, 3), 4, sharey=True) as panels:
         for axes, count in zip(panels[0], (1, 4, 16)):
-            for compute, style, color in (('parallel', 'o-', 'C0'), ('sequential', 's--', 'C1')):
-                mine = [cell for cell in cells if (cell['compute'], cell['heads']) == (compute, count)]
+            for name, style, color in (('parallel', 'o-', 'C0'), ('sequential', 's--', 'C1')):
+                mine = [cell for cell in cells if (cell['method'], cell['heads']) == (name, count)]
                 ranks = [cell['rank'] for cell in mine]
-                axes.plot(ranks, [cell['to_full'] for cell in mine], style, color=color, label=compute)
+                axes.plot(ranks, [cell['to_full'] for cell in mine], style, color=color, label=name)
                 for cell in mine:
                     axes.errorbar(cell['rank'], cell['to_full'], bars(cell['to_full'], cell['ratios']),
                                   color=color, capsize=3)

@@ -123,8 +123,9 @@ ONE, FOUR = (dict(lowrank='attn,mlp', heads=heads) for heads in (1, 4))
 SPLIT = dict(**FOUR, split=True, merge_every=10)  # LTE
 RELORA = dict(**ONE, merge_every=100, merge_reset=True, rewarm_iters=5)
 BASES = dict(basis_every=50, beta2=0.999)
-DROP_IN = dict(**BASES, optimizer='galore', basis='power')
-FIRA = dict(**BASES, optimizer='fira', basis='power')
+PLAIN = dict(optimizer='galore', basis='power')  # the drop-in
+DROP_IN = dict(**BASES, **PLAIN)
+FIRA = dict(DROP_IN, optimizer='fira')
 LAYER = dict(**BASES, **ONE, factors='basis', merge_every=1, basis='sketch')
 GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 LOCAL = dict(ranks=4, sync='merge', merge_every=10)
@@ -192,7 +193,6 @@ TRAININGS = {
 
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
          'gradient_accumulation_steps': 1}
-PLAIN = dict(optimizer='galore', basis='power')  # the drop-in
 VIT = {'full fine-tuning': {},
        **{f'LoRA, rank {rank}': method('lora', lowrank='attn', rank=rank, alpha=float(rank))
           for rank in (1, 2, 4, 8, 16, 32)},
@@ -494,10 +494,10 @@ def time_steps(name, cells, options, steps):
         todo, first = lacking(name, group, options.only), title(group[0][0])
         kinds = {title(about): stepper(settings) for about, settings in (group[0], *todo) if todo}
         seconds = {key: [] for key in kinds}
-        for turn, (key, (_, step)) in itertools.product(range(6), kinds.items()):
+        for turn, key in itertools.product(range(6), kinds):
             start = time.perf_counter()
             for _ in range(steps):
-                step()
+                kinds[key][1]()
             if DEVICE == 'cuda':
                 torch.cuda.synchronize()
             if turn:

@@ -181,8 +181,8 @@ def draw_memory():
     """Peak memory by category and method, and what was measured as a line."""
     panels = {}
     for about, _ in memory_cells():
-        images = f"{about['size']}, {about.get('images')} images"
-        name = images if 'images' in about else f"LLaMA {about['size'].upper()}"
+        size = about['size']
+        name = f"{size}, {about['images']} images" if 'images' in about else f'LLaMA {size.upper()}'
         panels.setdefault(name, []).extend(kept('memory', **about))
     draw_peaks('memory', {name: cells for name, cells in panels.items() if 'LLaMA' in name})
     draw_peaks('vit', {name: cells for name, cells in panels.items() if '32 images' in name})

@@ -6,7 +6,6 @@ $ python assets/figures.py
 
 import contextlib
 import glob
-import itertools
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from bench import ADAPT, FINAL, MEMORY, SCREEN, SPECTRUM, TRAININGS, kept, talks
+from bench import ADAPT, FINAL, TRAININGS, kept, memory_cells, sending
 
 # -----------------------------------------------------------------------------
 # the picture of the first page
@@ -73,13 +72,11 @@ def method():
 
 
 def label(cell):
-    """A cell's method and what it sets, in a few words."""
-    s = cell['settings']
+    """A training's method and what it sets, in a few words."""
     forms = dict(heads='H = {}', rank='r = {}', alpha='alpha = {:g}', merge_every='T = {}', basis='{} bases',
-                 basis_every='every {}', beta2='beta2 {:g}', grad_clip='clipping at {:g}', ranks='{} workers',
-                 superseded='({})', learning_rate='lr {:g}')
-    name = 'Fira' if s.get('optimizer') == 'fira' else cell['method']
-    return ', '.join([name, *(form.format(s[key]) for key, form in forms.items() if key in s)])
+                 basis_every='every {}', beta2='beta2 {:g}', ranks='{} workers', learning_rate='lr {:g}')
+    s = cell['settings']
+    return ', '.join([cell['method'], *(form.format(s[key]) for key, form in forms.items() if key in s)])
 
 
 def losses(cells):
@@ -87,13 +84,12 @@ def losses(cells):
 
 
 def trained(name):
-    """The kept cells of a bench that it still has: today's code does what they say."""
-    cells = SPECTRUM if name == 'spectrum' else TRAININGS[name][2]
-    return [cell for cell in kept(name) if (cell['method'], cell['settings']) in cells]
+    """What is kept of a bench's trainings as it has them today."""
+    return [cell for about, _ in TRAININGS[name] for cell in kept(name, **about)]
 
 
 def groups(name):
-    """{method: [its kept cells that differ in their seed alone, ...]} of what did not diverge: the group with
+    """{method: [its trainings that differ in their seed alone, ...]} of what did not diverge: the group with
     the most seeds comes first, of these the one with the least loss."""
     found = {}
     for cell in trained(name):
@@ -103,19 +99,18 @@ def groups(name):
 
     def order(group):
         return -len(group), statistics.mean(losses(group))
-    return {name: sorted(found[name].values(), key=order)
-            for name in dict(TRAININGS[name][2]) if name in found}
+    return {name: sorted(others.values(), key=order) for name, others in found.items()}
 
 
 def seconds_of_steps(name):
-    """{method: seconds of a step} as `step_times` kept them: the first one's, times the ratio to it."""
+    """{method: seconds of a step}: those of the first method, times the ratio to it."""
     cells = kept(f'{name}_time')
     return {cell['method']: cells[0]['seconds'] * cell['to_full'] for cell in cells}
 
 
-def sent(model, settings):
-    """What `bench.py communication` counted for a training with these settings on four workers, or {}."""
-    return next(iter(kept('communication', model=model, settings=talks(settings))), {})
+def sent(model, cell):
+    """What `bench.py communication` counted for a training on four workers, or {}."""
+    return next(iter(kept('communication', **sending(model, cell['method'], cell['settings']))), {})
 
 
 def all_state(cell):
@@ -125,7 +120,7 @@ def all_state(cell):
     if s.get('merge_reset'):
         return 8 * cell['trainable_parameters']
     several = s.get('split') or 'ranks' in s
-    return cell['optimizer_state_bytes'] + (3 * sent('quality', s)['shared'] if several else 0)
+    return cell['optimizer_state_bytes'] + (3 * sent('quality', cell)['shared'] if several else 0)
 
 
 # -----------------------------------------------------------------------------
@@ -162,15 +157,14 @@ def bars(middle, values):
 def draw_heads():
     """Time of a step, full rank = 1, with the range of its repeats, and trainable parameters, against the
     rank; a panel for each number of heads."""
-    cells = sorted(kept('heads', bench='heads_steps', device='cpu', dtype='bfloat16', sequences=2,
-                        targets='attn'),
+    cells = sorted(kept('heads', device='cpu', dtype='bfloat16', sequences=2, targets='attn'),
                    key=lambda cell: cell['rank'])
     with picture('heads', (9.3, 3.4), (1, 3), 4, sharey=True) as panels:
         for axes, count in zip(panels[0], (1, 4, 16)):
-            for compute, style, color in (('parallel', 'o-', 'C0'), ('sequential', 's--', 'C1')):
-                mine = [cell for cell in cells if (cell['compute'], cell['heads']) == (compute, count)]
+            for name, style, color in (('parallel', 'o-', 'C0'), ('sequential', 's--', 'C1')):
+                mine = [cell for cell in cells if (cell['method'], cell['heads']) == (name, count)]
                 ranks = [cell['rank'] for cell in mine]
-                axes.plot(ranks, [cell['to_full'] for cell in mine], style, color=color, label=compute)
+                axes.plot(ranks, [cell['to_full'] for cell in mine], style, color=color, label=name)
                 for cell in mine:
                     axes.errorbar(cell['rank'], cell['to_full'], bars(cell['to_full'], cell['ratios']),
                                   color=color, capsize=3)
@@ -183,48 +177,39 @@ def draw_heads():
         panels[0, 0].set(ylabel='time, parameters; full rank = 1', ylim=(0, None))
 
 
+def draw_memory():
+    """Peak memory by category and method, and what was measured as a line."""
+    panels = {}
+    for about, _ in memory_cells():
+        size = about['size']
+        name = f"{size}, {about['images']} images" if 'images' in about else f'LLaMA {size.upper()}'
+        panels.setdefault(name, []).extend(kept('memory', **about))
+    draw_peaks('memory', {name: cells for name, cells in panels.items() if 'LLaMA' in name})
+    draw_peaks('vit', {name: cells for name, cells in panels.items() if '32 images' in name})
+
+
 def draw_peaks(name, panels):
-    """Stacked bars of peak memory. panels: {title: [(name, bytes by category, those measured or None)]}."""
-    longest = max(map(len, panels.values()))
+    """Stacked bars. panels: {title: cells of memory.jsonl}."""
     categories = {'weights': ('#4c72b0', 'weights'), 'state': ('#dd8452', 'optimizer state'),
                   'gradients': ('#c44e52', 'gradients'),
                   'activations': ('#8c8c8c', 'activations and buffers')}
-    with picture(name, (3.1 * len(panels), 1 + 0.5 * longest), (1, len(panels)), 5, False) as all_axes:
-        for axes, (title, rows) in zip(all_axes[0], panels.items()):
-            names, left = [row[0] for row in rows], [0.0] * len(rows)
+    rows = len(next(iter(panels.values())))
+    size = 3.1 * len(panels), 1 + 0.5 * rows
+    with picture(name, size, (1, len(panels)), 5, False, sharey=True) as all_axes:
+        for axes, (title, cells) in zip(all_axes[0], panels.items()):
+            names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that') for cell in cells]
+            left = [0.0] * rows
             for key, (color, category) in categories.items():
-                values = [cell.get(key, 0) / 1e9 for _, cell, _ in rows]
+                values = [cell.get(key, 0) / 1e9 for cell in cells]
                 axes.barh(names, values, left=left, color=color, label=category if any(values) else None)
                 left = [a + b for a, b in zip(left, values)]
-            measured = [(i, row[2] / 1e9) for i, row in enumerate(rows) if row[2]]
-            for i, x in measured:
-                axes.plot([x, x], [i - 0.4, i + 0.4], color='black', lw=2)
-            if any(row[2] for rows in panels.values() for row in rows):
-                axes.plot([], [], color='black', lw=2, label='measured')
-            axes.invert_yaxis()
+            measured = [(cell['measured'] / 1e9, i - 0.4, i + 0.4) for i, cell in enumerate(cells)
+                        if 'measured' in cell]
+            if measured:
+                axes.vlines(*zip(*measured), color='black', lw=2, label='measured')
             axes.set(title=title, xlabel='peak memory, GB')
-            named = axes.get_subplotspec().is_first_col() or len(rows) < longest
-            axes.tick_params('y', labelsize=7, labelleft=named)
-
-
-def draw_memory():
-    """Peak memory of LLaMA by category and method, and the measured total as a line."""
-    panels, cells = {}, {(cell['size'], cell['method']): cell for cell in kept('memory')}
-    for size, name in itertools.product(('60m', '350m', '1b', '7b'), MEMORY):
-        cell = cells[size, name]
-        name = name.replace(', ', ',\n').replace('the same', 'all that')
-        panels.setdefault(f'LLaMA {size.upper()}', []).append((name, cell, cell.get('measured')))
-    draw_peaks('memory', panels)
-
-
-def draw_vit():
-    """Planned peak memory of ViT-B and ViT-L at batch 32; gradients hardly live at the peak."""
-    panels = {}
-    for cell in kept('vit'):
-        title = f"{cell['model'].replace('_patch16_224', '').replace('vit_', 'ViT ')}, 32 images"
-        rest = cell['planned_32'] - cell['weights'] - cell['state']
-        panels.setdefault(title, []).append((cell['method'], {**cell, 'activations': rest}, None))
-    draw_peaks('vit', panels)
+            axes.tick_params('y', labelsize=7)
+        axes.invert_yaxis()  # of all, as they share it
 
 
 def draw_quality():
@@ -232,8 +217,8 @@ def draw_quality():
     found, times = groups('quality'), seconds_of_steps('quality')
     with picture('quality', (11, 4.4), (1, 3), 4, sharey=True) as ((by_step, by_time, by_bytes),):
         for number, (name, (mine, *_)) in enumerate(found.items()):
-            color, steps = f'C{number}', [step for step, _ in mine[0]['curve']]
-            curves = [[loss for _, loss in cell['curve']] for cell in mine]
+            color, steps = f'C{number}', mine[0]['curve']['step']
+            curves = [cell['curve']['val_loss'] for cell in mine]
             band(by_step, steps, curves, color)
             if name in times:
                 band(by_time, [step * times[name] for step in steps], curves, color)
@@ -243,7 +228,7 @@ def draw_quality():
                               fmt='os^vDP*Xph'[number], capsize=3,
                               label=f'{name} ({trained:.1f}M trained, {seeds})')
         shown = [loss for mine, *_ in found.values() for cell in mine
-                 for step, loss in cell['curve'] if step >= 400]
+                 for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
                     ylim=(min(shown) - 0.02, max(shown) + 0.02))
         by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
@@ -257,7 +242,7 @@ def draw_frontier():
     best, known = {}, ('', 'first edition: running sketch, shared bases')  # sent what today's code sends
     for cell in kept('screening'):
         s = cell['settings']
-        bytes_, edition = sent('screening', s).get('wire'), s.get('superseded', '')
+        bytes_, edition = sent('screening', cell).get('wire'), s.get('superseded', '')
         if bytes_ and cell['val_loss'] and 'seed' not in s and edition in known:
             what = f"T={s['merge_every']}" if 'merge_every' in s else f"r={s['rank']}" if 'rank' in s else ''
             key = cell['method'] + ' (first edition)' * bool(edition), bytes_, what
@@ -312,19 +297,6 @@ def draw_layers():
                  title='four split heads on A(ttn), M(lp), L(ogit)')
 
 
-def draw_spectrum():
-    """Effective ranks over training, a line for each method."""
-    titles = {'change': 'what the weights changed by', 'weight': 'weights, heads merged',
-              'gradient': 'full gradient'}
-    with picture('spectrum', (10, 3.8), (1, 3)) as (panels,):
-        for axes, (key, title) in zip(panels, titles.items()):
-            for cell in trained('spectrum'):
-                points = [(point['step'], point[key]) for point in cell['points'] if point[key]]  # at 0 none
-                axes.plot(*zip(*points), 'o-', ms=3, label=cell['method'])
-            axes.set(title=title, xlabel='step')
-        panels[0].set_ylabel(f"effective rank, of {SCREEN['n_embd']}")
-
-
 # -----------------------------------------------------------------------------
 # tables
 
@@ -342,7 +314,7 @@ def renew_readme():
                  if cell['method'] == name and but_rate(cell) == but_rate(first)}
         del rates[first['settings']['learning_rate']]
         others = [f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items())]
-        wire = sent('quality', first['settings']).get('wire')
+        wire = sent('quality', first).get('wire')
         spread = f'{min(found):.3f} to {max(found):.3f}; {len(found)}' if len(found) > 1 else 'one seed'
         columns = (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
                    f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
@@ -371,7 +343,6 @@ def renew_readme():
 
 if __name__ == '__main__':
     method()
-    for draw in (draw_heads, draw_memory, draw_vit, draw_quality, draw_frontier, draw_convergence,
-                 draw_layers, draw_spectrum):
+    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_convergence, draw_layers):
         draw()
     renew_readme()

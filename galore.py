@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import KINDS, MHLoRALinear, lowrank_layers, mean, own_heads, same
+from lowrank import BLOCK_OF_BITS, KINDS, MHLoRALinear, lowrank_layers, mean, own_heads, round_, same
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -110,13 +110,19 @@ def project(G, P, Q):
     return P.mT @ (G @ Q) if G.shape[-2] <= G.shape[-1] else (G.mT @ P).mT @ Q  # the smaller intermediate
 
 
-def add_back_(W, U, P, Q, alpha, beta=1.0):
+def add_back_(W, U, P, Q, alpha, beta=1.0, key=0):
     """W <- beta W + alpha P U Q^T, in place: the product is accumulated straight into W, so that the update never
-    exists as a matrix of its own, nor is rounded before it is added."""
+    exists as a matrix of its own. In bfloat16 it does for some rows at a time, and the sum is rounded at random
+    (`lowrank.round_`)."""
     if P is not None and Q is not None:
         P, U, Q = (P @ U, Q.mT, None) if W.shape[0] <= W.shape[1] else (P, U @ Q.mT, None)
     X, Y = (U, Q.mT) if P is None else (P, U)
-    if W.device.type == 'cpu' and W.dtype.itemsize >= 4 and W.stride(0) * W.element_size() % 64:
+    if W.dtype == torch.bfloat16:
+        rows = max(BLOCK_OF_BITS // W.shape[1], 1)
+        for i in range(0, len(W), rows):
+            part = W[i:i + rows]
+            round_(part, (X[i:i + rows] @ Y).float().mul_(alpha).add_(part, alpha=beta), key, i * W.shape[1])
+    elif W.device.type == 'cpu' and W.dtype.itemsize >= 4 and W.stride(0) * W.element_size() % 64:
         # MKL adds to rows that are not aligned so slowly that blocks of columns by way of a buffer are 1.3 times faster
         for w, y in zip(W.split(1024, 1), Y.split(1024, 1)):
             w.mul_(beta).add_(X @ y, alpha=alpha)
@@ -151,7 +157,7 @@ def turn_moments(M, V, C, left):
 BLOCK = 256
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # of this one the root is what counts, over many magnitudes
-CHUNK = 2**22  # numbers that are float32 at a time
+CHUNK = {'cpu': 2**18}  # numbers that are float32 at a time; elsewhere 2^22, as kernels cost more to launch
 
 
 def raised(x, power):
@@ -191,7 +197,8 @@ def new_moments(state, like, bits):
         else:
             wide = torch.promote_types(like.dtype, torch.float32)
             kind = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide)
-            state[key] = torch.zeros_like(like) if kind == like.dtype else like.new_zeros(like.shape, dtype=kind)
+            fused = kind == like.dtype != torch.bfloat16  # see `step_`; the layout has to be the same
+            state[key] = torch.zeros_like(like) if fused else like.new_zeros(like.shape, dtype=kind)
 
 
 def read_moments(state, numbers=slice(None)):
@@ -204,17 +211,17 @@ def read_moments(state, numbers=slice(None)):
             for key, (levels, power, _) in EIGHT_BITS.items()]
 
 
-def write_moments(state, moments, numbers=slice(None)):
-    """What `read_moments` reads."""
+def write_moments(state, moments, key, numbers=slice(None)):
+    """What `read_moments` reads; bfloat16 is rounded at random, see `lowrank.round_`. Uses the moments up."""
     blocks = slice(None) if numbers == slice(None) else slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
-    for x, (key, kind) in zip(moments, EIGHT_BITS.items()):
+    for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         if 'exp_avg_top' in state:
-            state[key].view(-1)[numbers], state[key + '_top'][blocks] = encode(x, state['step'], *kind)
+            state[name].view(-1)[numbers], state[name + '_top'][blocks] = encode(x, state['step'], *kind)
         else:
-            state[key].view(-1)[numbers] = x.to(state[key].dtype)
+            round_(state[name].view(-1)[numbers], x, hash((key, name == 'exp_avg')), numbers.start or 0)
 
 
-def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True):
+def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
     """
     p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts this gradient already, take in grad.
 
@@ -222,26 +229,27 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True):
 
     has eps before the bias correction as in galore-torch (torch divides by the correction first, so its eps is divided
     too). p may be grad itself: with lr=1, keep=0 minus rho replaces it. Returns p, or that in another layout. It is
-    torch's kernel, one pass over memory, which takes each number of a gradient before it writes one. Where moments have
-    another dtype than p all is computed in theirs, float32 at least, chunk by chunk.
+    torch's kernel, one pass over memory, which takes each number of a gradient before it writes one. Where p or moments
+    are in 16 or 8 bits, all is computed in float32, chunk by chunk, and rounded at random (`lowrank.round_` and key).
     """
     eps, age = (eps / math.sqrt(1 - betas[1] ** state['step']), state['step']) if correct_bias else (eps, math.inf)
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
-    if 'exp_avg_top' not in state and M.dtype == p.dtype:
+    if 'exp_avg_top' not in state and M.dtype == p.dtype != torch.bfloat16:
         if grad.stride() != M.stride():  # the kernel reads raw memory
             own, grad = p is grad, torch.empty_like(M).copy_(grad)
             p = grad if own else p
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
     flat, flat_grad = p.reshape(-1), grad.reshape(-1)  # views, where they can be
-    for i in range(0, len(flat), CHUNK):
-        where = slice(i, min(i + CHUNK, len(flat)))
+    chunk = CHUNK.get(p.device.type, 2**22)
+    for i in range(0, len(flat), chunk):
+        where = slice(i, min(i + chunk, len(flat)))
         moments = read_moments(state, where)
         part, g = (x[where].to(moments[0].dtype) for x in (flat, flat_grad))
         fused_adam_([part], [g], *([x] for x in moments), age, lr, betas, eps, decay)
-        flat[where] = part
-        write_moments(state, moments, where)
+        round_(flat[where], part, key, i)
+        write_moments(state, moments, key, where)
     return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
 
 
@@ -352,8 +360,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def take_bases(self):
         """To be called after the last backward pass of a step, before unscaling and clipping. Here: nothing to do."""
 
-    def _seed(self, p, count):
-        return hash((self.seed, self.order[p], count)) % 2**32  # torch uses 32 bits of a seed
+    def _seed(self, p, *counts):
+        return hash((self.seed, self.order[p], *counts)) % 2**32  # torch uses 32 bits of a seed
 
     @torch.no_grad()
     def _complete(self, p, group):
@@ -383,7 +391,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             for p in params:
                 self._galore(p, self.state[p], group)
         else:
-            plain_step_(params, [self.state[p] for p in params], group)
+            plain_step_(params, [self.state[p] for p in params], group, self._seed)
 
     def _galore(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says; W and moments in place."""
@@ -401,11 +409,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state['step'] += 1
         keep = 1.0 - group['lr'] * group['weight_decay']
         U = R.clone() if rule else R
-        U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'])
+        key = self._seed(W, state['step'], 0)
+        U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'], key)
         if rule:
-            W.mul_(keep).add_(rule(G, R, U, state, group), alpha=group['lr'] * keep)
+            move = rule(G, R, U, state, group).to(torch.promote_types(W.dtype, torch.float32))
+            round_(W, move.mul_(group['lr'] * keep).add_(W, alpha=keep), key + 1)
         else:
-            add_back_(W, U, P, Q, group['lr'] * group['scale'] * keep, keep)
+            add_back_(W, U, P, Q, group['lr'] * group['scale'] * keep, keep, key + 1)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
@@ -421,21 +431,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                   if torch.is_tensor(x)})
 
 
-def plain_step_(params, states, group):
-    """torch.optim.AdamW on parameters with .grad: eps after the bias correction, decay before the update. Moments of
-    another dtype than their parameter's (`state_bits`) are float32 in chunks."""
+def plain_step_(params, states, group, key_of):
+    """torch.optim.AdamW on parameters with .grad: eps after the bias correction, decay before the update. In 16 bits,
+    and where moments have another dtype (`state_bits`), see `step_`; key_of(p, step, 0) is its key."""
     fused = {}  # dtype and age: fused kernels take lists of one dtype
     for p, state in zip(params, states):
         if not state:
             new_moments(state, p, group['state_bits'])
             state['step'] = 0
         state['step'] += 1
-        if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype:
+        if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16:
             fused.setdefault((p.dtype, state['step']), []).append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
         else:
             eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['step']) if group['correct_bias'] else 1.0)
             step_(p, p.grad, state, group['lr'], 1 - group['lr'] * group['weight_decay'], group['betas'], eps,
-                  group['correct_bias'])
+                  group['correct_bias'], key_of(p, state['step'], 0))
     for (_, age), tensors in fused.items():
         fused_adam_(*map(list, zip(*tensors)), age if group['correct_bias'] else math.inf, group['lr'], group['betas'],
                     group['eps'], group['weight_decay'])
@@ -508,7 +518,7 @@ class LowRankAdamW(GaLoreAdamW):
             if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own the workers drift apart
                 M, V = (x.view(p.shape) for x in read_moments(state))
                 M.copy_(mean(M.mean(0), layer.workers))
-                write_moments(state, [M.flatten(), V.flatten()])
+                write_moments(state, [M.flatten(), V.flatten()], self._seed(p, state['step'], 1))
             if self.basis != 'sketch':  # a resumed run may have another basis
                 layer.ask_sketch(False)
             if self.basis in ('power', 'svd'):
@@ -540,7 +550,8 @@ class LowRankAdamW(GaLoreAdamW):
         if 'exp_avg' in state:
             M, V = (x.view(p.shape) for x in read_moments(state))
             C = new.to(M.dtype).mT @ layer.basis.to(M.dtype)
-            write_moments(state, [x.flatten() for x in turn_moments(M, V, C, layer.left)])
+            moments = [x.flatten() for x in turn_moments(M, V, C, layer.left)]
+            write_moments(state, moments, self._seed(p, state['step'], 2))
         layer.basis.copy_(new)
         state['bases'] += 1
 
@@ -605,14 +616,16 @@ class LowRankAdamW(GaLoreAdamW):
             if 'exp_avg' not in state:
                 new_moments(state, p, group['state_bits'])
             state['step'] += 1
-            alpha, how = group['lr'] * group['scale'] * keep, (group['betas'], group['eps'], group['correct_bias'])
+            alpha, key = group['lr'] * group['scale'] * keep, self._seed(p, state['step'], 0)
+            how = group['betas'], group['eps'], group['correct_bias'], key
             if layer.zero:
                 U = step_(p.grad, p.grad, state, 1.0, 0.0, *how)
                 P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
-                add_back_(layer.weight, U[0], P, Q, alpha, keep)
+                add_back_(layer.weight, U[0], P, Q, alpha, keep, key + 1)
             else:
                 if keep != 1:
-                    layer.weight.mul_(keep)
+                    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+                    round_(layer.weight, layer.weight.to(wide) * keep, key + 1)
                 step_(p, p.grad, state, alpha, keep, *how)
 
     def state_bytes(self):

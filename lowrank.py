@@ -16,6 +16,7 @@ bases.
 """
 
 import contextlib
+import itertools
 import math
 
 import torch
@@ -24,6 +25,58 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 EDITION = 3  # of checkpoints
+
+# -----------------------------------------------------------------------------
+# sixteen bits
+
+# bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So weights and moments
+# are rounded up or down at random, right on average (stochastic rounding, Gupta et al., arXiv 1502.02551). The random
+# bits of an element depend on a key and its place alone: ranks agree, a resumed run goes on with the same ones, and so
+# does each shard of a tensor. They are read from a table, at an offset for each key and block.
+BLOCK_OF_BITS = 2**20  # numbers
+
+
+_tables = {}  # by device
+
+
+def _random_bits(device):
+    """16 random bits each, (2 BLOCK_OF_BITS,), int32."""
+    if device in _tables:
+        return _tables[device]
+    generator = torch.Generator().manual_seed(16)
+    table = torch.randint(2**16, (2 * BLOCK_OF_BITS,), generator=generator, dtype=torch.int32).to(device)
+    if type(table) is torch.Tensor:  # and not a fake one, of a planner
+        _tables[device] = table
+    return table
+
+
+def round_(out, x, key, first=0):
+    """
+    out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's becomes the upper one as
+    often as it is near to it, and x is used up. Numbers of bfloat16 stay, infinities and NaN too.
+
+    out, x: of one shape; key: an integer, another for every tensor and time; first: the place of out's
+    first element in the whole tensor. 5 passes over memory.
+    """
+    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
+        out.copy_(x)
+        return
+    if not out.is_contiguous():
+        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
+        round_(rounded, x, key, first)
+        out.copy_(rounded)
+        return
+    flat, x, table = out.view(-1), x.reshape(-1), _random_bits(out.device)
+    piece = 2**16 if out.device.type == 'cpu' else BLOCK_OF_BITS  # on a CPU what stays in its cache
+    begin, end = first, first + len(flat)
+    while begin < end:
+        stop = min(end, (begin // piece + 1) * piece)
+        offset = hash((key, begin // BLOCK_OF_BITS)) % BLOCK_OF_BITS + begin % BLOCK_OF_BITS
+        part = x[begin - first:stop - first]
+        part.view(torch.int32).add_(table[offset:offset + stop - begin]).bitwise_and_(-2**16)
+        flat[begin - first:stop - first] = part
+        begin = stop
+
 
 # -----------------------------------------------------------------------------
 # the product
@@ -391,11 +444,11 @@ class MHLoRALinear(nn.Module):
             return torch.addmm(weight, B, A, alpha=self.scale / self.heads)
 
     @torch.no_grad()
-    def merge(self, generator=None):
-        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B."""
+    def merge(self, generator=None, key=0):
+        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B. key: see `round_`."""
         if self.zero:
             return
-        self.weight.copy_(self.merged_weight())
+        round_(self.weight, self.merged_weight(), key)
         if self.factors == 'basis':
             self.trained.zero_()
         elif self.reset:
@@ -485,8 +538,8 @@ def replica_parameters(model):
 
 
 def averaged_copy(p):
-    """A copy of a parameter, averaged over ranks in float32 or wider."""
-    return mean(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)).to(p.dtype)
+    """A copy of a parameter, averaged over ranks, in float32 or wider."""
+    return mean(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True))
 
 
 # -----------------------------------------------------------------------------
@@ -518,7 +571,7 @@ def gather_state(model, optimizer=None, replicas=None):
 
     state = model.state_dict()
     named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    averages = {p: averaged_copy(p) for p in replicas.values()}
+    averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
     for name in state:
         state[name] = averages[named[name]] if named.get(name) in averages else whole(named.get(name), state[name])
     if optimizer is None:
@@ -712,11 +765,16 @@ def lowrank_layers(model):
 @torch.no_grad()
 def merge(model, generator=None, replicas=None):
     """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3; see MHLoRALinear.merge),
-    and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks."""
-    for layer in lowrank_layers(model):
-        layer.merge(generator)
-    for p in (replicas or {}).values():
-        p.copy_(averaged_copy(p))
+    and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks. The
+    generator draws new heads, and its seed decides how bfloat16 is rounded."""
+    seed = next(_merges) if generator is None else generator.initial_seed()
+    for place, layer in enumerate(lowrank_layers(model)):
+        layer.merge(generator, hash((seed, place)))
+    for place, p in enumerate((replicas or {}).values()):
+        round_(p, averaged_copy(p), hash((seed, -1, place)))
+
+
+_merges = itertools.count()  # those without a generator; ranks merge alike
 
 
 @contextlib.contextmanager
@@ -729,7 +787,7 @@ def averaged_heads(model, replicas=None):
             for layer in lowrank_layers(model):
                 stack.enter_context(layer.averaged())
             for p, _ in own:
-                p.data = averaged_copy(p)
+                p.data = averaged_copy(p).to(p.dtype)
             yield
         finally:
             for p, x in own:

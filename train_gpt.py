@@ -17,7 +17,8 @@ import config
 # settings: GPT-2 124M on CNN/DailyMail, full rank
 # run
 out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' (also -medium, -large, -xl) or the path of a model.safetensors
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
+#                       'gpt2' (also -medium, -large, -xl) or the path of a model.safetensors
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones

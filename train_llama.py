@@ -17,7 +17,7 @@ import config
 # settings: LLaMA 60M on C4, full rank, with the batch and the steps of GaLore's paper (arXiv 2403.03507)
 # run
 out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch' or 'resume'
+init_from = 'scratch'  # 'scratch', 'resume' or 'auto' (resume where there is a checkpoint, else scratch)
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones

@@ -16,7 +16,8 @@ import config
 # settings: ViT-B/16 on PathMNIST, full fine-tuning of timm's pretrained weights
 # run
 out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, adapter.safetensors, confusion.png
-init_from = 'pretrained'  # 'scratch', 'resume', 'pretrained' (timm's hub), or a file: timm's weights, a best.pt of ours
+init_from = 'pretrained'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
+#                          'pretrained' (timm's hub), or a file: timm's weights, a best.pt of ours
 adapter = ''  # an adapter.safetensors to load on top: heads and classifier
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 500  # steps between evaluations on the whole validation split; each writes a checkpoint

@@ -921,9 +921,10 @@ class Meter:
                   'sync_bytes': run.ddp_bytes + sent // self.steps}
         record[f'{self.unit}_per_s'] = 1000 * self.items / record['dt_ms']
         record.update(trainable_parameters=self.trainable, optimizer_state_bytes=run.optimizer.state_bytes())
-        if run.scaler.is_enabled():  # it skips the steps of such gradients and lowers its scale
-            record.update(gradient_norm=norm if math.isfinite(norm) else -1, skipped_steps=math.ceil(skipped),
-                          loss_scale=run.scaler.get_scale())
+        if run.scaler.is_enabled():  # it skips steps whose gradients are not finite and lowers its scale
+            record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())
+            if not math.isfinite(norm):
+                del record['gradient_norm']
             if record['loss_scale'] < 2**-14:  # thirty in a row, from torch's first scale
                 refuse_non_finite(run, step, 'every gradient')
         with refusals():

@@ -497,10 +497,12 @@ _stop = {'signal': 0}
 
 
 def catch_signals():
-    """From now on SIGTERM and SIGINT only raise a flag, which `stop_requested` reads; a second one ends at once."""
+    """From now on the first SIGTERM or SIGINT only raises a flag, which `stop_requested` reads; a second one, whichever
+    it is, ends at once."""
     def raise_flag(number, frame):
         _stop['signal'] = number
-        signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
     _stop['signal'] = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, raise_flag)

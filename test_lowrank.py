@@ -797,7 +797,7 @@ class Textbook:
         if s.optimizer != 'adamw':
             self.inside = [name for name, p in plain.named_parameters()
                            if p.dim() == 2 and ('attn' in name or 'mlp' in name)]
-        self.moments, self.bases, self.sketches, self.rests = {}, {}, {}, {}
+        self.moments, self.bases, self.sketches, self.rests, self.draws = {}, {}, {}, {}, []
         self.draw_heads()
 
     def draw_heads(self):
@@ -806,7 +806,8 @@ class Textbook:
         for name, layer in self.layers.items() if not self.inside else ():
             for h, (A, B) in enumerate(zip(layer.A.detach(), layer.B.detach())):
                 close(A @ A.T * layer.rank / layer.in_features, torch.eye(layer.rank, dtype=double))
-                assert not B.any()
+                assert not B.any() and A[0, 0].item() not in self.draws  # every draw is another
+                self.draws.append(A[0, 0].item())
                 self.heads[h % self.workers].setdefault(name, []).append([A.clone(), B.clone(), 0 * A, 0 * B])
 
     def full(self, worker):
@@ -1314,20 +1315,23 @@ def test_random_bases_are_others_for_each_seed_layer_and_refresh(root, tmp_path)
 
 
 @pytest.mark.parametrize('time', [2, 7])  # shorter and longer than the rank, 3: two orders of the products
+@pytest.mark.parametrize('m, n', [(6, 8), (8, 6)])
 @pytest.mark.parametrize('dtype', [double, torch.float16])
-def test_the_second_moment_in_either_order_of_products(time, dtype):
+def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, time, dtype):
     torch.manual_seed(0)
-    a, b = torch.randn(5, time, 8), torch.randn(5, time, 6)
-    a[1], b[2] = 0, 0  # sequences that count for nothing
-    P = torch.linalg.qr(torch.randn(8, 3).double())[0]
-    wanted = 0
-    for x, y in zip(a.double(), b.double()):
-        R = (x.T @ y).T @ P
-        wanted = wanted + x.T @ y @ R / R.norm().clamp_min(1e-9)
+    x, dy = torch.randn(5, time, n), torch.randn(5, time, m)
+    x[1], dy[2], wanted = 0, 0, 0  # sequences that count for nothing
+    layer = lowrank.MHLoRALinear(nn.Linear(n, m, False).to(dtype), rank=3, factors='basis', merge_every=1)
+    P = torch.linalg.qr(torch.randn(6, 3).double())[0]
+    for G in dy.double().mT @ x.double():
+        G = G if m < n else G.T
+        wanted = wanted + G @ (G.T @ P) / (G.T @ P).norm().clamp_min(1e-9)
     size = 1 if dtype == double else 1e-4  # squares of which float16 does not know
-    a, b = a.to(dtype).flatten(0, 1), (b * size).to(dtype).flatten(0, 1)
-    Y = lowrank.second_moment(a, b, (a.double() @ P).to(dtype), 5).double() / size
-    assert (Y - wanted).norm() / wanted.norm() < (1e-6 if dtype == double else 2e-2)
+    layer.basis.copy_(P)
+    layer.ask_sketch()
+    for part in (slice(1), slice(1, 5)):  # however they are spread over micro-batches
+        layer(x[part].to(dtype)).backward((dy[part] * size).to(dtype))
+    assert (layer.sketch.grad / size - wanted).norm() / wanted.norm() < (1e-12 if dtype == double else 2e-2)
 
 
 def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
@@ -1764,10 +1768,10 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, and no bit of
 
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
 def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, words):
-    """Fourteen steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end."""
+    """Ten steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
-    more = ['--gradient_accumulation_steps=2', '--weight_decay=0.3', '--beta1=0.8', '--beta2=0.9', '--max_iters=12',
+    more = ['--gradient_accumulation_steps=2', '--weight_decay=0.3', '--beta1=0.8', '--beta2=0.9', '--max_iters=8',
             '--min_lr=0.004', *['--scale=0.5'] * ('gal' in name), *['--augment=flip,crop'] * (script == 'vit')]
     run, data = built(script, root, tmp_path, *method(name, *more, *words))
     plain, module = built(script, root, tmp_path)[0].model, SCRIPTS[script]
@@ -1778,7 +1782,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
         lowrank.put_layers(run.model, run.settings)
         run.net, run.optimizer = run.model, galore.make_optimizer(run.model, run.settings)
     book = Textbook(plain, run.model, run.optimizer, run.settings)
-    for step in range(14):
+    for step in range(10):
         assert config.set_learning_rate(run.optimizer, run.settings, step) == pytest.approx(book.rate(step))
         old = [layer.basis.clone() for layer in book.layers.values() if book.s.basis == 'svd']
         got = module.train_step(run, step, lambda i: data.batch(8, step, i, 2, run.settings['seed'], run.rows))
@@ -1786,7 +1790,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
             assert (layer.basis * basis).sum(0).min() >= 0
         loss, norm = book.step(step, seen(script, data, step, run.settings))
         norm = 0 if book.s.per_layer else norm  # what steps during the backward pass is gone
-        assert (got[0].item(), got[1].item()) == pytest.approx((loss, norm), rel=1e-9)
+        assert (got[0].item(), got[1].item()) == pytest.approx((loss, norm))
         state = lowrank.merged_state_dict(run.model)
         for key, W in book.merged().items():
             close(state[key], W, 1e-8)

@@ -732,7 +732,7 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     width, depth, many, hidden = models.SIZES['7b']
     with torch.device('meta'):
         llama = models.Llama(models.LlamaConfig(256, 32000, width, depth, many, hidden, many))
-        gpt, untied = (models.GPT(models.GPTConfig(block_size=512)) for _ in range(2))
+        gpt, untied, workers = (models.GPT(models.GPTConfig(block_size=512)) for _ in range(3))
     vit = timm.create_model('vit_base_patch16_224', num_classes=9)
     full = lowrank.count_parameters(gpt)['trainable']
     lowrank.apply_mhlora(gpt, ('attn',), heads=4, rank=4)  # of the study
@@ -741,6 +741,9 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     lowrank.apply_mhlora(untied, ('logit',), heads=4, rank=2)  # the embedding goes on training
     counts, heads = lowrank.count_parameters(untied), 4 * 2 * (768 + 50257)
     assert (counts['heads'], counts['frozen'], counts['trainable']) == (heads, 768 * 50257, full + heads)
+    lowrank.apply_mhlora(workers, ('attn',), heads=4, rank=4, factors='basis', split=True, merge_every=2)
+    trained = full - 12 * (2304 * 768 + 768 ** 2) + 4 * 4 * 12 * (2304 + 768)
+    assert lowrank.count_parameters(workers)['trainable'] == trained
     lowrank.apply_mhlora(llama, rank=8, factors='basis', merge_every=1)  # every weight moves
     assert lowrank.count_parameters(llama)['trainable'] == 6_738_415_616
     lowrank.apply_mhlora(vit, ['q', 'v'], heads=1, rank=4)  # of MeLo
@@ -1496,9 +1499,11 @@ DATA = [  # a reader, its words, what is said; or the words of a command of prep
     (prepare.Tokens, 'tiny test 8', "no split 'test'"),
     (prepare.Tokens, 'digits train 8', "'digits' holds images, not tokens"),
     (prepare.Images, 'pathmnist_64 train', "run 'python prepare.py pathmnist --size 64 --"),
+    (prepare.Images, 'bloodmnist train', "run 'python prepare.py bloodmnist --size 28 --"),
     (prepare.Images, 'digits valid', "no split 'valid': use one of train, val"),
     *((None, *row) for row in (
         ('stdlb', "did you mean 'stdlib'"), ('text', '--input'), ('c4', '--tokens'),
+        (f'text --input {HERE}/README.md', '.txt'),
         ('c4 --tokens 0', 'at least 1'), ('stdlib --tokns 3', '--tokns'),
         (f'c4 --path {HERE}', 'en/c4-train'), ('stdlib --path x', '--path'),
         ('pathmist', "did you mean 'pathmnist'"), ('PathMNIST', "did you mean 'pathmnist'"),
@@ -1740,6 +1745,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
     'llama galore --basis=random', 'llama galore --basis_every=8', 'llama fira --basis=svd',
+    'llama lora --grad_clip=0', 'llama galore --grad_clip=0',
     'llama full --optimizer=galore --basis=svd --rank=3 --basis_every=3',
     'reused lte', 'reused galolte --basis=power', 'reused galore --basis=power --merge_every=2',
     'reused galore --basis=svd --per_layer=True --grad_clip=0']
@@ -1750,8 +1756,9 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
     """Ten steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
+    scaled = 'gal' in f'{name} {words}' or name == 'fira'
     more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 --max_iters=8 '
-            '--min_lr=0.004' + ' --scale=0.5' * ('gal' in name) + ' --augment=flip,crop' * (script == 'vit'))
+            '--min_lr=0.004' + ' --scale=0.5' * scaled + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))
     plain, module = built(script, root, tmp_path)[0].model, SCRIPTS[script]
     for key, value in vars(run.model.config).items() if script != 'vit' else ():
@@ -2192,6 +2199,8 @@ def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, 
 
 def test_no_byte_is_sent_in_silence(spawned):
     assert saved(spawned / 'stopped')['step'] == 4
+    words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    assert len(start(sample, words)[0]) == 4
     # what torch's collectives get is what the log tells; older fake tensors know no collectives
     for name in ('lte', 'replicas', 'local_adamw', 'galolte') if torch.__version__ >= (2, 13) else ():
         put, _ = bench.sent(saved(spawned / f'gpt_{name}')['settings'], 2, 8)
@@ -2367,7 +2376,7 @@ def test_an_interrupted_command_begins_anew_and_what_was_there_stays_until_then(
         assert files_of(folder) == some
         make('--overwrite')
         assert shards() == whole
-    capsys.readouterr()
+    assert kind == 'text' or '1,000 train, 30 val, 41 test images' in capsys.readouterr().out
     held = make()
     assert 'already there' in capsys.readouterr().out
     with pytest.raises(prepare.DataError, match='holds a data set with .*, not .*--overwrite'):

@@ -3,9 +3,11 @@ python prepare.py stdlib                                     the sources of Pyth
 python prepare.py text --input a.txt b.jsonl --name mine     .txt, .jsonl (field text), .parquet (column text)
 python prepare.py cnn_dailymail [--path FOLDER]              news; FOLDER: a copy of the hub's files
 python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
+python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
 python prepare.py digits                                     scikit-learn's digits, 32 x 32, three channels
 python prepare.py digits_shifted                             the same inverted, coloured, rotated
 python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FOLDER: that of the .npz
+... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
 
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
@@ -28,6 +30,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import struct
 import sys
 import sysconfig
@@ -35,12 +38,12 @@ import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, write_json
+from config import in_one_line, replacing, write_json
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -51,6 +54,7 @@ HUB = {  # repository, the columns that make a document, the files of each split
     'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
                       {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
     'c4': ('allenai/c4', ['text'], {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}),
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'], {'train': 'sample/10BT/*.parquet'}),
 }
 
 
@@ -63,10 +67,110 @@ class MissingData(DataError, FileNotFoundError):
 
 
 # -----------------------------------------------------------------------------
-# tokenizers
+# the hub, and tokenizers
 
-def tokenizer(name):
-    """tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|> = 256)."""
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
+             'generation_config.json')  # what travels with tokens
+GPT2_TOKENS = '140f02bb05c0d82c'  # what `HubTokenizer.name` would end with for a tokenizer.json of GPT-2
+
+
+def hub_folder(source, *patterns):
+    """
+    The folder `source`; or, where there is none, that of the hub's repository of this name, as far as its files match.
+
+    'gpt2' and its sizes are openai-community's. DataError, MissingData: say why there is neither.
+    """
+    if os.path.isdir(source):
+        return source
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    name = f'openai-community/{source}' if re.fullmatch('gpt2(-medium|-large|-xl)?', source) else source
+    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
+        raise MissingData(f"there is no folder '{source}', and it is no name of the hub's such as "
+                          "'HuggingFaceTB/SmolLM2-135M': check it")
+    copies = ['*/*', 'consolidated*']  # of the weights, for other programs
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies)
+    except LocalEntryNotFoundError:
+        raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot be "
+                          'reached: connect and run it again, or give a folder') from None
+    except HfHubHTTPError as error:
+        raise DataError(f"the hub does not give '{name}' ({' '.join(str(error).split())[:80]}): check the name, or log "
+                        "in by 'hf auth login'") from None
+
+
+class HubTokenizer:
+    """
+    The tokenizer.json of a folder, with what we take from a tiktoken.Encoding.
+
+    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: the numbers that it puts
+    before a text, such as that of <s>; name: the identity of its vocabulary, 'tokenizer.json' and a checksum of all
+    strings with their numbers (what transformers saves anew differs in other things). DataError: it is not whole.
+    """
+
+    def __init__(self, folder):
+        from tokenizers import Tokenizer
+        path = Path(folder, 'tokenizer.json')
+        if not path.is_file():
+            raise MissingData(f"'{folder}' holds no tokenizer.json: give a folder with one, or save it by "
+                              "transformers' AutoTokenizer")
+        try:
+            self.inner = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise DataError(f"'{path}' is damaged or of another version of tokenizers ({str(error)[:80]}): fetch it "
+                            'again') from None
+        self.folder = folder
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        vocabulary = sorted(self.inner.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[::-1])
+        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        self.name = 'gpt2' if digest == GPT2_TOKENS else f'tokenizer.json {digest}'
+        self.n_vocab = vocabulary[-1][1] + 1
+
+    @cached_property
+    def begin(self):
+        return [token for token in self.inner.encode('').ids if token != self.eot_token]
+
+    @cached_property
+    def eot_token(self):
+        for name in TOKENIZER[1:3]:
+            path = Path(self.folder, name)
+            try:
+                token = json.loads(path.read_text('utf-8')).get('eos_token') if path.is_file() else None
+            except (ValueError, AttributeError):
+                raise DataError(f"'{path}' is damaged or holds no JSON object: fetch it again") from None
+            token = token.get('content') if isinstance(token, dict) else token
+            if token and self.inner.token_to_id(token) is not None:
+                return self.inner.token_to_id(token)
+        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its vocabulary "
+                        'has to its tokenizer_config.json')
+
+    def encode_many(self, texts):
+        """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
+        found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(text.ids, np.uint32) for text in found]
+
+    def encode_ordinary(self, text):
+        return self.begin + self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens):
+        return self.inner.decode(tokens)
+
+
+def tokenizer(name, folder=None):
+    """
+    What turns text into tokens: tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and
+    <|endoftext|> = 256), or the HubTokenizer of a folder or of the hub, by its name.
+
+    folder: where the tokenizer.json of the tokens called `name` lies, beside data or in a run's folder.
+    """
+    if folder and Path(folder, 'tokenizer.json').exists():
+        found = HubTokenizer(folder)
+        if found.name == name:
+            return found
+    if name.startswith('tokenizer.json '):
+        raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it there "
+                          'from the folder that they were prepared with')
     import requests
     import tiktoken
     if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
@@ -74,7 +178,7 @@ def tokenizer(name):
                                  mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={'<|endoftext|>': 256})
     if name != 'gpt2':
-        raise DataError(f"there is no tokenizer '{name}': use 'gpt2' or 'bytes'")
+        return HubTokenizer(hub_folder(name, *TOKENIZER))
     try:
         return tiktoken.get_encoding('gpt2')
     except requests.exceptions.RequestException:
@@ -82,22 +186,35 @@ def tokenizer(name):
                         "set TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
 
 
+def carry(sources, target, names=TOKENIZER):
+    """Copies files of those names into the folder `target`, each from the first of the folders `sources` that has it,
+    and removes those that none has."""
+    for name in names:
+        found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
+        if found:
+            target.mkdir(exist_ok=True)
+            with replacing(target / name) as file:
+                file.write(found[0].read_bytes())
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, hash), on all cores, in constant memory."""
-    def encode(document):
-        split, text, ends = document
-        content = text.encode()
-        # of the text alone, so the order is free and duplicates share a split
-        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+    def encode(text):
         # in slices, because the regular expression runs out of stack on a million spaces
         tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
                   for i in range(0, len(text) or 1, 2**18)]
-        split = split or ('val' if number < val_below else 'train')
-        return split, np.concatenate(tokens), ends, len(content), number
+        return np.concatenate(tokens)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
+        many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
         while group := [*itertools.islice(documents, 16 * os.cpu_count())]:
-            yield from pool.map(encode, group)
+            for (split, text, ends), tokens in zip(group, many([text for _, text, _ in group])):
+                content = text.encode()
+                # of the text alone, so the order is free and duplicates share a split
+                number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+                yield split or ('val' if number < val_below else 'train'), tokens, ends, len(content), number
 
 
 # -----------------------------------------------------------------------------
@@ -345,10 +462,11 @@ def write_tokens(writer, documents, encoding, val_below):
         return '\ufffd', error.end
 
     codecs.register_error('replace_and_count', replace)
+    begin = np.array(encoding.begin if isinstance(encoding, HubTokenizer) else (), np.uint32)
     lowest, begun = 2**64, set()  # begun: the splits that are inside a document
     for split, tokens, ends, size, number in tokenise(documents(), encoding, val_below):
         if len(tokens):
-            writer.append(split, tokens)
+            writer.append(split, tokens if split in begun else np.concatenate([begin, tokens]))
             meta['documents'][split] += 1
             meta['bytes'][split] += size
             lowest = min(lowest, number)
@@ -366,6 +484,8 @@ def write_tokens(writer, documents, encoding, val_below):
     if not all(meta['tokens'].values()):
         raise DataError(f"'{writer.folder}' has too little text to train and to validate on "
                         f"({meta['tokens']}): add some")
+    if isinstance(encoding, HubTokenizer):
+        carry([encoding.folder], writer.folder / 'tokenizer')
 
 
 def write_images(writer, images):
@@ -676,7 +796,8 @@ def arguments(argv):
             add('--shard_bytes', type=number_of, metavar='N', default=10**9, help='of a shard (1e9)')
         else:
             tokenizer = 'bytes' if name == 'stdlib' else 'gpt2'
-            add('--tokenizer', choices=['gpt2', 'bytes'], default=tokenizer, help=f'({tokenizer})')
+            add('--tokenizer', default=tokenizer, metavar='WHICH',
+                help=f"gpt2, bytes, or a folder or a name of the hub with a tokenizer.json ({tokenizer})")
             add('--tokens', type=number_of, metavar='N', help='end when the training split has so many')
             add('--shard_tokens', type=number_of, metavar='N', default=10**8, help='of a shard (1e8)')
         add('--name', type=folder_name, help='of the folder (that of the data, with _SIZE unless 28)')
@@ -700,12 +821,15 @@ def from_text(args):
         source, _, files = HUB[args.data]
         if args.path and not glob.glob(os.path.join(args.path, files['train'])):
             raise DataError(f"'{args.path}' holds no {files['train']}: give a folder with the hub's files")
-        if args.data == 'c4' and not args.tokens and not args.path:
-            raise DataError('c4 has 156 billion tokens: say how many you want, as in --tokens 1_000_000_000')
+        many = {'c4': '156 billion', 'fineweb_edu': '10 billion (its sample)'}.get(args.data)
+        fraction = 0.005 if args.data == 'fineweb_edu' else fraction
+        if many and not args.tokens and not args.path:
+            raise DataError(f'{args.data} has {many} tokens: say how many you want, as in --tokens 1_000_000_000')
         source += f' in {args.path}' if args.path else ''
         documents = partial(hub_documents, args.data, args.path, args.tokens)
     encoding = tokenizer(args.tokenizer)
-    settings = {'source': source, 'tokenizer': args.tokenizer, 'shard_tokens': args.shard_tokens,
+    name = encoding.name if isinstance(encoding, HubTokenizer) else args.tokenizer
+    settings = {'source': source, 'tokenizer': name, 'shard_tokens': args.shard_tokens,
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
                                         val_below=int(fraction * 2**64))

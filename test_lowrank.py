@@ -176,10 +176,15 @@ def tiny_vit():
     return train_vit.create(shape, 9).double()
 
 
-def of_the_hub(gpt):
-    """GPT-2's weights in the layout of the hub."""
-    return {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h' else value.contiguous()
-            for name, value in gpt.transformer.state_dict().items()}
+def of_the_hub(gpt, folder):
+    """Writes a GPT as a folder in the layout of the hub, and returns it."""
+    os.mkdir(folder)
+    weights = {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h' else value.contiguous()
+               for name, value in gpt.transformer.state_dict().items()}
+    weights['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the causal mask, of old files
+    safetensors.torch.save_file(weights, f'{folder}/model.safetensors')
+    config.write_json(f'{folder}/config.json', models.config_json(gpt.config))
+    return folder
 
 
 def backward(net, idx):
@@ -534,12 +539,13 @@ def files(root, tmp_path_factory):
     shutil.copytree(root / 'tiny', folder / 'tiny')
     config.save_checkpoint(f'{folder}/ckpt.pt', {'edition': lowrank.EDITION, 'model': {'w': torch.ones(100)},
                                                  'settings': {}, 'step': 1, 'model_config': {}})
-    safetensors.torch.save_file(of_the_hub(tiny_gpt(n_head=1, n_embd=64)), folder / 'gpt.safetensors')
+    gpt = of_the_hub(tiny_gpt(), folder / 'gpt')
     safetensors.torch.save_file(tiny_vit().state_dict(), folder / 'vit.safetensors')
     config.save_adapter(tiny_vit(), f'{folder}/adapter.safetensors', {})
     return folder, {
         'ckpt.pt': config.load_checkpoint,
-        'gpt.safetensors': lambda path: models.GPT.from_pretrained(path, block_size=8),
+        'gpt/model.safetensors': lambda path: [*models.read_tensors(gpt, tiny_gpt().config)],
+        'gpt/config.json': lambda path: models.read_config(gpt),
         'vit.safetensors': lambda path: train_vit.read_weights(path, {}, 'ab', 'xrays', False),
         'adapter.safetensors': lambda path: config.load_adapter(tiny_vit(), path, {}),
         'tiny/meta.json': lambda path: prepare.Tokens('tiny', 'train', 8, folder),
@@ -555,8 +561,8 @@ SHARD = 'tiny/train_000000.bin'
     ('ckpt.pt', {'edition': 1}, 'first edition'),
     ('ckpt.pt', {'model': nn.Linear(1, 1)}, 'is damaged'),  # nothing is unpickled
     ('ckpt.pt', None, 'train first'),
-    *((name, damage, 'is damaged') for name in ('gpt.safetensors', 'vit.safetensors', 'adapter.safetensors')
-      for damage in (cut(0, 200), empty)),
+    *((name, damage, 'is damaged') for name in ('gpt/model.safetensors', 'gpt/config.json', 'vit.safetensors',
+                                                      'adapter.safetensors') for damage in (cut(0, 200), empty)),
     *((SHARD, damage, '--overwrite') for damage in (  # magic, version, item, count; lengths
         changed(0, b'X'), changed(8, b'\7'), changed(12, b'\3'), changed(16, b'\0'), changed(23, b'\1'),
         empty, cut(0, 5), cut(0, 32), cut(0, -1), lambda whole: whole + b'x')),
@@ -2047,9 +2053,9 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
 
 
 def test_heads_on_loaded_weights_train_alone(root, tmp_path):
-    donor, path = tiny_gpt(vocab_size=257, n_head=1, n_embd=64), tmp_path / 'model.safetensors'
-    safetensors.torch.save_file({**of_the_hub(donor), 'h.0.attn.bias': torch.ones(1, 1, 16, 16)}, path)
-    loaded, idx = models.GPT.from_pretrained(str(path), block_size=8), tokens_of(2, 8)
+    donor, idx = tiny_gpt(vocab_size=257), tokens_of(2, 8)
+    path = of_the_hub(donor, tmp_path / 'gpt2')
+    loaded = models.fill(models.GPT(models.read_config(path)), models.read_tensors(path, donor.config), path)
     close(loaded(idx), donor.float()(idx), 1e-6)
     for name, trains in (('lora', 'factors'), ('lora_fa', 'factors'), ('galore', 'all'), ('full', 'all')):
         words = loading(tiny('gpt', root, tmp_path / name, *method(name), f'--init_from={path}'))
@@ -2063,7 +2069,7 @@ def test_heads_on_loaded_weights_train_alone(root, tmp_path):
 
 def loading(words):
     """Without the shape, which loaded weights have of their own."""
-    return [word for word in words if not word.startswith('--n_')]
+    return [word for word in words if not word.startswith(('--n_', '--vocab_size'))]
 
 
 def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
@@ -2151,7 +2157,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     before = {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
     os.replace(held['best'] / 'best.pt', held['best'] / 'ckpt.pt')
     (held['damaged'] / 'ckpt.pt').write_bytes(before['gpt'][:1000])
-    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'no.safetensors')
+    of_the_hub(tiny_gpt(vocab_size=257), tmp_path / 'gpt2')
+    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'gpt2' / 'model.safetensors')
     resume = '--init_from=resume'
     for script, words, *needles in [
             ('gpt', '--dataset=c4', 'c4', 'prepare.py'), ('gpt', '--vocab_size=100', '257', 'vocab_size=257'),
@@ -2171,10 +2178,9 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('vit', f'{resume} --dataset=digits', "dataset='xrays'", "'digits'")]:
         words = words.split() + ['--overwrite=True'] * (resume not in words and 'already holds a run' not in needles)
         refused(capsys, lambda: train(script, root, held[script], *words), *needles)
-    for script, weights, needle in (('llama', 'gpt2', "'resume'"), ('gpt', 'none.safetensors', 'none.'),
-                                    ('gpt', tmp_path / 'no.safetensors', 'wte')):
-        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--vocab_size=None',
-                             '--overwrite=True'))
+    for script, weights, needle in (('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
+                                    ('gpt', tmp_path / 'gpt2', 'transformer.x')):
+        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
         refused(capsys, lambda: train('gpt', root, held['gpt'], '--device=cuda', '--overwrite=True'), '--device=cpu')

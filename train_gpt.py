@@ -8,7 +8,7 @@ Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_end
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import config
@@ -17,7 +17,7 @@ import config
 # settings: GPT-2 124M on CNN/DailyMail, full rank
 # run
 out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume', 'gpt2' (also -medium, -large, -xl) or the path of a model.safetensors
+init_from = 'scratch'  # 'scratch', 'resume', a transformers folder, a hub name ('gpt2'), a .pt of nanoGPT or ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
@@ -80,11 +80,12 @@ import torch
 from tqdm import tqdm
 
 import prepare
+from export import carry_along, need_tokens, read_for
 from galore import make_optimizer
 from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters,
                      rows_of)
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fill
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -97,15 +98,17 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
+    loaded = None
     if checkpoint:
-        shape = {**checkpoint['model_config'], 'dropout': s.dropout, 'checkpointing': s.checkpointing}
-        model = GPT(GPTConfig(**shape))
+        need_tokens(settings, checkpoint['tokenizer'])
+        shape = GPTConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
-        model = GPT(GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                              s.bias, s.checkpointing))
+        shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
     else:
-        model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
-        model.config.checkpointing = s.checkpointing
+        shape, loaded = read_for(settings, GPTConfig)
+    model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
+    if loaded:
+        fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: '
@@ -202,6 +205,7 @@ def main(settings):
         del checkpoint
         if run.rank == 0:
             config.start_run(settings, step)
+            carry_along(settings)
     counts, tokens = count_parameters(run.model), s.batch_size * s.gradient_accumulation_steps * s.block_size
     if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "

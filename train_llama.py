@@ -8,7 +8,7 @@ Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_end
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import config
@@ -17,7 +17,7 @@ import config
 # settings: LLaMA 60M on C4, full rank, with the batch and the steps of GaLore's paper (arXiv 2403.03507)
 # run
 out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch' or 'resume'
+init_from = 'scratch'  # 'scratch', 'resume', a transformers folder, a hub name, a best.pt of ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
@@ -81,11 +81,12 @@ import torch
 from tqdm import tqdm
 
 import prepare
+from export import carry_along, need_tokens, read_for
 from galore import make_optimizer
 from lowrank import (averaged_heads, check_training, clip_gradients, count_parameters, drop_moments, freeze_as_set,
                      gather_state, load_state, mean, merge, own_heads, put_layers, replica_parameters,
                      rows_of)
-from model import SIZES, Llama, LlamaConfig
+from model import SIZES, Llama, LlamaConfig, fill
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -98,20 +99,24 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
+    loaded = None
     if checkpoint:
-        shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': s.checkpointing})
+        need_tokens(settings, checkpoint['tokenizer'])
+        shape = LlamaConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
             raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
         width, depth, many, hidden = (mine or usual for mine, usual in
                                       zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
         shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, depth, many, hidden,
-                            s.n_kv_head or many, checkpointing=s.checkpointing)
+                            s.n_kv_head or many)
     else:
-        raise ValueError(f"init_from={s.init_from!r} is not known: set 'scratch' or 'resume'")
+        shape, loaded = read_for(settings, LlamaConfig)
     with torch.device('meta'):
-        model = Llama(shape)  # filled where and as it stays: 7B in bfloat16 never exist in float32
+        model = Llama(replace(shape, checkpointing=s.checkpointing))  # filled where and as it stays: 7B in bfloat16 never exist in float32
     model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device).init_weights()
+    if loaded:
+        fill(model, loaded, s.init_from)
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
@@ -205,6 +210,7 @@ def main(settings):
         del checkpoint
         if run.rank == 0:
             config.start_run(settings, step)
+            carry_along(settings)
     counts, tokens = count_parameters(run.model), s.batch_size * s.gradient_accumulation_steps * s.block_size
     if run.rank == 0:
         print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "

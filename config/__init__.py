@@ -223,7 +223,8 @@ EFFECT = (  # (settings, where they do something, what it takes)
     ('basis basis_every scale', _takes_bases,
      "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
-    ('n_layer n_head n_embd bias vocab_size', lambda s: not s.loads or s.init_from in ('scratch', 'resume'),
+    ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
+     lambda s: s.vit or s.init_from in ('scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # (what makes no sense together, the sentence)
@@ -296,7 +297,6 @@ CHECKS = (  # (what makes no sense together, the sentence)
 def _named(settings):
     """The settings as attributes; those that only one script has are there for all."""
     return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
-                           loads='bias' in settings,  # GPT takes weights that have their own shape
                            ranks=int(os.environ.get('WORLD_SIZE', 1)))
 
 
@@ -516,11 +516,10 @@ def save_checkpoint(path, checkpoint):
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
+def load_tensors(path):
+    """Reads a file of torch.save with tensors and plain types, onto the CPU, memory-mapped. ValueError,
+    FileNotFoundError: say why not."""
     import torch
-
-    from lowrank import EDITION
     if not os.path.isfile(path):
         other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
@@ -529,12 +528,18 @@ def load_checkpoint(path):
             damaged = file.testzip()
         if damaged:
             raise ValueError(f'the checksum of {damaged} is another')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # damaged bytes fail in any way
         raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
                          f'({(str(error).splitlines() or [""])[0][:80]}): restore it or train anew') from error
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote, too."""
+    from lowrank import EDITION
+    checkpoint = load_tensors(path)
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')

@@ -8,7 +8,6 @@ And the other way, for the training scripts and sample.py: `read_weights`.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -39,7 +38,6 @@ from model import (GPTConfig, LlamaConfig, config_json, from_nanogpt, make_model
 SHARD = 5e9  # bytes of a safetensors file, at most
 PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication',
              'lora_bias', 'trainable_token_indices', 'target_parameters')  # keys that we read only where they are empty
-EOT = {'gpt2': 50256, 'bytes': 256}
 
 # -----------------------------------------------------------------------------
 # in
@@ -221,17 +219,15 @@ def write_transformers(run, checkpoint, folder, dtype):
     shape, state = of_a_run(checkpoint)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
-    named, dtype = checkpoint['tokenizer'], str(dtype).removeprefix('torch.')
-    said = config_json(shape)
+    tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
+    if not isinstance(tokens, prepare.HubTokenizer):
+        prepare.as_tokenizer_json(tokens, folder)
     if (run / 'config.json').is_file():
-        said |= read_json(run / 'config.json')
+        said = read_json(run / 'config.json')
     else:
-        eot = EOT[named] if named in EOT else prepare.tokenizer(named, run).eot_token
-        said |= {'bos_token_id': eot, 'eos_token_id': eot}
+        said = {**config_json(shape), 'bos_token_id': tokens.eot_token, 'eos_token_id': tokens.eot_token}
     config.write_json(f'{folder}/config.json', {**said, 'tie_word_embeddings': shape.tied, 'torch_dtype': dtype,
                                                 'dtype': dtype})
-    if named in EOT and not os.path.exists(f'{folder}/tokenizer.json'):
-        print(f"the tokens are {named!r} of prepare.py: no tokenizer is written beside the weights")
 
 
 def write_peft(run, checkpoint, folder, dtype):

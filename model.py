@@ -355,12 +355,12 @@ ONLY = {  # keys that change what is computed: the values that we have, the firs
     'llama': dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), attention_dropout=(0.0,),
                   partial_rotary_factor=(1.0,), rope_interleaved=(False,), quantization_config=(None,))}
 NO_MATTER = set("""
-    _name_or_path architectures model_type torch_dtype dtype transformers_version use_cache initializer_range
-    bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp rope_parameters sliding_window
-    use_sliding_window max_window_layers layer_types is_llama_config transformers.js_config n_ctx attn_pdrop
-    embd_pdrop resid_pdrop task_specific_params summary_activation summary_first_dropout summary_proj_to_labels
-    summary_type summary_use_proj gradient_checkpointing output_attentions output_hidden_states
-    return_dict""".split())
+    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
+    use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
+    rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
+    transformers.js_config n_ctx attn_pdrop embd_pdrop resid_pdrop task_specific_params summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj gradient_checkpointing
+    output_attentions output_hidden_states return_dict""".split())
 
 
 def read_json(path):
@@ -384,7 +384,7 @@ def _is_a(wanted, value):
 
 def _rope(theirs, path):
     """The keys of transformers 4 about rotary positions, of a config.json of any version."""
-    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+    rope = {**(theirs.get('rope_parameters') or {}), **(theirs.get('rope_scaling') or {})}
     how = rope.get('rope_type', rope.get('type', 'default'))
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
     if how != 'default' and not (how == 'llama3' and all(key in rope for key in scaling)):

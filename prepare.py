@@ -199,6 +199,39 @@ def carry(sources, target, names=TOKENIZER):
             (target / name).unlink(missing_ok=True)
 
 
+def as_tokenizer_json(encoding, folder):
+    """
+    Writes a tiktoken.Encoding, 'gpt2' or 'bytes', as tokenizer.json and tokenizer_config.json into a folder.
+
+    A rank list says which pieces there are; the merge that makes each is the last of those that its own bytes go
+    through, with the ranks below its own (Sennrich et al., 2016).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*plain}))}
+    ranks = {encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.eot_token)}
+
+    def spelled(piece):
+        return ''.join(letters[byte] for byte in piece)
+
+    merges = []
+    for piece, rank in ranks.items():
+        parts = [piece[i:i + 1] for i in range(len(piece))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spelled(parts[0]), spelled(parts[1])))
+    made = Tokenizer(models.BPE({spelled(piece): rank for piece, rank in ranks.items()}, merges))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(['<|endoftext|>'])
+    made.save(f'{folder}/tokenizer.json')
+    write_json(f'{folder}/tokenizer_config.json', {
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<|endoftext|>', 'eos_token': '<|endoftext|>'})
+
+
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, hash), on all cores, in constant memory."""
     def encode(text):
@@ -680,8 +713,8 @@ class Split:
 class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. `batch` gives inputs and
-    targets (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of the
+    split's text. `batch` gives inputs and targets (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than
     the data, MissingData (a FileNotFoundError too) where something is missing."""
 
     def __init__(self, name, split, block_size, data_dir='data'):
@@ -689,6 +722,7 @@ class Tokens(Split):
         self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         self.num_windows = int(self.first[-1])
+        self.tokens_per_byte = self.meta['tokens'][split] / max(1, self.meta.get('bytes', {}).get(split, 0))
         if not self.num_windows:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
                             f"set block_size to {max(map(len, self.shards)) - 1} or less")

@@ -231,7 +231,8 @@ def main(settings):
                 val_loss = evaluate(run, val_data)
                 config.refuse_non_finite(step, saved, s.out_dir, val_loss=val_loss)
                 if run.rank == 0:
-                    config.log(settings, {'step': step, 'val_loss': val_loss}, progress)
+                    units = config.in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
+                    config.log(settings, {'step': step, 'val_loss': val_loss, **units}, progress)
             better = val_loss < best_val_loss and step > 0 and not s.eval_only
             best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, is_best=better, tokenizer=tokenizer)

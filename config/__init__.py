@@ -826,10 +826,15 @@ class Meter:
         return norm, record
 
 
+def in_units(loss, tokens_per_byte):
+    """A loss in nats a token as perplexity, and in bits a byte of the text."""
+    return {'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': loss * tokens_per_byte / math.log(2)}
+
+
 def log(settings, record, progress):
     """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
     shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
-             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
+             'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte', 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
              'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
              'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
              'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}

@@ -32,12 +32,12 @@ import torch
 
 import prepare
 from lowrank import merged_state_dict, put_layers
-from model import (GPTConfig, LlamaConfig, config_json, from_nanogpt, make_model, read_config, read_json, read_tensors,
-                   tensors_for_transformers)
+from model import (GPTConfig, LlamaConfig, config_json, from_nanogpt, make_model, read_config, read_json,
+                   read_tensors, tensors_for_transformers)
 
 SHARD = 5e9  # bytes of a safetensors file, at most
-PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'layer_replication',
-             'lora_bias', 'trainable_token_indices', 'target_parameters')  # keys that we read only where they are empty
+PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias',
+             'layer_replication', 'trainable_token_indices', 'target_parameters')  # keys that have to be empty
 
 # -----------------------------------------------------------------------------
 # in
@@ -52,7 +52,8 @@ def of_a_run(checkpoint):
     put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: only what is merged takes memory
     state, shape = merged_state_dict(model), model.config
-    embedding = state['transformer.wte.weight' if isinstance(shape, GPTConfig) else 'model.embed_tokens.weight']
+    gpt = isinstance(shape, GPTConfig)
+    embedding = state['transformer.wte.weight' if gpt else 'model.embed_tokens.weight']
     if shape.tied and torch.equal(state['lm_head.weight'], embedding):
         del state['lm_head.weight']
     else:  # heads on `logit` part the two
@@ -61,7 +62,7 @@ def of_a_run(checkpoint):
 
 
 def folders_of(source):
-    """Folders with what belongs to the weights of init_from, beside them: the first that has a file counts."""
+    """Folders with what lies beside the weights of init_from: of a file, the first that has it counts."""
     if os.path.isfile(source):  # of a run
         return [os.path.join(os.path.dirname(source), 'tokenizer')]
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
@@ -72,15 +73,15 @@ def folders_of(source):
 
 
 def with_adapter(folder, tensors):
-    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what PEFT
-    can do and we do not read, by its key."""
+    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what
+    PEFT can do and we do not read, by its key."""
     from safetensors.torch import load_file
     about = read_json(os.path.join(folder, 'adapter_config.json'))
     odd = [key for key in PEFT_NONE if about.get(key)] + ['bias'] * (about.get('bias', 'none') != 'none')
     if about.get('peft_type') != 'LORA' or odd:
         key = odd[0] if odd else 'peft_type'
-        raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: merge "
-                         'it by PEFT first')
+        raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: "
+                         'merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
@@ -97,10 +98,11 @@ def with_adapter(folder, tensors):
 
 def read_weights(source):
     """
-    What init_from names, read tensor by tensor: (configuration, iterable of (name, tensor), name of its tokens or None).
+    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
 
-    source: a folder of transformers' or of PEFT's, or its name on the hub; a .pt of a run of ours, whose heads are
-    merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is not supported, damaged or missing.
+    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a run of
+    ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is not supported, damaged
+    or missing.
     """
     if os.path.isfile(source):
         loaded = config.load_tensors(source)
@@ -120,33 +122,34 @@ def read_weights(source):
 
 
 def read_for(settings, kind):
-    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from; see `read_weights`."""
+    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
+    `read_weights`. ValueError: it does not go with the settings."""
     source, many = settings['init_from'], settings['block_size']
     shape, tensors, tokens = read_weights(source)
     if not isinstance(shape, kind):
-        script, what = ('train_llama.py', 'LLaMA') if isinstance(shape, LlamaConfig) else ('train_gpt.py', 'GPT-2')
+        what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
         raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
     if many > shape.block_size:
-        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) of "
-                         f"'{source}': set a smaller one")
+        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
+                         f"of '{source}': set a smaller one")
     need_tokens(settings, tokens)
     return shape, tensors
 
 
 def need_tokens(settings, tokens):
-    """ValueError where the data are of other tokens than the weights, whose tokens are called so (None: unknown)."""
+    """ValueError where the data are of other tokens than the weights. tokens: the name of those, None: unknown."""
     held = prepare.read_meta(Path(settings['data_dir'], settings['dataset'], 'meta.json'))['tokenizer']
     if tokens is None:
         print(f"'{settings['init_from']}' does not say what its tokens are: that those of data set "
               f"'{settings['dataset']}' ({held}) are the same is up to you")
     elif tokens != held:
-        raise ValueError(f"data set '{settings['dataset']}' has other tokens ({held}) than the weights ({tokens}): "
-                         "prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
+        raise ValueError(f"data set '{settings['dataset']}' has other tokens ({held}) than the weights "
+                         f"({tokens}): prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
 
 
 def carry_along(settings):
-    """Copies into the folder tokenizer/ of a run that begins what belongs to its tokens and to loaded weights, and
-    notes the name of those, for `export.py`."""
+    """Copies what belongs to its tokens and to loaded weights into the folder tokenizer/ of a run that begins, and
+    notes the name of the weights."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
     target, sources = Path(settings['out_dir'], 'tokenizer'), []
@@ -164,15 +167,17 @@ def carry_along(settings):
 
 @contextlib.contextmanager
 def written_beside(folder, overwrite):
-    """A new folder to write into, that takes the name `folder` when all is written. ValueError: there is one."""
+    """A new folder to write into, which takes the name `folder` when all is written. ValueError: it cannot."""
     beside, old = f'{folder}.writing', f'{folder}.old'
     ours = {'config.json', 'adapter_config.json'}
     if not folder:
         raise ValueError("to='' names no folder to write: set --to=FOLDER")
     if os.path.exists(folder) and not overwrite:
-        raise ValueError(f"'{folder}' is already there: choose another --to, or replace it by --overwrite=True")
+        raise ValueError(f"'{folder}' is already there: choose another --to, or replace it by "
+                         '--overwrite=True')
     if os.path.exists(folder) and ours.isdisjoint(os.listdir(folder) if os.path.isdir(folder) else ()):
-        raise ValueError(f"'{folder}' is not what an export writes (it has no config.json): choose another --to")
+        raise ValueError(f"'{folder}' is not what an export writes (it has no config.json): choose another "
+                         '--to')
     if os.path.exists(beside):
         raise ValueError(f"'{beside}' is there, of an export that runs or was killed: remove it")
     os.makedirs(beside)
@@ -187,7 +192,7 @@ def written_beside(folder, overwrite):
 
 
 def write_tensors(folder, tensors, dtype):
-    """Writes (name, tensor) as model.safetensors, or as shards and their index; dtype: of floats, None as they are."""
+    """Writes (name, tensor) as model.safetensors, or as shards and their index, in a dtype."""
     from safetensors.torch import save_file
     shards, parts, size, total = [], {}, 0, 0
 
@@ -206,7 +211,8 @@ def write_tensors(folder, tensors, dtype):
     close()
     places = {}
     for i, names in enumerate(shards):
-        file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors' if len(shards) > 1 else 'model.safetensors'
+        number = f'-{i + 1:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''
+        file = f'model{number}.safetensors'
         os.rename(f'{folder}/{i}', f'{folder}/{file}')
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -215,7 +221,7 @@ def write_tensors(folder, tensors, dtype):
 
 
 def write_transformers(run, checkpoint, folder, dtype):
-    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, if it came with one."""
+    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or one of ours."""
     shape, state = of_a_run(checkpoint)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
@@ -226,13 +232,13 @@ def write_transformers(run, checkpoint, folder, dtype):
         said = read_json(run / 'config.json')
     else:
         said = {**config_json(shape), 'bos_token_id': tokens.eot_token, 'eos_token_id': tokens.eot_token}
-    config.write_json(f'{folder}/config.json', {**said, 'tie_word_embeddings': shape.tied, 'torch_dtype': dtype,
-                                                'dtype': dtype})
+    now = {'tie_word_embeddings': shape.tied, 'torch_dtype': dtype, 'dtype': dtype}  # of transformers 4, and 5
+    config.write_json(f'{folder}/config.json', {**said, **now})
 
 
 def write_peft(run, checkpoint, folder, dtype):
-    """The heads of a checkpoint as one LoRA of rank H r: (s / H) sum_h B_h A_h = (alpha / (H r)) [B_1 ...] [A_1; ...].
-    Heads that train on over merges (LTE) telescope to the same. ValueError: there is no such adapter."""
+    """The heads of a checkpoint as one LoRA of rank H r: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
+    What heads that train on over merges (LTE) have put into W telescopes to the same. ValueError: there is none."""
     from safetensors.torch import save_file
     s, base = checkpoint['settings'], None
     if (run / 'base.json').is_file():
@@ -251,11 +257,11 @@ def write_peft(run, checkpoint, folder, dtype):
     for name in adapted:
         A, B = state[f'{name}.A'], state[f'{name}.B']  # (H, r, n), (H, m, r)
         if name == 'lm_head' or name.split('.')[-1] in ('q', 'k', 'v'):
-            raise ValueError(f'there are heads on {name}, which a base of transformers has no layer of its own for: '
+            raise ValueError(f'there are heads on {name}, which is no layer of its own in a base of transformers: '
                              'export the merged model, without --adapter')
         parts[f'base_model.model.{name}.lora_A.weight'] = A.flatten(0, 1).to(dtype).contiguous()  # (H r, n)
         parts[f'base_model.model.{name}.lora_B.weight'] = B.permute(1, 0, 2).flatten(1).to(dtype).contiguous()
-    linears = [name.removesuffix('.weight') for name, x in state.items() if name.endswith('.weight') and x.dim() == 2]
+    linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() == 2]
     last = {name.split('.')[-1] for name in adapted}  # short names, where they mean no other layer
     short = all(name in adapted for name in linears if name.split('.')[-1] in last)
     save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
@@ -269,7 +275,7 @@ def write_peft(run, checkpoint, folder, dtype):
 
 
 def write_timm(checkpoint, folder, dtype):
-    """A ViT with its heads merged, as timm reads it: timm.create_model('local-dir:FOLDER', pretrained=True)."""
+    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
     import timm
 
     import train_vit
@@ -279,8 +285,8 @@ def write_timm(checkpoint, folder, dtype):
     with_heads.load_state_dict(checkpoint['model'], assign=True)
     plain.load_state_dict(merged_state_dict(with_heads))
     changes = {theirs: shape[ours] for ours, theirs in train_vit.SHAPE.items() if shape[ours] is not None}
-    timm.models.save_for_hf(plain.to(dtype), folder, safe_serialization=True,
-                            model_config={'label_names': classes, 'num_classes': len(classes), 'model_args': changes})
+    about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
+    timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
 
 
 def main(settings):
@@ -290,7 +296,7 @@ def main(settings):
         dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
         if s.adapter and not text:
-            raise ValueError('a ViT leaves its adapter.safetensors in its own folder: export without --adapter')
+            raise ValueError('a ViT has its adapter.safetensors in its own folder: export without --adapter')
         with written_beside(s.to.rstrip('/'), s.overwrite) as folder:
             if not text:
                 write_timm(checkpoint, folder, dtype)

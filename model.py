@@ -1,8 +1,9 @@
 """
-GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out. Knows nothing of LoRA or GaLore.
+GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out. Knows nothing of LoRA or
+GaLore.
 
-Parameter names are those of nanoGPT, and of transformers' LlamaForCausalLM. Where the vocabulary is large, the loss
-never holds all logits at once (`language_loss`).
+Parameter names are those of nanoGPT, and of transformers' LlamaForCausalLM. Where the vocabulary is large, the
+loss never holds all logits at once (`language_loss`).
 """
 
 import json
@@ -133,14 +134,18 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
-        if config.tied:
-            self.lm_head.weight = self.transformer.wte.weight
+        self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # the residual stream sums 2 L projections (GPT-2, section 2.3)
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
+
+    def tie(self):
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @property
     def blocks(self):
@@ -188,7 +193,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_scaling: dict = None  # LLaMA 3's, see `rotary`
     tied: bool = False  # the output layer is the embedding
-    family: str = 'llama'  # or 'mistral', which is the same, 'qwen2' (q, k, v with bias), 'qwen3' (q, k with norms)
+    family: str = 'llama'  # 'mistral' is the same, 'qwen2' has biases of q, k, v, 'qwen3' norms of q, k
 
     def __post_init__(self):
         self.head_size = self.head_size or self.n_embd // self.n_head
@@ -205,7 +210,7 @@ def rotary(positions, size, base, scaling=None):
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
     if scaling:
         low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-        waves = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in the original length
+        waves = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in that length
         fast = ((waves - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (fast + (1 - fast) / scaling['factor'])
     angles = positions.float()[:, None] * frequencies
@@ -271,7 +276,7 @@ class LlamaLayer(nn.Module):
 
 class Llama(nn.Module):
     """
-    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU. And its relatives, see LlamaConfig.
+    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU. And its relatives: LlamaConfig.
 
     Built on the meta device it costs nothing; `to_empty` and `init_weights` then fill it in the dtype and on the device
     where it stays, so that 7B in bfloat16 never exist in float32.
@@ -295,16 +300,20 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero. Returns the
-        model."""
-        if self.config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight  # here, because `to_empty` makes them two
+        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero. Returns
+        the model."""
+        self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
         return self
+
+    def tie(self):
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
+        if self.config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def blocks(self):
@@ -315,7 +324,8 @@ class Llama(nn.Module):
         """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""
         config = self.config
         positions = torch.arange(idx.shape[1], device=idx.device)
-        cos, sin = rotary(positions, config.head_size, config.rope_base, config.rope_scaling)  # once for all layers
+        # once for all layers
+        cos, sin = rotary(positions, config.head_size, config.rope_base, config.rope_scaling)
         x = self.model.embed_tokens(idx)
         for layer in self.model.layers:
             if config.checkpointing and self.training:
@@ -333,8 +343,8 @@ class Llama(nn.Module):
 # -----------------------------------------------------------------------------
 # weights in and out, in transformers' layout: config.json and safetensors
 #
-# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where nn.Linear
-# has (out, in). The keys of config.json are translated by KEYS, both ways.
+# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
+# nn.Linear has (out, in). The keys of config.json are translated by KEYS, both ways.
 
 KEYS = {  # theirs: ours
     'gpt2': dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
@@ -348,12 +358,13 @@ FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': '
 LEFT_OUT = {'gpt2': dict(norm_eps=1e-5, tied=True),  # what a config.json may leave out
             'llama': dict(norm_eps=1e-6, tied=False, n_kv_head=None, head_size=None, rope_base=10000.0,
                           rope_scaling=None)}
-ONLY = {  # keys that change what is computed: the values that we have, the first one where the key is left out
-    'gpt2': dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), n_inner=(None,), scale_attn_weights=(True,),
-                 scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
-                 add_cross_attention=(False,), quantization_config=(None,)),
-    'llama': dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,), attention_dropout=(0.0,),
-                  partial_rotary_factor=(1.0,), rope_interleaved=(False,), quantization_config=(None,))}
+ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
+    'gpt2': dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), n_inner=(None,),
+                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+                 reorder_and_upcast_attn=(False,), add_cross_attention=(False,), quantization_config=(None,)),
+    'llama': dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
+                  attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
+                  quantization_config=(None,))}
 NO_MATTER = set("""
     _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
     use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
@@ -390,8 +401,8 @@ def _rope(theirs, path):
     if how != 'default' and not (how == 'llama3' and all(key in rope for key in scaling)):
         raise ValueError(f"'{path}' says rope_type={how!r} in rope_scaling or rope_parameters, which is not "
                          "supported: give a model with 'default' or a whole 'llama3'")
-    return {'rope_theta': rope.get('rope_theta', theirs.get('rope_theta', 10000.0)),
-            'partial_rotary_factor': rope.get('partial_rotary_factor', theirs.get('partial_rotary_factor', 1.0)),
+    rope = {'rope_theta': 10000.0, 'partial_rotary_factor': 1.0, **theirs, **rope}
+    return {'rope_theta': rope['rope_theta'], 'partial_rotary_factor': rope['partial_rotary_factor'],
             'rope_scaling': None if how == 'default' else {key: rope[key] for key in scaling}}
 
 
@@ -399,13 +410,13 @@ def read_config(folder):
     """
     The GPTConfig or LlamaConfig that a folder's config.json stands for.
 
-    Its block_size is how many positions the model has, or how many its sliding window leaves alike. Dropout is a
-    matter of training and stays 0. ValueError: a key with a value that is not supported, by its name.
+    Its block_size is how many positions the model has, or how many its sliding window leaves alike. Dropout is
+    a matter of training and stays 0. ValueError: a key with a value that is not supported, by its name.
     FileNotFoundError: there is none.
     """
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{folder}' holds no config.json: give a folder of a model in transformers' layout")
+        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' layout")
     theirs = read_json(path)
     family = theirs.get('model_type')
     if family not in FAMILIES:
@@ -417,10 +428,10 @@ def read_config(folder):
     for key, values in ONLY[kind].items():
         inner = key == 'n_inner' and theirs.get(key) == 4 * theirs.get('n_embd', 0)
         if theirs.get(key, values[0]) not in values and not inner:
-            raise ValueError(f"'{path}' says {key}={str(theirs[key])[:60]}, which is not supported: give a model "
-                             f'with {values[0]}')
-    strange = [key for key, value in theirs.items() if value and key not in NO_MATTER and key not in KEYS[kind]
-               and key not in ONLY[kind]]
+            raise ValueError(f"'{path}' says {key}={str(theirs[key])[:60]}, which is not supported: give a "
+                             f'model with {values[0]}')
+    strange = [key for key, value in theirs.items()
+               if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
     if strange:
         print(f"'{path}': {', '.join(strange)} not known here and passed over")
     ours = dict(LEFT_OUT[kind]) | {mine: theirs[key] for key, mine in KEYS[kind].items() if key in theirs}
@@ -428,20 +439,20 @@ def read_config(folder):
         wanted = {'tied': bool, 'norm_eps': float, 'rope_base': float, 'rope_scaling': dict}.get(mine, int)
         given = mine in ours and ours[mine] is None and LEFT_OUT[kind].get(mine, 0) is None
         if not given and not _is_a(wanted, ours.get(mine)):
-            raise ValueError(f"'{path}' says {key}={ours.get(mine)!r}, and it has to be {wanted.__name__}: fetch it "
-                             'again')
+            raise ValueError(f"'{path}' says {key}={ours.get(mine)!r}, and it has to be {wanted.__name__}: "
+                             'fetch it again')
     if kind == 'gpt2':
         return GPTConfig(**ours)
     if ours['rope_scaling'] and not all(_is_a(float, value) for value in ours['rope_scaling'].values()):
-        raise ValueError(f"'{path}' says rope_scaling={ours['rope_scaling']}, and numbers above 0 are needed: fetch it "
-                         'again')
+        raise ValueError(f"'{path}' says rope_scaling={ours['rope_scaling']}, and numbers above 0 are needed: "
+                         'fetch it again')
     ours['n_kv_head'] = ours['n_kv_head'] or ours['n_head']
     if family == 'qwen3' and not ours['head_size']:
         ours['head_size'] = 128  # as transformers has it
     kinds = set(theirs.get('layer_types') or ()) - {'full_attention', 'sliding_attention'}
     if kinds:
-        raise ValueError(f"'{path}' says {kinds.pop()} in layer_types, which is not supported: give a model with "
-                         "full_attention")
+        raise ValueError(f"'{path}' says {kinds.pop()} in layer_types, which is not supported: give a model "
+                         'with full_attention')
     window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
     if window and (family == 'mistral' or theirs.get('use_sliding_window')):
         ours['block_size'] = min(ours['block_size'], window)
@@ -463,22 +474,24 @@ def config_json(config):
 
 def _turned(name):
     """Whether a tensor of GPT-2 is one of transformers' Conv1D, (in, out)."""
-    return name.startswith('transformer.h.') and name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+    return name.startswith('transformer.h.') and name.split('.')[-2] in ('c_attn', 'c_proj', 'c_fc') \
+        and name.endswith('.weight')
 
 
 def read_tensors(folder, config):
     """
-    Yields (name, tensor) of a folder's model.safetensors, or of the shards that its index names, one after the other
-    in our names and shapes. ValueError, FileNotFoundError: a file that is missing, damaged or of another layout.
+    Yields (name, tensor) of a folder's model.safetensors, or of the shards that its index names, one after the
+    other in our names and shapes. ValueError, FileNotFoundError: a file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
+    gpt = isinstance(config, GPTConfig)
     index = os.path.join(folder, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.isfile(index):
         files = sorted(set(read_json(index).get('weight_map', {}).values()))
     elif not os.path.isfile(os.path.join(folder, files[0])):
-        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other formats are "
-                                'not read): fetch it again, or save the model as safetensors')
+        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other formats "
+                                'are not read): fetch it again, or save the model as safetensors')
     for file in files:
         path = os.path.join(folder, file)
         if os.path.basename(file) != file or not os.path.isfile(path):
@@ -487,31 +500,31 @@ def read_tensors(folder, config):
             with safe_open(path, 'pt') as tensors:
                 for name in tensors.keys():
                     ours = name
-                    if isinstance(config, GPTConfig) and not name.startswith(('transformer.', 'lm_head.')):
+                    if gpt and not name.startswith(('transformer.', 'lm_head.')):
                         ours = f'transformer.{name}'
                     buffer = ours.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
                     if not buffer and not (config.tied and ours == 'lm_head.weight'):
                         x = tensors.get_tensor(name)
-                        yield ours, x.T if isinstance(config, GPTConfig) and _turned(ours) and x.dim() == 2 else x
+                        yield ours, x.T if gpt and _turned(ours) and x.dim() == 2 else x
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it again") \
-                from None
+            raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
+                             'again') from None
 
 
 def tensors_for_transformers(config, state):
-    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama. GPT-2 always has
-    biases: where ours has none they are zeros."""
+    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama. GPT-2 always
+    has biases: where ours has none they are zeros."""
     gpt = isinstance(config, GPTConfig)
     for name, x in state.items():
         if config.tied and name == 'lm_head.weight':
             continue
         yield name, x.T.contiguous() if gpt and _turned(name) else x.contiguous()
-        if gpt and not config.bias and name.startswith('transformer.') and name.split('.')[1] in ('h', 'ln_f'):
+        if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
             yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
 
 
 def from_nanogpt(checkpoint):
-    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves. Its dropout stays behind, as in `read_config`."""
+    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, but for its dropout, as in `read_config`."""
     keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias'
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
     return GPTConfig(**{key: checkpoint['model_args'][key] for key in keys}), {
@@ -520,17 +533,19 @@ def from_nanogpt(checkpoint):
 
 @torch.no_grad()
 def fill(model, tensors, source):
-    """Copies (name, tensor) into the parameters of a model, one by one. ValueError: the two do not go together."""
+    """Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
+    Returns the model. ValueError: the two do not go together."""
+    model.tie()
     wanted = dict(model.named_parameters())  # a tied weight comes once, under its first name
     for name, x in tensors:
         parameter = wanted.pop(name, None)
         if parameter is None:
-            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration lacks: "
-                             'give another model')
+            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration "
+                             'lacks: give another model')
         if parameter.shape != x.shape or not x.is_floating_point():
             raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
-                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of its '
-                             'configuration')
+                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
+                             'its configuration')
         parameter.copy_(x)
     if wanted:
         raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")

@@ -76,7 +76,7 @@ GPT2_TOKENS = '140f02bb05c0d82c'  # what `HubTokenizer.name` would end with for 
 
 def hub_folder(source, *patterns):
     """
-    The folder `source`; or, where there is none, that of the hub's repository of this name, as far as its files match.
+    The folder `source`; or, where there is none, that of the hub's repository of this name, with files that match.
 
     'gpt2' and its sizes are openai-community's. DataError, MissingData: say why there is neither.
     """
@@ -92,20 +92,21 @@ def hub_folder(source, *patterns):
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies)
     except LocalEntryNotFoundError:
-        raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot be "
-                          'reached: connect and run it again, or give a folder') from None
+        raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot "
+                          'be reached: connect and run it again, or give a folder') from None
     except HfHubHTTPError as error:
-        raise DataError(f"the hub does not give '{name}' ({' '.join(str(error).split())[:80]}): check the name, or log "
-                        "in by 'hf auth login'") from None
+        raise DataError(f"the hub does not give '{name}' ({' '.join(str(error).split())[:80]}): check the name, "
+                        "or log in by 'hf auth login'") from None
 
 
 class HubTokenizer:
     """
     The tokenizer.json of a folder, with what we take from a tiktoken.Encoding.
 
-    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: the numbers that it puts
-    before a text, such as that of <s>; name: the identity of its vocabulary, 'tokenizer.json' and a checksum of all
-    strings with their numbers (what transformers saves anew differs in other things). DataError: it is not whole.
+    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: the numbers that
+    it puts before a text, such as that of <s>; name: what its vocabulary is called here, 'tokenizer.json' and a
+    checksum of all strings with their numbers (in other things what transformers saves anew may differ).
+    DataError: it is not whole.
     """
 
     def __init__(self, folder):
@@ -117,12 +118,13 @@ class HubTokenizer:
         try:
             self.inner = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more special
-            raise DataError(f"'{path}' is damaged or of another version of tokenizers ({str(error)[:80]}): fetch it "
-                            'again') from None
+            raise DataError(f"'{path}' is damaged or of another version of tokenizers ({str(error)[:80]}): "
+                            'fetch it again') from None
         self.folder = folder
         self.inner.no_truncation()
         self.inner.no_padding()
-        vocabulary = sorted(self.inner.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[::-1])
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        vocabulary = sorted(vocabulary.items(), key=lambda entry: entry[::-1])
         digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
         self.name = 'gpt2' if digest == GPT2_TOKENS else f'tokenizer.json {digest}'
         self.n_vocab = vocabulary[-1][1] + 1
@@ -142,8 +144,8 @@ class HubTokenizer:
             token = token.get('content') if isinstance(token, dict) else token
             if token and self.inner.token_to_id(token) is not None:
                 return self.inner.token_to_id(token)
-        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its vocabulary "
-                        'has to its tokenizer_config.json')
+        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
+                        'vocabulary has to its tokenizer_config.json')
 
     def encode_many(self, texts):
         """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
@@ -169,8 +171,8 @@ def tokenizer(name, folder=None):
         if found.name == name:
             return found
     if name.startswith('tokenizer.json '):
-        raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it there "
-                          'from the folder that they were prepared with')
+        raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it "
+                          'there from the folder that they were prepared with')
     import requests
     import tiktoken
     if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
@@ -187,8 +189,8 @@ def tokenizer(name, folder=None):
 
 
 def carry(sources, target, names=TOKENIZER):
-    """Copies files of those names into the folder `target`, each from the first of the folders `sources` that has it,
-    and removes those that none has."""
+    """Copies files of those names into the folder `target`, each from the first of the folders `sources` that
+    has it, and removes those that none has."""
     for name in names:
         found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
         if found:
@@ -203,8 +205,8 @@ def as_tokenizer_json(encoding, folder):
     """
     Writes a tiktoken.Encoding, 'gpt2' or 'bytes', as tokenizer.json and tokenizer_config.json into a folder.
 
-    A rank list says which pieces there are; the merge that makes each is the last of those that its own bytes go
-    through, with the ranks below its own (Sennrich et al., 2016).
+    Ranks say which pieces there are; the merge that makes one is the last of those that its own bytes go through
+    (Sennrich et al., 2016).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
@@ -228,8 +230,8 @@ def as_tokenizer_json(encoding, folder):
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made.add_special_tokens(['<|endoftext|>'])
     made.save(f'{folder}/tokenizer.json')
-    write_json(f'{folder}/tokenizer_config.json', {
-        'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<|endoftext|>', 'eos_token': '<|endoftext|>'})
+    ends = dict.fromkeys(('bos_token', 'eos_token'), '<|endoftext|>')
+    write_json(f'{folder}/tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **ends})
 
 
 def tokenise(documents, encoding, val_below):
@@ -714,8 +716,9 @@ class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
 
     `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of the
-    split's text. `batch` gives inputs and targets (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than
-    the data, MissingData (a FileNotFoundError too) where something is missing."""
+    split's text. `batch` gives inputs and targets (rows, block_size), int64. DataError (a ValueError) for a
+    broken file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is
+    missing."""
 
     def __init__(self, name, split, block_size, data_dir='data'):
         super().__init__(name, split, 'tokens', data_dir)
@@ -858,7 +861,8 @@ def from_text(args):
         many = {'c4': '156 billion', 'fineweb_edu': '10 billion (its sample)'}.get(args.data)
         fraction = 0.005 if args.data == 'fineweb_edu' else fraction
         if many and not args.tokens and not args.path:
-            raise DataError(f'{args.data} has {many} tokens: say how many you want, as in --tokens 1_000_000_000')
+            raise DataError(f'{args.data} has {many} tokens: say how many you want, as in '
+                            '--tokens 1_000_000_000')
         source += f' in {args.path}' if args.path else ''
         documents = partial(hub_documents, args.data, args.path, args.tokens)
     encoding = tokenizer(args.tokenizer)

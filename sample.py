@@ -5,6 +5,7 @@ $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='The sea'
 """
 
+import itertools
 import os
 import sys
 from types import SimpleNamespace
@@ -40,7 +41,8 @@ def of_a_run(s):
     """(model, tokenizer) of a run's checkpoint."""
     state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
     if 'tokenizer' not in state:
-        raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
+        raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a "
+                         "LLaMA's")
     tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
     model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
     put_layers(model, state['settings'])
@@ -53,11 +55,16 @@ def of_a_run(s):
 def of_others(source):
     """(model, tokenizer) of what init_from names."""
     shape, tensors, tokens = read_weights(source)
-    model = fill(make_model(shape), tensors, source)
-    found = next((folder for folder in folders_of(source) if os.path.isfile(f'{folder}/tokenizer.json')), None)
+    tensors = iter(tensors)
+    first = next(tensors)
+    with torch.device('meta'):
+        model = make_model(shape)
+    model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
+    fill(model, itertools.chain([first], tensors), source)
     if tokens is None:
         raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
-    return model, prepare.tokenizer(tokens, found)
+    folders = [folder for folder in folders_of(source) if os.path.isfile(f'{folder}/tokenizer.json')]
+    return model, prepare.tokenizer(tokens, *folders[:1])
 
 
 def main(settings):

@@ -2918,7 +2918,7 @@ def with_tokens(folder, words=('</s>',), **about):
 
 @pytest.fixture(scope='session')
 def bases(root, tmp_path_factory):
-    """Folders of a GPT-2, a tied LLaMA with grouped heads and a Qwen2, with a tokenizer, and data 'theirs' of it."""
+    """Folders of a GPT-2, a tied LLaMA and a Qwen2, with one tokenizer, and data 'theirs' of its tokens."""
     folder = tmp_path_factory.mktemp('bases')
     shapes = {'gpt': tiny_gpt(vocab_size=260, norm_eps=1e-3), 'llama': tiny_llama(vocab_size=260, tied=True),
               'qwen2': tiny_llama(vocab_size=260, family='qwen2')}
@@ -2956,9 +2956,10 @@ def test_logits_are_those_of_transformers_and_of_what_is_written_again(tmp_path,
 
 @pytest.mark.parametrize('changes, said', [
     ({'model_type': 'gemma'}, "model_type='gemma'"), ({'hidden_act': 'gelu'}, 'hidden_act'),
-    ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'yarn'),
+    ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'),
     ({'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}}, 'rope_parameters'),
-    ({'quantization_config': {'bits': 4}}, 'quantization_config'), ({'partial_rotary_factor': 0.5}, 'partial_rotary'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
     ({'layer_types': ['linear_attention']}, 'layer_types'), ({'num_hidden_layers': '2'}, 'num_hidden_layers'),
     ({'rms_norm_eps': None}, 'rms_norm_eps'), ({'hidden_size': 0}, 'hidden_size'),
     ({'num_hidden_layers': 3}, 'lacks model.layers.2'), ({'num_hidden_layers': 1}, 'holds model.layers.1'),
@@ -2974,8 +2975,8 @@ def test_a_configuration_that_is_not_ours_is_refused_by_its_key(tmp_path, change
 def test_a_sliding_window_bounds_the_context(tmp_path, root, capsys):
     assert [loaded(f'{GOLDEN}/{name}')[0].config.block_size for name in ('mistral', 'qwen2')] == [40, 48]
     refused(capsys, lambda: start(train_llama, [
-        f'--init_from={GOLDEN}/mistral', '--block_size=41', '--dataset=tiny', f'--data_dir={root}', '--device=cpu',
-        f'--out_dir={tmp_path}/a']), 'block_size=41', '40 positions')
+        f'--init_from={GOLDEN}/mistral', '--block_size=41', '--dataset=tiny', f'--data_dir={root}',
+        f'--out_dir={tmp_path}/a', '--device=cpu']), 'block_size=41', '40 positions')
 
 
 def test_a_folder_that_is_not_whole_is_one_sentence(tmp_path, monkeypatch):
@@ -3026,7 +3027,8 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
             prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path), '--input',
                           str(root / 'tiny.jsonl'), '--name', 'more'])
     # other tokens than those of the weights
-    refused(capsys, lambda: tune('gpt', root, bases / 'gpt', tmp_path / 'a', '--dataset=mine'), 'other tokens', 'bytes')
+    refused(capsys, lambda: tune('gpt', root, bases / 'gpt', tmp_path / 'a', '--dataset=mine'),
+            'other tokens', 'bytes')
     refused(capsys, lambda: tune('llama', root, bases / 'gpt', tmp_path / 'b'), 'train_gpt.py')
 
 
@@ -3119,7 +3121,8 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     run, _ = built_again('gpt', runs('gpt_full', 4))
     close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
     refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
-    refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']), 'no config.json')
+    refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
+            'no config.json')
     refused(capsys, lambda: start(export, words[:2]), '--to')
     with monkeypatch.context() as broken:
         broken.setattr(export, 'config_json', None)

@@ -17,7 +17,7 @@ import config
 # settings: GPT-2 124M on CNN/DailyMail, full rank
 # run
 out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume', a transformers folder, a hub name ('gpt2'), a .pt of nanoGPT or ours
+init_from = 'scratch'  # 'scratch', 'resume', a transformers folder, a hub name ('gpt2'), nanoGPT's .pt or ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
@@ -103,7 +103,8 @@ def build(settings, where, vocabulary, checkpoint=None):
         need_tokens(settings, checkpoint['tokenizer'])
         shape = GPTConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
-        shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
+        words = s.vocab_size or vocabulary
+        shape = GPTConfig(s.block_size, words, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
     else:
         shape, loaded = read_for(settings, GPTConfig)
     model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))

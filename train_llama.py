@@ -113,10 +113,10 @@ def build(settings, where, vocabulary, checkpoint=None):
     else:
         shape, loaded = read_for(settings, LlamaConfig)
     with torch.device('meta'):
-        model = Llama(replace(shape, checkpointing=s.checkpointing))  # filled where and as it stays: 7B in bfloat16 never exist in float32
-    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device).init_weights()
-    if loaded:
-        fill(model, loaded, s.init_from)
+        model = Llama(replace(shape, checkpointing=s.checkpointing))
+    # filled where and as it stays: 7B in bfloat16 never exist in float32
+    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
+    fill(model, loaded, s.init_from) if loaded else model.init_weights()
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')

@@ -537,7 +537,7 @@ def load_tensors(path):
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote, too."""
+    """Reads what `save_checkpoint` wrote. Errors as of `load_tensors`, and for what other programs wrote."""
     from lowrank import EDITION
     checkpoint = load_tensors(path)
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
@@ -834,7 +834,8 @@ def in_units(loss, tokens_per_byte):
 def log(settings, record, progress):
     """Prints one aligned line above the progress bar (a tqdm), appends the record to out_dir/log.jsonl, tells wandb."""
     shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
-             'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte', 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
+             'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte',
+             'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
              'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}',
              'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
              'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB'}

@@ -1,7 +1,7 @@
 """
-Writes tiny random models by transformers, and their logits, for the tests of model.py: python assets/golden/make.py
+Writes tiny random models by transformers, and their logits, for the tests: python assets/golden/make.py
 
-What lies here was written by transformers 5.24.0 and torch 2.13.0, in float32, with attn_implementation='eager'.
+What lies here was written by transformers 5.24.0 and torch 2.13.0, in float32, with eager attention.
 """
 
 import os
@@ -34,4 +34,5 @@ for name, shape in MODELS.items():
     tokens = torch.randint(32, (2, 40))
     model.save_pretrained(f'{HERE}/{name}', max_shard_size='12KB' if name == 'llama3' else '5GB')
     with torch.no_grad():
-        save_file({'tokens': tokens, 'logits': model(tokens).logits.contiguous()}, f'{HERE}/{name}/logits.safetensors')
+        logits = model(tokens).logits.contiguous()
+    save_file({'tokens': tokens, 'logits': logits}, f'{HERE}/{name}/logits.safetensors')

@@ -7,6 +7,7 @@ python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
 python prepare.py digits                                     scikit-learn's digits, 32 x 32, three channels
 python prepare.py digits_shifted                             the same inverted, coloured, rotated
 python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FOLDER: that of the .npz
+python prepare.py images --input FOLDER --name mine          one's own pictures, FOLDER/class/*
 ... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
 
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
@@ -24,6 +25,7 @@ import errno
 import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -50,6 +52,7 @@ MAGIC, VERSION = b'nLRshard', 1
 SHARD = re.compile(r'(train|val|test)(_\d+\.bin|\.bin\.tmp)')  # whole, and while it is written
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
+PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
 HUB = {  # repository, the columns that make a document, the files of each split
     'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
                       {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
@@ -374,6 +377,42 @@ def digit_images(shifted):
         yield split, data.target[rows, None], images[rows]
 
 
+def pictures_of(folder):
+    """(names of the classes, [(label, path)]) of the pictures FOLDER/class/*, both in order."""
+    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != '.')
+    found = [(label, path) for label, name in enumerate(classes) for path in sorted(Path(folder, name).rglob('*'))
+             if path.suffix.lower() in PICTURES]
+    lacking = [name for label, name in enumerate(classes) if label not in {number for number, _ in found}]
+    if not 2 <= len(classes) <= 256 or lacking:
+        what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
+        raise DataError(f"'{folder}' has {len(classes)} folders of classes, {what}: put pictures "
+                        f"({', '.join(PICTURES)}) into FOLDER/class/")
+    return classes, found
+
+
+def own_images(found, size):
+    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. Splits are by a hash of the
+    file, a tenth each for validation and test, so that copies stay together."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    def read(entry):
+        label, path = entry
+        content = path.read_bytes()
+        try:
+            picture = Image.open(io.BytesIO(content)).convert('RGB')
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"'{path}' is damaged or no picture ({str(error)[:60]}): remove it") from None
+        picture = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)
+        tenth = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little') % 10
+        return {0: 'val', 1: 'test'}.get(tenth, 'train'), label, np.moveaxis(np.asarray(picture), 2, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
+        entries = iter(found)
+        while group := [*itertools.islice(entries, 16 * os.cpu_count())]:
+            for split, label, pixels in pool.map(read, group):
+                yield split, np.array([[label]], np.uint8), pixels[None]
+
+
 def medmnist_info():
     """medmnist.INFO, read from its file: the package imports torch and scikit-learn, which takes seconds."""
     return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
@@ -529,6 +568,8 @@ def write_images(writer, images):
         items['label'], items['image'] = labels, pixels
         writer.append(split, items)
         writer.close()
+    if not all(writer.meta['images'].values()):
+        raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): add some")
 
 
 def write(folder, settings, fill, overwrite):
@@ -797,6 +838,12 @@ def text_file(word):
     return word
 
 
+def picture_folder(word):
+    if not os.path.isdir(word):
+        raise argparse.ArgumentTypeError(f"there is no folder '{word}'")
+    return word
+
+
 def folder_name(word):
     if word in ('', '.', '..') or Path(word).name != word:
         raise argparse.ArgumentTypeError(f"give the name of a folder in --data_dir, not '{word}'")
@@ -809,7 +856,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv):
-    known = ['stdlib', 'text', *HUB, *DIGITS]
+    known = ['stdlib', 'text', 'images', *HUB, *DIGITS]
     info = {} if argv and argv[0] in known else medmnist_info()
     flags = [flag for flag in info if not flag.endswith('3d')]
     about = {'description': __doc__, 'formatter_class': argparse.RawDescriptionHelpFormatter}
@@ -825,11 +872,14 @@ def arguments(argv):
         if name == 'text':
             add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
                 help='.txt (one document), .jsonl (one a line), .parquet (one a row)')
+        if name == 'images':
+            add('--input', type=picture_folder, metavar='FOLDER', required=True, help='with a folder a class')
+            add('--size', type=number_of, metavar='N', default=224, help='pixels of a side (224)')
         if name in HUB or name in flags:
             add('--path', metavar='FOLDER', help='with the files, instead of the internet')
         if name in flags:
             add('--size', type=int, choices=[28, 64, 128, 224], default=28, help='pixels of a side (28)')
-        if name in flags or name in DIGITS:
+        if name in flags or name in ('images', *DIGITS):
             add('--shard_bytes', type=number_of, metavar='N', default=10**9, help='of a shard (1e9)')
         else:
             tokenizer = 'bytes' if name == 'stdlib' else 'gpt2'
@@ -879,6 +929,12 @@ def from_images(args):
         name, source = args.data, f'load_digits of scikit-learn, as {args.data}'
         images = partial(digit_images, args.data == 'digits_shifted')
         about = {'size': 32, 'channels': 3, 'classes': [*'0123456789'], 'task': 'multi-class', 'flag': None}
+    elif args.data == 'images':
+        classes, found = pictures_of(args.input)
+        size = sum(path.stat().st_size for _, path in found)
+        name, source = 'images', f'{len(found)} pictures of {Path(args.input).resolve().name} ({size} bytes)'
+        images = partial(own_images, found, args.size)
+        about = {'size': args.size, 'channels': 3, 'classes': classes, 'task': 'multi-class', 'flag': None}
     else:
         info, suffix = medmnist_info()[args.data], '' if args.size == 28 else f'_{args.size}'
         name = args.data + suffix  # as MedMNIST names its files

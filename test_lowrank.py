@@ -3040,7 +3040,7 @@ def documents(tokens, end):
 
 @pytest.mark.parametrize('base, name, words', [
     ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'lte', ['--merge_every=2']), ('llama', 'galore', []),
-    ('qwen2', 'lora', ['--lowrank=attn'])])
+    ('qwen2', 'lora', ['--lowrank=attn']), ('llama', 'mhlora', ['--lowrank=attn,logit'])])
 def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
     script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
@@ -3055,12 +3055,12 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     assert theirs == tokens == loaded(bases / base)[1]
     assert (tmp_path / 'hf' / 'tokenizer_config.json').read_text() == \
         (bases / base / 'tokenizer_config.json').read_text()
-    words = [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
-    if name in ('galore', 'full'):
-        refused(capsys, lambda: start(export, words), 'without --adapter')
+    more = [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
+    if name in ('galore', 'full') or '--lowrank=attn,logit' in words:
+        refused(capsys, lambda: start(export, more), 'without --adapter')
         assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
     else:
-        start(export, words)
+        start(export, more)
         close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
         about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
         (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
@@ -3153,3 +3153,29 @@ def test_evaluating_tells_bits_a_byte(root, tmp_path):
     bits = record['val_loss'] * meta['tokens']['val'] / meta['bytes']['val'] / math.log(2)
     assert record['bits_per_byte'] == pytest.approx(bits)
     assert record['perplexity'] == pytest.approx(math.exp(record['val_loss']))
+
+
+def test_own_pictures_are_prepared_by_class(tmp_path):
+    from PIL import Image
+    drawn = np.random.default_rng(0).integers(0, 255, (60, 12, 20, 3), np.uint8)
+    for i, pixels in enumerate(drawn):
+        folder = tmp_path / 'mine' / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+    words = ['images', '--input', str(tmp_path / 'mine'), '--size', '12', '--data_dir', str(tmp_path / 'data')]
+    prepare.main(words)
+    splits = [prepare.Images('images', split, tmp_path / 'data') for split in ('train', 'val', 'test')]
+    assert splits[0].classes == ['a', 'b'] and [len(split) > 0 for split in splits] == [True] * 3
+    held = {}
+    for split in splits:
+        for image, label in zip(*split.items(np.arange(len(split)))):
+            held[image.numpy().tobytes()] = int(label)
+    middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
+    assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
+    (tmp_path / 'mine' / 'a' / '0.png').write_bytes(b'no picture')
+    with pytest.raises(prepare.DataError, match='0.png.*damaged'):
+        prepare.main([*words, '--overwrite'])
+    assert len(prepare.Images('images', 'train', tmp_path / 'data')) == len(splits[0])
+    (tmp_path / 'mine' / 'c').mkdir()
+    with pytest.raises(prepare.DataError, match='in c are no pictures'):
+        prepare.main([*words, '--overwrite'])

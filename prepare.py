@@ -93,7 +93,7 @@ def hub_folder(source, *patterns):
                           "'HuggingFaceTB/SmolLM2-135M': check it")
     copies = ['*/*', 'consolidated*']  # of the weights, for other programs
     try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=copies)
+        return huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=copies)
     except LocalEntryNotFoundError:
         raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot "
                           'be reached: connect and run it again, or give a folder') from None

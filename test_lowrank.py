@@ -2999,9 +2999,15 @@ def test_a_folder_that_is_not_whole_is_one_sentence(tmp_path, monkeypatch):
         loaded(tmp_path / 'nowhere')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
-    for name in ('gpt2', 'HuggingFaceTB/SmolLM2-135M'):
+    for name, golden in (('gpt2', 'gpt2'), ('HuggingFaceTB/SmolLM2-135M', 'smollm2')):
         with pytest.raises(FileNotFoundError, match='cannot be reached'):
             loaded(name)
+        full = {'gpt2': 'openai-community/gpt2'}.get(name, name)
+        repository = tmp_path / 'cache' / f"models--{full.replace('/', '--')}"
+        shutil.copytree(f'{GOLDEN}/{golden}', repository / 'snapshots' / 'abc')  # as the hub's client keeps it
+        (repository / 'refs').mkdir()
+        (repository / 'refs' / 'main').write_text('abc')
+        assert loaded(name)[0].config == loaded(f'{GOLDEN}/{golden}')[0].config
 
 
 def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_path, capsys):

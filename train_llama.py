@@ -101,7 +101,6 @@ def build(settings, where, vocabulary, checkpoint=None):
     torch.manual_seed(s.seed)
     loaded = None
     if checkpoint:
-        need_tokens(settings, checkpoint['tokenizer'])
         shape = LlamaConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
@@ -204,6 +203,7 @@ def main(settings):
         checkpoint = config.load_checkpoint(f'{s.out_dir}/ckpt.pt') if s.init_from == 'resume' else None
         if checkpoint:
             config.need_same(settings, checkpoint)
+            need_tokens(settings, checkpoint['tokenizer'])
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
         was_best = bool(checkpoint) and checkpoint.get('is_best', False) and not s.eval_only

@@ -1,10 +1,12 @@
 """
-GPT-2 and LLaMA: configuration, layers, initialisation, loading weights. Knows nothing of LoRA or GaLore.
+GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out. Knows nothing of LoRA or
+GaLore.
 
-Parameter names as in nanoGPT and in transformers' LlamaForCausalLM. Where the vocabulary is large, the loss never holds
-all logits at once (`language_loss`).
+Parameter names are those of nanoGPT, and of transformers' LlamaForCausalLM. Where the vocabulary is large, the
+loss never holds all logits at once (`language_loss`).
 """
 
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -73,6 +75,8 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # biases in linears and norms, as in GPT-2
     checkpointing: bool = False  # recompute each block's activations in the backward pass
+    norm_eps: float = 1e-5
+    tied: bool = True  # the output layer is the embedding (Press and Wolf, 2017)
 
 
 class CausalSelfAttention(nn.Module):
@@ -103,9 +107,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x):
@@ -126,17 +130,22 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press and Wolf, 2017)
+        self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:  # the residual stream sums 2 L projections (GPT-2, section 2.3)
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
+
+    def tie(self):
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @property
     def blocks(self):
@@ -160,47 +169,6 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
 
-    @classmethod
-    def from_pretrained(cls, source, block_size=1024, dropout=0.0):
-        """
-        OpenAI's weights. source: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (from the hub, openai-community),
-        or the path of a model.safetensors in the same layout. block_size: positions to keep, at most 1024.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        path = source
-        if source in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'):
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import LocalEntryNotFoundError
-            try:
-                path = hf_hub_download(f'openai-community/{source}', 'model.safetensors')
-            except LocalEntryNotFoundError as error:
-                raise FileNotFoundError(f"the weights '{source}' are not cached and the hub cannot be reached: give "
-                                        'the path of a model.safetensors as init_from') from error
-        elif not (source.endswith('.safetensors') and os.path.isfile(path)):
-            raise FileNotFoundError(f"'{source}' is no file of GPT-2's weights: set init_from to 'scratch', 'resume', "
-                                    "'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' or the path of a model.safetensors")
-        try:
-            state = {name.removeprefix('transformer.'): value for name, value in load_file(path).items()}
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
-        if not {'wte.weight', 'wpe.weight', 'h.0.attn.c_attn.weight'} <= state.keys():
-            raise ValueError(f"'{path}' holds no GPT-2 in the hub's layout (wte, wpe, h.0.attn.c_attn): give another "
-                             'file')
-        depth = 1 + max(int(name.split('.')[1]) for name in state if name.startswith('h.'))
-        vocab_size, width = state['wte.weight'].shape
-        if block_size > len(state['wpe.weight']):
-            raise ValueError(f"block_size={block_size} is more than the {len(state['wpe.weight'])} positions of "
-                             f"'{source}': set a smaller one")
-        model = cls(GPTConfig(block_size, vocab_size, depth, width // 64, width, dropout))  # every size has 64 a head
-        state['wpe.weight'] = state['wpe.weight'][:block_size]
-        with torch.no_grad():
-            for name, parameter in model.transformer.named_parameters():
-                value = state[name]
-                # the hub's file holds Conv1D weights (in, out) where nn.Linear has (out, in)
-                parameter.copy_(value.T if value.dim() == 2 and not name.startswith('w') else value)
-        return model
-
 
 # -----------------------------------------------------------------------------
 # LLaMA
@@ -221,11 +189,30 @@ class LlamaConfig:
     n_kv_head: int = 8  # fewer than n_head: grouped-query attention
     rope_base: float = 10000.0
     checkpointing: bool = False  # recompute each layer's activations in the backward pass
+    head_size: int = None  # None: n_embd / n_head
+    norm_eps: float = 1e-6
+    rope_scaling: dict = None  # LLaMA 3's, see `rotary`
+    tied: bool = False  # the output layer is the embedding
+    family: str = 'llama'  # 'mistral' is the same, 'qwen2' has biases of q, k, v, 'qwen3' norms of q, k
+
+    def __post_init__(self):
+        self.head_size = self.head_size or self.n_embd // self.n_head
 
 
-def rotary(positions, size, base):
-    """Rotary embedding (Su et al., arXiv 2104.09864): cosines and sines, each (time, size / 2), in float32."""
+def rotary(positions, size, base, scaling=None):
+    """
+    Rotary embedding (Su et al., arXiv 2104.09864): cosines and sines, each (time, size / 2), in float32.
+
+    scaling: LLaMA 3.1's for longer texts, with the keys that config.json has for it. Waves longer than
+    original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter than original /
+    high_freq_factor are not, and in between the two are mixed.
+    """
     frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    if scaling:
+        low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+        waves = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in that length
+        fast = ((waves - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (fast + (1 - fast) / scaling['factor'])
     angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -240,17 +227,24 @@ def rotate(x, cos, sin):
 class LlamaAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.size = config.n_embd // config.n_head
+        self.size = config.head_size
         self.grouped = config.n_kv_head != config.n_head
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.size, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=False)
+        bias = config.family == 'qwen2'
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * self.size, bias=bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * self.size, bias=bias)
         self.o_proj = nn.Linear(config.n_head * self.size, config.n_embd, bias=False)
+        self.normed = config.family == 'qwen3'
+        if self.normed:
+            self.q_norm = nn.RMSNorm(self.size, config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.size, config.norm_eps)
 
     def forward(self, x, cos, sin):
         b, t, _ = x.shape
         q, k, v = (proj(x).view(b, t, -1, self.size).transpose(1, 2)  # (batch, head, time, size)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True,
                                            enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
@@ -270,9 +264,9 @@ class LlamaMLP(nn.Module):
 class LlamaLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-6)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
     def forward(self, x, cos, sin):
@@ -282,7 +276,7 @@ class LlamaLayer(nn.Module):
 
 class Llama(nn.Module):
     """
-    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, no biases, untied output.
+    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU. And its relatives: LlamaConfig.
 
     Built on the meta device it costs nothing; `to_empty` and `init_weights` then fill it in the dtype and on the device
     where it stays, so that 7B in bfloat16 never exist in float32.
@@ -290,14 +284,15 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head or config.n_head % config.n_kv_head or config.n_embd // config.n_head % 2:
+        whole = config.n_embd % config.n_head == 0 or config.head_size != config.n_embd // config.n_head
+        if not whole or config.n_head % config.n_kv_head or config.head_size % 2:
             raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} clash: '
                              'n_embd / n_head has to be a whole even number, n_head a multiple of n_kv_head')
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
             layers=nn.ModuleList([LlamaLayer(config) for _ in range(config.n_layer)]),
-            norm=nn.RMSNorm(config.n_embd, eps=1e-6),
+            norm=nn.RMSNorm(config.n_embd, config.norm_eps),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
@@ -305,10 +300,20 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one. Returns the model."""
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
+        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero. Returns
+        the model."""
+        self.tie()
+        for name, parameter in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
         return self
+
+    def tie(self):
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
+        if self.config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
     def blocks(self):
@@ -319,7 +324,8 @@ class Llama(nn.Module):
         """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""
         config = self.config
         positions = torch.arange(idx.shape[1], device=idx.device)
-        cos, sin = rotary(positions, config.n_embd // config.n_head, config.rope_base)  # once for all layers
+        # once for all layers
+        cos, sin = rotary(positions, config.head_size, config.rope_base, config.rope_scaling)
         x = self.model.embed_tokens(idx)
         for layer in self.model.layers:
             if config.checkpointing and self.training:
@@ -332,6 +338,225 @@ class Llama(nn.Module):
         """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
         x = self.hidden(idx)
         return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
+
+
+# -----------------------------------------------------------------------------
+# weights in and out, in transformers' layout: config.json and safetensors
+#
+# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
+# nn.Linear has (out, in). The keys of config.json are translated by KEYS, both ways.
+
+KEYS = {  # theirs: ours
+    'gpt2': dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
+                 n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
+    'llama': dict(max_position_embeddings='block_size', vocab_size='vocab_size', num_hidden_layers='n_layer',
+                  num_attention_heads='n_head', hidden_size='n_embd', intermediate_size='n_mlp',
+                  num_key_value_heads='n_kv_head', head_dim='head_size', rms_norm_eps='norm_eps',
+                  tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
+FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
+            'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+LEFT_OUT = {'gpt2': dict(norm_eps=1e-5, tied=True),  # what a config.json may leave out
+            'llama': dict(norm_eps=1e-6, tied=False, n_kv_head=None, head_size=None, rope_base=10000.0,
+                          rope_scaling=None)}
+ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
+    'gpt2': dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), n_inner=(None,),
+                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+                 reorder_and_upcast_attn=(False,), add_cross_attention=(False,), quantization_config=(None,)),
+    'llama': dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
+                  attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
+                  quantization_config=(None,))}
+NO_MATTER = set("""
+    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
+    use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
+    rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
+    transformers.js_config n_ctx attn_pdrop embd_pdrop resid_pdrop task_specific_params summary_activation
+    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj gradient_checkpointing
+    output_attentions output_hidden_states return_dict""".split())
+
+
+def read_json(path):
+    """The object in a JSON file. ValueError: it is damaged or something else."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            value = json.load(file)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"'{path}' is damaged or holds no JSON object: fetch it again")
+    return value
+
+
+def _is_a(wanted, value):
+    """Whether what JSON holds is of a type; numbers are above zero."""
+    if wanted in (bool, dict):
+        return isinstance(value, wanted)
+    return isinstance(value, (wanted, int)) and not isinstance(value, bool) and value > 0
+
+
+def _rope(theirs, path):
+    """The keys of transformers 4 about rotary positions, of a config.json of any version."""
+    rope = {**(theirs.get('rope_parameters') or {}), **(theirs.get('rope_scaling') or {})}
+    how = rope.get('rope_type', rope.get('type', 'default'))
+    scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
+    if how != 'default' and not (how == 'llama3' and all(key in rope for key in scaling)):
+        raise ValueError(f"'{path}' says rope_type={how!r} in rope_scaling or rope_parameters, which is not "
+                         "supported: give a model with 'default' or a whole 'llama3'")
+    rope = {'rope_theta': 10000.0, 'partial_rotary_factor': 1.0, **theirs, **rope}
+    return {'rope_theta': rope['rope_theta'], 'partial_rotary_factor': rope['partial_rotary_factor'],
+            'rope_scaling': None if how == 'default' else {key: rope[key] for key in scaling}}
+
+
+def read_config(folder):
+    """
+    The GPTConfig or LlamaConfig that a folder's config.json stands for.
+
+    Its block_size is how many positions the model has, or how many its sliding window leaves alike. Dropout is
+    a matter of training and stays 0. ValueError: a key with a value that is not supported, by its name.
+    FileNotFoundError: there is none.
+    """
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' layout")
+    theirs = read_json(path)
+    family = theirs.get('model_type')
+    if family not in FAMILIES:
+        raise ValueError(f"'{path}' says model_type={family!r}, which is not supported: give one of "
+                         f"{', '.join(FAMILIES)}")
+    kind = 'gpt2' if family == 'gpt2' else 'llama'
+    if kind == 'llama':
+        theirs.update(_rope(theirs, path))
+    for key, values in ONLY[kind].items():
+        inner = key == 'n_inner' and theirs.get(key) == 4 * theirs.get('n_embd', 0)
+        if theirs.get(key, values[0]) not in values and not inner:
+            raise ValueError(f"'{path}' says {key}={str(theirs[key])[:60]}, which is not supported: give a "
+                             f'model with {values[0]}')
+    strange = [key for key, value in theirs.items()
+               if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
+    if strange:
+        print(f"'{path}': {', '.join(strange)} not known here and passed over")
+    ours = dict(LEFT_OUT[kind]) | {mine: theirs[key] for key, mine in KEYS[kind].items() if key in theirs}
+    for key, mine in KEYS[kind].items():
+        wanted = {'tied': bool, 'norm_eps': float, 'rope_base': float, 'rope_scaling': dict}.get(mine, int)
+        given = mine in ours and ours[mine] is None and LEFT_OUT[kind].get(mine, 0) is None
+        if not given and not _is_a(wanted, ours.get(mine)):
+            raise ValueError(f"'{path}' says {key}={ours.get(mine)!r}, and it has to be {wanted.__name__}: "
+                             'fetch it again')
+    if kind == 'gpt2':
+        return GPTConfig(**ours)
+    if ours['rope_scaling'] and not all(_is_a(float, value) for value in ours['rope_scaling'].values()):
+        raise ValueError(f"'{path}' says rope_scaling={ours['rope_scaling']}, and numbers above 0 are needed: "
+                         'fetch it again')
+    ours['n_kv_head'] = ours['n_kv_head'] or ours['n_head']
+    if family == 'qwen3' and not ours['head_size']:
+        ours['head_size'] = 128  # as transformers has it
+    kinds = set(theirs.get('layer_types') or ()) - {'full_attention', 'sliding_attention'}
+    if kinds:
+        raise ValueError(f"'{path}' says {kinds.pop()} in layer_types, which is not supported: give a model "
+                         'with full_attention')
+    window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
+    if window and (family == 'mistral' or theirs.get('use_sliding_window')):
+        ours['block_size'] = min(ours['block_size'], window)
+    return LlamaConfig(**ours, family=family)
+
+
+def config_json(config):
+    """What config.json says of a GPTConfig or LlamaConfig, a dict."""
+    family = getattr(config, 'family', 'gpt2')
+    said = {key: getattr(config, mine) for key, mine in KEYS['gpt2' if family == 'gpt2' else 'llama'].items()}
+    if family == 'gpt2':
+        said.update(dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout))
+    elif config.rope_scaling:
+        said['rope_scaling'] = {'rope_type': 'llama3', **config.rope_scaling}
+    if family == 'mistral':
+        said['sliding_window'] = None
+    return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
+
+
+def _turned(name):
+    """Whether a tensor of GPT-2 is one of transformers' Conv1D, (in, out)."""
+    return name.startswith('transformer.h.') and name.split('.')[-2] in ('c_attn', 'c_proj', 'c_fc') \
+        and name.endswith('.weight')
+
+
+def read_tensors(folder, config):
+    """
+    Yields (name, tensor) of a folder's model.safetensors, or of the shards that its index names, one after the
+    other in our names and shapes. ValueError, FileNotFoundError: a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+    gpt = isinstance(config, GPTConfig)
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    files = ['model.safetensors']
+    if os.path.isfile(index):
+        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+    elif not os.path.isfile(os.path.join(folder, files[0])):
+        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other formats "
+                                'are not read): fetch it again, or save the model as safetensors')
+    for file in files:
+        path = os.path.join(folder, file)
+        if os.path.basename(file) != file or not os.path.isfile(path):
+            raise FileNotFoundError(f"'{path}' is missing, which the index names: fetch the folder again")
+        try:
+            with safe_open(path, 'pt') as tensors:
+                for name in tensors.keys():
+                    ours = name
+                    if gpt and not name.startswith(('transformer.', 'lm_head.')):
+                        ours = f'transformer.{name}'
+                    buffer = ours.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
+                    if not buffer and not (config.tied and ours == 'lm_head.weight'):
+                        x = tensors.get_tensor(name)
+                        yield ours, x.T if gpt and _turned(ours) and x.dim() == 2 else x
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
+                             'again') from None
+
+
+def tensors_for_transformers(config, state):
+    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama. GPT-2 always
+    has biases: where ours has none they are zeros."""
+    gpt = isinstance(config, GPTConfig)
+    for name, x in state.items():
+        if config.tied and name == 'lm_head.weight':
+            continue
+        yield name, x.T.contiguous() if gpt and _turned(name) else x.contiguous()
+        if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
+            yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
+
+
+def from_nanogpt(checkpoint):
+    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, but for its dropout, as in `read_config`."""
+    keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias'
+    state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
+    return GPTConfig(**{key: checkpoint['model_args'][key] for key in keys}), {
+        name: x for name, x in state.items() if name != 'lm_head.weight' and not name.endswith('.attn.bias')}
+
+
+@torch.no_grad()
+def fill(model, tensors, source):
+    """Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
+    Returns the model. ValueError: the two do not go together."""
+    model.tie()
+    wanted = dict(model.named_parameters())  # a tied weight comes once, under its first name
+    for name, x in tensors:
+        parameter = wanted.pop(name, None)
+        if parameter is None:
+            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration "
+                             'lacks: give another model')
+        if parameter.shape != x.shape or not x.is_floating_point():
+            raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
+                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
+                             'its configuration')
+        parameter.copy_(x)
+    if wanted:
+        raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")
+    return model
+
+
+def make_model(shape):
+    """A GPT or Llama, freshly drawn, of a configuration or of what `dataclasses.asdict` makes of it."""
+    if isinstance(shape, dict):
+        shape = LlamaConfig(**shape) if 'n_mlp' in shape else GPTConfig(**shape)
+    return GPT(shape) if isinstance(shape, GPTConfig) else Llama(shape)
 
 
 # -----------------------------------------------------------------------------

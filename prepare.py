@@ -3,9 +3,12 @@ python prepare.py stdlib                                     the sources of Pyth
 python prepare.py text --input a.txt b.jsonl --name mine     .txt, .jsonl (field text), .parquet (column text)
 python prepare.py cnn_dailymail [--path FOLDER]              news; FOLDER: a copy of the hub's files
 python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
+python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
 python prepare.py digits                                     scikit-learn's digits, 32 x 32, three channels
 python prepare.py digits_shifted                             the same inverted, coloured, rotated
 python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FOLDER: that of the .npz
+python prepare.py images --input FOLDER --name mine          one's own pictures, FOLDER/class/*
+... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
 
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
@@ -22,6 +25,7 @@ import errno
 import glob
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -35,22 +39,24 @@ import threading
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, write_json
+from config import in_one_line, replacing, write_json
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
 SHARD = re.compile(r'(train|val|test)(_\d+\.bin|\.bin\.tmp)')  # whole, and while it is written
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
+PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
 HUB = {  # repository, the columns that make a document, the files of each split
     'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
                       {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
     'c4': ('allenai/c4', ['text'], {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}),
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'], {'train': 'sample/10BT/*.parquet'}),
 }
 
 
@@ -63,10 +69,112 @@ class MissingData(DataError, FileNotFoundError):
 
 
 # -----------------------------------------------------------------------------
-# tokenizers
+# the hub, and tokenizers
 
-def tokenizer(name):
-    """tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|> = 256)."""
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
+             'generation_config.json')  # what travels with tokens
+GPT2_TOKENS = '140f02bb05c0d82c'  # what `HubTokenizer.name` would end with for a tokenizer.json of GPT-2
+
+
+def hub_folder(source, *patterns):
+    """
+    The folder `source`; or, where there is none, that of the hub's repository of this name, with files that match.
+
+    'gpt2' and its sizes are openai-community's. DataError, MissingData: say why there is neither.
+    """
+    if os.path.isdir(source):
+        return source
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    name = f'openai-community/{source}' if re.fullmatch('gpt2(-medium|-large|-xl)?', source) else source
+    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
+        raise MissingData(f"there is no folder '{source}', and it is no name of the hub's such as "
+                          "'HuggingFaceTB/SmolLM2-135M': check it")
+    copies = ['*/*', 'consolidated*']  # of the weights, for other programs
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=copies)
+    except LocalEntryNotFoundError:
+        raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot "
+                          'be reached: connect and run it again, or give a folder') from None
+    except HfHubHTTPError as error:
+        raise DataError(f"the hub does not give '{name}' ({' '.join(str(error).split())[:80]}): check the name, "
+                        "or log in by 'hf auth login'") from None
+
+
+class HubTokenizer:
+    """
+    The tokenizer.json of a folder, with what we take from a tiktoken.Encoding.
+
+    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: the numbers that
+    it puts before a text, such as that of <s>; name: what its vocabulary is called here, 'tokenizer.json' and a
+    checksum of all strings with their numbers (in other things what transformers saves anew may differ).
+    DataError: it is not whole.
+    """
+
+    def __init__(self, folder):
+        from tokenizers import Tokenizer
+        path = Path(folder, 'tokenizer.json')
+        if not path.is_file():
+            raise MissingData(f"'{folder}' holds no tokenizer.json: give a folder with one, or save it by "
+                              "transformers' AutoTokenizer")
+        try:
+            self.inner = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise DataError(f"'{path}' is damaged or of another version of tokenizers ({str(error)[:80]}): "
+                            'fetch it again') from None
+        self.folder = folder
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        vocabulary = sorted(vocabulary.items(), key=lambda entry: entry[::-1])
+        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        self.name = 'gpt2' if digest == GPT2_TOKENS else f'tokenizer.json {digest}'
+        self.n_vocab = vocabulary[-1][1] + 1
+
+    @cached_property
+    def begin(self):
+        return [token for token in self.inner.encode('').ids if token != self.eot_token]
+
+    @cached_property
+    def eot_token(self):
+        for name in TOKENIZER[1:3]:
+            path = Path(self.folder, name)
+            try:
+                token = json.loads(path.read_text('utf-8')).get('eos_token') if path.is_file() else None
+            except (ValueError, AttributeError):
+                raise DataError(f"'{path}' is damaged or holds no JSON object: fetch it again") from None
+            token = token.get('content') if isinstance(token, dict) else token
+            if token and self.inner.token_to_id(token) is not None:
+                return self.inner.token_to_id(token)
+        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
+                        'vocabulary has to its tokenizer_config.json')
+
+    def encode_many(self, texts):
+        """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
+        found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(text.ids, np.uint32) for text in found]
+
+    def encode_ordinary(self, text):
+        return self.begin + self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens):
+        return self.inner.decode(tokens)
+
+
+def tokenizer(name, folder=None):
+    """
+    What turns text into tokens: tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and
+    <|endoftext|> = 256), or the HubTokenizer of a folder or of the hub, by its name.
+
+    folder: where the tokenizer.json of the tokens called `name` lies, beside data or in a run's folder.
+    """
+    if folder and Path(folder, 'tokenizer.json').exists():
+        found = HubTokenizer(folder)
+        if found.name == name:
+            return found
+    if name.startswith('tokenizer.json '):
+        raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it "
+                          'there from the folder that they were prepared with')
     import requests
     import tiktoken
     if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
@@ -74,7 +182,7 @@ def tokenizer(name):
                                  mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={'<|endoftext|>': 256})
     if name != 'gpt2':
-        raise DataError(f"there is no tokenizer '{name}': use 'gpt2' or 'bytes'")
+        return HubTokenizer(hub_folder(name, *TOKENIZER))
     try:
         return tiktoken.get_encoding('gpt2')
     except requests.exceptions.RequestException:
@@ -82,22 +190,68 @@ def tokenizer(name):
                         "set TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
 
 
+def carry(sources, target, names=TOKENIZER):
+    """Copies files of those names into the folder `target`, each from the first of the folders `sources` that
+    has it, and removes those that none has."""
+    for name in names:
+        found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
+        if found:
+            target.mkdir(exist_ok=True)
+            with replacing(target / name) as file:
+                file.write(found[0].read_bytes())
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
+def as_tokenizer_json(encoding, folder):
+    """
+    Writes a tiktoken.Encoding, 'gpt2' or 'bytes', as tokenizer.json and tokenizer_config.json into a folder.
+
+    Ranks say which pieces there are; the merge that makes one is the last of those that its own bytes go through
+    (Sennrich et al., 2016).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*plain}))}
+    ranks = {encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.eot_token)}
+
+    def spelled(piece):
+        return ''.join(letters[byte] for byte in piece)
+
+    merges = []
+    for piece, rank in ranks.items():
+        parts = [piece[i:i + 1] for i in range(len(piece))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spelled(parts[0]), spelled(parts[1])))
+    made = Tokenizer(models.BPE({spelled(piece): rank for piece, rank in ranks.items()}, merges))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(['<|endoftext|>'])
+    made.save(f'{folder}/tokenizer.json')
+    ends = dict.fromkeys(('bos_token', 'eos_token'), '<|endoftext|>')
+    write_json(f'{folder}/tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **ends})
+
+
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, hash), on all cores, in constant memory."""
-    def encode(document):
-        split, text, ends = document
-        content = text.encode()
-        # of the text alone, so the order is free and duplicates share a split
-        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+    def encode(text):
         # in slices, because the regular expression runs out of stack on a million spaces
         tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
                   for i in range(0, len(text) or 1, 2**18)]
-        split = split or ('val' if number < val_below else 'train')
-        return split, np.concatenate(tokens), ends, len(content), number
+        return np.concatenate(tokens)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
+        many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
         while group := [*itertools.islice(documents, 16 * os.cpu_count())]:
-            yield from pool.map(encode, group)
+            for (split, text, ends), tokens in zip(group, many([text for _, text, _ in group])):
+                content = text.encode()
+                # of the text alone, so the order is free and duplicates share a split
+                number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+                yield split or ('val' if number < val_below else 'train'), tokens, ends, len(content), number
 
 
 # -----------------------------------------------------------------------------
@@ -220,6 +374,42 @@ def digit_images(shifted):
     images = (255 * images).round().astype(np.uint8)
     for split, rows in zip(SPLITS['images'], np.split(order, [count * 3 // 5, count * 4 // 5])):
         yield split, data.target[rows, None], images[rows]
+
+
+def pictures_of(folder):
+    """(names of the classes, [(label, path)]) of the pictures FOLDER/class/*, both in order."""
+    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != '.')
+    found = [(label, path) for label, name in enumerate(classes) for path in sorted(Path(folder, name).rglob('*'))
+             if path.suffix.lower() in PICTURES]
+    lacking = [name for label, name in enumerate(classes) if label not in {number for number, _ in found}]
+    if not 2 <= len(classes) <= 256 or lacking:
+        what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
+        raise DataError(f"'{folder}' has {len(classes)} folders of classes, {what}: put pictures "
+                        f"({', '.join(PICTURES)}) into FOLDER/class/")
+    return classes, found
+
+
+def own_images(found, size):
+    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. Splits are by a hash of the
+    file, a tenth each for validation and test, so that copies stay together."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    def read(entry):
+        label, path = entry
+        content = path.read_bytes()
+        try:
+            picture = Image.open(io.BytesIO(content)).convert('RGB')
+        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"'{path}' is damaged or no picture ({str(error)[:60]}): remove it") from None
+        picture = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)
+        tenth = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little') % 10
+        return {0: 'val', 1: 'test'}.get(tenth, 'train'), label, np.moveaxis(np.asarray(picture), 2, 0)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
+        entries = iter(found)
+        while group := [*itertools.islice(entries, 16 * os.cpu_count())]:
+            for split, label, pixels in pool.map(read, group):
+                yield split, np.array([[label]], np.uint8), pixels[None]
 
 
 def medmnist_info():
@@ -345,10 +535,11 @@ def write_tokens(writer, documents, encoding, val_below):
         return '\ufffd', error.end
 
     codecs.register_error('replace_and_count', replace)
+    begin = np.array(encoding.begin if isinstance(encoding, HubTokenizer) else (), np.uint32)
     lowest, begun = 2**64, set()  # begun: the splits that are inside a document
     for split, tokens, ends, size, number in tokenise(documents(), encoding, val_below):
         if len(tokens):
-            writer.append(split, tokens)
+            writer.append(split, tokens if split in begun else np.concatenate([begin, tokens]))
             meta['documents'][split] += 1
             meta['bytes'][split] += size
             lowest = min(lowest, number)
@@ -366,6 +557,8 @@ def write_tokens(writer, documents, encoding, val_below):
     if not all(meta['tokens'].values()):
         raise DataError(f"'{writer.folder}' has too little text to train and to validate on "
                         f"({meta['tokens']}): add some")
+    if isinstance(encoding, HubTokenizer):
+        carry([encoding.folder], writer.folder / 'tokenizer')
 
 
 def write_images(writer, images):
@@ -374,6 +567,8 @@ def write_images(writer, images):
         items['label'], items['image'] = labels, pixels
         writer.append(split, items)
         writer.close()
+    if not all(writer.meta['images'].values()):
+        raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): add some")
 
 
 def write(folder, settings, fill, overwrite):
@@ -562,15 +757,17 @@ class Split:
 class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. `batch` gives inputs and
-    targets (rows, block_size), int64. DataError (a ValueError) for a broken file or a block_size longer than
-    the data, MissingData (a FileNotFoundError too) where something is missing."""
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of the
+    split's text. `batch` gives inputs and targets (rows, block_size), int64. DataError (a ValueError) for a
+    broken file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is
+    missing."""
 
     def __init__(self, name, split, block_size, data_dir='data'):
         super().__init__(name, split, 'tokens', data_dir)
         self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         self.num_windows = int(self.first[-1])
+        self.tokens_per_byte = self.meta['tokens'][split] / max(1, self.meta.get('bytes', {}).get(split, 0))
         if not self.num_windows:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
                             f"set block_size to {max(map(len, self.shards)) - 1} or less")
@@ -642,6 +839,12 @@ def text_file(word):
     return word
 
 
+def picture_folder(word):
+    if not os.path.isdir(word):
+        raise argparse.ArgumentTypeError(f"there is no folder '{word}'")
+    return word
+
+
 def folder_name(word):
     if word in ('', '.', '..') or Path(word).name != word:
         raise argparse.ArgumentTypeError(f"give the name of a folder in --data_dir, not '{word}'")
@@ -654,7 +857,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv):
-    known = ['stdlib', 'text', *HUB, *DIGITS]
+    known = ['stdlib', 'text', 'images', *HUB, *DIGITS]
     info = {} if argv and argv[0] in known else medmnist_info()
     flags = [flag for flag in info if not flag.endswith('3d')]
     about = {'description': __doc__, 'formatter_class': argparse.RawDescriptionHelpFormatter}
@@ -670,15 +873,19 @@ def arguments(argv):
         if name == 'text':
             add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
                 help='.txt (one document), .jsonl (one a line), .parquet (one a row)')
+        if name == 'images':
+            add('--input', type=picture_folder, metavar='FOLDER', required=True, help='with a folder a class')
+            add('--size', type=number_of, metavar='N', default=224, help='pixels of a side (224)')
         if name in HUB or name in flags:
             add('--path', metavar='FOLDER', help='with the files, instead of the internet')
         if name in flags:
             add('--size', type=int, choices=[28, 64, 128, 224], default=28, help='pixels of a side (28)')
-        if name in flags or name in DIGITS:
+        if name in flags or name in ('images', *DIGITS):
             add('--shard_bytes', type=number_of, metavar='N', default=10**9, help='of a shard (1e9)')
         else:
             tokenizer = 'bytes' if name == 'stdlib' else 'gpt2'
-            add('--tokenizer', choices=['gpt2', 'bytes'], default=tokenizer, help=f'({tokenizer})')
+            add('--tokenizer', default=tokenizer, metavar='WHICH',
+                help=f"gpt2, bytes, or a folder or a name of the hub with a tokenizer.json ({tokenizer})")
             add('--tokens', type=number_of, metavar='N', help='end when the training split has so many')
             add('--shard_tokens', type=number_of, metavar='N', default=10**8, help='of a shard (1e8)')
         add('--name', type=folder_name, help='of the folder (that of the data, with _SIZE unless 28)')
@@ -702,12 +909,16 @@ def from_text(args):
         source, _, files = HUB[args.data]
         if args.path and not glob.glob(os.path.join(args.path, files['train'])):
             raise DataError(f"'{args.path}' holds no {files['train']}: give a folder with the hub's files")
-        if args.data == 'c4' and not args.tokens and not args.path:
-            raise DataError('c4 has 156 billion tokens: say how many you want, as in --tokens 1_000_000_000')
+        many = {'c4': '156 billion', 'fineweb_edu': '10 billion (its sample)'}.get(args.data)
+        fraction = 0.005 if args.data == 'fineweb_edu' else fraction
+        if many and not args.tokens and not args.path:
+            raise DataError(f'{args.data} has {many} tokens: say how many you want, as in '
+                            '--tokens 1_000_000_000')
         source += f' in {args.path}' if args.path else ''
         documents = partial(hub_documents, args.data, args.path, args.tokens)
     encoding = tokenizer(args.tokenizer)
-    settings = {'source': source, 'tokenizer': args.tokenizer, 'shard_tokens': args.shard_tokens,
+    name = encoding.name if isinstance(encoding, HubTokenizer) else args.tokenizer
+    settings = {'source': source, 'tokenizer': name, 'shard_tokens': args.shard_tokens,
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
                                         val_below=int(fraction * 2**64))
@@ -719,6 +930,12 @@ def from_images(args):
         name, source = args.data, f'load_digits of scikit-learn, as {args.data}'
         images = partial(digit_images, args.data == 'digits_shifted')
         about = {'size': 32, 'channels': 3, 'classes': [*'0123456789'], 'task': 'multi-class', 'flag': None}
+    elif args.data == 'images':
+        classes, found = pictures_of(args.input)
+        size = sum(path.stat().st_size for _, path in found)
+        name, source = 'images', f'{len(found)} pictures of {Path(args.input).resolve().name} ({size} bytes)'
+        images = partial(own_images, found, args.size)
+        about = {'size': args.size, 'channels': 3, 'classes': classes, 'task': 'multi-class', 'flag': None}
     else:
         info, suffix = medmnist_info()[args.data], '' if args.size == 28 else f'_{args.size}'
         name = args.data + suffix  # as MedMNIST names its files

@@ -1,9 +1,12 @@
 """
-Text from a checkpoint of train_gpt.py or train_llama.py:
+Text from a checkpoint of train_gpt.py or train_llama.py, or from a folder or a name of the hub as init_from:
 
 $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
+$ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='The sea'
 """
 
+import itertools
+import os
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import config
 # -----------------------------------------------------------------------------
 out_dir = 'out/gpt2'  # the folder of a run
 checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
+init_from = ''  # instead of a run's checkpoint: what init_from of a training script may name
 prompt = '\n'
 num_samples = 3
 max_new_tokens = 200
@@ -28,26 +32,47 @@ if __name__ == '__main__':
 import torch
 
 import prepare
+from export import folders_of, read_weights
 from lowrank import averaged_heads, merge, put_layers
-from model import GPT, GPTConfig, Llama, LlamaConfig, generate
+from model import fill, generate, make_model
+
+
+def of_a_run(s):
+    """(model, tokenizer) of a run's checkpoint."""
+    state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
+    if 'tokenizer' not in state:
+        raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a "
+                         "LLaMA's")
+    tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
+    model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
+    put_layers(model, state['settings'])
+    model.load_state_dict(state['model'])
+    if s.merged:
+        merge(model)
+    return model, tokens
+
+
+def of_others(source):
+    """(model, tokenizer) of what init_from names."""
+    shape, tensors, tokens = read_weights(source)
+    tensors = iter(tensors)
+    first = next(tensors)
+    with torch.device('meta'):
+        model = make_model(shape)
+    model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
+    fill(model, itertools.chain([first], tensors), source)
+    if tokens is None:
+        raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
+    folders = [folder for folder in folders_of(source) if os.path.isfile(f'{folder}/tokenizer.json')]
+    return model, prepare.tokenizer(tokens, *folders[:1])
 
 
 def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
-        state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
-        if 'tokenizer' not in state:
-            raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
-        tokens = prepare.tokenizer(state['tokenizer'])
-    shape = state['model_config']
-    model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
-    model.to(getattr(torch, state['settings']['param_dtype']))
-    put_layers(model, state['settings'])
-    model.load_state_dict(state['model'])
+        model, tokens = of_others(s.init_from) if s.init_from else of_a_run(s)
     model.to(where.device).eval()
-    if s.merged:
-        merge(model)
 
     generator = torch.Generator(where.device).manual_seed(s.seed)
     start = tokens.encode_ordinary(s.prompt) or [tokens.eot_token]

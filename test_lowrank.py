@@ -38,6 +38,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 import bench
 import config
+import export
 import galore
 import lowrank
 import model as models
@@ -179,10 +180,15 @@ def tiny_vit():
     return train_vit.create(shape, 9).double()
 
 
-def of_the_hub(gpt):
-    """GPT-2's weights in the layout of the hub."""
-    return {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h' else value.contiguous()
-            for name, value in gpt.transformer.state_dict().items()}
+def of_the_hub(gpt, folder):
+    """Writes a GPT as a folder in the layout of the hub, and returns it."""
+    os.mkdir(folder)
+    weights = {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h' else value.contiguous()
+               for name, value in gpt.transformer.state_dict().items()}
+    weights['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the causal mask, of old files
+    safetensors.torch.save_file(weights, f'{folder}/model.safetensors')
+    config.write_json(f'{folder}/config.json', models.config_json(gpt.config))
+    return folder
 
 
 def backward(net, idx):
@@ -525,7 +531,7 @@ def files(root, tmp_path_factory):
     config.save_checkpoint(f'{folder}/ckpt.pt', {
         'edition': lowrank.EDITION, 'model': {'w': torch.ones(9999)}, 'settings': {}, 'step': 1,
         'model_config': {}})
-    safetensors.torch.save_file(of_the_hub(tiny_gpt(n_head=1, n_embd=64)), folder / 'gpt.safetensors')
+    gpt = of_the_hub(tiny_gpt(), folder / 'gpt')
     safetensors.torch.save_file(tiny_vit().state_dict(), folder / 'vit.safetensors')
     config.save_adapter(tiny_vit(), f'{folder}/adapter.safetensors', {})
     archive(folder, compressed=True, counts=FEW)
@@ -540,7 +546,8 @@ def files(root, tmp_path_factory):
         prepare_text(folder, path, '--name', 'made', '--overwrite')
     return folder, {
         'ckpt.pt': config.load_checkpoint,
-        'gpt.safetensors': lambda path: models.GPT.from_pretrained(path, block_size=8),
+        'gpt/model.safetensors': lambda path: [*models.read_tensors(gpt, tiny_gpt().config)],
+        'gpt/config.json': lambda path: models.read_config(gpt),
         'vit.safetensors': lambda path: train_vit.read_weights(path, {}, 'ab', 'xrays', False),
         'adapter.safetensors': lambda path: config.load_adapter(tiny_vit(), path, {}),
         'tiny/meta.json': tokens, 'tiny/train_000000.bin': tokens,
@@ -558,7 +565,8 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
     ('ckpt.pt', {'edition': 1}, 'first edition'),
     ('ckpt.pt', {'model': nn.Linear(1, 1)}, 'is damaged'),  # nothing is unpickled
     ('ckpt.pt', None, 'train first'),
-    *((name, damage, 'is damaged') for name in ('gpt.safetensors', 'vit.safetensors', 'adapter.safetensors')
+    *((name, damage, 'is damaged') for name in (
+        'gpt/model.safetensors', 'gpt/config.json', 'vit.safetensors', 'adapter.safetensors')
       for damage in (cut(0, 200), holding(b''))),
     *(('adapter.safetensors', flipped(share), 'damaged') for share in (0.3, 0.5, 0.7)),
     *((SHARD, damage, '--overwrite') for damage in (  # magic, version, item, count; lengths
@@ -1899,9 +1907,9 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
 
 
 def test_heads_on_loaded_weights_train_alone(root, tmp_path):
-    donor, path = tiny_gpt(vocab_size=257, n_head=1, n_embd=64), tmp_path / 'model.safetensors'
-    safetensors.torch.save_file({**of_the_hub(donor), 'h.0.attn.bias': torch.ones(1, 1, 16, 16)}, path)
-    loaded, idx = models.GPT.from_pretrained(str(path), block_size=8), tokens_of(2, 8)
+    donor, idx = tiny_gpt(vocab_size=257), tokens_of(2, 8)
+    path = of_the_hub(donor, tmp_path / 'gpt2')
+    loaded = models.fill(models.GPT(models.read_config(path)), models.read_tensors(path, donor.config), path)
     close(loaded(idx), donor.float()(idx), 1e-6)
     for name, trains in (('lora', 'factors'), ('lora_fa', 'factors'), ('galore', 'all'), ('full', 'all')):
         words = loading(tiny('gpt', root, tmp_path / name, *method(name), f'--init_from={path}'))
@@ -1915,7 +1923,7 @@ def test_heads_on_loaded_weights_train_alone(root, tmp_path):
 
 def loading(words):
     """Without the shape, which loaded weights have of their own."""
-    return [word for word in words if not word.startswith('--n_')]
+    return [word for word in words if not word.startswith(('--n_', '--vocab_size'))]
 
 
 def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
@@ -2015,7 +2023,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     before = {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
     os.replace(held['best'] / 'best.pt', held['best'] / 'ckpt.pt')
     (held['damaged'] / 'ckpt.pt').write_bytes(before['gpt'][:1000])
-    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'no.safetensors')
+    of_the_hub(tiny_gpt(vocab_size=257), tmp_path / 'gpt2')
+    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'gpt2' / 'model.safetensors')
     resume = '--init_from=resume'
     for script, words, *needles in [
             ('gpt', '--dataset=c4', 'c4', 'prepare.py'), ('gpt', '--vocab_size=100', '257', 'vocab_size=257'),
@@ -2036,10 +2045,9 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         fresh = resume not in words and 'already holds a run' not in needles
         words = words.split() + ['--overwrite=True'] * fresh
         refused(capsys, lambda: train(script, root, held[script], *words), *needles)
-    for script, weights, needle in (('llama', 'gpt2', "'resume'"), ('gpt', 'none.safetensors', 'none.'),
-                                    ('gpt', tmp_path / 'no.safetensors', 'wte')):
-        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--vocab_size=None',
-                             '--overwrite=True'))
+    for script, weights, needle in (('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
+                                    ('gpt', tmp_path / 'gpt2', 'transformer.x')):
+        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
         gpu = ['--device=cuda', '--overwrite=True']
@@ -2781,3 +2789,310 @@ def test_a_second_moment_in_bfloat16_decays():
         optimizer.step()
     expected = float(torch.tensor(0.001).bfloat16()) * 0.999 ** 1499
     assert optimizer.state[p]['exp_avg_sq'].float().mean().item() == pytest.approx(expected, rel=0.05)
+
+
+# real models
+
+
+GOLDEN = f'{HERE}/assets/golden'
+
+
+def loaded(source):
+    """The model of a folder or a file, in float64, and what its tokens are called."""
+    shape, tensors, tokens = export.read_weights(str(source))
+    return models.fill(models.make_model(shape).double(), tensors, source).eval(), tokens
+
+
+def out_of(model, folder):
+    """Writes a model as a transformers folder."""
+    os.mkdir(folder)
+    export.write_tensors(folder, models.tensors_for_transformers(model.config, model.state_dict()),
+                         next(model.parameters()).dtype)
+    config.write_json(f'{folder}/config.json', models.config_json(model.config))
+    return folder
+
+
+def with_tokens(folder, words=('</s>',), **about):
+    """Puts a tokenizer of 256 bytes and `words` into a folder: another one than that of prepare.py."""
+    from tokenizers import Tokenizer, decoders, models as kinds, pre_tokenizers, processors
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(list(words))
+    if '<s>' in words:
+        made.post_processor = processors.TemplateProcessing(
+            single='<s> $A', special_tokens=[('<s>', made.token_to_id('<s>'))])
+    made.save(f'{folder}/tokenizer.json')
+    config.write_json(f'{folder}/tokenizer_config.json', {'eos_token': '</s>', **about})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def bases(root, tmp_path_factory):
+    """Folders of a GPT-2, a tied LLaMA and a Qwen2, with one tokenizer, and data 'theirs' of its tokens."""
+    folder = tmp_path_factory.mktemp('bases')
+    shapes = {'gpt': tiny_gpt(vocab_size=260, norm_eps=1e-3), 'llama': tiny_llama(vocab_size=260, tied=True),
+              'qwen2': tiny_llama(vocab_size=260, family='qwen2')}
+    for name, model in shapes.items():
+        with_tokens(out_of(model, folder / name))
+    prepare.main(['text', '--tokenizer', str(folder / 'gpt'), '--data_dir', str(root), '--input',
+                  str(root / 'tiny.jsonl'), '--name', 'theirs'])
+    return folder
+
+
+def tune(script, root, base, out, *words):
+    """A run of four steps on loaded weights."""
+    usual = loading(tiny(script, root, out, f'--init_from={base}', '--dataset=theirs',
+                         '--gradient_accumulation_steps=1', *words))
+    start(SCRIPTS[script], [word for word in usual if not word.startswith('--dataset=tiny')])
+
+
+@pytest.mark.parametrize('name', [name for name in sorted(os.listdir(GOLDEN)) if '.' not in name])
+def test_logits_are_those_of_transformers_and_of_what_is_written_again(tmp_path, name):
+    model, _ = loaded(f'{GOLDEN}/{name}')
+    golden = safetensors.torch.load_file(f'{GOLDEN}/{name}/logits.safetensors')
+    close(model(golden['tokens']).float(), golden['logits'], 1e-5)
+    again, _ = loaded(out_of(model, tmp_path / name))
+    assert torch.equal(again(golden['tokens']), model(golden['tokens']))
+    assert again.config == model.config
+    if not os.environ.get('SLOW'):
+        return
+    transformers = pytest.importorskip('transformers')
+    transformers.logging.set_verbosity_error()
+    theirs, said = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / name, output_loading_info=True, attn_implementation='eager', dtype=torch.float32)
+    assert not any(said.values())
+    close(theirs(golden['tokens']).logits, golden['logits'], 1e-5)
+
+
+@pytest.mark.parametrize('changes, said', [
+    ({'model_type': 'gemma'}, "model_type='gemma'"), ({'hidden_act': 'gelu'}, 'hidden_act'),
+    ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'),
+    ({'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}}, 'rope_parameters'),
+    ({'quantization_config': {'bits': 4}}, 'quantization_config'),
+    ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
+    ({'layer_types': ['linear_attention']}, 'layer_types'), ({'num_hidden_layers': '2'}, 'num_hidden_layers'),
+    ({'rms_norm_eps': None}, 'rms_norm_eps'), ({'hidden_size': 0}, 'hidden_size'),
+    ({'num_hidden_layers': 3}, 'lacks model.layers.2'), ({'num_hidden_layers': 1}, 'holds model.layers.1'),
+    ({'intermediate_size': 25}, 'of shape'), ({'num_attention_heads': 3}, 'clash')])
+def test_a_configuration_that_is_not_ours_is_refused_by_its_key(tmp_path, changes, said):
+    folder = shutil.copytree(f'{GOLDEN}/llama2', tmp_path / 'llama2')
+    about = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**about, **changes}))
+    with pytest.raises(ValueError, match=said):
+        loaded(folder)
+
+
+def test_a_sliding_window_bounds_the_context(tmp_path, root, capsys):
+    assert [loaded(f'{GOLDEN}/{name}')[0].config.block_size for name in ('mistral', 'qwen2')] == [40, 48]
+    refused(capsys, lambda: start(train_llama, [
+        f'--init_from={GOLDEN}/mistral', '--block_size=41', '--dataset=tiny', f'--data_dir={root}',
+        f'--out_dir={tmp_path}/a', '--device=cpu']), 'block_size=41', '40 positions')
+
+
+def test_a_folder_that_is_not_whole_is_one_sentence(tmp_path, monkeypatch):
+    def folder(name, change):
+        made = shutil.copytree(f'{GOLDEN}/llama3', tmp_path / name)
+        change(made)
+        return made
+    index = 'model.safetensors.index.json'
+    second = 'model-00002-of-00002.safetensors'
+    for name, change, said in (
+            ('half', lambda made: os.truncate(made / second, 3000), f'{second}.*is damaged'),
+            ('gone', lambda made: os.remove(made / second), f'{second}.*is missing'),
+            ('none', lambda made: os.remove(made / index), 'no model.safetensors'),
+            ('away', lambda made: (made / index).write_text('{"weight_map": {"x": "../x"}}'), 'is missing'),
+            ('list', lambda made: (made / index).write_text('[]'), 'no JSON object'),
+            ('bare', lambda made: os.remove(made / 'config.json'), 'no config.json')):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            loaded(folder(name, change))
+    with pytest.raises(FileNotFoundError, match="no name of the hub's"):
+        loaded(tmp_path / 'nowhere')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    for name, golden in (('gpt2', 'gpt2'), ('HuggingFaceTB/SmolLM2-135M', 'smollm2')):
+        with pytest.raises(FileNotFoundError, match='cannot be reached'):
+            loaded(name)
+        full = {'gpt2': 'openai-community/gpt2'}.get(name, name)
+        repository = tmp_path / 'cache' / f"models--{full.replace('/', '--')}"
+        shutil.copytree(f'{GOLDEN}/{golden}', repository / 'snapshots' / 'abc')  # as the hub's client keeps it
+        (repository / 'refs').mkdir()
+        (repository / 'refs' / 'main').write_text('abc')
+        assert loaded(name)[0].config == loaded(f'{GOLDEN}/{golden}')[0].config
+
+
+def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_path, capsys):
+    data, text = prepare.Tokens('theirs', 'val', 16, root), 'a letter\n\u00e9'
+    found = prepare.tokenizer(data.meta['tokenizer'], root / 'theirs' / 'tokenizer')
+    assert data.meta['eot'] == found.eot_token == 256 and found.n_vocab == data.vocab_size == 257
+    assert found.decode(found.encode_ordinary(text)) == text and len(found.encode_ordinary(text)) == 11
+    texts = [json.loads(line)['text'] for line in open(root / 'tiny.jsonl')]
+    held = [all_tokens(root, 'theirs', split).tolist() for split in ('train', 'val')]
+    pieces = [found.decode(tokens) for split in held for tokens in documents(split, 256)]
+    assert sorted(pieces) == sorted(texts)
+    assert data.tokens_per_byte == pytest.approx(len(held[1]) / data.meta['bytes']['val'])
+    # one that puts a token before each text
+    os.mkdir(tmp_path / 'begins')
+    with_tokens(tmp_path / 'begins', ('<s>', '</s>'))
+    prepare.main(['text', '--tokenizer', str(tmp_path / 'begins'), '--data_dir', str(tmp_path), '--input',
+                  str(root / 'tiny.jsonl'), '--name', 'begun'])
+    for tokens in documents(all_tokens(tmp_path, 'begun', 'val').tolist(), 257):
+        assert tokens[0] == 256 and 256 not in tokens[1:]
+    with_tokens(tmp_path / 'begins', eos_token='<end>')
+    for name, said in (('begins', 'eos_token'), ('nothing', "no name of the hub's")):
+        with pytest.raises(prepare.DataError, match=said):
+            prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path), '--input',
+                          str(root / 'tiny.jsonl'), '--name', 'more'])
+    # other tokens than those of the weights
+    refused(capsys, lambda: tune('gpt', root, bases / 'gpt', tmp_path / 'a', '--dataset=mine'),
+            'other tokens', 'bytes')
+    refused(capsys, lambda: tune('llama', root, bases / 'gpt', tmp_path / 'b'), 'train_gpt.py')
+
+
+def documents(tokens, end):
+    """Lists of tokens, cut at the token that ends documents."""
+    ends = [-1, *(i for i, token in enumerate(tokens) if token == end)]
+    return [tokens[a + 1:b] for a, b in itertools.pairwise(ends)]
+
+
+@pytest.mark.parametrize('base, name, words', [
+    ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'lte', ['--merge_every=2']), ('llama', 'galore', []),
+    ('qwen2', 'lora', ['--lowrank=attn']), ('llama', 'mhlora', ['--lowrank=attn,logit'])])
+def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
+    script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
+    tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
+    tuned, tokens = loaded(out / 'ckpt.pt')
+    idx = tokens_of(2, 16, high=257)
+    run, _ = built_again(script, out)
+    with lowrank.averaged_heads(run):
+        close(tuned(idx), run(idx))
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--dtype=float64'])
+    merged, theirs = loaded(tmp_path / 'hf')
+    close(merged(idx), tuned(idx))
+    assert theirs == tokens == loaded(bases / base)[1]
+    assert (tmp_path / 'hf' / 'tokenizer_config.json').read_text() == \
+        (bases / base / 'tokenizer_config.json').read_text()
+    more = [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
+    if name in ('galore', 'full') or '--lowrank=attn,logit' in words:
+        refused(capsys, lambda: start(export, more), 'without --adapter')
+        assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
+    else:
+        start(export, more)
+        close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
+        about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+        (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
+        with pytest.raises(ValueError, match='use_dora'):
+            loaded(tmp_path / 'peft')
+    capsys.readouterr()
+    more = ['--num_samples=1', '--max_new_tokens=5', '--prompt=doc', '--device=cpu', '--temperature=0']
+    text = start(sample, [f'--out_dir={out}', '--checkpoint=ckpt.pt', *more])
+    assert text == start(sample, [f'--init_from={tmp_path}/hf', *more]) and len(text[0]) == 8
+    assert capsys.readouterr().out.count('doc') == 2
+    # a run that goes on from a run
+    tune(script, root, out / 'ckpt.pt', tmp_path / 'more', '--learning_rate=0', '--min_lr=0')
+    close(loaded(tmp_path / 'more' / 'ckpt.pt')[0](idx), tuned(idx), 1e-5)
+
+
+def built_again(script, out):
+    """The model of a checkpoint with its heads."""
+    state = saved(out)
+    model = models.make_model(state['model_config']).double()
+    lowrank.put_layers(model, state['settings'])
+    model.load_state_dict(state['model'])
+    return model.eval(), state
+
+
+def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path):
+    donor, idx = tiny_gpt(vocab_size=257, bias=False), tokens_of(2, 16)
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=False, dropout=0.1)
+    state = {f'_orig_mod.{name}': x for name, x in donor.state_dict().items()}
+    torch.save({'model': state, 'model_args': shape, 'iter_num': 3, 'config': {}}, tmp_path / 'ckpt.pt')
+    close(loaded(tmp_path / 'ckpt.pt')[0](idx), donor(idx))
+    words = tiny('gpt', root, tmp_path / 'a', f'--init_from={tmp_path}/ckpt.pt', '--max_iters=0')
+    start(train_gpt, loading(words))
+    # without biases, as GPT-2's layout does not know it
+    close(loaded(out_of(donor, tmp_path / 'hf'))[0](idx), donor(idx))
+
+
+@pytest.mark.parametrize('name', ['bytes'] + ['gpt2'] * ('SLOW' in os.environ))
+def test_our_tokens_are_written_for_transformers(tmp_path, name):
+    try:
+        encoding = prepare.tokenizer(name)
+    except prepare.DataError:
+        pytest.skip("tiktoken's vocabulary is not there")
+    prepare.as_tokenizer_json(encoding, tmp_path)
+    again, text = prepare.HubTokenizer(tmp_path), 'One  line,\n\tdon\'t \u00e9\u4e2d 12345 <x>'
+    assert again.encode_ordinary(text) == encoding.encode_ordinary(text) and again.decode(
+        again.encode_ordinary(text)) == text
+    assert (again.n_vocab, again.eot_token) == (encoding.n_vocab, encoding.eot_token)
+    assert name == 'bytes' or again.name == 'gpt2'
+
+
+def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, 'SHARD', 30_000)
+    words = [f'--out_dir={runs("gpt_full", 4)}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf']
+    start(export, words)
+    assert (tmp_path / 'hf' / 'model.safetensors.index.json').exists()
+    before = files_of(tmp_path / 'hf')
+    model, tokens = loaded(tmp_path / 'hf')
+    run, _ = built_again('gpt', runs('gpt_full', 4))
+    close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
+    refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
+    refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
+            'no config.json')
+    refused(capsys, lambda: start(export, words[:2]), '--to')
+    with monkeypatch.context() as broken:
+        broken.setattr(export, 'config_json', None)
+        with pytest.raises(TypeError):
+            start(export, [*words, '--overwrite=True'])
+    assert files_of(tmp_path / 'hf') == before and os.listdir(tmp_path) == ['hf']
+    start(export, [*words, '--overwrite=True', '--dtype=bfloat16'])
+    assert os.listdir(tmp_path) == ['hf'] and files_of(tmp_path / 'hf') != before
+
+
+def test_a_vit_is_exported_for_timm(runs, tmp_path):
+    out = runs('vit_lte', 4)
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/vit', '--dtype=float32'])
+    theirs = timm.create_model(f'local-dir:{tmp_path}/vit', pretrained=True).eval()
+    state = saved(out)
+    ours = train_vit.create(state['model_config'], len(state['classes'])).double()
+    lowrank.put_layers(ours, state['settings'])
+    ours.load_state_dict(state['model'])
+    x = normal(2, 3, 28, 28, dtype=torch.float32)
+    with lowrank.averaged_heads(ours.eval()):
+        close(theirs(x).double(), ours(x.double()), 1e-5)
+    assert theirs.pretrained_cfg['label_names'] == state['classes']
+
+
+def test_evaluating_tells_bits_a_byte(root, tmp_path):
+    start(train_gpt, tiny('gpt', root, tmp_path, '--eval_only=True'))
+    record, meta = records(tmp_path)[0], prepare.Tokens('tiny', 'val', 16, root).meta
+    bits = record['val_loss'] * meta['tokens']['val'] / meta['bytes']['val'] / math.log(2)
+    assert record['bits_per_byte'] == pytest.approx(bits)
+    assert record['perplexity'] == pytest.approx(math.exp(record['val_loss']))
+
+
+def test_own_pictures_are_prepared_by_class(tmp_path):
+    from PIL import Image
+    drawn = np.random.default_rng(0).integers(0, 255, (60, 12, 20, 3), np.uint8)
+    for i, pixels in enumerate(drawn):
+        folder = tmp_path / 'mine' / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f'{i}.png')
+    words = ['images', '--input', str(tmp_path / 'mine'), '--size', '12', '--data_dir', str(tmp_path / 'data')]
+    prepare.main(words)
+    splits = [prepare.Images('images', split, tmp_path / 'data') for split in ('train', 'val', 'test')]
+    assert splits[0].classes == ['a', 'b'] and [len(split) > 0 for split in splits] == [True] * 3
+    held = {}
+    for split in splits:
+        for image, label in zip(*split.items(np.arange(len(split)))):
+            held[image.numpy().tobytes()] = int(label)
+    middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
+    assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
+    (tmp_path / 'mine' / 'a' / '0.png').write_bytes(b'no picture')
+    with pytest.raises(prepare.DataError, match='0.png.*damaged'):
+        prepare.main([*words, '--overwrite'])
+    assert len(prepare.Images('images', 'train', tmp_path / 'data')) == len(splits[0])
+    (tmp_path / 'mine' / 'c').mkdir()
+    with pytest.raises(prepare.DataError, match='in c are no pictures'):
+        prepare.main([*words, '--overwrite'])

@@ -8,7 +8,7 @@ Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_end
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import config
@@ -18,7 +18,7 @@ import config
 # run
 out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
 init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
-#                       'gpt2' (also -medium, -large, -xl) or the path of a model.safetensors
+#                       a transformers folder, a hub name ('gpt2'), a .pt of nanoGPT or ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
@@ -80,9 +80,10 @@ if __name__ == '__main__':
 import torch
 
 import prepare
+from export import carry_along, read_for
 from galore import make_optimizer
 from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, fill
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -94,15 +95,17 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
+    loaded = None
     if checkpoint:
-        shape = {**checkpoint['model_config'], 'dropout': s.dropout, 'checkpointing': s.checkpointing}
-        model = GPT(GPTConfig(**shape))
+        shape = GPTConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
-        model = GPT(GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                              s.bias, s.checkpointing))
+        words = s.vocab_size or vocabulary
+        shape = GPTConfig(s.block_size, words, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
     else:
-        model = GPT.from_pretrained(s.init_from, s.block_size, s.dropout)
-        model.config.checkpointing = s.checkpointing
+        shape, loaded = read_for(settings, GPTConfig)
+    model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
+    if loaded:
+        fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: '
@@ -172,6 +175,8 @@ def main(settings):
         step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
         meter = config.Meter(run, step, tokens, 'tokens')
+        if run.rank == 0:
+            carry_along(settings)
     del checkpoint
     config.catch_signals()
     start, stop = step, False
@@ -183,7 +188,8 @@ def main(settings):
             val_loss = evaluate(run, val_data)
             stop = val_loss is None  # a signal wants the checkpoint soon
             if not stop:
-                meter.log(step, {'val_loss': val_loss})
+                units = config.in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
+                meter.log(step, {'val_loss': val_loss, **units})
             # also where a run resumes at its best, as it may have been killed before it wrote best.pt
             better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
             best_val_loss = val_loss if better else best_val_loss

@@ -8,7 +8,7 @@ Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_end
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import config
@@ -17,7 +17,8 @@ import config
 # settings: LLaMA 60M on C4, full rank, with the batch and the steps of GaLore's paper (arXiv 2403.03507)
 # run
 out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume' or 'auto' (resume where there is a checkpoint, else scratch)
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
+#                       a transformers folder, a hub name, a .pt of ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
@@ -80,9 +81,10 @@ if __name__ == '__main__':
 import torch
 
 import prepare
+from export import carry_along, read_for
 from galore import make_optimizer
 from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers
-from model import SIZES, Llama, LlamaConfig
+from model import SIZES, Llama, LlamaConfig, fill
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -94,20 +96,23 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
+    loaded = None
     if checkpoint:
-        shape = LlamaConfig(**{**checkpoint['model_config'], 'checkpointing': s.checkpointing})
+        shape = LlamaConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
             raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
         width, depth, many, hidden = (mine or usual for mine, usual in
                                       zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
         shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, depth, many, hidden,
-                            s.n_kv_head or many, checkpointing=s.checkpointing)
+                            s.n_kv_head or many)
     else:
-        raise ValueError(f"init_from={s.init_from!r} is not known: set 'scratch' or 'resume'")
+        shape, loaded = read_for(settings, LlamaConfig)
     with torch.device('meta'):
-        model = Llama(shape)  # filled where and as it stays: 7B in bfloat16 never exist in float32
-    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device).init_weights()
+        model = Llama(replace(shape, checkpointing=s.checkpointing))
+    # filled where and as it stays: 7B in bfloat16 never exist in float32
+    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
+    fill(model, loaded, s.init_from) if loaded else model.init_weights()
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
@@ -174,6 +179,8 @@ def main(settings):
         step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
         meter = config.Meter(run, step, tokens, 'tokens')
+        if run.rank == 0:
+            carry_along(settings)
     del checkpoint
     config.catch_signals()
     start, stop = step, False
@@ -185,7 +192,8 @@ def main(settings):
             val_loss = evaluate(run, val_data)
             stop = val_loss is None  # a signal wants the checkpoint soon
             if not stop:
-                meter.log(step, {'val_loss': val_loss})
+                units = config.in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
+                meter.log(step, {'val_loss': val_loss, **units})
             # also where a run resumes at its best, as it may have been killed before it wrote best.pt
             better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
             best_val_loss = val_loss if better else best_val_loss

@@ -234,7 +234,8 @@ EFFECT = (  # (settings, where they do something, what it takes)
     ('basis basis_every scale', _takes_bases,
      "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
-    ('n_layer n_head n_embd bias vocab_size', lambda s: not s.loads or s.init_from in ('auto', 'scratch', 'resume'),
+    ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
+     lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # (what makes no sense together, the sentence)
@@ -307,7 +308,6 @@ CHECKS = (  # (what makes no sense together, the sentence)
 def _named(settings):
     """The settings as attributes; those that only one script has are there for all."""
     return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
-                           loads='bias' in settings,  # GPT takes weights that have their own shape
                            ranks=int(os.environ.get('WORLD_SIZE', 1)))
 
 
@@ -569,11 +569,10 @@ def save(run, name, about, resumable=False):
                                                     **about})
 
 
-def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, onto the CPU, memory-mapped. ValueError, FileNotFoundError: say why not."""
+def load_tensors(path):
+    """Reads a file of torch.save with tensors and plain types, onto the CPU, memory-mapped. ValueError,
+    FileNotFoundError: say why not."""
     import torch
-
-    from lowrank import EDITION
     if not os.path.isfile(path):
         other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
@@ -582,12 +581,18 @@ def load_checkpoint(path):
             damaged = file.testzip()
         if damaged:
             raise ValueError(f'the checksum of {damaged} is another')
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except OSError:
         raise
     except Exception as error:  # damaged bytes fail in any way
         raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
                          f'({(str(error).splitlines() or [""])[0][:80]}): restore it or train anew') from error
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote. Errors as of `load_tensors`, and for what other programs wrote."""
+    from lowrank import EDITION
+    checkpoint = load_tensors(path)
     if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
         raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
                          'check --out_dir')
@@ -871,6 +876,11 @@ def peak_memory_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+def in_units(loss, tokens_per_byte):
+    """A loss in nats a token as perplexity, and in bits a byte of the text."""
+    return {'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': loss * tokens_per_byte / math.log(2)}
+
+
 class Meter:
     """
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
@@ -943,6 +953,7 @@ class Meter:
         if self.run.rank:
             return
         shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
+                 'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte',
                  'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
                  'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}',
                  'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',

@@ -1,0 +1,310 @@
+"""
+A run's model as others read it: transformers, PEFT (its heads alone), timm (a ViT).
+
+$ python export.py --out_dir=out/mine --to=mine-hf
+$ python export.py --out_dir=out/mine --to=mine-lora --adapter=True
+
+And the other way, for the training scripts and sample.py: `read_weights`.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import config
+
+# -----------------------------------------------------------------------------
+out_dir = 'out/gpt2'  # the folder of a run
+checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
+to = ''  # the folder to write
+adapter = False  # True: the heads alone, as PEFT's LoRA of the weights that the run began from
+dtype = 'auto'  # of the weights written: 'auto' (the run's), 'float32', 'bfloat16', 'float16', 'float64'
+overwrite = False  # True: replace a folder of an earlier export
+# -----------------------------------------------------------------------------
+defaults = config.defaults(globals())
+if __name__ == '__main__':
+    settings = config.load(globals(), defaults, sys.argv[1:])
+
+import torch
+
+import prepare
+from lowrank import merged_state_dict, put_layers
+from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_json,
+                   read_tensors, tensors_for_transformers)
+
+SHARD = 5e9  # bytes of a safetensors file, at most
+PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias',
+             'layer_replication', 'trainable_token_indices', 'target_parameters')  # keys that have to be empty
+
+# -----------------------------------------------------------------------------
+# in
+
+
+def of_a_run(checkpoint):
+    """(configuration, state dict with heads merged) of a checkpoint of train_gpt.py or train_llama.py."""
+    if 'tokenizer' not in checkpoint:
+        raise ValueError('it is the checkpoint of a ViT, which knows no text: give one of a GPT or a LLaMA')
+    with torch.device('meta'):
+        model = make_model(checkpoint['model_config'])
+    put_layers(model, checkpoint['settings'])
+    model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: only what is merged takes memory
+    state, shape = merged_state_dict(model), model.config
+    gpt = isinstance(shape, GPTConfig)
+    embedding = state['transformer.wte.weight' if gpt else 'model.embed_tokens.weight']
+    if shape.tied and torch.equal(state['lm_head.weight'], embedding):
+        del state['lm_head.weight']
+    else:  # heads on `logit` part the two
+        shape.tied = False
+    return shape, state
+
+
+def folders_of(source):
+    """Folders with what lies beside the weights of init_from: of a file, the first that has it counts."""
+    if os.path.isfile(source):  # of a run
+        return [os.path.join(os.path.dirname(source), 'tokenizer')]
+    folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
+    about = os.path.join(folder, 'adapter_config.json')
+    if os.path.isfile(about):
+        return [folder, *folders_of(str(read_json(about).get('base_model_name_or_path')))]
+    return [folder]
+
+
+def with_adapter(folder, tensors):
+    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what
+    PEFT can do and we do not read, by its key."""
+    from safetensors.torch import load_file
+    about = read_json(os.path.join(folder, 'adapter_config.json'))
+    odd = [key for key in PEFT_NONE if about.get(key)] + ['bias'] * (about.get('bias', 'none') != 'none')
+    if about.get('peft_type') != 'LORA' or odd:
+        key = odd[0] if odd else 'peft_type'
+        raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: "
+                         'merge it by PEFT first')
+    path = os.path.join(folder, 'adapter_model.safetensors')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
+    factors = {name.removeprefix('base_model.model.'): x for name, x in load_file(path).items()}
+    for name, x in tensors:
+        A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
+        if A is not None:
+            x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / about['r'])
+        yield name, x
+    if factors:
+        raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: check "
+                         'base_model_name_or_path')
+
+
+def read_weights(source):
+    """
+    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
+
+    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a run of
+    ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is not supported, damaged
+    or missing.
+    """
+    if os.path.isfile(source):
+        loaded = config.load_tensors(source)
+        if isinstance(loaded, dict) and 'model_args' in loaded:
+            shape, state = from_nanogpt(loaded)
+            return shape, state.items(), None
+        loaded = config.load_checkpoint(source)
+        shape, state = of_a_run(loaded)
+        return shape, state.items(), loaded['tokenizer']
+    folder, *rest = folders_of(source)
+    if rest:
+        shape, tensors, tokens = read_weights(rest[0])
+        return shape, with_adapter(folder, tensors), tokens
+    shape = read_config(folder)
+    known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
+    return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None
+
+
+def read_for(settings, kind):
+    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
+    `read_weights`. ValueError: it does not go with the settings."""
+    source, many = settings['init_from'], settings['block_size']
+    shape, tensors, tokens = read_weights(source)
+    if not isinstance(shape, kind):
+        what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
+        raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
+    if many > shape.block_size:
+        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
+                         f"of '{source}': set a smaller one")
+    need_tokens(settings, tokens)
+    return shape, tensors
+
+
+def need_tokens(settings, tokens):
+    """ValueError where the data are of other tokens than the weights. tokens: the name of those, None: unknown."""
+    held = prepare.read_meta(Path(settings['data_dir'], settings['dataset'], 'meta.json'))['tokenizer']
+    if tokens is None:
+        print(f"'{settings['init_from']}' does not say what its tokens are: that those of data set "
+              f"'{settings['dataset']}' ({held}) are the same is up to you")
+    elif tokens != held:
+        raise ValueError(f"data set '{settings['dataset']}' has other tokens ({held}) than the weights "
+                         f"({tokens}): prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
+
+
+def carry_along(settings):
+    """Copies what belongs to its tokens and to loaded weights into the folder tokenizer/ of a run that begins, and
+    notes the name of the weights."""
+    if settings['init_from'] == 'resume' or settings['eval_only']:
+        return
+    target, sources = Path(settings['out_dir'], 'tokenizer'), []
+    if settings['init_from'] != 'scratch':
+        sources = folders_of(settings['init_from'])
+    prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
+                  (*prepare.TOKENIZER, 'config.json'))
+    if target.exists():
+        config.write_json(target / 'base.json', {'init_from': settings['init_from']})
+
+
+# -----------------------------------------------------------------------------
+# out
+
+
+@contextlib.contextmanager
+def written_beside(folder, overwrite):
+    """A new folder to write into, which takes the name `folder` when all is written. ValueError: it cannot."""
+    beside, old = f'{folder}.writing', f'{folder}.old'
+    ours = {'config.json', 'adapter_config.json'}
+    if not folder:
+        raise ValueError("to='' names no folder to write: set --to=FOLDER")
+    if os.path.exists(folder) and not overwrite:
+        raise ValueError(f"'{folder}' is already there: choose another --to, or replace it by "
+                         '--overwrite=True')
+    if os.path.exists(folder) and ours.isdisjoint(os.listdir(folder) if os.path.isdir(folder) else ()):
+        raise ValueError(f"'{folder}' is not what an export writes (it has no config.json): choose another "
+                         '--to')
+    if os.path.exists(beside):
+        raise ValueError(f"'{beside}' is there, of an export that runs or was killed: remove it")
+    os.makedirs(beside)
+    try:
+        yield beside
+        if os.path.exists(folder):
+            os.rename(folder, old)
+        os.rename(beside, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_tensors(folder, tensors, dtype):
+    """Writes (name, tensor) as model.safetensors, or as shards and their index, in a dtype."""
+    from safetensors.torch import save_file
+    shards, parts, size, total = [], {}, 0, 0
+
+    def close():
+        save_file(parts, f'{folder}/{len(shards)}', {'format': 'pt'})
+        shards.append([*parts])
+        parts.clear()
+
+    for name, x in tensors:
+        x = x.to(dtype)
+        if parts and size + x.nbytes > SHARD:
+            close()
+            size = 0
+        parts[name] = x
+        size, total = size + x.nbytes, total + x.nbytes
+    close()
+    places = {}
+    for i, names in enumerate(shards):
+        number = f'-{i + 1:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''
+        file = f'model{number}.safetensors'
+        os.rename(f'{folder}/{i}', f'{folder}/{file}')
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        config.write_json(f'{folder}/model.safetensors.index.json',
+                          {'metadata': {'total_size': total}, 'weight_map': places})
+
+
+def write_transformers(run, checkpoint, folder, dtype):
+    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or one of ours."""
+    shape, state = of_a_run(checkpoint)
+    write_tensors(folder, tensors_for_transformers(shape, state), dtype)
+    prepare.carry([run], Path(folder))
+    tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
+    if not isinstance(tokens, prepare.HubTokenizer):
+        prepare.as_tokenizer_json(tokens, folder)
+    if (run / 'config.json').is_file():
+        said = read_json(run / 'config.json')
+    else:
+        said = {**config_json(shape), 'bos_token_id': tokens.eot_token, 'eos_token_id': tokens.eot_token}
+    now = {'tie_word_embeddings': shape.tied, 'torch_dtype': dtype, 'dtype': dtype}  # of transformers 4, and 5
+    config.write_json(f'{folder}/config.json', {**said, **now})
+
+
+def write_peft(run, checkpoint, folder, dtype):
+    """The heads of a checkpoint as one LoRA of rank H r: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
+    What heads that train on over merges (LTE) have put into W telescopes to the same. ValueError: there is none."""
+    from safetensors.torch import save_file
+    s, base = checkpoint['settings'], None
+    if (run / 'base.json').is_file():
+        base = read_json(run / 'base.json')['init_from']
+    for wrong, sentence in (
+            (not s['lowrank'], 'the run has no heads'),
+            (s['factors'] == 'basis' or s['merge_reset'],
+             'GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads hold it'),
+            (s['train'] != 'factors', f"the run trains more than its heads (train={s['train']!r})"),
+            (base in (None, 'scratch') or os.path.isfile(base),
+             f'the run began from {base!r}, and an adapter belongs to a folder of transformers')):
+        if wrong:
+            raise ValueError(f'{sentence}: export the merged model, without --adapter')
+    state, parts = checkpoint['model'], {}
+    adapted = [name.removesuffix('.A') for name in state if name.endswith('.A')]
+    for name in adapted:
+        A, B = state[f'{name}.A'], state[f'{name}.B']  # (H, r, n), (H, m, r)
+        if name == 'lm_head' or name.split('.')[-1] in ('q', 'k', 'v'):
+            raise ValueError(f'there are heads on {name}, which is no layer of its own in a base of transformers: '
+                             'export the merged model, without --adapter')
+        parts[f'base_model.model.{name}.lora_A.weight'] = A.flatten(0, 1).to(dtype).contiguous()  # (H r, n)
+        parts[f'base_model.model.{name}.lora_B.weight'] = B.permute(1, 0, 2).flatten(1).to(dtype).contiguous()
+    linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() == 2]
+    last = {name.split('.')[-1] for name in adapted}  # short names, where they mean no other layer
+    short = all(name in adapted for name in linears if name.split('.')[-1] in last)
+    save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
+    config.write_json(f'{folder}/adapter_config.json', {
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
+        'base_model_name_or_path': os.path.abspath(base) if os.path.isdir(base) else base,
+        'r': s['heads'] * s['rank'], 'lora_alpha': s['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
+        'fan_in_fan_out': 'n_mlp' not in checkpoint['model_config'],  # GPT-2's Conv1D
+        'target_modules': sorted(last) if short else adapted})
+    prepare.carry([run], Path(folder))
+
+
+def write_timm(checkpoint, folder, dtype):
+    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
+    import timm
+
+    import train_vit
+    shape, classes = checkpoint['model_config'], checkpoint['classes']
+    with_heads, plain = (train_vit.create(shape, len(classes)) for _ in range(2))
+    put_layers(with_heads, checkpoint['settings'])
+    with_heads.load_state_dict(checkpoint['model'], assign=True)
+    plain.load_state_dict(merged_state_dict(with_heads))
+    changes = {theirs: shape[ours] for ours, theirs in train_vit.SHAPE.items() if shape[ours] is not None}
+    about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
+    timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
+
+
+def main(settings):
+    s = SimpleNamespace(**settings)
+    with config.refusals():
+        checkpoint = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
+        dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
+        run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
+        if s.adapter and not text:
+            raise ValueError('a ViT has its adapter.safetensors in its own folder: export without --adapter')
+        with written_beside(s.to.rstrip('/'), s.overwrite) as folder:
+            if not text:
+                write_timm(checkpoint, folder, dtype)
+            else:
+                (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
+    print(f"'{s.to}' holds {'the heads' if s.adapter else 'the model'} of {s.out_dir}/{s.checkpoint}, step "
+          f"{checkpoint['step']}")
+
+
+if __name__ == '__main__':
+    main(settings)

@@ -28,7 +28,7 @@ if __name__ == '__main__':
 import torch
 
 import prepare
-from lowrank import averaged_heads, merge, put_layers
+from lowrank import averaged_heads, load_weights, merge, put_layers
 from model import GPT, GPTConfig, Llama, LlamaConfig, generate
 
 
@@ -36,15 +36,17 @@ def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
-        state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
+        path = f'{s.out_dir}/{s.checkpoint}'
+        state = config.load_checkpoint(path)
         if 'tokenizer' not in state:
             raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a LLaMA's")
         tokens = prepare.tokenizer(state['tokenizer'])
-    shape = state['model_config']
-    model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
-    model.to(getattr(torch, state['settings']['param_dtype']))
-    put_layers(model, state['settings'])
-    model.load_state_dict(state['model'])
+        shape = state['model_config']
+        with config.built_from(path):
+            model = Llama(LlamaConfig(**shape)) if 'n_mlp' in shape else GPT(GPTConfig(**shape))
+            model.to(getattr(torch, state['settings']['param_dtype']))
+            put_layers(model, state['settings'])
+            load_weights(model, state['model'])
     model.to(where.device).eval()
     if s.merged:
         merge(model)

@@ -95,7 +95,8 @@ def build(settings, where, vocabulary, checkpoint=None):
     torch.manual_seed(s.seed)
     if checkpoint:
         shape = {**checkpoint['model_config'], 'dropout': s.dropout, 'checkpointing': s.checkpointing}
-        model = GPT(GPTConfig(**shape))
+        with config.built_from(f'{s.out_dir}/ckpt.pt'):
+            model = GPT(GPTConfig(**shape))
     elif s.init_from == 'scratch':
         model = GPT(GPTConfig(s.block_size, s.vocab_size or vocabulary, s.n_layer, s.n_head, s.n_embd, s.dropout,
                               s.bias, s.checkpointing))
@@ -187,7 +188,7 @@ def main(settings):
             better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
             best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
-                         tokenizer=train_data.meta['tokenizer'])
+                         tokenizer=train_data.meta.get('tokenizer', ''))
             if step > start:
                 config.save(run, 'ckpt.pt', about, resumable=True)
             if better:

@@ -604,7 +604,7 @@ def load_tensors(path):
 
 PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
 SOME = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict, 'best_val_loss': float,
-        'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list}  # of some
+        'best_val_auc': float, 'data': str, 'tokenizer': str}  # of some
 
 
 def load_checkpoint(path):

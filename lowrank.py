@@ -589,14 +589,26 @@ def gather_state(model, optimizer=None, replicas=None):
             'replicas': {name: kept(gather(p)) for name, p in replicas.items()}}
 
 
+def _form(x):
+    """What has to be the same of two tensors, one to be copied into the other."""
+    return (*x.shape, x.is_floating_point(), x.layout) if torch.is_tensor(x) else None
+
+
 def load_weights(model, weights):
-    """Loads the 'model' of `gather_state`, of split heads this rank's own. Returns {name: which slice that is}."""
+    """Loads the 'model' of `gather_state`, of split heads this rank's own. Returns {name: which slice that is}.
+    ValueError: they are of another model."""
     parts = {}
     for name, layer in model.named_modules():
         if isinstance(layer, MHLoRALinear) and layer.workers > 1:
             for key in ('A', 'B', 'A_merged', 'B_merged'):
                 parts[f'{name}.{key}'] = slice(layer.worker, None, layer.workers)
-    model.load_state_dict({name: x[parts[name]] if name in parts else x for name, x in weights.items()})
+    weights = {name: x[parts[name]] if name in parts and torch.is_tensor(x) else x for name, x in weights.items()}
+    own = model.state_dict()
+    for name in (*own, *weights):
+        if _form(own.get(name)) != _form(weights.get(name)) or name not in own:
+            raise ValueError(f'the weights of the checkpoint are those of another model: {name} is missing in one of '
+                             'the two, or of another shape')
+    model.load_state_dict(weights)
     return parts
 
 
@@ -615,7 +627,10 @@ def load_state(model, optimizer, checkpoint, replicas=None):
             raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own parameters, and here "
                              f'are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
-    for name, p in model.named_parameters():
+    named = dict(model.named_parameters())
+    if lost := sorted(checkpoint['optimizer'].keys() - named.keys()):
+        raise ValueError(f'the optimizer of the checkpoint is that of another model: it has a state of {lost[0]}')
+    for name, p in named.items():
         for key, x in checkpoint['optimizer'].get(name, {}).items():
             if torch.is_tensor(x):
                 x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x

@@ -36,8 +36,6 @@ import struct
 import sys
 import sysconfig
 import threading
-import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -301,7 +299,7 @@ def read_jsonl(path, _):
         if line.strip():
             try:
                 text = json.loads(line)['text'].encode('utf-16', 'surrogatepass')
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # or a number too long
                 raise DataError(f"line {number} of '{path}' has no string 'text': give one JSON object a "
                                 'line') from None
             yield text.decode('utf-16', 'replace_and_count'), True  # JSON can spell half a surrogate pair
@@ -315,11 +313,12 @@ def read_parquet(path, _):
             for batch in file.iter_batches(256, columns=['text']):
                 for text in batch['text'].to_pylist():
                     if not isinstance(text, (str, type(None))):
-                        raise KeyError
+                        raise ValueError(f'it holds {type(text).__name__}')
                     yield text or '', True
-    except (pyarrow.ArrowException, KeyError):
-        raise DataError(f"'{path}' is no parquet file with a column 'text' of strings: convert it or rename "
-                        'the column') from None
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        why = ' '.join(str(error).split())[:80]
+        raise DataError(f"'{path}' is damaged or no parquet file with a column 'text' of strings ({why}): "
+                        'convert it or rename the column') from None
 
 
 FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
@@ -348,8 +347,10 @@ def hub_documents(name, path, limit):
     except (ConnectionError, requests.exceptions.RequestException, huggingface_hub.errors.HfHubHTTPError):
         raise DataError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: connect and run it again, "
                         f"or use --path FOLDER with the files {files['train']} of {repository}") from None
-    except (ValueError, TypeError, EOFError, pyarrow.ArrowException) as error:
-        why = (str(error).splitlines() or [''])[0][:80]
+    except DataError:
+        raise
+    except Exception as error:  # damaged bytes fail in any way
+        why = ' '.join(str(error).split())[:80]
         raise DataError(f"the files of '{path or repository}' are damaged or lack text in the columns "
                         f'{columns} ({why}): fetch them again') from error
 
@@ -441,7 +442,8 @@ def medmnist_images(path, size, info, download):
                         raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
                                         f"{shape} (uint8): correct --size or get the archive of this size")
                     low, high = labels.min(initial=0), labels.max(initial=0)
-                    if not count or labels.shape != (count, width) or low < 0 or high >= limit:
+                    whole = labels.dtype.kind in 'iub'
+                    if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
                         raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
                                         f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
                                         f"{classes} classes: get the archive of this flag")
@@ -452,8 +454,7 @@ def medmnist_images(path, size, info, download):
                         raise EOFError
     except DataError:
         raise
-    except (OSError, EOFError, KeyError, TypeError, ValueError, NotImplementedError, zipfile.BadZipFile,
-            zlib.error) as error:
+    except Exception as error:  # damaged bytes fail in any way
         why = ' '.join(f'{type(error).__name__} {error}'.split())[:80]
         raise DataError(f"'{path}' is damaged or no archive of MedMNIST ({why}): move it away and "
                         'get it again') from error
@@ -609,10 +610,12 @@ def write(folder, settings, fill, overwrite):
 def read_meta(path):
     try:
         meta = json.loads(path.read_text())
-        item_type(meta), meta['shards'][0]  # also what readers take from it
+        kind = meta.get('kind', 'tokens')
+        item_type(meta), meta[kind].keys(), meta['shards'][0]  # also what readers take from it
         for shard in meta['shards']:
-            shard['file'], shard['split'], shard['sha256'], shard[meta.get('kind', 'tokens')]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            SHARD.fullmatch(shard['file'])[0], shard['split'], bytes.fromhex(shard['sha256'])
+            struct.pack('<Q', shard[kind])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         raise DataError(f"'{path}' is damaged or not of prepare.py: move it away and prepare the data set "
                         'again') from None
     return meta
@@ -620,9 +623,10 @@ def read_meta(path):
 
 def item_type(meta):
     """An item of the shards: a token, or the label and the pixels of an image."""
-    if 'vocab_size' in meta:
-        return np.dtype('<u2' if meta['vocab_size'] <= 2**16 else '<u4')
-    labels = len(meta['classes']) if meta['task'].startswith('multi-label') else 1
+    if meta.get('kind', 'tokens') == 'tokens':
+        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 else '<u4')
+    classes = len(meta['classes'])
+    labels = classes if meta['task'].startswith('multi-label') else 1
     pixels = (meta['channels'], meta['size'], meta['size'])
     return np.dtype([('label', 'u1', (labels,)), ('image', 'u1', pixels)])
 
@@ -656,7 +660,7 @@ def verify(folder, shards, unsound):
     before they are all read says nothing of the others."""
     notes = folder / 'meta.json.verified'
     try:
-        known = notes.read_text().splitlines() if notes.exists() else []
+        known = notes.read_text(errors='replace').splitlines() if notes.exists() else []
         for shard in shards:
             path = folder / shard['file']
             about = path.stat()
@@ -716,7 +720,7 @@ class Split:
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
         folder = Path(data_dir, name)
-        self.meta = read_meta(folder / 'meta.json')
+        self.folder, self.meta = folder, read_meta(folder / 'meta.json')
         sums = ''.join(shard['sha256'] for shard in self.meta['shards'])
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of the whole data set
         held = self.meta.get('kind', 'tokens')
@@ -738,6 +742,13 @@ class Split:
         shards = np.searchsorted(self.first, index, 'right') - 1
         for row, (item, shard) in enumerate(zip(index.tolist(), shards.tolist())):
             yield row, self.shards[shard], item - int(self.first[shard])
+
+    def need_below(self, limit, numbers, what):
+        """OSError where an item is none of the data set: it may be read before `verify` has come to its shard."""
+        most = int(numbers.max(initial=0))
+        if most >= limit:
+            raise OSError(errno.EIO, f'it holds {what} {most}, and there are {limit}: prepare the data set again with '
+                          '--overwrite', str(self.folder))
 
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None):
         """Items x, y of one micro-batch of batch_size rows, or of those of its `rows` (integers) in their order.
@@ -778,6 +789,7 @@ class Tokens(Split):
             start = window * self.block_size
             data[0, row] = tokens[start:start + self.block_size]
             data[1, row] = tokens[start + 1:start + 1 + self.block_size]
+        self.need_below(self.vocab_size, data, 'token')
         import torch
         x, y = torch.from_numpy(data)
         return x, y
@@ -811,6 +823,7 @@ class Images(Split):
         images, labels = (np.empty((len(index), *item[key].shape), np.uint8) for key in ('image', 'label'))
         for row, shard, place in self.locate(index):
             images[row], labels[row] = shard['image'][place], shard['label'][place]
+        self.need_below(2 if labels.shape[1] > 1 else self.num_classes, labels, 'label')
         import torch
         labels = torch.from_numpy(labels)
         return torch.from_numpy(images), labels.float() if labels.shape[1] > 1 else labels[:, 0].long()

@@ -33,20 +33,22 @@ import torch
 
 import prepare
 from export import folders_of, read_weights
-from lowrank import averaged_heads, merge, put_layers
+from lowrank import averaged_heads, load_weights, merge, put_layers
 from model import fill, generate, make_model
 
 
 def of_a_run(s):
     """(model, tokenizer) of a run's checkpoint."""
-    state = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
+    path = f'{s.out_dir}/{s.checkpoint}'
+    state = config.load_checkpoint(path)
     if 'tokenizer' not in state:
         raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a "
                          "LLaMA's")
     tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
-    model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
-    put_layers(model, state['settings'])
-    model.load_state_dict(state['model'])
+    with config.built_from(path):
+        model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
+        put_layers(model, state['settings'])
+        load_weights(model, state['model'])
     if s.merged:
         merge(model)
     return model, tokens

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -48,6 +49,7 @@ import train_gpt
 import train_llama
 import train_vit
 
+pytestmark = pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning')  # of vmap
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = {'gpt': train_gpt, 'llama': train_llama, 'vit': train_vit}
@@ -3096,3 +3098,210 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     (tmp_path / 'mine' / 'c').mkdir()
     with pytest.raises(prepare.DataError, match='in c are no pictures'):
         prepare.main([*words, '--overwrite'])
+
+
+# -----------------------------------------------------------------------------
+# damaged files and kills: SLOW=1 makes thousands of damages, and 120 kills
+
+RANDOM_DAMAGES = 1000 if os.environ.get('SLOW') else 12  # of each kind of file
+NUMBERS = b'9' * 5000, b'-1', b'1e999', b'null', b'"x"', b'[]'
+
+
+def damaged(whole, rng):
+    """A file with one to three damages, half of them near an end."""
+    whole = bytearray(whole)
+    for _ in range(rng.integers(1, 4)):
+        size = len(whole) + 1
+        near = rng.integers(min(size, 300))
+        at, to = rng.choice([rng.integers(size), rng.integers(size), near, size - 1 - near], 2).tolist()
+        many = int(rng.choice([1, 8, 1 + size // 4]))
+        number = re.compile(rb'\d+').search(bytes(whole), at)
+        kind = rng.integers(7)
+        if kind == 0:
+            whole[at:at + 1] = bytes(byte ^ 1 << rng.integers(8) for byte in whole[at:at + 1])
+        elif kind == 1:
+            del whole[at:]
+        elif kind == 2:
+            whole[at:at] = rng.bytes(many % 17)
+        elif kind == 3:
+            whole[at:at + many] = bytes(len(whole[at:at + many]))
+        elif kind == 4:
+            del whole[at:at + many]
+        elif kind == 5:  # two fields change places
+            whole[at:at + many], whole[to:to + many] = whole[to:to + many], whole[at:at + many]
+        elif number:
+            whole[slice(*number.span())] = NUMBERS[rng.integers(len(NUMBERS))]
+    return bytes(whole)
+
+
+@pytest.fixture(scope='module')
+def readers(root, tmp_path_factory):
+    """{name: (file, what reads it and gives what was read, whether a checksum can know)}"""
+    folder = tmp_path_factory.mktemp('readers')
+    words = method('galolte', '--n_layer=1')
+    train('gpt', root, folder / 'gpt', *words)
+    train('vit', root, folder / 'vit', '--n_layer=1')
+    shutil.copytree(root / 'tiny', folder / 'tiny', ignore=shutil.ignore_patterns('*.verified'))
+    torch.save(saved(folder / 'vit', 'best.pt')['model'], folder / 'timm.pt')
+    config.save_adapter(tiny_vit(), f'{folder}/adapter.safetensors', {})
+    safetensors.torch.save_file(tiny_vit().state_dict(), folder / 'vit.safetensors')
+    counts = dict.fromkeys(('train', 'val', 'test'), 9)
+    archive(folder, counts=counts)
+    numbered(folder / 'a.txt', 300)
+    (folder / 'a.jsonl').write_text(''.join(f'{{"text": "line {i}", "n": {i}}}\n' for i in range(99)))
+    parquet(folder / 'a.parquet', text=[f'text {i}' for i in range(99)])
+
+    def resumed(path):
+        run, _ = built('gpt', root, folder / 'gpt', *words, checkpoint=config.load_checkpoint(path))
+        return lowrank.gather_state(run.model, run.optimizer)
+
+    def adapted(path):
+        vit = tiny_vit()
+        config.load_adapter(vit, path, {})
+        return dict(vit.state_dict())
+
+    def weights(path):
+        shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
+        return train_vit.read_weights(path, shape, ['normal', 'pneumonia'], 'xrays', False)[1]
+
+    def tokens(path):
+        data, unsound = prepare.Tokens('tiny', 'train', 8, folder), []
+        x = data.batch(4, 0)
+        prepare.verify(folder / 'tiny', data.meta['shards'], unsound)
+        for error in unsound:
+            raise error
+        return list(x)
+
+    def lines(path):
+        config.start_run({**saved(folder / 'gpt')['settings'], 'init_from': 'resume'}, 4)
+        return [record['step'] for record in records(folder / 'gpt')]
+
+    def prepared(*words):
+        def read(path):
+            shutil.rmtree(folder / 'out', ignore_errors=True)
+            prepare.main([*words, '--data_dir', str(folder), '--name', 'out'])
+            return files_of(folder / 'out')
+        return read
+    text = {name: prepared('text', '--tokenizer', 'bytes', '--input', str(folder / name))
+            for name in ('a.txt', 'a.jsonl', 'a.parquet')}
+    return {name: (folder / name, read, name in KNOWN) for name, read in {
+        'gpt/ckpt.pt': resumed, 'vit/best.pt': weights, 'timm.pt': weights, 'vit.safetensors': weights,
+        'adapter.safetensors': adapted, 'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens,
+        'tiny/meta.json.verified': tokens, 'gpt/log.jsonl': lines,
+        'pathmnist.npz': prepared('pathmnist', '--path', str(folder)), **text}.items()}
+
+
+KNOWN = ('gpt/ckpt.pt', 'vit/best.pt', 'timm.pt', 'adapter.safetensors', 'tiny/train_000000.bin',
+         'tiny/meta.json.verified', 'pathmnist.npz')
+
+
+@pytest.mark.parametrize('name', [*KNOWN, 'vit.safetensors', 'tiny/meta.json', 'gpt/log.jsonl', 'a.txt', 'a.jsonl',
+                                  'a.parquet'])
+def test_any_damage_is_one_sentence_or_without_effect_where_a_checksum_can_know(readers, name):
+    path, read, known = readers[name]
+    wanted, whole = read(str(path)), path.read_bytes()
+    try:
+        for seed in range(RANDOM_DAMAGES):
+            path.write_bytes(damaged(whole, np.random.default_rng(seed)))
+            try:
+                assert same_state(read(str(path)), wanted) or not known, seed
+            except (ValueError, OSError) as error:
+                said = str(error)
+                assert (path.name in said or path.parent.name in said) and '\n' not in said, (seed, said)
+    finally:
+        path.write_bytes(whole)
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('kind', ['zip', 'old', 'pickle', 'safetensors'])
+def test_no_code_of_a_file_runs(readers, tmp_path, kind):
+    path, ran = f'{tmp_path}/weights.{kind}', tmp_path / 'ran'
+    if kind in ('zip', 'old'):
+        torch.save({'head.bias': RunsCode(ran)}, path, _use_new_zipfile_serialization=kind == 'zip')
+    else:
+        with open(path, 'wb') as file:
+            pickle.dump(RunsCode(ran), file)
+    for read in (readers['vit.safetensors'][1], config.load_checkpoint):
+        with pytest.raises(ValueError, match=f"weights.{kind}' is damaged or"):
+            read(path)
+        assert not ran.exists()
+    with open(path, 'rb') as file, contextlib.suppress(Exception):  # it would have
+        (torch.load(file, weights_only=False) if kind in ('zip', 'old') else pickle.load(file))
+    assert ran.exists()
+
+
+def test_what_is_whole_and_wrong_is_one_sentence(root, readers, tmp_path, capsys):
+    def says(path, content, message, read):
+        whole = path.read_bytes()
+        path.write_bytes(content(whole) if callable(content) else content)
+        with pytest.raises((ValueError, OSError), match=message) as refusal:
+            read(str(path))
+        assert '\n' not in str(refusal.value)
+        path.write_bytes(whole)
+    path, read, _ = readers['gpt/ckpt.pt']
+    says(path, lambda whole: whole[:-99], 'ckpt.pt.* is truncated', read)
+    path, read, _ = readers['adapter.safetensors']
+    says(path, lambda whole: whole.replace(b'"F64"', b'"I64"'), 'damaged: its .* is torch.int64', read)
+    path, read, _ = readers['pathmnist.npz']
+    encrypted = lambda whole: re.sub(rb'(?s)(PK\x01\x02....)\0', rb'\1\1', whole)
+    for content in (encrypted, lambda whole: whole.replace(b"{'descr", b'{((((((')):  # which numpy cannot parse
+        says(path, content, 'pathmnist.npz.*damaged', read)
+    path, read, _ = readers['a.jsonl']
+    says(path, b'{"text": ' + b'1' * 5000 + b'}', "line 1 of '.*a.jsonl' has no string", read)
+    says(path, b'\0' * 9, 'a.jsonl.*NUL', read)
+    path, read, _ = readers['a.parquet']
+    parquet(tmp_path / 'b.parquet', text=[1, 2])
+    says(path, (tmp_path / 'b.parquet').read_bytes(), "a.parquet.*'text' of strings .it holds int", read)
+    path, read, _ = readers['tiny/train_000000.bin']
+    says(path, lambda whole: whole[:-50] + b'\xff' * 50, 'train_000000.bin', read)
+    data = prepare.Tokens('tiny', 'train', 8, root)
+    data.shards = [np.full_like(shard, 300) for shard in data.shards]
+    with pytest.raises(OSError, match='token 300, and there are 257.*--overwrite.*tiny'):  # verify is not yet there
+        data.batch(4, 0)
+    # weights that are not finite, before anything trains; a data set with code
+    state = tiny_vit().state_dict()
+    state['norm.bias'][3] = math.nan
+    safetensors.torch.save_file(state, tmp_path / 'nan.safetensors')
+    refused(capsys, lambda: train('vit', root, tmp_path / 'a', f'--init_from={tmp_path}/nan.safetensors'),
+            'norm.bias is not finite', 'nan.safetensors')
+    hub = tmp_path / 'hub'
+    (hub / '3.0.0').mkdir(parents=True)
+    parquet(hub / '3.0.0' / 'train-0.parquet', article=['a'], highlights=['b'])
+    (hub / 'hub.py').write_text(f'import os\nos.mkdir({str(tmp_path / "ran")!r})')
+    with pytest.raises(prepare.DataError, match='hub'):
+        prepare.main(['cnn_dailymail', '--path', str(hub), '--data_dir', str(tmp_path), '--tokenizer', 'bytes'])
+    assert not (tmp_path / 'ran').exists()
+
+
+KILLED = [f'{script}_{name}' for name in 'full mhlora lora_fa relora lte galore galore_lean galolte'.split()
+          for script in SCRIPTS]
+
+
+@pytest.mark.skipif('SLOW' not in os.environ, reason='SLOW=1 kills each of 24 runs five times')
+@pytest.mark.parametrize('name', KILLED)
+def test_a_run_that_is_killed_goes_on_bit_for_bit(root, tmp_path, name):
+    (script, which), rng = name.split('_', 1), np.random.default_rng(KILLED.index(name))
+
+    def words(out):
+        return tiny(script, root, out, *method(which), '--max_iters=40', '--log_interval=1', '--init_from=auto')
+    start(SCRIPTS[script], words(tmp_path / 'a'))
+    command, kills = [sys.executable, f'{HERE}/train_{script}.py', *map(str, words(tmp_path / 'b'))], 0
+    while kills < 5:
+        ran, lines = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), int(rng.integers(2, 16))
+        if len([*itertools.islice(ran.stdout, lines)]) == lines:  # a checkpoint follows on the fifth, tenth, ...
+            time.sleep(rng.uniform(0, 0.02))
+            ran.kill()
+            kills += 1
+        ran.communicate()
+    subprocess.run(command, check=True, capture_output=True)
+    for part in ('ckpt.pt', 'best.pt'):
+        assert same_run(saved(tmp_path / 'a', part), saved(tmp_path / 'b', part))
+    for key in ('val_loss', 'train_loss', 'test_loss'):
+        assert logged(tmp_path / 'a', key) == logged(tmp_path / 'b', key)

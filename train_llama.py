@@ -98,7 +98,8 @@ def build(settings, where, vocabulary, checkpoint=None):
     torch.manual_seed(s.seed)
     loaded = None
     if checkpoint:
-        shape = LlamaConfig(**checkpoint['model_config'])
+        with config.built_from(f'{s.out_dir}/ckpt.pt'):
+            shape = LlamaConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
             raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
@@ -198,7 +199,7 @@ def main(settings):
             better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
             best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
-                         tokenizer=train_data.meta['tokenizer'])
+                         tokenizer=train_data.meta.get('tokenizer', ''))
             if step > start:
                 config.save(run, 'ckpt.pt', about, resumable=True)
             if better:

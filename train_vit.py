@@ -115,13 +115,13 @@ def create(shape, num_classes, hub=False, weights=None, path=''):
     try:
         vit = timm.create_model(name, pretrained=hub or bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        what = f"the weights '{path}'" if weights else f'{changes or "the pretrained weights"}'
-        raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
-                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
     except OSError as error:
         raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it "
                          'again, or set init_from to a file of them (model.safetensors)') from None
+    except (RuntimeError, TypeError, AssertionError, LookupError, ValueError) as error:
+        what = f"the weights '{path}'" if weights else f'{changes or "the pretrained weights"}'
+        raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
+                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and heads with them
         raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one, such as 'vit_base_patch16_224'")
     return vit
@@ -136,14 +136,17 @@ def read_weights(path, shape, classes, dataset, keep):
     """
     checkpoint = None
     if not path.endswith('.safetensors'):
-        with contextlib.suppress(ValueError):  # not ours
+        with contextlib.suppress(config.NotOurs):
             checkpoint = config.load_checkpoint(path)
     if not checkpoint:
         try:
             weights = timm.models.load_state_dict(path, weights_only=True)
         except Exception as error:  # of pickle, zipfile, safetensors
-            raise ValueError(f"'{path}' is damaged or holds no weights ({str(error).splitlines()[0][:80]}): "
+            raise ValueError(f"'{path}' is damaged or holds no weights ({' '.join(str(error).split())[:80]}): "
                              'check init_from') from None
+        odd = next((name for name, x in weights.items() if not torch.is_tensor(x) or x.dim() == 0), None)
+        if odd is not None:
+            raise ValueError(f"'{path}' holds more than the weights of a ViT ({odd}): check init_from")
         theirs = len(weights.get('head.bias', ()))
         same = theirs == len(classes)
     else:
@@ -153,9 +156,10 @@ def read_weights(path, shape, classes, dataset, keep):
                 raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says "
                                  f'{shape.get(key)!r}: set the same, or choose another init_from')
         shape = {key: saved[key] if value is None else value for key, value in shape.items()}
-        full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
-        put_layers(full, checkpoint['settings'])
-        full.load_state_dict(checkpoint['model'])
+        with config.built_from(path):
+            full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
+            put_layers(full, checkpoint['settings'])
+            load_weights(full, checkpoint['model'])
         weights = merged_state_dict(full)
         theirs, same = len(checkpoint['classes']), checkpoint['classes'] == list(classes)
     if not same and keep:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -430,14 +431,18 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     import torch
 
-    from lowrank import load_state, own_heads, replica_parameters, rows_of
+    from lowrank import load_state, not_finite, own_heads, replica_parameters, rows_of
     s = SimpleNamespace(**settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
+    source = f'{s.out_dir}/ckpt.pt' if checkpoint else settings.get('adapter') or s.init_from
     if checkpoint:
-        load_state(model, optimizer, checkpoint, replicas)
-        if scaler.is_enabled() and checkpoint['scaler']:
-            scaler.load_state_dict(checkpoint['scaler'])
+        with built_from(source):
+            load_state(model, optimizer, checkpoint, replicas)
+            if scaler.is_enabled() and checkpoint['scaler']:
+                scaler.load_state_dict(checkpoint['scaler'])
+    if what := not_finite(model, optimizer if checkpoint else None):
+        raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
     net, ddp_bytes = wrap(model, where, s.compile, {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
@@ -569,6 +574,10 @@ def save(run, name, about, resumable=False):
                                                     **about})
 
 
+class NotOurs(ValueError):
+    """A file that may well be whole, and is no checkpoint of this project."""
+
+
 def load_tensors(path):
     """Reads a file of torch.save with tensors and plain types, onto the CPU, memory-mapped. ValueError,
     FileNotFoundError: say why not."""
@@ -576,30 +585,58 @@ def load_tensors(path):
     if not os.path.isfile(path):
         other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'PK'
     try:
         with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
             damaged = file.testzip()
         if damaged:
             raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes fail in any way
-        raise ValueError(f"'{path}' is damaged or not a checkpoint of tensors and plain types "
-                         f'({(str(error).splitlines() or [""])[0][:80]}): restore it or train anew') from error
+        why = ' '.join(str(error).split())[:80]
+        if zipped and why == 'File is not a zip file':  # its directory comes last
+            why = f'it is truncated: its end is missing after {os.path.getsize(path)} bytes'
+        if isinstance(error, pickle.UnpicklingError):
+            why = 'it holds other objects, and code in a file is not run'
+        kind = ValueError if zipped else NotOurs
+        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it or train "
+                   'anew') from error
+
+
+PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
+SOME = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict, 'best_val_loss': float,
+        'best_val_auc': float, 'data': str, 'tokenizer': str}  # of some
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote. Errors as of `load_tensors`, and for what other programs wrote."""
+    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote, too."""
     from lowrank import EDITION
     checkpoint = load_tensors(path)
-    if not (isinstance(checkpoint, dict) and {'model', 'settings', 'step', 'model_config'} <= checkpoint.keys()):
-        raise ValueError(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): "
-                         'check --out_dir')
+    if not (isinstance(checkpoint, dict) and PARTS.keys() <= checkpoint.keys()):
+        raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check --out_dir")
     if checkpoint.get('edition') != EDITION:
         raise ValueError(f"'{path}' was written by the first edition of this project, or on the way to this one, with "
                          'other layers: train anew, or go on with that edition')
+    try:
+        for part, kind in (PARTS | SOME).items():
+            if not isinstance(checkpoint.get(part, kind()), kind):
+                raise TypeError(f'{part} is no {kind.__name__}')
+        json.dumps([checkpoint.get(part) for part in ('settings', 'model_config', 'classes')])  # no tensors in them
+    except TypeError as error:
+        raise ValueError(f"'{path}' was not written by a run of ours ({error}): restore it or train anew") from None
     return checkpoint
+
+
+@contextlib.contextmanager
+def built_from(path):
+    """The parts of a whole checkpoint may not go together, where somebody edited it or another version wrote it:
+    ValueError."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"'{path}' holds a model that cannot be built here ({type(error).__name__}: "
+                         f'{" ".join(str(error).split())[:160]}): restore it or train anew') from error
 
 
 # -----------------------------------------------------------------------------
@@ -654,9 +691,14 @@ def load_adapter(model, path, about):
         lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
         raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
                          'the one that the run wrote')
-    if theirs.get('sha256', '') not in ('', _sha256(saved[name] for name in parts)):  # older ones have none
+    older = theirs.keys() == about.keys()  # without a checksum
+    if not older and theirs.get('sha256') != _sha256(saved[name] for name in parts):
         raise ValueError(f"adapter '{path}' is damaged (its checksum is another): load the one that the run wrote")
     for name, part in parts.items():
+        if (saved[name].shape, saved[name].dtype) != (part.shape, part.dtype):
+            raise ValueError(f"adapter '{path}' is damaged: its {name} is {saved[name].dtype} of shape "
+                             f'{(*saved[name].shape,)}, not {part.dtype} of {(*part.shape,)}: load the one that the '
+                             'run wrote')
         part.copy_(saved[name])
 
 
@@ -806,7 +848,7 @@ def _logged_before(line, step, again):
     try:
         record = json.loads(line)
         return record['step'] < step or record['step'] == step and again.isdisjoint(record)
-    except (ValueError, KeyError, TypeError):  # a crash cut it
+    except (ValueError, KeyError, TypeError, RecursionError):  # a crash cut it
         return False
 
 

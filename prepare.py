@@ -327,7 +327,6 @@ FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 def hub_documents(name, path, limit):
     """Streamed from the hub, or from its files in the folder `path`. limit: training tokens or None."""
     import huggingface_hub
-    import pyarrow
     import requests
     from datasets import load_dataset
     repository, columns, files = HUB[name]

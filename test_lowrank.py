@@ -2106,6 +2106,7 @@ def several_ranks(root, out):
     assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
     all_ranks_hold_the_same_bits(root, f'{out}/bits')
     all_ranks_skip_a_step_that_overflows_on_one()
+    no_rank_saves_what_is_not_finite_on_one(root, out)
     end()
 
 
@@ -2148,6 +2149,17 @@ def all_ranks_skip_a_step_that_overflows_on_one():
         assert optimizer.state[layer.trained]['bases'] == 2
     assert all(scaler.get_scale() == 2**14 for scaler in scalers)
     assert all(torch.equal(*lowrank.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
+
+
+def no_rank_saves_what_is_not_finite_on_one(root, out):
+    for name in ('lte', 'galolte'):
+        one, data = built('gpt', root, f'{out}/{name}_nan', *method(name))
+        train_gpt.train_step(one, 0, lambda micro_step: data.batch(8, 0, rows=one.rows))
+        if one.rank == 1:
+            heads = next(iter(lowrank.own_heads(one.model) & one.optimizer.state.keys()))
+            one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
+        with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
+            config.save(one, 'ckpt.pt', dict(step=1), resumable=True)
 
 
 @pytest.fixture(scope='session', autouse=True)

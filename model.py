@@ -27,25 +27,32 @@ class CrossEntropy(nn.Module):
     """Mean cross entropy in float32 or wider. A module, so that it can be compiled, as a block is: the wide logits then
     never reach memory."""
 
-    def forward(self, logits, targets):
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    def forward(self, logits, targets, reduction='mean'):
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, reduction=reduction)
 
 
-def language_loss(head, x, targets, cross_entropy=CrossEntropy()):
+def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
     """
-    Mean cross entropy in nats per token. head: the output layer; x: (batch, time, width); targets: (batch, time), where
-    -100 does not count; cross_entropy: what computes it where all logits are there at once.
+    Mean cross entropy in nats per token, or, with weights (batch,), the sum over all tokens times those of their rows.
+    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not count; cross_entropy:
+    what computes it where all logits are there at once.
 
     Above ONE_PIECE logits a plain nn.Linear goes through F.linear_cross_entropy in chunks of tokens, so that the
     logits of all tokens never exist together; what the chunks add up is float32. Below, on two CPU cores, 2,048
     tokens of width 512 and 32,000 words in bfloat16: 0.63 s in one piece, 0.79 s in chunks. Any other layer (a head
     on `logit`) is called, not bypassed.
     """
+    if weights is not None:
+        weights = weights[:, None].expand(targets.shape).flatten()  # (tokens,)
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
     chunks = type(head) is nn.Linear and head.out_features > head.in_features
     chunks = chunks and hasattr(nn, 'LinearCrossEntropyOptions')  # torch 2.13; before that it is one piece
     if not chunks or len(targets) * head.out_features <= ONE_PIECE:
-        return cross_entropy(head(x), targets)
+        logits = head(x)
+        if weights is None:
+            return cross_entropy(logits, targets)
+        return (weights * cross_entropy(logits, targets, 'none')).sum()
     weight = head.weight
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -53,12 +60,14 @@ def language_loss(head, x, targets, cross_entropy=CrossEntropy()):
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype in (torch.float32, torch.float64):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy='accurate')
-            return F.linear_cross_entropy(x, weight, targets, options=options)
+            if weights is None:
+                return F.linear_cross_entropy(x, weight, targets, options=options)
+            return (weights * F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)).sum()
         # In 16 bits a mean inside the operator would round the loss to three digits, and its gradients are taken
         # before a GradScaler could scale them. Token by token neither happens, and the mean is taken in float32.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate', acc_dtype=torch.float32)
         losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options).float()
-        return losses.sum() / (targets != -100).sum()
+        return losses.sum() / (targets != -100).sum() if weights is None else (weights * losses).sum()
 
 
 # -----------------------------------------------------------------------------
@@ -164,10 +173,13 @@ class GPT(nn.Module):
                 x = block(x)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None):
-        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
+    def forward(self, idx, targets=None, weights=None):
+        """idx, targets: (batch, time); weights: (batch,). Returns the logits, or, with targets, the loss in nats, see
+        `language_loss`."""
         x = self.hidden(idx)
-        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
+        if targets is None:
+            return self.lm_head(x)
+        return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
 
 
 # -----------------------------------------------------------------------------
@@ -334,10 +346,13 @@ class Llama(nn.Module):
                 x = layer(x, cos, sin)
         return self.model.norm(x)
 
-    def forward(self, idx, targets=None):
-        """idx, targets: (batch, time). Returns the mean loss in nats, or, without targets, the logits."""
+    def forward(self, idx, targets=None, weights=None):
+        """idx, targets: (batch, time); weights: (batch,). Returns the logits, or, with targets, the loss in nats, see
+        `language_loss`."""
         x = self.hidden(idx)
-        return self.lm_head(x) if targets is None else language_loss(self.lm_head, x, targets, self.cross_entropy)
+        if targets is None:
+            return self.lm_head(x)
+        return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
 
 
 # -----------------------------------------------------------------------------

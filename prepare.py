@@ -1,6 +1,7 @@
 """
 python prepare.py stdlib                                     the sources of Python's standard library, bytes
 python prepare.py text --input a.txt b.jsonl --name mine     .txt, .jsonl (field text), .parquet (column text)
+... --input answers.jsonl                                    fields prompt and completion: only the latter is learned
 python prepare.py cnn_dailymail [--path FOLDER]              news; FOLDER: a copy of the hub's files
 python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
 python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
@@ -13,7 +14,7 @@ python prepare.py images --input FOLDER --name mine          one's own pictures,
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
-little-endian. They are tokens, where end-of-text ends every document, or images: the label, one byte (one a
+little-endian. They are tokens, where end-of-text ends every document and the top bit marks a prompt, or images: the label, one byte (one a
 class where there are several labels), and the pixels (channels, size, size). meta.json is written last: an
 interrupted command, given again, begins anew. What is there already is left alone (exit code 0 for the same
 command, 2 for another one) unless --overwrite is given: then it stays until the new one is whole.
@@ -50,6 +51,7 @@ SHARD = re.compile(r'(train|val|test)(_\d+\.bin|\.bin\.tmp)')  # whole, and whil
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
+PROMPT = 2**31  # the bit of a token that is read, and not learned
 HUB = {  # repository, the columns that make a document, the files of each split
     'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
                       {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
@@ -245,11 +247,18 @@ def tokenise(documents, encoding, val_below):
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
         many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
         while group := [*itertools.islice(documents, 16 * os.cpu_count())]:
-            for (split, text, ends), tokens in zip(group, many([text for _, text, _ in group])):
-                content = text.encode()
+            pairs = [text if isinstance(text, tuple) else ('', text) for _, text, _ in group]
+            prompts = [()] * len(pairs)
+            if any(prompt for prompt, _ in pairs):
+                prompts = many([prompt for prompt, _ in pairs])
+            for (split, _, ends), (prompt, text), before, tokens in zip(
+                    group, pairs, prompts, many([text for _, text in pairs])):
+                content = (prompt + text).encode()
                 # of the text alone, so the order is free and duplicates share a split
                 number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
-                yield split or ('val' if number < val_below else 'train'), tokens, ends, len(content), number
+                if prompt:
+                    tokens = np.concatenate([np.asarray(before, np.uint32) | np.uint32(PROMPT), tokens])
+                yield split or ('val' if number < val_below else 'train'), tokens, ends, len(text.encode()), number
 
 
 # -----------------------------------------------------------------------------
@@ -269,7 +278,7 @@ def text_documents(paths, size):
     for path in paths:
         empty = True
         for text, ends in FORMATS[Path(path).suffix.lower()](path, size):
-            empty = empty and not text.strip()
+            empty = empty and not ''.join(text).strip()
             yield None, text, ends
         if empty:
             raise DataError(f"'{path}' is empty: leave it out of --input")
@@ -297,12 +306,22 @@ def read_txt(path, size):
 def read_jsonl(path, _):
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            try:
-                text = json.loads(line)['text'].encode('utf-16', 'surrogatepass')
+            try:  # JSON can spell half a surrogate pair
+                found = json.loads(line)
+                keys = ['text'] if 'text' in found else ['prompt', 'completion']
+                texts = [found[key].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
+                         for key in keys]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # or a number too long
-                raise DataError(f"line {number} of '{path}' has no string 'text': give one JSON object a "
-                                'line') from None
-            yield text.decode('utf-16', 'replace_and_count'), True  # JSON can spell half a surrogate pair
+                raise DataError(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion': give "
+                                'one JSON object a line') from None
+            yield texts[0] if len(texts) == 1 else tuple(texts), True
+
+
+def has_prompts(path):
+    """Whether the first line of a .jsonl has a prompt."""
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
+    return '"prompt"' in first and '"text"' not in first
 
 
 def read_parquet(path, _):
@@ -539,7 +558,12 @@ def write_tokens(writer, documents, encoding, val_below):
     lowest, begun = 2**64, set()  # begun: the splits that are inside a document
     for split, tokens, ends, size, number in tokenise(documents(), encoding, val_below):
         if len(tokens):
-            writer.append(split, tokens if split in begun else np.concatenate([begin, tokens]))
+            prompted = tokens[0] >= PROMPT
+            if prompted and not meta.get('prompts'):
+                raise DataError('a line has a prompt, and the first one of --input has none: put a file with prompts '
+                                'first')
+            first = begin | np.uint32(PROMPT) if prompted else begin
+            writer.append(split, tokens if split in begun else np.concatenate([first, tokens]))
             meta['documents'][split] += 1
             meta['bytes'][split] += size
             lowest = min(lowest, number)
@@ -623,7 +647,7 @@ def read_meta(path):
 def item_type(meta):
     """An item of the shards: a token, or the label and the pixels of an image."""
     if meta.get('kind', 'tokens') == 'tokens':
-        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 else '<u4')
+        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 and not meta.get('prompts') else '<u4')
     classes = len(meta['classes'])
     labels = classes if meta['task'].startswith('multi-label') else 1
     pixels = (meta['channels'], meta['size'], meta['size'])
@@ -768,7 +792,8 @@ class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
 
     `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of the
-    split's text. `batch` gives inputs and targets (rows, block_size), int64. DataError (a ValueError) for a
+    split's text. `batch` gives inputs and targets (rows, block_size), int64; of data with prompts, whose targets are
+    -100, also weights (rows,) for model.language_loss. DataError (a ValueError) for a
     broken file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is
     missing."""
 
@@ -777,7 +802,10 @@ class Tokens(Split):
         self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         self.num_windows = int(self.first[-1])
-        self.tokens_per_byte = self.meta['tokens'][split] / max(1, self.meta.get('bytes', {}).get(split, 0))
+        self.prompts, self.counted = self.meta.get('prompts', False), (None, None)
+        learned = sum(int((shard < PROMPT).sum()) for shard in self.shards) if self.prompts else \
+            self.meta['tokens'][split]
+        self.tokens_per_byte = learned / max(1, self.meta.get('bytes', {}).get(split, 0))
         if not self.num_windows:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
                             f"set block_size to {max(map(len, self.shards)) - 1} or less")
@@ -788,16 +816,48 @@ class Tokens(Split):
             start = window * self.block_size
             data[0, row] = tokens[start:start + self.block_size]
             data[1, row] = tokens[start + 1:start + 1 + self.block_size]
+        if self.prompts:
+            data[1][data[1] >= PROMPT] = -100
+            data[0] &= PROMPT - 1
         self.need_below(self.vocab_size, data, 'token')
         import torch
         x, y = torch.from_numpy(data)
         return x, y
 
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
+        """
+        As of `Split`. heads: of split heads, which see rows j % heads and learn the mean of their own targets.
+
+        Weights of rows are such that means over micro-batches and ranks, as of ordinary losses, are the mean over
+        heads of the mean loss of all targets that a head has in the step, however they are spread.
+        """
+        x, y = super().batch(batch_size, step, micro_step, accumulation, seed, rows)
+        if not self.prompts:
+            return x, y
+        rows, key = np.arange(batch_size) if rows is None else np.asarray(rows), (batch_size, step, accumulation, seed)
+        if self.counted[0] != key:  # targets of each row of the step, over its micro-batches
+            self.counted = key, sum((super(Tokens, self).batch(batch_size, step, i, accumulation, seed)[1] >= 0).sum(1)
+                                    for i in range(accumulation))
+        return x, y, self.weights_of(self.counted[1], heads)[rows] * (accumulation * batch_size / len(rows))
+
+    def weights_of(self, counts, heads=1):
+        """1 / (heads n) for each row (rows,), n being the targets of its head; counts: those of each row."""
+        of_heads = counts.view(-1, heads).sum(0)  # row j is of head j % heads
+        return (1 / (heads * of_heads.clamp(min=1).double())).repeat(len(counts) // heads)
+
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
-        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split."""
+        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split. Of data
+        with prompts also weights, so that the mean over batches and ranks is that over all targets."""
         assert batch_size % world_size == 0, (batch_size, world_size)
-        rows = index * batch_size + np.arange(rank, batch_size, world_size)
-        return self.items(rows * self.num_windows // (count * batch_size))
+        index = index * batch_size + np.arange(rank, batch_size, world_size)
+        windows = np.arange(count * batch_size) * self.num_windows // (count * batch_size)
+        x, y = self.items(windows[index])
+        if not self.prompts:
+            return x, y
+        if self.counted[0] != (count, batch_size):
+            self.counted = (count, batch_size), sum((self.items(part)[1] >= 0).sum()
+                                                    for part in np.split(windows, count))
+        return x, y, self.weights_of(self.counted[1].view(1)).expand(len(y)) * (count * world_size)
 
 
 class Images(Split):
@@ -932,6 +992,8 @@ def from_text(args):
     name = encoding.name if isinstance(encoding, HubTokenizer) else args.tokenizer
     settings = {'source': source, 'tokenizer': name, 'shard_tokens': args.shard_tokens,
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
+    if args.data == 'text' and has_prompts(args.input[0]):
+        settings['prompts'] = True
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
                                         val_below=int(fraction * 2**64))
 

@@ -2716,6 +2716,92 @@ def test_a_signal_ends_an_evaluation(root, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# prompts, which are read and not learned
+
+
+@pytest.fixture(scope='session')
+def answers(tmp_path_factory):
+    """Prompts and completions of many lengths, prepared; and the same texts as written."""
+    folder = tmp_path_factory.mktemp('answers')
+    lines = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'} for i in range(200)]
+    (folder / 'a.jsonl').write_text('\n'.join(map(json.dumps, [*lines, {'text': 'all of it'}])))
+    prepare_text(folder, folder / 'a.jsonl', '--name', 'answers')
+    return folder, lines
+
+
+def test_of_prompts_no_token_is_a_target_and_every_other_one_is(answers):
+    folder, lines = answers
+    meta = json.loads((folder / 'answers' / 'meta.json').read_text())
+    assert sum(meta['tokens'].values()) == sum(len(x['prompt'] + x['completion']) + 1 for x in lines) + 10
+    assert sum(meta['bytes'].values()) == sum(len(x['completion']) for x in lines) + 9
+    data = prepare.Tokens('answers', 'train', 16, folder)
+    for x, y, weights in (data.batch(8, step) for step in range(20)):
+        following = torch.cat([x[:, 1:], torch.full((8, 1), -1)], 1)
+        assert not {*map(int, y[y >= 0])} & set(b'p?') and {*map(int, y.unique())} > {-100, 256}
+        learned = (y[:, :-1] >= 0)
+        assert torch.equal(y[:, :-1][learned], following[:, :-1][learned])
+        assert {*map(int, following[:, :-1][~learned])} <= set(b'p?')
+        assert weights.unique().item() == pytest.approx(1 / int((y >= 0).sum()))
+
+
+@pytest.mark.parametrize('script, name', [('gpt', 'full'), ('llama', 'galore'), ('gpt', 'lte'), ('llama', 'galolte')])
+def test_the_loss_of_a_step_is_that_of_all_its_targets_however_they_are_spread(answers, tmp_path, script, name):
+    """Of every head where they are split: the mean over heads of what each has, summed by hand."""
+    folder, _ = answers
+    words = '--dataset=answers', f'--data_dir={folder}', *method(name)
+    settings = settings_of(SCRIPTS[script], *tiny(script, folder, tmp_path, *words))
+    data = prepare.Tokens('answers', 'train', 16, folder)
+    run = SCRIPTS[script].build(settings, config.join(settings), data.vocab_size)
+    heads = run.heads
+    run.model.train()
+
+    def gradients(losses):
+        run.model.zero_grad()
+        run.optimizer.begin(0)
+        total = sum(losses)
+        total.backward()
+        return [total.detach(), *(p.grad.clone() for p in run.model.parameters() if p.grad is not None)]
+
+    def spread(accumulation, ranks):  # rows of all ranks, one after the other: their means are averaged
+        for micro_step, rank in itertools.product(range(accumulation), range(ranks)):
+            rows = lowrank.rows_of(8, heads // ranks if heads > 1 else 1, rank, ranks)
+            batch = data.batch(8, 3, micro_step, accumulation, 0, rows, heads)
+            yield SCRIPTS[script].loss_of(run, *batch) / (accumulation * ranks)
+
+    def by_hand(accumulation):
+        batches = [data.batch(8, 3, i, accumulation, 0, run.rows, heads) for i in range(accumulation)]
+        targets = sum(torch.stack([(y >= 0).sum() for y in y.chunk(heads)]) for _, y, _ in batches)
+        for x, y, _ in batches:
+            losses = F.cross_entropy(run.model(x).flatten(0, 1), y.flatten(), reduction='none')
+            sums = torch.stack([part.sum() for part in losses.view(y.shape).chunk(heads)])  # of each head's rows
+            yield (sums / targets).mean()
+
+    for accumulation in (1, 3):
+        expected = gradients(by_hand(accumulation))
+        for got, exact in zip(gradients(spread(accumulation, 1)), expected):
+            close(got, exact, 1e-12)
+        if heads == 1:
+            for got, exact in zip(gradients(spread(accumulation, 4)), expected):
+                close(got, exact, 1e-12)
+    if heads == 1:
+        losses = [SCRIPTS[script].loss_of(run, *data.fixed_batch(i, 3, 4, rank, 2))
+                  for i, rank in itertools.product(range(3), range(2))]
+        whole = [data.fixed_batch(i, 3, 4) for i in range(3)]
+        summed = sum(F.cross_entropy(run.model(x).flatten(0, 1), y.flatten(), reduction='sum') for x, y, _ in whole)
+        close(torch.stack(losses).mean(), summed / sum((y >= 0).sum() for _, y, _ in whole), 1e-12)
+
+
+def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(answers, tmp_path):
+    gpt, idx = tiny_gpt(), tokens_of(2, 16)
+    assert gpt(idx, torch.full_like(idx, -100), torch.zeros(2, dtype=double)).item() == 0
+    folder, _ = answers
+    words = '--dataset=answers', f'--data_dir={folder}', '--max_iters=60', '--eval_interval=30', '--eval_iters=4'
+    train('gpt', folder, tmp_path, *words)
+    losses = logged(tmp_path, 'val_loss')
+    assert losses[60] < 2.5 < losses[0]
+
+
+# -----------------------------------------------------------------------------
 # sixteen bits
 
 

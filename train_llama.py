@@ -122,19 +122,22 @@ def build(settings, where, vocabulary, checkpoint=None):
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings, where, checkpoint)
 
 
-def loss_of(run, x, y):
-    """Mean loss of a batch of tokens (rows, time) that lie on the CPU."""
+def loss_of(run, x, y, weights=None):
+    """Mean loss of a batch of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
+    if weights is not None:
+        weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
+    batch = [x, y] if weights is None else [x, y, weights]
     if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
-        x, y = x.pin_memory(), y.pin_memory()
-    x, y = (tokens.to(run.device, non_blocking=True) for tokens in (x, y))
+        batch = [part.pin_memory() for part in batch]
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
-        return run.net(x, y)
+        return run.net(*(part.to(run.device, non_blocking=True) for part in batch))
 
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank.
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank,
+    and weights of rows where the data have prompts.
     Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total = run.s, 0.0
@@ -209,7 +212,7 @@ def main(settings):
             break
 
         meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
+            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows, run.heads)))
         step += 1
         stop = config.stop_requested()
         if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters:

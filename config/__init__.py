@@ -427,7 +427,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as attributes;
     model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters); scaler; net (the model,
     compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a micro-batch, that this rank trains on);
-    saved (the step of the last checkpoint, or None). Goes on from a checkpoint, if there is one.
+    heads (how many are split, over all ranks, or 1); saved (the step of the last checkpoint, or None). Goes on from a
+    checkpoint, if there is one.
     """
     import torch
 
@@ -445,9 +446,10 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
         raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
     net, ddp_bytes = wrap(model, where, s.compile, {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
-    rows = rows_of(s.batch_size, s.heads // where.ranks if s.lowrank and s.split else 1, where.rank, where.ranks)
+    heads = s.heads if s.lowrank and s.split else 1
+    rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
     return SimpleNamespace(**vars(where), settings=settings, s=s, model=model, shape=shape, optimizer=optimizer,
-                           replicas=replicas, scaler=scaler, net=net, ddp_bytes=ddp_bytes, rows=rows,
+                           replicas=replicas, scaler=scaler, net=net, ddp_bytes=ddp_bytes, rows=rows, heads=heads,
                            saved=checkpoint['step'] if checkpoint else None)
 
 

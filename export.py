@@ -37,21 +37,23 @@ from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias',
-             'layer_replication', 'trainable_token_indices', 'target_parameters')  # keys that have to be empty
+             'layer_replication', 'trainable_token_indices', 'target_parameters', 'use_qalora', 'use_bdlora', 'alora_invocation_tokens', 'arrow_config', 'velora_config',
+             'kasa_config', 'use_gks', 'corda_config', 'eva_config', 'loftq_config', 'revision')  # keys that have to be empty
 
 # -----------------------------------------------------------------------------
 # in
 
 
-def of_a_run(checkpoint):
-    """(configuration, state dict with heads merged) of a checkpoint of train_gpt.py or train_llama.py."""
+def of_a_run(checkpoint, dtype=None):
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of train_gpt.py or
+    train_llama.py."""
     if 'tokenizer' not in checkpoint:
         raise ValueError('it is the checkpoint of a ViT, which knows no text: give one of a GPT or a LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
     put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: only what is merged takes memory
-    state, shape = merged_state_dict(model), model.config
+    state, shape = merged_state_dict(model, dtype=dtype), model.config
     gpt = isinstance(shape, GPTConfig)
     embedding = state['transformer.wte.weight' if gpt else 'model.embed_tokens.weight']
     if shape.tied and torch.equal(state['lm_head.weight'], embedding):
@@ -62,7 +64,8 @@ def of_a_run(checkpoint):
 
 
 def folders_of(source):
-    """Folders with what lies beside the weights of init_from: of a file, the first that has it counts."""
+    """Folders with what lies beside the weights of init_from; of an adapter the base's comes last, and its tokens
+    count."""
     if os.path.isfile(source):  # of a run
         return [os.path.join(os.path.dirname(source), 'tokenizer')]
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
@@ -75,9 +78,13 @@ def folders_of(source):
 def with_adapter(folder, tensors):
     """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what
     PEFT can do and we do not read, by its key."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     about = read_json(os.path.join(folder, 'adapter_config.json'))
     odd = [key for key in PEFT_NONE if about.get(key)] + ['bias'] * (about.get('bias', 'none') != 'none')
+    if about.get('init_lora_weights', True) not in (True, False, 'gaussian', 'orthogonal', 'eva'):
+        odd.append('init_lora_weights')  # others change the base
+    odd += [key for key in ('r', 'lora_alpha') if not (isinstance(about.get(key), (int, float)) and about[key] > 0)]
     if about.get('peft_type') != 'LORA' or odd:
         key = odd[0] if odd else 'peft_type'
         raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: "
@@ -85,9 +92,14 @@ def with_adapter(folder, tensors):
     path = os.path.join(folder, 'adapter_model.safetensors')
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
-    factors = {name.removeprefix('base_model.model.'): x for name, x in load_file(path).items()}
+    try:
+        factors = {name.removeprefix('base_model.model.'): x for name, x in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it again") from None
     for name, x in tensors:
         A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
+        if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
+            raise ValueError(f"'{path}' has no A and B of rank r={about['r']} for {name}: fetch it again")
         if A is not None:
             x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / about['r'])
         yield name, x
@@ -125,7 +137,8 @@ def read_for(settings, kind):
     """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
     `read_weights`. ValueError: it does not go with the settings."""
     source, many = settings['init_from'], settings['block_size']
-    shape, tensors, tokens = read_weights(source)
+    with config.built_from(source):
+        shape, tensors, tokens = read_weights(source)
     if not isinstance(shape, kind):
         what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
         raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
@@ -154,11 +167,11 @@ def carry_along(settings):
         return
     target, sources = Path(settings['out_dir'], 'tokenizer'), []
     if settings['init_from'] != 'scratch':
-        sources = folders_of(settings['init_from'])
+        sources = folders_of(settings['init_from'])[::-1]
     prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
                   (*prepare.TOKENIZER, 'config.json'))
     if target.exists():
-        config.write_json(target / 'base.json', {'init_from': settings['init_from']})
+        config.write_json(target / 'base.json', {'init_from': settings['init_from'], 'adapted': len(sources) > 1})
 
 
 # -----------------------------------------------------------------------------
@@ -167,23 +180,23 @@ def carry_along(settings):
 
 @contextlib.contextmanager
 def written_beside(folder, overwrite):
-    """A new folder to write into, which takes the name `folder` when all is written. ValueError: it cannot."""
+    """A new folder to write into, which takes the name `folder` when all is written. What is replaced has to be an
+    export: it has an export.json. ValueError: it cannot."""
     beside, old = f'{folder}.writing', f'{folder}.old'
-    ours = {'config.json', 'adapter_config.json'}
     if not folder:
         raise ValueError("to='' names no folder to write: set --to=FOLDER")
     if os.path.exists(folder) and not overwrite:
         raise ValueError(f"'{folder}' is already there: choose another --to, or replace it by "
                          '--overwrite=True')
-    if os.path.exists(folder) and ours.isdisjoint(os.listdir(folder) if os.path.isdir(folder) else ()):
-        raise ValueError(f"'{folder}' is not what an export writes (it has no config.json): choose another "
-                         '--to')
+    if os.path.exists(folder) and not os.path.isfile(f'{folder}/export.json'):
+        raise ValueError(f"'{folder}' is not what an export wrote (it has no export.json): choose another --to")
     if os.path.exists(beside):
         raise ValueError(f"'{beside}' is there, of an export that runs or was killed: remove it")
     os.makedirs(beside)
     try:
         yield beside
         if os.path.exists(folder):
+            shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
             os.rename(folder, old)
         os.rename(beside, folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -222,7 +235,7 @@ def write_tensors(folder, tensors, dtype):
 
 def write_transformers(run, checkpoint, folder, dtype):
     """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or one of ours."""
-    shape, state = of_a_run(checkpoint)
+    shape, state = of_a_run(checkpoint, dtype)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
     tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
@@ -240,14 +253,16 @@ def write_peft(run, checkpoint, folder, dtype):
     """The heads of a checkpoint as one LoRA of rank H r: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
     What heads that train on over merges (LTE) have put into W telescopes to the same. ValueError: there is none."""
     from safetensors.torch import save_file
-    s, base = checkpoint['settings'], None
+    s, base, adapted = checkpoint['settings'], None, False
     if (run / 'base.json').is_file():
-        base = read_json(run / 'base.json')['init_from']
+        about = read_json(run / 'base.json')
+        base, adapted = about.get('init_from'), about.get('adapted')
     for wrong, sentence in (
             (not s['lowrank'], 'the run has no heads'),
             (s['factors'] == 'basis' or s['merge_reset'],
              'GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads hold it'),
             (s['train'] != 'factors', f"the run trains more than its heads (train={s['train']!r})"),
+            (adapted, f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'),
             (base in (None, 'scratch') or os.path.isfile(base),
              f'the run began from {base!r}, and an adapter belongs to a folder of transformers')):
         if wrong:
@@ -302,6 +317,8 @@ def main(settings):
                 write_timm(checkpoint, folder, dtype)
             else:
                 (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
+            config.write_json(f'{folder}/export.json', {'of': f'{s.out_dir}/{s.checkpoint}',
+                                                        'step': checkpoint['step']})
     print(f"'{s.to}' holds {'the heads' if s.adapter else 'the model'} of {s.out_dir}/{s.checkpoint}, step "
           f"{checkpoint['step']}")
 

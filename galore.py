@@ -246,7 +246,8 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
     for i in range(0, len(flat), chunk):
         where = slice(i, min(i + chunk, len(flat)))
         moments = read_moments(state, where)
-        part, g = (x[where].to(moments[0].dtype) for x in (flat, flat_grad))
+        wide = torch.promote_types(p.dtype, moments[0].dtype)
+        part, g, *moments = (x.to(wide) for x in (flat[where], flat_grad[where], *moments))
         fused_adam_([part], [g], *([x] for x in moments), age, lr, betas, eps, decay)
         round_(flat[where], part, key, i)
         write_moments(state, moments, key, where)
@@ -310,14 +311,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
                  no_deprecation_warning=False, seed=0, per_layer=False, own=()):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f'{lr=}, {eps=} and {weight_decay=} must be at least 0, {betas=} in [0, 1)')
+        self.seed, self.per_layer, self.last, self.own = seed, per_layer, True, set(own)
+        self.order, self.group_of = {}, {}  # the place of a parameter among all, and that of its group
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias))
-        self.seed, self.per_layer, self.last, self.own = seed, per_layer, True, set(own)
-        self.order = {p: i for i, p in enumerate(p for group in self.param_groups for p in group['params'])}
-        if per_layer:
-            for group in self.param_groups:
-                for p in group['params']:
-                    p.register_post_accumulate_grad_hook(lambda p, group=group: self._complete(p, group))
 
     @property
     def outside_ddp(self):
@@ -327,6 +324,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def add_param_group(self, group):
         super().add_param_group(group)
         group = self.param_groups[-1]
+        for p in group['params']:
+            self.order[p], self.group_of[p] = len(self.order), len(self.param_groups) - 1
+            if self.per_layer:
+                p.register_post_accumulate_grad_hook(self._complete)
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if 'rank' not in group:
@@ -364,12 +365,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return hash((self.seed, self.order[p], *counts)) % 2**32  # torch uses 32 bits of a seed
 
     @torch.no_grad()
-    def _complete(self, p, group):
+    def _complete(self, p):
         """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
         if self.last and p.grad is not None:  # the hook runs without one too
             if p not in self.own:
                 mean(p.grad)
-            self._update([p], group)
+            self._update([p], self.param_groups[self.group_of[p]])
             p.grad = None
 
     @torch.no_grad()
@@ -525,9 +526,7 @@ class LowRankAdamW(GaLoreAdamW):
                 if left == 0 or not state['bases']:
                     layer.ask_whole()
                     if self.per_layer:
-                        group = next(group for group in self.param_groups if group.get('basis'))
-                        layer.whole.register_post_accumulate_grad_hook(
-                            lambda _, p=p, group=group: self._complete(p, group))
+                        layer.whole.register_post_accumulate_grad_hook(lambda _, p=p: self._complete(p))
             elif not state['bases'] or self.basis == 'random' and left == 0:
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
@@ -584,14 +583,14 @@ class LowRankAdamW(GaLoreAdamW):
                 self._from_whole(p)
 
     @torch.no_grad()
-    def _complete(self, p, group):
+    def _complete(self, p):
         layer = self.layers.get(p)
         if layer is not None and layer.whole is not None and self.last:  # R and the whole gradient, in any order
             self.waiting ^= {p}  # in it after the first of the two, out of it after the second
             if p in self.waiting:
                 return
             self._from_whole(p)
-        super()._complete(p, group)
+        super()._complete(p)
 
     def step(self, closure=None):
         loss = None

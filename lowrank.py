@@ -56,7 +56,7 @@ def round_(out, x, key, first=0):
     often as it is near to it, and x is used up. Numbers of bfloat16 stay, infinities and NaN too.
 
     out, x: of one shape; key: an integer, another for every tensor and time; first: the place of out's
-    first element in the whole tensor. 5 passes over memory.
+    first element in the whole tensor. 6 passes over memory.
     """
     if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
         out.copy_(x)
@@ -73,6 +73,7 @@ def round_(out, x, key, first=0):
         stop = min(end, (begin // piece + 1) * piece)
         offset = hash((key, begin // BLOCK_OF_BITS)) % BLOCK_OF_BITS + begin % BLOCK_OF_BITS
         part = x[begin - first:stop - first]
+        part.nan_to_num_(math.nan, math.inf, -math.inf)  # CUDA's NaN has all bits set: one more would make it zero
         part.view(torch.int32).add_(table[offset:offset + stop - begin]).bitwise_and_(-2**16)
         flat[begin - first:stop - first] = part
         begin = stop
@@ -810,14 +811,17 @@ def averaged_heads(model, replicas=None):
 
 
 @torch.no_grad()
-def merged_state_dict(model, replicas=None):
-    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights; the model
-    itself stays as it is. On several ranks all take part. A weight that was tied is there twice, see `apply_mhlora`."""
+def merged_state_dict(model, replicas=None, dtype=None):
+    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights (in
+    `dtype`, or their own); the model itself stays as it is. On several ranks all take part. A weight that was tied is
+    there twice, see `apply_mhlora`."""
     with averaged_heads(model, replicas):
         state = model.state_dict()
-    for name, layer in model.named_modules(remove_duplicate=False):
+    for place, (name, layer) in enumerate(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, MHLoRALinear):
-            state[f'{name}.weight'] = layer.merged_weight().to(layer.weight.dtype)
+            merged = layer.merged_weight()
+            state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or layer.weight.dtype)
+            round_(state[f'{name}.weight'], merged, place)
             for key in ('A', 'B', 'A_merged', 'B_merged', 'basis'):
                 state.pop(f'{name}.{key}', None)
     for name, module in model.named_modules():
@@ -855,7 +859,9 @@ def clip_gradients(model, max_norm):
 
     norms = torch.stack(norms_of([p.grad for p in rest]) or [torch.zeros(())]).norm()[None]
     if factors:
-        of_heads = torch.stack([torch.stack(norms_of(f.grad)) for f in factors]).norm(dim=0)  # (heads,)
+        wide = torch.promote_types(factors[0].grad.dtype, torch.float32)
+        of_heads = torch.stack([torch.linalg.vector_norm(f.grad, dim=(1, 2), dtype=wide) for f in factors])
+        of_heads = of_heads.norm(dim=0)  # (heads,)
         norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads,)
     if max_norm:
         keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)

@@ -410,8 +410,12 @@ def _is_a(wanted, value):
 
 def _rope(theirs, path):
     """The keys of transformers 4 about rotary positions, of a config.json of any version."""
-    rope = {**(theirs.get('rope_parameters') or {}), **(theirs.get('rope_scaling') or {})}
-    how = rope.get('rope_type', rope.get('type', 'default'))
+    both = [theirs.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
+    if not all(isinstance(part, dict) for part in both):
+        raise ValueError(f"'{path}' says rope_scaling or rope_parameters of another form than {{...}}: fetch it again")
+    rope = {**both[0], **both[1]}
+    kinds = [part.get('rope_type', part.get('type', 'default')) for part in both if part]
+    how = next((kind for kind in kinds if kind != 'default'), 'default')
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
     if how != 'default' and not (how == 'llama3' and all(key in rope for key in scaling)):
         raise ValueError(f"'{path}' says rope_type={how!r} in rope_scaling or rope_parameters, which is not "
@@ -464,11 +468,13 @@ def read_config(folder):
     ours['n_kv_head'] = ours['n_kv_head'] or ours['n_head']
     if family == 'qwen3' and not ours['head_size']:
         ours['head_size'] = 128  # as transformers has it
-    kinds = set(theirs.get('layer_types') or ()) - {'full_attention', 'sliding_attention'}
+    kinds = [kind for kind in theirs.get('layer_types') or () if kind not in ('full_attention', 'sliding_attention')]
     if kinds:
-        raise ValueError(f"'{path}' says {kinds.pop()} in layer_types, which is not supported: give a model "
+        raise ValueError(f"'{path}' says {kinds[0]} in layer_types, which is not supported: give a model "
                          'with full_attention')
     window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
+    if window and not _is_a(int, window):
+        raise ValueError(f"'{path}' says sliding_window={window!r}, and it has to be int: fetch it again")
     if window and (family == 'mistral' or theirs.get('use_sliding_window')):
         ours['block_size'] = min(ours['block_size'], window)
     return LlamaConfig(**ours, family=family)

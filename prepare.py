@@ -14,7 +14,7 @@ python prepare.py images --input FOLDER --name mine          one's own pictures,
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
-little-endian. They are tokens, where end-of-text ends every document and the top bit marks a prompt, or images: the label, one byte (one a
+little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or images: the label, one byte (one a
 class where there are several labels), and the pixels (channels, size, size). meta.json is written last: an
 interrupted command, given again, begins anew. What is there already is left alone (exit code 0 for the same
 command, 2 for another one) unless --overwrite is given: then it stays until the new one is whole.
@@ -849,14 +849,15 @@ class Tokens(Split):
         """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split. Of data
         with prompts also weights, so that the mean over batches and ranks is that over all targets."""
         assert batch_size % world_size == 0, (batch_size, world_size)
-        index = index * batch_size + np.arange(rank, batch_size, world_size)
-        windows = np.arange(count * batch_size) * self.num_windows // (count * batch_size)
-        x, y = self.items(windows[index])
+
+        def windows(index, first=0, stride=1):
+            rows = index * batch_size + np.arange(first, batch_size, stride)
+            return self.items(rows * self.num_windows // (count * batch_size))
+        x, y = windows(index, rank, world_size)
         if not self.prompts:
             return x, y
         if self.counted[0] != (count, batch_size):
-            self.counted = (count, batch_size), sum((self.items(part)[1] >= 0).sum()
-                                                    for part in np.split(windows, count))
+            self.counted = (count, batch_size), sum((windows(i)[1] >= 0).sum() for i in range(count))
         return x, y, self.weights_of(self.counted[1].view(1)).expand(len(y)) * (count * world_size)
 
 

@@ -56,16 +56,17 @@ def of_a_run(s):
 
 def of_others(source):
     """(model, tokenizer) of what init_from names."""
-    shape, tensors, tokens = read_weights(source)
-    tensors = iter(tensors)
-    first = next(tensors)
-    with torch.device('meta'):
-        model = make_model(shape)
-    model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
-    fill(model, itertools.chain([first], tensors), source)
+    with config.built_from(source):
+        shape, tensors, tokens = read_weights(source)
+        tensors = iter(tensors)
+        first = next(tensors, ('nothing', torch.zeros(())))
+        with torch.device('meta'):
+            model = make_model(shape)
+        model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
+        fill(model, itertools.chain([first], tensors), source)
     if tokens is None:
         raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
-    folders = [folder for folder in folders_of(source) if os.path.isfile(f'{folder}/tokenizer.json')]
+    folders = [folder for folder in folders_of(source)[::-1] if os.path.isfile(f'{folder}/tokenizer.json')]
     return model, prepare.tokenizer(tokens, *folders[:1])
 
 

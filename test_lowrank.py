@@ -2831,6 +2831,8 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     for key in range(20):
         held = codes.view(torch.bfloat16).float()
         torch.testing.assert_close(rounded(held, key), held, rtol=0, atol=0, equal_nan=True)
+        nan = torch.tensor([2**31 - 1, -1, 0x7FC00000, 0x7F800001], dtype=torch.int64).to(torch.int32)
+        assert rounded(nan.view(torch.float32), key).isnan().all()  # CUDA's has all bits set
     x = normal(3 * 2**20 + 77, dtype=torch.float32)
     whole = rounded(x, 7)
     for a, b in ((0, 1), (5, 2**20 + 3), (2**20, 2**21), (2**21 - 9, len(x))):
@@ -2879,6 +2881,33 @@ def test_a_thousand_small_merges_into_bfloat16_add_up():
     assert layer.weight.float().mean().item() == pytest.approx(exact, rel=0.01)
     noise = layer.weight.float().std().item()
     assert 0 < noise < 3 * math.sqrt(1000) * 2.0**-14  # that of so many roundings
+
+
+@pytest.mark.parametrize('per_layer', [False, True])
+def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded(per_layer):
+    first, second = (nn.Parameter(torch.ones(6, 6, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = galore.GaLoreAdamW([first], lr=0.1, per_layer=per_layer)
+    optimizer.add_param_group(dict(params=[second], rank=2))
+
+    def step():
+        (first.sum() + second.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return first.detach().clone(), second.detach().clone()
+    assert all((x != 1).any() for x in step())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for group in optimizer.param_groups:
+        group['lr'] = 0.0
+    before = first.detach().clone(), second.detach().clone()
+    assert all(map(torch.equal, step(), before))
+
+
+def test_float64_with_narrow_moments_steps_in_float64():
+    p = nn.Parameter(torch.ones(64, 64, dtype=double))
+    optimizer = galore.GaLoreAdamW([dict(params=[p], state_bits=16)], lr=1e-9)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert ((1 - p) > 0.9e-9).all()
 
 
 def test_a_second_moment_in_bfloat16_decays():
@@ -3102,7 +3131,7 @@ def built_again(script, out):
     return model.eval(), state
 
 
-def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path):
+def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path, capsys):
     donor, idx = tiny_gpt(vocab_size=257, bias=False), tokens_of(2, 16)
     shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=False, dropout=0.1)
     state = {f'_orig_mod.{name}': x for name, x in donor.state_dict().items()}
@@ -3110,6 +3139,9 @@ def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path):
     close(loaded(tmp_path / 'ckpt.pt')[0](idx), donor(idx))
     words = tiny('gpt', root, tmp_path / 'a', f'--init_from={tmp_path}/ckpt.pt', '--max_iters=0')
     start(train_gpt, loading(words))
+    for broken in ({'model': {}, 'model_args': shape}, {'model': state, 'model_args': {'n_head': 2}}):
+        torch.save(broken, tmp_path / 'ckpt.pt')
+        refused(capsys, lambda: start(train_gpt, loading([*words, f'--out_dir={tmp_path}/b'])), 'ckpt.pt')
     # without biases, as GPT-2's layout does not know it
     close(loaded(out_of(donor, tmp_path / 'hf'))[0](idx), donor(idx))
 
@@ -3139,7 +3171,10 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
     refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
     refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
-            'no config.json')
+            'no export.json')
+    begun = runs('gpt_full', 4)  # a run's folder has a config.json too
+    refused(capsys, lambda: start(export, [*words[:2], f'--to={begun}', '--overwrite=True']), 'no export.json')
+    assert (begun / 'ckpt.pt').exists()
     refused(capsys, lambda: start(export, words[:2]), '--to')
     with monkeypatch.context() as broken:
         broken.setattr(export, 'config_json', None)

@@ -105,8 +105,9 @@ def build(settings, where, vocabulary, checkpoint=None):
     else:
         shape, loaded = read_for(settings, GPTConfig)
     model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
-    if loaded:
-        fill(model, loaded, s.init_from)
+    if loaded is not None:
+        with config.built_from(s.init_from):
+            fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: '

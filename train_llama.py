@@ -113,7 +113,11 @@ def build(settings, where, vocabulary, checkpoint=None):
         model = Llama(replace(shape, checkpointing=s.checkpointing))
     # filled where and as it stays: 7B in bfloat16 never exist in float32
     model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
-    fill(model, loaded, s.init_from) if loaded else model.init_weights()
+    if loaded is None:
+        model.init_weights()
+    else:
+        with config.built_from(s.init_from):
+            fill(model, loaded, s.init_from)
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')

@@ -385,6 +385,18 @@ def join(settings):
         fail(f"device={device!r} is not known: set 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device != 'cpu' and not torch.cuda.is_available():
         fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
+    if device == 'cpu':
+        keep_freed_memory()
+    elif ':' in device and 'RANK' in os.environ:
+        fail(f"device={device!r} is one card, and torchrun starts several processes: set 'cuda', and choose cards by "
+             'CUDA_VISIBLE_DEVICES')
+    elif 'RANK' in os.environ:
+        if int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
+            fail(f'torchrun starts more processes than there are cards ({torch.cuda.device_count()}): set '
+                 '--nproc_per_node to that')
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if ':' in device:
+        torch.cuda.set_device(device)
     if dtype == 'auto' and (param_dtype != 'float32' or device == 'cpu'):
         dtype = param_dtype
     elif dtype == 'auto':  # cards before Ampere have no bfloat16
@@ -392,13 +404,8 @@ def join(settings):
     if dtype == 'float16' and settings.get('per_layer'):
         fail("per_layer=True steps on gradients before a GradScaler has seen them, and this card computes in float16: "
              "set dtype='float32'")
-    if device == 'cpu':
-        keep_freed_memory()
     if 'RANK' not in os.environ:
         return SimpleNamespace(rank=0, ranks=1, device=device, device_type=device.split(':')[0], compute=dtype)
-    if device == 'cuda':
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
     # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
     dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo',
                             timeout=timedelta(seconds=ANSWER))
@@ -931,7 +938,7 @@ class Meter:
 
     run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which. Prepares the
     run's folder (`start_run`) and says what there is to train. The sum of losses and the last gradient's norm stay on
-    the device: but for merges that draw new heads, `line` is the only place of a training step where the host waits.
+    the device: but for merges that draw new heads, and float16's scaler, the host waits in `line` only.
     """
 
     def __init__(self, run, step, items, unit, more=''):

@@ -171,7 +171,7 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'full rank': ({}, (1e-3, 5e-4, 2e-3)),
     'GaLore': (dict(**LAYER, rank=96), (5e-3, 1e-2)),
     'GaLore, drop-in': (dict(**DROP_IN, rank=96), (5e-3, 2.5e-3, 1e-2, 2e-2)),
-    'GaLoLTE': (dict(**GALOLTE, rank=96), (1e-2, 7e-3, 2e-2)),
+    'GaLoLTE': (dict(**GALOLTE, rank=96), (1.4e-2, 7e-3, 1e-2, 2e-2)),
     'ReLoRA': (dict(**RELORA, rank=96, alpha=96.0), (2e-3, 4e-3, 1e-3)),
     'MHLoRA': (dict(**FOUR, rank=24, alpha=96.0), (5e-4, 2.5e-4, 1e-3, 2e-3)),
     'LTE': (dict(**SPLIT, rank=24, alpha=24.0), (2e-3, 4e-3, 1e-3)),

@@ -907,8 +907,10 @@ def number_of(word):
 
 
 def text_file(word):
-    if not Path(word).is_file() or Path(word).suffix.lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"there is no {', '.join(FORMATS)} file '{word}'")
+    if not Path(word).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file '{word}'")
+    if Path(word).suffix.lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"'{word}' is none of {', '.join(FORMATS)}: convert or rename it")
     return word
 
 

@@ -156,7 +156,13 @@ def _help(namespace):
 def _run_file(path, known, namespace):
     """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with them."""
     if not os.path.isfile(path):
-        fail(f"config file '{path}' is not there: give a file such as config/quickstart.py, or --key=value with a '='")
+        folder = os.path.dirname(path) or '.'
+        there = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
+        near = difflib.get_close_matches(path, [name for name in there if name.endswith('.py')], n=1, cutoff=0)
+        fail(f"config file '{path}' is not there: did you mean '{(near or ['config/quickstart.py'])[0]}', or "
+             "--key=value with a '='?")
+    if not path.endswith('.py'):
+        fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
     scope = dict(known)
     try:
         with open(path, encoding='utf-8') as file:

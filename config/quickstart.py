@@ -5,7 +5,7 @@ out_dir = 'out/quickstart'
 dataset = 'stdlib'
 block_size, batch_size = 256, 8
 n_layer, n_head, n_embd = 4, 2, 128
-max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 1500, 500, 20, 50, 20
+max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 1500, 500, 20, 20, 20
 lowrank = {'mhlora': 'attn'}  # the MLP stays at full rank
 rank = {'mhlora': 8, 'lte': 8, 'lora': 32, 'lora_fa': 32, 'relora': 32, 'galore': 32, 'galore_lean': 32, 'galolte': 32,
         'fira': 32}

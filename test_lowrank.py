@@ -1414,7 +1414,7 @@ def test_moments_are_as_wide_as_asked_for(root, tmp_path, name, bits):
     assert run.optimizer.state_bytes() == sum(x.nbytes for x in held)
 
 
-@pytest.mark.parametrize('name', ['mhlora', 'lora_fa', 'galore', 'lte', 'galolte'])
+@pytest.mark.parametrize('name', ['galore', 'galolte'] + ['mhlora', 'lora_fa', 'lte'] * ('SLOW' in os.environ))
 def test_ten_compiled_blocks_share_two_graphs(root, tmp_path, name):
     """Torch gives up after eight graphs of one function, silently but for the time."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -1705,7 +1705,10 @@ ONE_PROCESS = {
     'vit_checkpointing': 'galolte --basis=sketch --checkpointing=True',
     'vit_probe': 'full --param_dtype=float32 --dtype=float16 --train=classifier'}
 RUNS |= MORE | REPLICAS | ONE_PROCESS
-SEVERAL = [name for name in RUNS if name not in ONE_PROCESS]  # on two ranks, too
+# the three scripts share what saves and what ranks do: those that GPT stands for are run where SLOW=1
+ALIKE = {f'{script}_{name}' for script in ('llama', 'vit') for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira')}
+CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
+SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power']  # where two stop and go on, too
 
@@ -1854,7 +1857,7 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
 
 
 @pytest.mark.parametrize('name, stop', [
-    *((name, 4) for name in RUNS if name not in REPLICAS),  # inside a period of merges, and of a sketch
+    *((name, 4) for name in CHOSEN if name not in REPLICAS),  # inside a period of merges, and of a sketch
     ('gpt_power', 3), ('llama_power', 3), ('gpt_galolte', 6), ('llama_galore', 6)])  # where bases are due
 def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
     half, whole, vit = runs(name, stop), saved(runs(name, 8)), name.startswith('vit')
@@ -1955,7 +1958,7 @@ def test_text_is_of_the_tokenizer_and_the_same_with_heads_applied_or_merged(root
 @pytest.mark.parametrize('script, name, words', [
     ('gpt', 'lte', ['--lowrank=attn,logit', '--merge_every=2']),
     ('gpt', 'galore', ['--basis_every=2', '--n_layer=1']),
-    ('llama', 'galolte', ['--n_layer=1']), ('vit', 'lora_fa', ['--n_layer=1'])])
+    ('llama', 'lte', ['--n_layer=1']), ('vit', 'lora_fa', ['--n_layer=1'])])
 def test_compiled_runs_train_the_same(root, tmp_path, script, name, words):
     """In SLOW runs by the real compiler."""
     torch._dynamo.reset()
@@ -2059,187 +2062,6 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         train('gpt', root, held['gpt'], resume, '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
     train('gpt', root, held['gpt'], '--eval_only=True', '--overwrite=True')
     assert before == {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
-
-
-# -----------------------------------------------------------------------------
-# several ranks: one spawn for all
-
-
-def several_ranks(root, out):
-    """What each of two processes of torchrun runs. At first each forks another one, and four train."""
-    torch.set_num_threads(1)
-    dist, me, env = torch.distributed, int(os.environ['RANK']), dict(os.environ)
-    forked = os.fork() == 0
-    os.environ.update(RANK=str(me + 2 * forked), LOCAL_RANK=str(me + 2 * forked), WORLD_SIZE='4')
-    join, end = dist.init_process_group, dist.destroy_process_group
-    join('gloo', f'file://{out}/store', rank=me + 2 * forked, world_size=4)
-    dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # all runs share a group,
-    dist.destroy_process_group = lambda: dist.barrier()  # and rank 0's files are written when one ends
-    for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
-        run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
-    time.sleep(0.1)
-    end()
-    if forked:
-        os._exit(0)
-    assert os.wait()[1] == 0
-
-    for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):  # one process each
-        del os.environ[key]
-    for name in [name for name in SEVERAL if name not in REPLICAS][me::2]:
-        run(name, root, f'{out}/{name}_on', '--max_iters=4')
-
-    os.environ.update(env)
-    for name in SEVERAL:
-        run(name, root, f'{out}/{name}', '--max_iters=8')
-        if name not in REPLICAS:  # begun by one process
-            run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
-        if name in RESUMED:
-            run(name, root, f'{out}/{name}_again', '--max_iters=4')
-            run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
-    for name in ('gpt_local_adamw', 'gpt_replicas'):
-        with pytest.raises(SystemExit):  # says: as many as before
-            run(name, root, f'{out}/{name}_four', '--init_from=resume')
-    with contextlib.redirect_stdout(Stops(3)):  # a signal to rank 0, which alone writes a log: both end
-        run('gpt_full', root, f'{out}/stopped', '--max_iters=8', '--log_interval=1')
-    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
-        run('gpt_full', root, f'{out}/differ', f'--seed={me}')
-    assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
-    all_ranks_hold_the_same_bits(root, f'{out}/bits')
-    all_ranks_skip_a_step_that_overflows_on_one()
-    no_rank_saves_what_is_not_finite_on_one(root, out)
-    end()
-
-
-def all_ranks_hold_the_same_bits(root, out):
-    """Of all that is not each one's own, after merges that send factors, and products."""
-    for name, dtype, rank in (('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
-                              ('reset', 'bfloat16', 16), ('galolte', 'bfloat16', 8)):
-        which, *words = RUNS[f'gpt_{name}'].split()
-        words += [f'--rank={rank}', f'--dtype={dtype}', f'--param_dtype={dtype}']
-        mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
-        for step in range(6):
-            train_gpt.train_step(mine, step, lambda _: data.batch(8, step, rows=mine.rows))
-        layers, own = lowrank.lowrank_layers(mine.model), lowrank.own_heads(mine.model)
-        assert name == 'galolte' or {layer.sends_products for layer in layers} == {rank > 2}
-        for x in (*mine.model.parameters(), *mine.model.buffers()):
-            assert x in own or torch.equal(*lowrank.gather(x)), name
-
-
-def all_ranks_skip_a_step_that_overflows_on_one():
-    """GaLore's leaf under plain DDP, which averages it, and its poisoned sketch; and AdamW beside it."""
-    gpt, idx, alone = tiny_gpt().float(), torch.arange(16)[None], nn.Parameter(torch.ones(3))
-    lowrank.apply_mhlora(gpt, rank=3, factors='basis', merge_every=1)
-    optimizer = galore.LowRankAdamW(gpt, lr=0.01, basis_every=4)
-    fused, net = torch.optim.AdamW([alone], fused=True), nn.parallel.DistributedDataParallel(gpt)
-    scalers = [torch.amp.GradScaler('cpu') for _ in range(2)]
-    start = lowrank.merged_state_dict(copy.deepcopy(gpt))
-    for step, overflows in enumerate(((0,), (0, 1), (), (), (), ())):  # on which ranks
-        much = math.inf if torch.distributed.get_rank() in overflows else 1.0
-        optimizer.begin(step)
-        for loss, scaler, stepping in zip((net(idx, idx), alone.sum()), scalers, (optimizer, fused)):
-            scaler.scale(loss * much).backward()
-            config.unscale(scaler, stepping)
-            lowrank.clip_gradients(gpt, 1.0)
-            scaler.step(stepping)
-            scaler.update()
-            stepping.zero_grad()
-        moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
-        assert {*moved, not torch.equal(alone, torch.ones(3))} == {step > 1}, step
-    for layer in lowrank.lowrank_layers(gpt):  # the second gradient was lost, the sketch was not
-        assert optimizer.state[layer.trained]['bases'] == 2
-    assert all(scaler.get_scale() == 2**14 for scaler in scalers)
-    assert all(torch.equal(*lowrank.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
-
-
-def no_rank_saves_what_is_not_finite_on_one(root, out):
-    for name in ('lte', 'galolte'):
-        one, data = built('gpt', root, f'{out}/{name}_nan', *method(name))
-        train_gpt.train_step(one, 0, lambda micro_step: data.batch(8, 0, rows=one.rows))
-        if one.rank == 1:
-            heads = next(iter(lowrank.own_heads(one.model) & one.optimizer.state.keys()))
-            one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
-        with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
-            config.save(one, 'ckpt.pt', dict(step=1), resumable=True)
-
-
-@pytest.fixture(scope='session', autouse=True)
-def spawn(request, root, tmp_path_factory):
-    """The ranks, started beside the other tests if one asks for them: the process, and its folder."""
-    if not any('spawned' in item.fixturenames for item in request.session.items):
-        yield
-        return
-    out = tmp_path_factory.mktemp('ranks')
-    code = f'import test_lowrank as t; t.several_ranks({str(root)!r}, {str(out)!r})'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--no_python', sys.executable, '-c', code]
-    with open(out / 'said', 'w') as said:
-        process = subprocess.Popen(command, cwd=HERE, stdout=said, stderr=said)
-    yield process, out
-    process.terminate()  # if it is there still
-    process.wait()
-
-
-@pytest.fixture(scope='session')
-def spawned(spawn):
-    """The folder of the runs of `several_ranks`, when they are done."""
-    process, out = spawn
-    assert process.wait(300) == 0, (out / 'said').read_text()[-5000:]
-    return out
-
-
-@pytest.mark.parametrize('name', SEVERAL)
-def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name):
-    if name in RESUMED:  # bit for bit at the same number of ranks
-        assert same_run(saved(spawned / name), saved(spawned / f'{name}_again'))
-    if name in REPLICAS:
-        return
-    go_on(name, root, spawned / f'{name}_on', tmp_path / 'on', 8)  # one, two, one
-    whole, tolerance = saved(runs(name, 8))['model'], 1e-3 if 'lean' in name else 1e-9
-    for other in (spawned / name, tmp_path / 'on', *[spawned / f'{name}_four'] * (name in FOUR)):
-        for key, value in saved(other)['model'].items():
-            torch.testing.assert_close(value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
-        for key in ('val_loss', 'train_loss', 'test_loss', 'val_auc', 'test_auc'):
-            wanted, got = logged(runs(name, 8), key), logged(other, key)
-            least = 2e-6 if key == 'train_loss' else 0  # is added up in float32
-            assert {step: got[step] for step in wanted} == pytest.approx(wanted, abs=max(tolerance, least))
-
-
-@pytest.mark.parametrize('name', REPLICAS)
-def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, name):
-    state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name].split()
-    words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
-    run, data = built(script, root, tmp_path, *words, ranks=2)
-    plain, _ = built(script, root, tmp_path)
-    book = Textbook(plain.model, run.model, run.optimizer, run.settings, ranks=2)
-    for step in range(8):
-        book.step(step, seen(script, data, step, run.settings))
-    for key, Ws in state['replicas'].items():
-        for rank, W in enumerate(Ws):
-            close(W, book.W[rank][key], 1e-9)
-    for worker, heads in enumerate(book.heads):
-        for key, ((A, B, _, _),) in heads.items():
-            close(state['model'][key], book.W[worker][key], 1e-9)
-            close(state['model'][key[:-6] + 'A'][worker], A, 1e-9)
-            close(state['model'][key[:-6] + 'B'][worker], B, 1e-9)
-
-
-def test_no_byte_is_sent_in_silence(spawned):
-    assert saved(spawned / 'stopped')['step'] == 4
-    words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
-    assert len(start(sample, words)[0]) == 4
-    # what torch's collectives get is what the log tells; older fake tensors know no collectives
-    for name in ('lte', 'replicas', 'local_adamw', 'galolte') if torch.__version__ >= (2, 13) else ():
-        put, _ = bench.sent(saved(spawned / f'gpt_{name}')['settings'], 2, 8)
-        put = [sum(step.values()) for step in put]
-        told = {k: sum(put[k - 2:k]) // 2 for k in (2, 4, 6, 8)}
-        assert logged(spawned / f'gpt_{name}', 'sync_bytes') == told, name
-    # 2 heads of rank 3 without those of the last merge, or the product where that is less; 8 bytes a number
-    weights = saved(spawned / 'gpt_full')['model']
-    shapes = [W.shape for name, W in weights.items() if '.h.' in name and W.dim() > 1]
-    others = sum(W.numel() for name, W in weights.items() if 'lm_' not in name)
-    others -= sum(m * n for m, n in shapes)
-    once = sum(8 * min(2 * 3 * (m + n), m * n) for m, n in shapes)
-    assert logged(spawned / 'gpt_reset', 'sync_bytes')[4] == 8 * others + once // 2
 
 
 # -----------------------------------------------------------------------------
@@ -2651,7 +2473,7 @@ def test_the_snippets_of_the_readme_run():
 # runs that something goes wrong in
 
 
-@pytest.mark.parametrize('name', ALONE)
+@pytest.mark.parametrize('name', ['full', 'fira', 'galore_lean', 'galolte'])
 def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
     run, data = built('llama', root, tmp_path, *method(name))
     for step in range(4):
@@ -3438,3 +3260,184 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(root, tmp_path, name):
         assert same_run(saved(tmp_path / 'a', part), saved(tmp_path / 'b', part))
     for key in ('val_loss', 'train_loss', 'test_loss'):
         assert logged(tmp_path / 'a', key) == logged(tmp_path / 'b', key)
+
+
+# -----------------------------------------------------------------------------
+# several ranks: one spawn for all, which runs beside the tests above
+
+
+def several_ranks(root, out):
+    """What each of two processes of torchrun runs. At first each forks another one, and four train."""
+    torch.set_num_threads(1)
+    dist, me, env = torch.distributed, int(os.environ['RANK']), dict(os.environ)
+    forked = os.fork() == 0
+    os.environ.update(RANK=str(me + 2 * forked), LOCAL_RANK=str(me + 2 * forked), WORLD_SIZE='4')
+    join, end = dist.init_process_group, dist.destroy_process_group
+    join('gloo', f'file://{out}/store', rank=me + 2 * forked, world_size=4)
+    dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # all runs share a group,
+    dist.destroy_process_group = lambda: dist.barrier()  # and rank 0's files are written when one ends
+    for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
+        run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
+    time.sleep(0.1)
+    end()
+    if forked:
+        os._exit(0)
+    assert os.wait()[1] == 0
+
+    for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):  # one process each
+        del os.environ[key]
+    for name in [name for name in SEVERAL if name not in REPLICAS][me::2]:
+        run(name, root, f'{out}/{name}_on', '--max_iters=4')
+
+    os.environ.update(env)
+    for name in SEVERAL:
+        run(name, root, f'{out}/{name}', '--max_iters=8')
+        if name not in REPLICAS:  # begun by one process
+            run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
+        if name in RESUMED:
+            run(name, root, f'{out}/{name}_again', '--max_iters=4')
+            run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
+    for name in ('gpt_local_adamw', 'gpt_replicas'):
+        with pytest.raises(SystemExit):  # says: as many as before
+            run(name, root, f'{out}/{name}_four', '--init_from=resume')
+    with contextlib.redirect_stdout(Stops(3)):  # a signal to rank 0, which alone writes a log: both end
+        run('gpt_full', root, f'{out}/stopped', '--max_iters=8', '--log_interval=1')
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+        run('gpt_full', root, f'{out}/differ', f'--seed={me}')
+    assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
+    all_ranks_hold_the_same_bits(root, f'{out}/bits')
+    all_ranks_skip_a_step_that_overflows_on_one()
+    no_rank_saves_what_is_not_finite_on_one(root, out)
+    end()
+
+
+def all_ranks_hold_the_same_bits(root, out):
+    """Of all that is not each one's own, after merges that send factors, and products."""
+    for name, dtype, rank in (('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
+                              ('reset', 'bfloat16', 16), ('galolte', 'bfloat16', 8)):
+        which, *words = RUNS[f'gpt_{name}'].split()
+        words += [f'--rank={rank}', f'--dtype={dtype}', f'--param_dtype={dtype}']
+        mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
+        for step in range(6):
+            train_gpt.train_step(mine, step, lambda _: data.batch(8, step, rows=mine.rows))
+        layers, own = lowrank.lowrank_layers(mine.model), lowrank.own_heads(mine.model)
+        assert name == 'galolte' or {layer.sends_products for layer in layers} == {rank > 2}
+        for x in (*mine.model.parameters(), *mine.model.buffers()):
+            assert x in own or torch.equal(*lowrank.gather(x)), name
+
+
+def all_ranks_skip_a_step_that_overflows_on_one():
+    """GaLore's leaf under plain DDP, which averages it, and its poisoned sketch; and AdamW beside it."""
+    gpt, idx, alone = tiny_gpt().float(), torch.arange(16)[None], nn.Parameter(torch.ones(3))
+    lowrank.apply_mhlora(gpt, rank=3, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(gpt, lr=0.01, basis_every=4)
+    fused, net = torch.optim.AdamW([alone], fused=True), nn.parallel.DistributedDataParallel(gpt)
+    scalers = [torch.amp.GradScaler('cpu') for _ in range(2)]
+    start = lowrank.merged_state_dict(copy.deepcopy(gpt))
+    for step, overflows in enumerate(((0,), (0, 1), (), (), (), ())):  # on which ranks
+        much = math.inf if torch.distributed.get_rank() in overflows else 1.0
+        optimizer.begin(step)
+        for loss, scaler, stepping in zip((net(idx, idx), alone.sum()), scalers, (optimizer, fused)):
+            scaler.scale(loss * much).backward()
+            config.unscale(scaler, stepping)
+            lowrank.clip_gradients(gpt, 1.0)
+            scaler.step(stepping)
+            scaler.update()
+            stepping.zero_grad()
+        moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
+        assert {*moved, not torch.equal(alone, torch.ones(3))} == {step > 1}, step
+    for layer in lowrank.lowrank_layers(gpt):  # the second gradient was lost, the sketch was not
+        assert optimizer.state[layer.trained]['bases'] == 2
+    assert all(scaler.get_scale() == 2**14 for scaler in scalers)
+    assert all(torch.equal(*lowrank.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
+
+
+def no_rank_saves_what_is_not_finite_on_one(root, out):
+    for name in ('lte', 'galolte'):
+        one, data = built('gpt', root, f'{out}/{name}_nan', *method(name))
+        train_gpt.train_step(one, 0, lambda micro_step: data.batch(8, 0, rows=one.rows))
+        if one.rank == 1:
+            heads = next(iter(lowrank.own_heads(one.model) & one.optimizer.state.keys()))
+            one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
+        with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
+            config.save(one, 'ckpt.pt', dict(step=1), resumable=True)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def spawn(request, root, tmp_path_factory):
+    """The ranks, started beside the other tests if one asks for them: the process, and its folder."""
+    if not any('spawned' in item.fixturenames for item in request.session.items):
+        yield
+        return
+    out = tmp_path_factory.mktemp('ranks')
+    code = f'import test_lowrank as t; t.several_ranks({str(root)!r}, {str(out)!r})'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               '--no_python', sys.executable, '-c', code]
+    with open(out / 'said', 'w') as said:
+        process = subprocess.Popen(command, cwd=HERE, stdout=said, stderr=said)
+    yield process, out
+    process.terminate()  # if it is there still
+    process.wait()
+
+
+@pytest.fixture(scope='session')
+def spawned(spawn):
+    """The folder of the runs of `several_ranks`, when they are done."""
+    process, out = spawn
+    assert process.wait(300) == 0, (out / 'said').read_text()[-5000:]
+    return out
+
+
+@pytest.mark.parametrize('name', SEVERAL)
+def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name):
+    if name in RESUMED:  # bit for bit at the same number of ranks
+        assert same_run(saved(spawned / name), saved(spawned / f'{name}_again'))
+    if name in REPLICAS:
+        return
+    go_on(name, root, spawned / f'{name}_on', tmp_path / 'on', 8)  # one, two, one
+    whole, tolerance = saved(runs(name, 8))['model'], 1e-3 if 'lean' in name else 1e-9
+    for other in (spawned / name, tmp_path / 'on', *[spawned / f'{name}_four'] * (name in FOUR)):
+        for key, value in saved(other)['model'].items():
+            torch.testing.assert_close(value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
+        for key in ('val_loss', 'train_loss', 'test_loss', 'val_auc', 'test_auc'):
+            wanted, got = logged(runs(name, 8), key), logged(other, key)
+            least = 2e-6 if key == 'train_loss' else 0  # is added up in float32
+            assert {step: got[step] for step in wanted} == pytest.approx(wanted, abs=max(tolerance, least))
+
+
+@pytest.mark.parametrize('name', REPLICAS)
+def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, name):
+    state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name].split()
+    words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
+    run, data = built(script, root, tmp_path, *words, ranks=2)
+    plain, _ = built(script, root, tmp_path)
+    book = Textbook(plain.model, run.model, run.optimizer, run.settings, ranks=2)
+    for step in range(8):
+        book.step(step, seen(script, data, step, run.settings))
+    for key, Ws in state['replicas'].items():
+        for rank, W in enumerate(Ws):
+            close(W, book.W[rank][key], 1e-9)
+    for worker, heads in enumerate(book.heads):
+        for key, ((A, B, _, _),) in heads.items():
+            close(state['model'][key], book.W[worker][key], 1e-9)
+            close(state['model'][key[:-6] + 'A'][worker], A, 1e-9)
+            close(state['model'][key[:-6] + 'B'][worker], B, 1e-9)
+
+
+def test_no_byte_is_sent_in_silence(spawned):
+    assert saved(spawned / 'stopped')['step'] == 4
+    words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    assert len(start(sample, words)[0]) == 4
+    # what torch's collectives get is what the log tells; older fake tensors know no collectives
+    for name in ('lte', 'replicas', 'local_adamw', 'galolte') if torch.__version__ >= (2, 13) else ():
+        put, _ = bench.sent(saved(spawned / f'gpt_{name}')['settings'], 2, 8)
+        put = [sum(step.values()) for step in put]
+        told = {k: sum(put[k - 2:k]) // 2 for k in (2, 4, 6, 8)}
+        assert logged(spawned / f'gpt_{name}', 'sync_bytes') == told, name
+    # 2 heads of rank 3 without those of the last merge, or the product where that is less; 8 bytes a number
+    weights = saved(spawned / 'gpt_full')['model']
+    shapes = [W.shape for name, W in weights.items() if '.h.' in name and W.dim() > 1]
+    others = sum(W.numel() for name, W in weights.items() if 'lm_' not in name)
+    others -= sum(m * n for m, n in shapes)
+    once = sum(8 * min(2 * 3 * (m + n), m * n) for m, n in shapes)
+    assert logged(spawned / 'gpt_reset', 'sync_bytes')[4] == 8 * others + once // 2

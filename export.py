@@ -290,7 +290,7 @@ def write_peft(run, checkpoint, folder, dtype):
 
 
 def write_timm(checkpoint, folder, dtype):
-    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True)."""
+    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True) (not of timm 1.0.20 to 24)."""
     import timm
 
     import train_vit

@@ -145,12 +145,15 @@ def load(namespace, known, argv):
 
 
 def _help(namespace):
-    """A script's docstring and settings, with the comment beside each, as they stand in it."""
+    """A script's docstring, the methods, and its settings with the comment beside each, as they stand in it."""
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     with open(namespace['__file__'], encoding='utf-8') as file:
         block = file.read().split(RULE)[1]
-    print(namespace['__doc__'].strip(), block.strip(), sep='\n\n')
+    methods = sorted(os.listdir(os.path.join(os.path.dirname(__file__), 'methods')))
+    words = 'Methods: config/methods/NAME.py, NAME one of ' + ', '.join(
+        name.removesuffix('.py') for name in methods if name.endswith('.py'))
+    print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
 
 
 def _run_file(path, known, namespace):

@@ -2621,6 +2621,7 @@ def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(answers,
     train('gpt', folder, tmp_path, *words)
     losses = logged(tmp_path, 'val_loss')
     assert losses[60] < 2.5 < losses[0]
+    assert (tmp_path / 'curve.png').read_bytes().startswith(b'\x89PNG')
 
 
 # -----------------------------------------------------------------------------

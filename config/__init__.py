@@ -724,7 +724,7 @@ def load_adapter(model, path, about):
 # a run's folder
 
 
-RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'log.jsonl', 'config.json'
+RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'curve.png', 'log.jsonl', 'config.json'
 _locks = []  # the one that this process holds
 
 
@@ -941,6 +941,25 @@ def in_units(loss, tokens_per_byte):
     return {'perplexity': math.exp(min(loss, 700)), 'bits_per_byte': loss * tokens_per_byte / math.log(2)}
 
 
+def draw_curve(out_dir):
+    """Draws the losses of log.jsonl against steps into curve.png, if there are ten lines of each step's or more."""
+    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as file:
+        records = [json.loads(line) for line in file]
+    curves = {key: [(record['step'], record[key]) for record in records if key in record]
+              for key in ('train_loss', 'val_loss')}
+    if len(curves['train_loss']) < 10:
+        return False
+    from matplotlib.figure import Figure
+    figure = Figure((6, 4), layout='constrained')
+    axes = figure.subplots()
+    for (key, curve), style in zip(curves.items(), ('-', 'o-')):
+        axes.plot(*zip(*curve), style, label=key.replace('_', ' '))
+    axes.set(xlabel='step', ylabel='loss')
+    axes.legend()
+    figure.savefig(os.path.join(out_dir, 'curve.png'), dpi=120)
+    return True
+
+
 class Meter:
     """
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
@@ -1042,6 +1061,9 @@ class Meter:
         if self.run.rank == 0 and step > self.start:  # no best one where a signal came before the first evaluation
             so_far = f', {best}' if os.path.exists(f'{s.out_dir}/best.pt') else ''
             print(f'{s.out_dir}/ckpt.pt holds step {self.run.saved}{so_far}; --init_from=resume goes on')
+            if draw_curve(s.out_dir):
+                print(f'{s.out_dir}/curve.png shows the losses' + f'; next: python sample.py --out_dir={s.out_dir}, or '
+                      'another file of config/methods and --out_dir' * (self.unit == 'tokens'))
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
             print(f"step {step} of {s.max_iters}: nothing to train, raise "
                   f"{'epochs' if self.run.settings.get('epochs') else 'max_iters'} to go on")

@@ -157,7 +157,7 @@ def turn_moments(M, V, C, left):
 BLOCK = 256
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # of this one the root is what counts, over many magnitudes
-CHUNK = {'cpu': 2**18}  # numbers that are float32 at a time; elsewhere 2^22, as kernels cost more to launch
+CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time; a CPU has a cache to stay in
 
 
 def raised(x, power):
@@ -212,7 +212,7 @@ def read_moments(state, numbers=slice(None)):
 
 
 def write_moments(state, moments, key, numbers=slice(None)):
-    """What `read_moments` reads; bfloat16 is rounded at random, see `lowrank.round_`. Uses the moments up."""
+    """What `read_moments` reads; bfloat16 is rounded at random, see `lowrank.round_`."""
     blocks = slice(None) if numbers == slice(None) else slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         if 'exp_avg_top' in state:
@@ -242,7 +242,7 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
     flat, flat_grad = p.reshape(-1), grad.reshape(-1)  # views, where they can be
-    chunk = CHUNK.get(p.device.type, 2**22)
+    chunk = CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK
     for i in range(0, len(flat), chunk):
         where = slice(i, min(i + chunk, len(flat)))
         moments = read_moments(state, where)
@@ -622,9 +622,10 @@ class LowRankAdamW(GaLoreAdamW):
                 P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
                 add_back_(layer.weight, U[0], P, Q, alpha, keep, key + 1)
             else:
-                if keep != 1:
-                    wide = torch.promote_types(layer.weight.dtype, torch.float32)
-                    round_(layer.weight, layer.weight.to(wide) * keep, key + 1)
+                if keep != 1 and layer.weight.dtype == torch.bfloat16:
+                    round_(layer.weight, layer.weight.float() * keep, key + 1)
+                elif keep != 1:
+                    layer.weight.mul_(keep)
                 step_(p, p.grad, state, alpha, keep, *how)
 
     def state_bytes(self):

@@ -53,7 +53,7 @@ def _random_bits(device):
 def round_(out, x, key, first=0):
     """
     out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's becomes the upper one as
-    often as it is near to it, and x is used up. Numbers of bfloat16 stay, infinities and NaN too.
+    often as it is near to it. Numbers of bfloat16 stay, infinities and NaN too.
 
     out, x: of one shape; key: an integer, another for every tensor and time; first: the place of out's
     first element in the whole tensor. 6 passes over memory.
@@ -72,8 +72,8 @@ def round_(out, x, key, first=0):
     while begin < end:
         stop = min(end, (begin // piece + 1) * piece)
         offset = hash((key, begin // BLOCK_OF_BITS)) % BLOCK_OF_BITS + begin % BLOCK_OF_BITS
-        part = x[begin - first:stop - first]
-        part.nan_to_num_(math.nan, math.inf, -math.inf)  # CUDA's NaN has all bits set: one more would make it zero
+        # a copy; and CUDA's NaN has all bits set: one more would make it zero
+        part = x[begin - first:stop - first].nan_to_num(math.nan, math.inf, -math.inf)
         part.view(torch.int32).add_(table[offset:offset + stop - begin]).bitwise_and_(-2**16)
         flat[begin - first:stop - first] = part
         begin = stop
@@ -445,10 +445,12 @@ class MHLoRALinear(nn.Module):
             return torch.addmm(weight, B, A, alpha=self.scale / self.heads)
 
     @torch.no_grad()
-    def merge(self, generator=None, key=0):
-        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B. key: see `round_`."""
+    def merge(self, generator=None, key=None):
+        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B. key: see `round_`; None:
+        another at each merge of this process."""
         if self.zero:
             return
+        key = next(_merges) if key is None else key
         round_(self.weight, self.merged_weight(), key)
         if self.factors == 'basis':
             self.trained.zero_()

@@ -14,9 +14,9 @@ python prepare.py images --input FOLDER --name mine          one's own pictures,
 Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
-little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or images: the label, one byte (one a
-class where there are several labels), and the pixels (channels, size, size). meta.json is written last: an
-interrupted command, given again, begins anew. What is there already is left alone (exit code 0 for the same
+little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or
+images: the label, one byte (one a class where there are several labels), and the pixels (channels, size,
+size). meta.json is written last: an interrupted command, given again, begins anew. What is there already is left alone (exit code 0 for the same
 command, 2 for another one) unless --overwrite is given: then it stays until the new one is whole.
 """
 import argparse

@@ -49,7 +49,8 @@ def in_one_line(kind, error, trace):
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before stands",
               file=sys.stderr)
-    elif issubclass(kind, RuntimeError) and re.search('gloo|NCCL|Timed out|reset by peer', str(error)):
+    elif issubclass(kind, RuntimeError) and re.search(
+            '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited', str(error)):
         print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
               f'{ANSWER // 60} minutes ({str(error).splitlines()[0][:80]}): what was saved before stands, and '
               '--init_from=resume goes on from it', file=sys.stderr)
@@ -161,7 +162,7 @@ def _run_file(path, known, namespace):
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
         there = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
-        near = difflib.get_close_matches(path, [name for name in there if name.endswith('.py')], n=1, cutoff=0)
+        near = difflib.get_close_matches(path, [name for name in there if name.endswith('.py')], n=1)
         fail(f"config file '{path}' is not there: did you mean '{(near or ['config/quickstart.py'])[0]}', or "
              "--key=value with a '='?")
     if not path.endswith('.py'):
@@ -458,7 +459,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
             load_state(model, optimizer, checkpoint, replicas)
             if scaler.is_enabled() and checkpoint['scaler']:
                 scaler.load_state_dict(checkpoint['scaler'])
-    if what := not_finite(model, optimizer if checkpoint else None):
+    loads = checkpoint or s.init_from != 'scratch'
+    if what := loads and not_finite(model, optimizer if checkpoint else None):
         raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
     net, ddp_bytes = wrap(model, where, s.compile, {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
@@ -586,10 +588,11 @@ def save(run, name, about, resumable=False):
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
     whole = gather_state(run.model, optimizer, run.replicas)
     if resumable:
-        whole['scaler'], run.saved = run.scaler.state_dict(), about['step']
+        whole['scaler'] = run.scaler.state_dict()
     if run.rank == 0:
         save_checkpoint(f'{run.s.out_dir}/{name}', {**whole, 'settings': run.settings, 'model_config': run.shape,
                                                     **about})
+    run.saved = about['step'] if resumable else run.saved
 
 
 class NotOurs(ValueError):
@@ -653,6 +656,8 @@ def built_from(path):
     try:
         yield
     except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if type(error).__name__ == 'OutOfMemoryError':  # of the card, and no fault of the file
+            raise
         raise ValueError(f"'{path}' holds a model that cannot be built here ({type(error).__name__}: "
                          f'{" ".join(str(error).split())[:160]}): restore it or train anew') from error
 
@@ -952,8 +957,9 @@ def draw_curve(out_dir):
     from matplotlib.figure import Figure
     figure = Figure((6, 4), layout='constrained')
     axes = figure.subplots()
-    for (key, curve), style in zip(curves.items(), ('-', 'o-')):
-        axes.plot(*zip(*curve), style, label=key.replace('_', ' '))
+    for (key, curve), marker in zip(curves.items(), ('', 'o')):
+        steps, losses = zip(*curve) if curve else ((), ())
+        axes.plot(steps, losses, marker=marker, label=key.replace('_', ' '))
     axes.set(xlabel='step', ylabel='loss')
     axes.legend()
     figure.savefig(os.path.join(out_dir, 'curve.png'), dpi=120)
@@ -996,7 +1002,8 @@ class Meter:
         step that was skipped."""
         self.sums[0] += loss
         self.sums[1] = norm
-        self.sums[2] += ~norm.isfinite()
+        if self.run.scaler.is_enabled():
+            self.sums[2] += ~norm.isfinite()
         self.steps += 1
         self.progress.update()
 

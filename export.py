@@ -33,7 +33,7 @@ import torch
 import prepare
 from lowrank import merged_state_dict, put_layers
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_json,
-                   read_tensors, tensors_for_transformers)
+                   read_safetensors, read_tensors, tensors_for_transformers)
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias',
@@ -78,8 +78,6 @@ def folders_of(source):
 def with_adapter(folder, tensors):
     """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what
     PEFT can do and we do not read, by its key."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     about = read_json(os.path.join(folder, 'adapter_config.json'))
     odd = [key for key in PEFT_NONE if about.get(key)] + ['bias'] * (about.get('bias', 'none') != 'none')
     if about.get('init_lora_weights', True) not in (True, False, 'gaussian', 'orthogonal', 'eva'):
@@ -90,12 +88,7 @@ def with_adapter(folder, tensors):
         raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: "
                          'merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
-    try:
-        factors = {name.removeprefix('base_model.model.'): x for name, x in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it again") from None
+    factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
     for name, x in tensors:
         A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
         if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
@@ -205,32 +198,18 @@ def written_beside(folder, overwrite):
 
 
 def write_tensors(folder, tensors, dtype):
-    """Writes (name, tensor) as model.safetensors, or as shards and their index, in a dtype."""
+    """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, a shard at a time."""
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
-    shards, parts, size, total = [], {}, 0, 0
-
-    def close():
-        save_file(parts, f'{folder}/{len(shards)}', {'format': 'pt'})
-        shards.append([*parts])
-        parts.clear()
-
-    for name, x in tensors:
-        x = x.to(dtype)
-        if parts and size + x.nbytes > SHARD:
-            close()
-            size = 0
-        parts[name] = x
-        size, total = size + x.nbytes, total + x.nbytes
-    close()
-    places = {}
-    for i, names in enumerate(shards):
-        number = f'-{i + 1:05d}-of-{len(shards):05d}' if len(shards) > 1 else ''
-        file = f'model{number}.safetensors'
-        os.rename(f'{folder}/{i}', f'{folder}/{file}')
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+    tensors = dict(tensors)
+    sizes = {name: torch.empty_like(x, dtype=dtype, device='meta') for name, x in tensors.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
+    for file, names in plan.filename_to_tensors.items():
+        parts = {name: tensors[name].to(dtype).contiguous() for name in names}
+        save_file(parts, f'{folder}/{file}', {'format': 'pt'})
+    if plan.is_sharded:
         config.write_json(f'{folder}/model.safetensors.index.json',
-                          {'metadata': {'total_size': total}, 'weight_map': places})
+                          {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename})
 
 
 def write_transformers(run, checkpoint, folder, dtype):

@@ -1,15 +1,13 @@
 """
-GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out. Knows nothing of LoRA or
-GaLore.
+GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out.
 
-Parameter names are those of nanoGPT, and of transformers' LlamaForCausalLM. Where the vocabulary is large, the
-loss never holds all logits at once (`language_loss`).
+Parameters are named as in nanoGPT, and in transformers' LlamaForCausalLM. Nothing here knows LoRA or GaLore.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -17,15 +15,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
-# the loss, shared by both models
+# what both models share
 
-
-ONE_PIECE = 2**26  # logits: up to here, 0.8 GB at most, chunks would cost more time than their memory is worth
+ONE_PIECE = 2**26  # logits, 0.8 GB at most: up to here chunks cost more time than their memory is worth
 
 
 class CrossEntropy(nn.Module):
-    """Mean cross entropy in float32 or wider. A module, so that it can be compiled, as a block is: the wide logits then
-    never reach memory."""
+    """
+    Cross entropy in float32 or wider.
+
+    A module, so that it can be compiled, as a block is: the wide logits then never reach memory.
+    """
 
     def forward(self, logits, targets, reduction='mean'):
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -34,40 +34,67 @@ class CrossEntropy(nn.Module):
 
 def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
     """
-    Mean cross entropy in nats per token, or, with weights (batch,), the sum over all tokens times those of their rows.
-    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not count; cross_entropy:
-    what computes it where all logits are there at once.
+    Mean cross entropy in nats per token, or, with weights (batch,), the sum of all tokens times their row's.
 
-    Above ONE_PIECE logits a plain nn.Linear goes through F.linear_cross_entropy in chunks of tokens, so that the
-    logits of all tokens never exist together; what the chunks add up is float32. Below, on two CPU cores, 2,048
-    tokens of width 512 and 32,000 words in bfloat16: 0.63 s in one piece, 0.79 s in chunks. Any other layer (a head
-    on `logit`) is called, not bypassed.
+    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not count;
+    cross_entropy: what computes it where all logits are there at once.
+
+    Above ONE_PIECE logits a plain nn.Linear goes through `chunked_loss` (2,048 tokens of width 512 and 32,000
+    words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Any other layer, such as a head
+    on `logit`, is called.
     """
-    if weights is not None:
-        weights = weights[:, None].expand(targets.shape).flatten()  # (tokens,)
+    reduction = 'mean' if weights is None else 'none'
+    shape = targets.shape
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
     chunks = type(head) is nn.Linear and head.out_features > head.in_features
     chunks = chunks and hasattr(nn, 'LinearCrossEntropyOptions')  # torch 2.13; before that it is one piece
-    if not chunks or len(targets) * head.out_features <= ONE_PIECE:
-        logits = head(x)
-        if weights is None:
-            return cross_entropy(logits, targets)
-        return (weights * cross_entropy(logits, targets, 'none')).sum()
-    weight = head.weight
+    if chunks and len(targets) * head.out_features > ONE_PIECE:
+        losses = chunked_loss(head.weight, x, targets, reduction)
+    else:
+        losses = cross_entropy(head(x), targets, reduction)
+    return losses if weights is None else (weights[:, None] * losses.view(shape)).sum()
+
+
+def chunked_loss(weight, x, targets, reduction):
+    """The cross entropy of x (tokens, width) and weight (words, width); all logits never exist together."""
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype in (torch.float32, torch.float64):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy='accurate')
-            if weights is None:
-                return F.linear_cross_entropy(x, weight, targets, options=options)
-            return (weights * F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)).sum()
-        # In 16 bits a mean inside the operator would round the loss to three digits, and its gradients are taken
-        # before a GradScaler could scale them. Token by token neither happens, and the mean is taken in float32.
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate', acc_dtype=torch.float32)
+            return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=options)
+        # In 16 bits a mean inside the operator would round the loss to three digits, and its gradients are
+        # taken before a GradScaler could scale them. Token by token neither happens; the mean is in float32.
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate',
+                                               acc_dtype=torch.float32)
         losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options).float()
-        return losses.sum() / (targets != -100).sum() if weights is None else (weights * losses).sum()
+        return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
+
+
+class LanguageModel(nn.Module):
+    """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`, `lm_head`."""
+
+    def tie(self):
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
+        if self.config.tied:
+            self.lm_head.weight = self.embedding.weight
+
+    def through_blocks(self, x, *more):
+        """x (batch, time, width) after all blocks, which in training may recompute their activations."""
+        for block in self.blocks:
+            if self.config.checkpointing and self.training:
+                x = checkpoint(block, x, *more, use_reentrant=False)
+            else:
+                x = block(x, *more)
+        return x
+
+    def forward(self, idx, targets=None, weights=None):
+        """Logits of idx (batch, time), or, with targets (batch, time), `language_loss`; weights: (batch,)."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x)
+        return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
 
 
 # -----------------------------------------------------------------------------
@@ -97,8 +124,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         b, t, c = x.shape
-        q, k, v = self.c_attn(x).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(b, t, c)), self.dropout, self.training)
 
 
@@ -126,7 +155,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """GPT-2 (Radford et al., 2019): learned positions, pre-norm, tied embedding and output layer."""
 
     def __init__(self, config):
@@ -151,43 +180,28 @@ class GPT(nn.Module):
                 shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
                 nn.init.normal_(parameter, std=0.02 / shrink)
 
-    def tie(self):
-        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
-        if self.config.tied:
-            self.lm_head.weight = self.transformer.wte.weight
+    @property
+    def embedding(self):
+        return self.transformer.wte
 
     @property
     def blocks(self):
-        """What torch.compile compiles one by one."""
         return self.transformer.h
 
     def hidden(self, idx):
-        """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""
+        """The last block's output after its norm, (batch, time, width), of tokens idx (batch, time)."""
         position = torch.arange(idx.shape[1], device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(position)
+        x = self.embedding(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            if self.config.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return self.transformer.ln_f(x)
-
-    def forward(self, idx, targets=None, weights=None):
-        """idx, targets: (batch, time); weights: (batch,). Returns the logits, or, with targets, the loss in nats, see
-        `language_loss`."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x)
-        return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
+        return self.transformer.ln_f(self.through_blocks(x))
 
 
 # -----------------------------------------------------------------------------
 # LLaMA
 
-# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2) and its published configs
-SIZES = {'9m': (128, 4, 4, 352), '60m': (512, 8, 8, 1376), '130m': (768, 12, 12, 2048), '350m': (1024, 24, 16, 2736),
-         '1b': (2048, 24, 32, 5461), '7b': (4096, 32, 32, 11008)}
+# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2; published configs)
+SIZES = {'9m': (128, 4, 4, 352), '60m': (512, 8, 8, 1376), '130m': (768, 12, 12, 2048),
+         '350m': (1024, 24, 16, 2736), '1b': (2048, 24, 32, 5461), '7b': (4096, 32, 32, 11008)}
 
 
 @dataclass
@@ -198,7 +212,7 @@ class LlamaConfig:
     n_layer: int = 8
     n_head: int = 8
     n_mlp: int = 1376
-    n_kv_head: int = 8  # fewer than n_head: grouped-query attention
+    n_kv_head: int = None  # None: n_head; fewer: grouped-query attention
     rope_base: float = 10000.0
     checkpointing: bool = False  # recompute each layer's activations in the backward pass
     head_size: int = None  # None: n_embd / n_head
@@ -209,6 +223,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         self.head_size = self.head_size or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
 
 
 def rotary(positions, size, base, scaling=None):
@@ -230,7 +245,7 @@ def rotary(positions, size, base, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + size/2}) of x (batch, head, time, size), transformers' layout, by their angles."""
+    """Turns the pairs (x_i, x_{i + size/2}) of x (batch, head, time, size), transformers' layout."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -270,7 +285,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (Shazeer, arXiv 2002.05202)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (arXiv 2002.05202)
 
 
 class LlamaLayer(nn.Module):
@@ -286,20 +301,21 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """
-    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU. And its relatives: LlamaConfig.
+    LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU; and its relatives.
 
-    Built on the meta device it costs nothing; `to_empty` and `init_weights` then fill it in the dtype and on the device
-    where it stays, so that 7B in bfloat16 never exist in float32.
+    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays, so that
+    7B in bfloat16 never exist in float32.
     """
 
     def __init__(self, config):
         super().__init__()
         whole = config.n_embd % config.n_head == 0 or config.head_size != config.n_embd // config.n_head
         if not whole or config.n_head % config.n_kv_head or config.head_size % 2:
-            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} clash: '
-                             'n_embd / n_head has to be a whole even number, n_head a multiple of n_kv_head')
+            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} '
+                             'clash: n_embd / n_head has to be a whole even number, n_head a multiple of '
+                             'n_kv_head')
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
@@ -312,81 +328,61 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero. Returns
-        the model."""
+        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero."""
         self.tie()
         for name, parameter in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
             else:
-                nn.init.normal_(parameter, std=0.02) if parameter.dim() == 2 else nn.init.ones_(parameter)
-        return self
+                nn.init.ones_(parameter)
 
-    def tie(self):
-        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
-        if self.config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+    @property
+    def embedding(self):
+        return self.model.embed_tokens
 
     @property
     def blocks(self):
-        """What torch.compile compiles one by one."""
         return self.model.layers
 
     def hidden(self, idx):
-        """idx: (batch, time) token numbers. Returns the last layer's output after its norm, (batch, time, width)."""
-        config = self.config
-        positions = torch.arange(idx.shape[1], device=idx.device)
-        # once for all layers
-        cos, sin = rotary(positions, config.head_size, config.rope_base, config.rope_scaling)
-        x = self.model.embed_tokens(idx)
-        for layer in self.model.layers:
-            if config.checkpointing and self.training:
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin)
-        return self.model.norm(x)
-
-    def forward(self, idx, targets=None, weights=None):
-        """idx, targets: (batch, time); weights: (batch,). Returns the logits, or, with targets, the loss in nats, see
-        `language_loss`."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x)
-        return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
+        """As of GPT."""
+        positions, c = torch.arange(idx.shape[1], device=idx.device), self.config
+        cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)  # once for all layers
+        return self.model.norm(self.through_blocks(self.embedding(idx), cos, sin))
 
 
 # -----------------------------------------------------------------------------
 # weights in and out, in transformers' layout: config.json and safetensors
 #
 # Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
-# nn.Linear has (out, in). The keys of config.json are translated by KEYS, both ways.
+# nn.Linear has (out, in).
 
-KEYS = {  # theirs: ours
-    'gpt2': dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
-                 n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
-    'llama': dict(max_position_embeddings='block_size', vocab_size='vocab_size', num_hidden_layers='n_layer',
-                  num_attention_heads='n_head', hidden_size='n_embd', intermediate_size='n_mlp',
-                  num_key_value_heads='n_kv_head', head_dim='head_size', rms_norm_eps='norm_eps',
-                  tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
 FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
             'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-LEFT_OUT = {'gpt2': dict(norm_eps=1e-5, tied=True),  # what a config.json may leave out
-            'llama': dict(norm_eps=1e-6, tied=False, n_kv_head=None, head_size=None, rope_base=10000.0,
-                          rope_scaling=None)}
+KEYS = {  # of config.json: ours
+    GPTConfig: dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
+                    n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
+    LlamaConfig: dict(max_position_embeddings='block_size', vocab_size='vocab_size', hidden_size='n_embd',
+                      num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
+                      num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
+                      tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
+MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}  # ours is then theirs
 ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
-    'gpt2': dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), n_inner=(None,),
-                 scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
-                 reorder_and_upcast_attn=(False,), add_cross_attention=(False,), quantization_config=(None,)),
-    'llama': dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
-                  attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
-                  quantization_config=(None,))}
+    GPTConfig: dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
+                    scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
+                    add_cross_attention=(False,), quantization_config=(None,)),
+    LlamaConfig: dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
+                      attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
+                      quantization_config=(None,))}
 NO_MATTER = set("""
     _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
     use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
     rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
-    transformers.js_config n_ctx attn_pdrop embd_pdrop resid_pdrop task_specific_params summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj gradient_checkpointing
-    output_attentions output_hidden_states return_dict""".split())
+    transformers.js_config n_ctx n_inner attn_pdrop embd_pdrop resid_pdrop task_specific_params
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    gradient_checkpointing output_attentions output_hidden_states return_dict""".split())
 
 
 def read_json(path):
@@ -408,74 +404,66 @@ def _is_a(wanted, value):
     return isinstance(value, (wanted, int)) and not isinstance(value, bool) and value > 0
 
 
-def _rope(theirs, path):
-    """The keys of transformers 4 about rotary positions, of a config.json of any version."""
-    both = [theirs.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
-    if not all(isinstance(part, dict) for part in both):
-        raise ValueError(f"'{path}' says rope_scaling or rope_parameters of another form than {{...}}: fetch it again")
-    rope = {**both[0], **both[1]}
-    kinds = [part.get('rope_type', part.get('type', 'default')) for part in both if part]
-    how = next((kind for kind in kinds if kind != 'default'), 'default')
+def _rope(theirs, need):
+    """A config.json of any version, with the keys of transformers 4 about rotary positions."""
+    where = 'rope_parameters or rope_scaling'
+    parts = [theirs.get(key) or {} for key in where.split(' or ')]
+    need(all(isinstance(part, dict) for part in parts), where, parts, '{...}')
+    rope = {**parts[0], **parts[1]}
+    kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts} - {'default'}
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
-    if how != 'default' and not (how == 'llama3' and all(key in rope for key in scaling)):
-        raise ValueError(f"'{path}' says rope_type={how!r} in rope_scaling or rope_parameters, which is not "
-                         "supported: give a model with 'default' or a whole 'llama3'")
-    rope = {'rope_theta': 10000.0, 'partial_rotary_factor': 1.0, **theirs, **rope}
-    return {'rope_theta': rope['rope_theta'], 'partial_rotary_factor': rope['partial_rotary_factor'],
-            'rope_scaling': None if how == 'default' else {key: rope[key] for key in scaling}}
+    whole = kinds == {'llama3'} and all(_is_a(float, rope.get(key)) for key in scaling)
+    need(whole or not kinds, where, rope, "rope_type 'default' or a whole 'llama3'")
+    found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
+    return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
 
 
 def read_config(folder):
     """
     The GPTConfig or LlamaConfig that a folder's config.json stands for.
 
-    Its block_size is how many positions the model has, or how many its sliding window leaves alike. Dropout is
-    a matter of training and stays 0. ValueError: a key with a value that is not supported, by its name.
-    FileNotFoundError: there is none.
+    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout, a matter
+    of training, stays 0. ValueError: the value of a key is not supported. FileNotFoundError.
     """
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' layout")
+        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
+                                'layout')
     theirs = read_json(path)
+
+    def need(good, key, value, supported):
+        if not good:
+            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, and what is supported is {supported}: "
+                             'give another model')
+
     family = theirs.get('model_type')
-    if family not in FAMILIES:
-        raise ValueError(f"'{path}' says model_type={family!r}, which is not supported: give one of "
-                         f"{', '.join(FAMILIES)}")
-    kind = 'gpt2' if family == 'gpt2' else 'llama'
-    if kind == 'llama':
-        theirs.update(_rope(theirs, path))
+    need(family in list(FAMILIES), 'model_type', family, ', '.join(FAMILIES))
+    kind = GPTConfig if family == 'gpt2' else LlamaConfig
+    if kind is LlamaConfig:
+        theirs = _rope(theirs, need)
+    ours, known = {}, {field.name: field for field in fields(kind)}
+    for key, mine in KEYS[kind].items():
+        field = known[mine]
+        value = ours[mine] = theirs.get(key, field.default if mine in MAY_LACK else None)
+        nothing = value is None and field.default is None
+        need(nothing or _is_a(field.type, value), key, value, f'{field.type.__name__}, numbers above 0')
     for key, values in ONLY[kind].items():
-        inner = key == 'n_inner' and theirs.get(key) == 4 * theirs.get('n_embd', 0)
-        if theirs.get(key, values[0]) not in values and not inner:
-            raise ValueError(f"'{path}' says {key}={str(theirs[key])[:60]}, which is not supported: give a "
-                             f'model with {values[0]}')
+        need(theirs.get(key, values[0]) in values, key, theirs.get(key), repr(values[0]))
     strange = [key for key, value in theirs.items()
                if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
     if strange:
         print(f"'{path}': {', '.join(strange)} not known here and passed over")
-    ours = dict(LEFT_OUT[kind]) | {mine: theirs[key] for key, mine in KEYS[kind].items() if key in theirs}
-    for key, mine in KEYS[kind].items():
-        wanted = {'tied': bool, 'norm_eps': float, 'rope_base': float, 'rope_scaling': dict}.get(mine, int)
-        given = mine in ours and ours[mine] is None and LEFT_OUT[kind].get(mine, 0) is None
-        if not given and not _is_a(wanted, ours.get(mine)):
-            raise ValueError(f"'{path}' says {key}={ours.get(mine)!r}, and it has to be {wanted.__name__}: "
-                             'fetch it again')
-    if kind == 'gpt2':
+    if kind is GPTConfig:
+        inner = theirs.get('n_inner')
+        need(inner in (None, 4 * ours['n_embd']), 'n_inner', inner, 'four times n_embd')
         return GPTConfig(**ours)
-    if ours['rope_scaling'] and not all(_is_a(float, value) for value in ours['rope_scaling'].values()):
-        raise ValueError(f"'{path}' says rope_scaling={ours['rope_scaling']}, and numbers above 0 are needed: "
-                         'fetch it again')
-    ours['n_kv_head'] = ours['n_kv_head'] or ours['n_head']
-    if family == 'qwen3' and not ours['head_size']:
-        ours['head_size'] = 128  # as transformers has it
-    kinds = [kind for kind in theirs.get('layer_types') or () if kind not in ('full_attention', 'sliding_attention')]
-    if kinds:
-        raise ValueError(f"'{path}' says {kinds[0]} in layer_types, which is not supported: give a model "
-                         'with full_attention')
+    if family == 'qwen3':
+        ours['head_size'] = ours['head_size'] or 128  # as transformers has it
+    for layer in theirs.get('layer_types') or ():
+        need(layer in ('full_attention', 'sliding_attention'), 'layer_types', layer, 'full_attention')
     window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
-    if window and not _is_a(int, window):
-        raise ValueError(f"'{path}' says sliding_window={window!r}, and it has to be int: fetch it again")
     if window and (family == 'mistral' or theirs.get('use_sliding_window')):
+        need(_is_a(int, window), 'sliding_window', window, 'int above 0')
         ours['block_size'] = min(ours['block_size'], window)
     return LlamaConfig(**ours, family=family)
 
@@ -483,7 +471,7 @@ def read_config(folder):
 def config_json(config):
     """What config.json says of a GPTConfig or LlamaConfig, a dict."""
     family = getattr(config, 'family', 'gpt2')
-    said = {key: getattr(config, mine) for key, mine in KEYS['gpt2' if family == 'gpt2' else 'llama'].items()}
+    said = {key: getattr(config, mine) for key, mine in KEYS[type(config)].items()}
     if family == 'gpt2':
         said.update(dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout))
     elif config.rope_scaling:
@@ -493,59 +481,67 @@ def config_json(config):
     return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
 
 
-def _turned(name):
-    """Whether a tensor of GPT-2 is one of transformers' Conv1D, (in, out)."""
-    return name.startswith('transformer.h.') and name.split('.')[-2] in ('c_attn', 'c_proj', 'c_fc') \
-        and name.endswith('.weight')
+def _turned(name, x):
+    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and back."""
+    kinds = '.c_attn.weight', '.c_proj.weight', '.c_fc.weight'
+    return x.T if name.startswith('transformer.h.') and name.endswith(kinds) and x.dim() == 2 else x
+
+
+def read_safetensors(path):
+    """Yields (name, tensor) of a file. ValueError, FileNotFoundError: it is damaged, or missing."""
+    from safetensors import SafetensorError, safe_open
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
+    try:
+        with safe_open(path, 'pt') as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
+                         'again') from None
 
 
 def read_tensors(folder, config):
     """
-    Yields (name, tensor) of a folder's model.safetensors, or of the shards that its index names, one after the
-    other in our names and shapes. ValueError, FileNotFoundError: a file is missing or damaged.
+    Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or of the shards that its
+    index names, one after the other. ValueError, FileNotFoundError: a file is damaged, or missing.
     """
-    from safetensors import SafetensorError, safe_open
     gpt = isinstance(config, GPTConfig)
     index = os.path.join(folder, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.isfile(index):
         files = sorted(set(read_json(index).get('weight_map', {}).values()))
     elif not os.path.isfile(os.path.join(folder, files[0])):
-        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other formats "
-                                'are not read): fetch it again, or save the model as safetensors')
+        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
+                                'formats are not read): fetch it again, or save the model as safetensors')
     for file in files:
-        path = os.path.join(folder, file)
-        if os.path.basename(file) != file or not os.path.isfile(path):
-            raise FileNotFoundError(f"'{path}' is missing, which the index names: fetch the folder again")
-        try:
-            with safe_open(path, 'pt') as tensors:
-                for name in tensors.keys():
-                    ours = name
-                    if gpt and not name.startswith(('transformer.', 'lm_head.')):
-                        ours = f'transformer.{name}'
-                    buffer = ours.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
-                    if not buffer and not (config.tied and ours == 'lm_head.weight'):
-                        x = tensors.get_tensor(name)
-                        yield ours, x.T if gpt and _turned(ours) and x.dim() == 2 else x
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
-                             'again') from None
+        if os.path.basename(file) != file:
+            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the folder again")
+        for name, x in read_safetensors(os.path.join(folder, file)):
+            if gpt and not name.startswith(('transformer.', 'lm_head.')):
+                name = f'transformer.{name}'
+            buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
+            if not buffer and not (config.tied and name == 'lm_head.weight'):
+                yield name, _turned(name, x) if gpt else x
 
 
 def tensors_for_transformers(config, state):
-    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama. GPT-2 always
-    has biases: where ours has none they are zeros."""
+    """
+    Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama.
+
+    GPT-2 always has biases: where ours has none they are zeros.
+    """
     gpt = isinstance(config, GPTConfig)
     for name, x in state.items():
         if config.tied and name == 'lm_head.weight':
             continue
-        yield name, x.T.contiguous() if gpt and _turned(name) else x.contiguous()
+        yield name, _turned(name, x) if gpt else x
         if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
             yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
 
 
 def from_nanogpt(checkpoint):
-    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, but for its dropout, as in `read_config`."""
+    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
     keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias'
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
     return GPTConfig(**{key: checkpoint['model_args'][key] for key in keys}), {
@@ -587,10 +583,10 @@ def make_model(shape):
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, vocab_size=None):
     """
-    Continues token numbers idx (batch, time) by max_new_tokens; the context is cropped to the model's block_size.
+    Continues token numbers idx (batch, time) by max_new_tokens, each from the last block_size before it.
 
-    temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all; generator: a
-    torch.Generator; vocab_size: of the tokenizer, where the model's is larger.
+    temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all;
+    generator: a torch.Generator; vocab_size: of the tokenizer, where the model's is larger.
     """
     for _ in range(max_new_tokens):
         logits = model.lm_head(model.hidden(idx[:, -model.config.block_size:])[:, -1])

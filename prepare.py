@@ -1,7 +1,7 @@
 """
 python prepare.py stdlib                                     the sources of Python's standard library, bytes
 python prepare.py text --input a.txt b.jsonl --name mine     .txt, .jsonl (field text), .parquet (column text)
-... --input answers.jsonl                                    fields prompt and completion: only the latter is learned
+... --input answers.jsonl                                    prompt and completion: only the latter is learned
 python prepare.py cnn_dailymail [--path FOLDER]              news; FOLDER: a copy of the hub's files
 python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
 python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
@@ -11,16 +11,17 @@ python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FO
 python prepare.py images --input FOLDER --name mine          one's own pictures, FOLDER/class/*
 ... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
 
-Shards: their writer (this command line) and their readers (`Tokens`, `Images`, for the training scripts).
+Writes the shards of a data set (this command line) and reads them (`Tokens`, `Images`, for training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
 little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or
 images: the label, one byte (one a class where there are several labels), and the pixels (channels, size,
-size). meta.json is written last: an interrupted command, given again, begins anew. What is there already is left alone (exit code 0 for the same
-command, 2 for another one) unless --overwrite is given: then it stays until the new one is whole.
+size). meta.json is written last: an interrupted command, given again, begins anew. What is there stays (exit
+code 0 for the same command, 2 for another one), with --overwrite until the new one is whole.
 """
 import argparse
 import codecs
+import contextlib
 import difflib
 import errno
 import glob
@@ -52,11 +53,14 @@ SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
 PROMPT = 2**31  # the bit of a token that is read, and not learned
-HUB = {  # repository, the columns that make a document, the files of each split
+ANEW = 'prepare the data set again with --overwrite'
+HUB = {  # repository, columns of a document, files of each split, how many tokens, share of val without files
     'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
-                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
-    'c4': ('allenai/c4', ['text'], {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}),
-    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'], {'train': 'sample/10BT/*.parquet'}),
+                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}, None, 0.05),
+    'c4': ('allenai/c4', ['text'],
+           {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}, '156 billion', 0.05),
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'],
+                    {'train': 'sample/10BT/*.parquet'}, '10 billion (its sample)', 0.005),
 }
 
 
@@ -68,6 +72,30 @@ class MissingData(DataError, FileNotFoundError):
     """The data set, or a file of it, is not there."""
 
 
+@contextlib.contextmanager
+def reading(what, remedy, kind=DataError):
+    """Damaged bytes and lost connections fail in any way: whatever a library says becomes one sentence."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        why = ' '.join((str(error) or type(error).__name__).split())[:80]
+        raise kind(f'{what} ({why}): {remedy}') from error
+
+
+def number_from(content):
+    """64 bits that depend on these bytes alone: splits by it are free of order, and copies share one."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+
+
+def groups(items):
+    """Lists of so many items that all cores have something to do, in constant memory."""
+    items = iter(items)
+    while group := [*itertools.islice(items, 16 * os.cpu_count())]:
+        yield group
+
+
 # -----------------------------------------------------------------------------
 # the hub, and tokenizers
 
@@ -77,52 +105,38 @@ GPT2_TOKENS = '140f02bb05c0d82c'  # what `HubTokenizer.name` would end with for 
 
 
 def hub_folder(source, *patterns):
-    """
-    The folder `source`; or, where there is none, that of the hub's repository of this name, with files that match.
-
-    'gpt2' and its sizes are openai-community's. DataError, MissingData: say why there is neither.
-    """
+    """The folder `source`, or else that of the hub's repository of this name, with the files that match.
+    'gpt2' and its sizes are openai-community's. MissingData: says why there is neither."""
     if os.path.isdir(source):
         return source
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     name = f'openai-community/{source}' if re.fullmatch('gpt2(-medium|-large|-xl)?', source) else source
     if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
         raise MissingData(f"there is no folder '{source}', and it is no name of the hub's such as "
                           "'HuggingFaceTB/SmolLM2-135M': check it")
     copies = ['*/*', 'consolidated*']  # of the weights, for other programs
-    try:
+    with reading(f"there is no folder '{source}', and the hub's of that name is not cached and cannot be "
+                 "reached", "check it, connect, log in by 'hf auth login', or give a folder", MissingData):
         return huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=copies)
-    except LocalEntryNotFoundError:
-        raise MissingData(f"there is no folder '{source}', and the hub's of that name is not cached and cannot "
-                          'be reached: connect and run it again, or give a folder') from None
-    except HfHubHTTPError as error:
-        raise DataError(f"the hub does not give '{name}' ({' '.join(str(error).split())[:80]}): check the name, "
-                        "or log in by 'hf auth login'") from None
 
 
 class HubTokenizer:
     """
     The tokenizer.json of a folder, with what we take from a tiktoken.Encoding.
 
-    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: the numbers that
-    it puts before a text, such as that of <s>; name: what its vocabulary is called here, 'tokenizer.json' and a
-    checksum of all strings with their numbers (in other things what transformers saves anew may differ).
-    DataError: it is not whole.
+    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: what it puts
+    before a text, such as the number of <s>; name: 'tokenizer.json' and a checksum of all strings with their
+    numbers (in other things what transformers saves anew may differ). DataError: it is not whole.
     """
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
-        path = Path(folder, 'tokenizer.json')
+        path, self.folder = Path(folder, 'tokenizer.json'), folder
         if not path.is_file():
             raise MissingData(f"'{folder}' holds no tokenizer.json: give a folder with one, or save it by "
                               "transformers' AutoTokenizer")
-        try:
+        with reading(f"'{path}' is damaged or of another version of tokenizers", 'fetch it again'):
             self.inner = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more special
-            raise DataError(f"'{path}' is damaged or of another version of tokenizers ({str(error)[:80]}): "
-                            'fetch it again') from None
-        self.folder = folder
         self.inner.no_truncation()
         self.inner.no_padding()
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
@@ -138,14 +152,14 @@ class HubTokenizer:
     @cached_property
     def eot_token(self):
         for name in TOKENIZER[1:3]:
-            path = Path(self.folder, name)
-            try:
-                token = json.loads(path.read_text('utf-8')).get('eos_token') if path.is_file() else None
-            except (ValueError, AttributeError):
-                raise DataError(f"'{path}' is damaged or holds no JSON object: fetch it again") from None
-            token = token.get('content') if isinstance(token, dict) else token
-            if token and self.inner.token_to_id(token) is not None:
-                return self.inner.token_to_id(token)
+            path, token = Path(self.folder, name), None
+            with reading(f"'{path}' is damaged or holds no JSON object", 'fetch it again'):
+                if path.is_file():
+                    token = json.loads(path.read_text('utf-8')).get('eos_token')
+                token = token.get('content') if isinstance(token, dict) else token
+                number = self.inner.token_to_id(token) if token else None
+            if number is not None:
+                return number
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
                         'vocabulary has to its tokenizer_config.json')
 
@@ -163,8 +177,8 @@ class HubTokenizer:
 
 def tokenizer(name, folder=None):
     """
-    What turns text into tokens: tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and
-    <|endoftext|> = 256), or the HubTokenizer of a folder or of the hub, by its name.
+    tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|> = 256), or the
+    HubTokenizer of a folder or a name of the hub.
 
     folder: where the tokenizer.json of the tokens called `name` lies, beside data or in a run's folder.
     """
@@ -175,7 +189,6 @@ def tokenizer(name, folder=None):
     if name.startswith('tokenizer.json '):
         raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it "
                           'there from the folder that they were prepared with')
-    import requests
     import tiktoken
     if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
         return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', explicit_n_vocab=257,
@@ -183,15 +196,13 @@ def tokenizer(name, folder=None):
                                  special_tokens={'<|endoftext|>': 256})
     if name != 'gpt2':
         return HubTokenizer(hub_folder(name, *TOKENIZER))
-    try:
+    with reading("tiktoken cannot download its 'gpt2' vocabulary", 'connect to the internet once, or set '
+                 'TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes'):
         return tiktoken.get_encoding('gpt2')
-    except requests.exceptions.RequestException:
-        raise DataError("tiktoken cannot download its 'gpt2' vocabulary: connect to the internet once, or "
-                        "set TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes") from None
 
 
 def carry(sources, target, names=TOKENIZER):
-    """Copies files of those names into the folder `target`, each from the first of the folders `sources` that
+    """Copies files of these names into the folder `target`, each from the first of the folders `sources` that
     has it, and removes those that none has."""
     for name in names:
         found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
@@ -204,16 +215,14 @@ def carry(sources, target, names=TOKENIZER):
 
 
 def as_tokenizer_json(encoding, folder):
-    """
-    Writes a tiktoken.Encoding, 'gpt2' or 'bytes', as tokenizer.json and tokenizer_config.json into a folder.
+    """Writes tiktoken's 'gpt2' or our 'bytes' as tokenizer.json and tokenizer_config.json into a folder.
 
-    Ranks say which pieces there are; the merge that makes one is the last of those that its own bytes go through
-    (Sennrich et al., 2016).
-    """
+    Ranks say which pieces there are; the merge that makes one is the last of those that its own bytes go
+    through (Sennrich et al., 2016)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as they are
-    letters = {byte: chr(byte) for byte in plain}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*plain}))}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # first the bytes that are written as they are
+    plain = [ord(letter) for letter in alphabet if ord(letter) < 256]
+    letters = dict(zip([*plain, *sorted({*range(256)} - {*plain})], alphabet))
     ranks = {encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.eot_token)}
 
     def spelled(piece):
@@ -237,7 +246,7 @@ def as_tokenizer_json(encoding, folder):
 
 
 def tokenise(documents, encoding, val_below):
-    """(split or None, text, ends) -> (split, tokens, ends, bytes, hash), on all cores, in constant memory."""
+    """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
     def encode(text):
         # in slices, because the regular expression runs out of stack on a million spaces
         tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
@@ -246,19 +255,16 @@ def tokenise(documents, encoding, val_below):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
         many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
-        while group := [*itertools.islice(documents, 16 * os.cpu_count())]:
-            pairs = [text if isinstance(text, tuple) else ('', text) for _, text, _ in group]
-            prompts = [()] * len(pairs)
-            if any(prompt for prompt, _ in pairs):
-                prompts = many([prompt for prompt, _ in pairs])
-            for (split, _, ends), (prompt, text), before, tokens in zip(
-                    group, pairs, prompts, many([text for _, text in pairs])):
-                content = (prompt + text).encode()
-                # of the text alone, so the order is free and duplicates share a split
-                number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
+        for group in groups(documents):
+            splits, texts, ends = zip(*group)
+            prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
+            before = many(prompts) if any(prompts) else prompts
+            for split, prompt, text, end, first, tokens in zip(
+                    splits, prompts, texts, ends, before, many(texts)):
+                number, size = number_from((prompt + text).encode()), len(text.encode())
                 if prompt:
-                    tokens = np.concatenate([np.asarray(before, np.uint32) | np.uint32(PROMPT), tokens])
-                yield split or ('val' if number < val_below else 'train'), tokens, ends, len(text.encode()), number
+                    tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
+                yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
 
 
 # -----------------------------------------------------------------------------
@@ -306,14 +312,13 @@ def read_txt(path, size):
 def read_jsonl(path, _):
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
-            try:  # JSON can spell half a surrogate pair
+            with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion'",
+                         'give one JSON object a line'):
                 found = json.loads(line)
                 keys = ['text'] if 'text' in found else ['prompt', 'completion']
+                # JSON can spell half a surrogate pair
                 texts = [found[key].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
                          for key in keys]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # or a number too long
-                raise DataError(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion': give "
-                                'one JSON object a line') from None
             yield texts[0] if len(texts) == 1 else tuple(texts), True
 
 
@@ -325,19 +330,14 @@ def has_prompts(path):
 
 
 def read_parquet(path, _):
-    import pyarrow
     import pyarrow.parquet
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(256, columns=['text']):
-                for text in batch['text'].to_pylist():
-                    if not isinstance(text, (str, type(None))):
-                        raise ValueError(f'it holds {type(text).__name__}')
-                    yield text or '', True
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        why = ' '.join(str(error).split())[:80]
-        raise DataError(f"'{path}' is damaged or no parquet file with a column 'text' of strings ({why}): "
-                        'convert it or rename the column') from None
+    with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
+                 'convert it or rename the column'), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(256, columns=['text']):
+            for text in batch['text'].to_pylist():
+                if not isinstance(text, (str, type(None))):
+                    raise ValueError(f'it holds {type(text).__name__}')
+                yield text or '', True
 
 
 FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
@@ -345,16 +345,17 @@ FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 
 def hub_documents(name, path, limit):
     """Streamed from the hub, or from its files in the folder `path`. limit: training tokens or None."""
-    import huggingface_hub
     import requests
     from datasets import load_dataset
-    repository, columns, files = HUB[name]
-    try:
+    from huggingface_hub.constants import ENDPOINT
+    repository, columns, files, *_ = HUB[name]
+    with reading(f"the files of '{path or repository}' cannot be reached, are damaged or lack {columns}",
+                 f"connect, or use --path FOLDER with whole files {files['train']} of {repository}"):
         if path:
             files = {split: pattern for split, pattern in files.items()
                      if glob.glob(os.path.join(path, pattern))}
-        else:  # datasets itself tries for half a minute
-            requests.head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        else:
+            requests.head(ENDPOINT, timeout=10)  # datasets itself tries for half a minute
         for split in files:
             rows = load_dataset(path or repository, data_files=files, split=split, streaming=True)
             if name == 'c4' and split == 'val':  # has 170M tokens; GaLore evaluates on 10M: 20,000 documents
@@ -362,15 +363,6 @@ def hub_documents(name, path, limit):
             own = split if 'val' in files else None  # a copy without the validation files: the hash decides
             for row in rows.select_columns(columns):
                 yield own, '\n\n'.join(row[column] for column in columns), True
-    except (ConnectionError, requests.exceptions.RequestException, huggingface_hub.errors.HfHubHTTPError):
-        raise DataError(f"{huggingface_hub.constants.ENDPOINT} cannot be reached: connect and run it again, "
-                        f"or use --path FOLDER with the files {files['train']} of {repository}") from None
-    except DataError:
-        raise
-    except Exception as error:  # damaged bytes fail in any way
-        why = ' '.join(str(error).split())[:80]
-        raise DataError(f"the files of '{path or repository}' are damaged or lack text in the columns "
-                        f'{columns} ({why}): fetch them again') from error
 
 
 # -----------------------------------------------------------------------------
@@ -396,39 +388,35 @@ def digit_images(shifted):
 
 
 def pictures_of(folder):
-    """(names of the classes, [(label, path)]) of the pictures FOLDER/class/*, both in order."""
-    classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name[0] != '.')
-    found = [(label, path) for label, name in enumerate(classes) for path in sorted(Path(folder, name).rglob('*'))
-             if path.suffix.lower() in PICTURES]
-    lacking = [name for label, name in enumerate(classes) if label not in {number for number, _ in found}]
-    if not 2 <= len(classes) <= 256 or lacking:
+    """{class: paths} of the pictures FOLDER/class/*, in order."""
+    found = {path.name: [file for file in sorted(path.rglob('*')) if file.suffix.lower() in PICTURES]
+             for path in sorted(Path(folder).glob('[!.]*/'))}
+    lacking = [name for name, files in found.items() if not files]
+    if not 2 <= len(found) <= 256 or lacking:
         what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
-        raise DataError(f"'{folder}' has {len(classes)} folders of classes, {what}: put pictures "
+        raise DataError(f"'{folder}' has {len(found)} folders of classes, {what}: put pictures "
                         f"({', '.join(PICTURES)}) into FOLDER/class/")
-    return classes, found
+    return found
 
 
 def own_images(found, size):
-    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. Splits are by a hash of the
-    file, a tenth each for validation and test, so that copies stay together."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. A tenth each, by a
+    number of the file, is for validation and test."""
+    from PIL import Image, ImageOps
 
     def read(entry):
         label, path = entry
         content = path.read_bytes()
-        try:
+        with reading(f"'{path}' is damaged or no picture", 'remove it'):
             picture = Image.open(io.BytesIO(content)).convert('RGB')
-        except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"'{path}' is damaged or no picture ({str(error)[:60]}): remove it") from None
         picture = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)
-        tenth = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little') % 10
-        return {0: 'val', 1: 'test'}.get(tenth, 'train'), label, np.moveaxis(np.asarray(picture), 2, 0)
+        split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
+        return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
 
+    entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
-        entries = iter(found)
-        while group := [*itertools.islice(entries, 16 * os.cpu_count())]:
-            for split, label, pixels in pool.map(read, group):
-                yield split, np.array([[label]], np.uint8), pixels[None]
+        for group in groups(entries):
+            yield from pool.map(read, group)
 
 
 def medmnist_info():
@@ -444,38 +432,30 @@ def medmnist_images(path, size, info, download):
     if download and not path.exists():
         from torchvision.datasets.utils import download_url
         flag = '' if size == 28 else f'_{size}'
-        try:
+        with reading(f"{info[f'url{flag}']} cannot be downloaded",
+                     f'connect and run it again, or use --path FOLDER with {path.name} in it'):
             download_url(info[f'url{flag}'], path.parent, path.name, info[f'MD5{flag}'])
-        except (OSError, RuntimeError):
-            raise DataError(f"{info[f'url{flag}']} cannot be downloaded: connect and run it again, or use "
-                            f"--path FOLDER with {path.name} in it") from None
-    try:
-        with np.load(path) as archive:
-            for split in SPLITS['images']:
-                labels = archive[f'{split}_labels']
-                with archive.zip.open(f'{split}_images.npy') as file:
-                    np.lib.format.read_magic(file)
-                    (count, *image), fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                    if (*image,) != shape or dtype != np.uint8 or fortran:
-                        raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
-                                        f"{shape} (uint8): correct --size or get the archive of this size")
-                    low, high = labels.min(initial=0), labels.max(initial=0)
-                    whole = labels.dtype.kind in 'iub'
-                    if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
-                        raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
-                                        f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
-                                        f"{classes} classes: get the archive of this flag")
-                    for chunk in np.split(labels, range(rows, count, rows)):
-                        pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
-                        yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
-                    if file.read(1):  # asking for more also compares the checksum
-                        raise EOFError
-    except DataError:
-        raise
-    except Exception as error:  # damaged bytes fail in any way
-        why = ' '.join(f'{type(error).__name__} {error}'.split())[:80]
-        raise DataError(f"'{path}' is damaged or no archive of MedMNIST ({why}): move it away and "
-                        'get it again') from error
+    with reading(f"'{path}' is damaged or no archive of MedMNIST", 'move it away and get it again'), \
+            np.load(path) as archive:
+        for split in SPLITS['images']:
+            labels = archive[f'{split}_labels']
+            with archive.zip.open(f'{split}_images.npy') as file:
+                np.lib.format.read_magic(file)
+                (count, *image), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                if (*image,) != shape or dtype != np.uint8 or fortran:
+                    raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
+                                    f"{shape} (uint8): correct --size or get the archive of this size")
+                low, high = labels.min(initial=0), labels.max(initial=0)
+                whole = labels.dtype.kind in 'iub'
+                if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
+                    raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
+                                    f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
+                                    f"{classes} classes: get the archive of this flag")
+                for chunk in np.split(labels, range(rows, count, rows)):
+                    pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
+                    yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
+                if file.read(1):  # asking for more also compares the checksum
+                    raise EOFError
 
 
 # -----------------------------------------------------------------------------
@@ -560,8 +540,8 @@ def write_tokens(writer, documents, encoding, val_below):
         if len(tokens):
             prompted = tokens[0] >= PROMPT
             if prompted and not meta.get('prompts'):
-                raise DataError('a line has a prompt, and the first one of --input has none: put a file with prompts '
-                                'first')
+                raise DataError('a line has a prompt, and the first one of --input has none: put a file with '
+                                'prompts first')
             first = begin | np.uint32(PROMPT) if prompted else begin
             writer.append(split, tokens if split in begun else np.concatenate([first, tokens]))
             meta['documents'][split] += 1
@@ -592,7 +572,8 @@ def write_images(writer, images):
         writer.append(split, items)
         writer.close()
     if not all(writer.meta['images'].values()):
-        raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): add some")
+        raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): "
+                        'add some')
 
 
 def write(folder, settings, fill, overwrite):
@@ -608,7 +589,7 @@ def write(folder, settings, fill, overwrite):
                 if found.get(key) != settings[key]:
                     raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
                                     f'{settings[key]!r}: choose another --name, or --overwrite it')
-            open_shards(folder, found)
+            open_shards(folder, found, found['shards'])
             clean(folder)
             print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
             return
@@ -631,17 +612,15 @@ def write(folder, settings, fill, overwrite):
 # reader
 
 def read_meta(path):
-    try:
-        meta = json.loads(path.read_text())
+    content = path.read_bytes()
+    with reading(f"'{path}' is damaged or not of prepare.py", 'move it away and prepare the data set again'):
+        meta = json.loads(content)
         kind = meta.get('kind', 'tokens')
         item_type(meta), meta[kind].keys(), meta['shards'][0]  # also what readers take from it
         for shard in meta['shards']:
             SHARD.fullmatch(shard['file'])[0], shard['split'], bytes.fromhex(shard['sha256'])
             struct.pack('<Q', shard[kind])
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
-        raise DataError(f"'{path}' is damaged or not of prepare.py: move it away and prepare the data set "
-                        'again') from None
-    return meta
+        return meta
 
 
 def item_type(meta):
@@ -658,29 +637,27 @@ def header_of(dtype, items):
     return HEADER.pack(MAGIC, VERSION, dtype.itemsize, items)
 
 
-def open_shards(folder, meta, split=None):
-    """Memory-mapped items (count,) of the shards of a split, or all. DataError for one that is not whole."""
-    remedy = 'prepare the data set again with --overwrite'
+def open_shards(folder, meta, entries):
+    """Memory-mapped items (count,) of shards of meta['shards']. DataError for one that is not whole."""
     dtype, shards = item_type(meta), []
-    for entry in meta['shards']:
+    for entry in entries:
         path, items = folder / entry['file'], entry[meta.get('kind', 'tokens')]
-        if split not in (None, entry['split']):
-            continue
         if not path.exists():
-            raise MissingData(f"'{path}' is missing: {remedy}")
+            raise MissingData(f"'{path}' is missing: {ANEW}")
         with open(path, 'rb') as file:
             header, size = file.read(HEADER.size), path.stat().st_size
         if header != header_of(dtype, items) or size != HEADER.size + dtype.itemsize * items:
             raise DataError(f"'{path}' is no whole shard of {items} items of {dtype.itemsize} bytes (it has "
-                            f'{size} bytes and begins with {header}): {remedy}')
+                            f'{size} bytes and begins with {header}): {ANEW}')
         shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (items,))))  # arrays slice faster
     return shards
 
 
 def verify(folder, shards, unsound):
-    """Appends to the list `unsound` an OSError for the first shard that cannot be read, or whose checksum is not that
-    of meta.json. Each is read once on a machine: those that were whole are noted in meta.json.verified. A run that ends
-    before they are all read says nothing of the others."""
+    """Appends to the list `unsound` an OSError for the first shard that cannot be read, or has another sum.
+
+    Each is read once on a machine: meta.json.verified notes which were whole. Of what a run that ends has not
+    read it says nothing."""
     notes = folder / 'meta.json.verified'
     try:
         known = notes.read_text(errors='replace').splitlines() if notes.exists() else []
@@ -692,8 +669,7 @@ def verify(folder, shards, unsound):
                 continue
             with open(path, 'rb') as file:
                 if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
-                    raise OSError(errno.EIO, 'its checksum is not that of meta.json: prepare the data set again with '
-                                  '--overwrite', str(path))
+                    raise OSError(errno.EIO, f'its checksum is not that of meta.json: {ANEW}', str(path))
             if os.access(folder, os.W_OK):
                 with open(notes, 'a', encoding='utf-8') as file:
                     file.write(note + '\n')
@@ -718,9 +694,8 @@ def ensure(name, data_dir='data'):
 def permute(index, size, *key):
     """A keyed permutation of range(size) at `index` (int array), in O(1) memory.
 
-    A Feistel network permutes the numbers of an even number of bits; what falls outside goes through it again
-    (cycle walking: the cycle comes back inside; Black and Rogaway, "Ciphers with arbitrary finite domains").
-    """
+    A Feistel network permutes the numbers of an even number of bits, and what falls outside goes through it
+    again (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains")."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     out = np.asarray(index).astype(np.uint64)
@@ -742,19 +717,19 @@ class Split:
 
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
-        folder = Path(data_dir, name)
-        self.folder, self.meta = folder, read_meta(folder / 'meta.json')
+        folder = self.folder = Path(data_dir, name)
+        self.meta = read_meta(folder / 'meta.json')
         sums = ''.join(shard['sha256'] for shard in self.meta['shards'])
         self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of the whole data set
         held = self.meta.get('kind', 'tokens')
         if held != kind:
             raise DataError(f"data set '{name}' holds {held}, not {kind}: choose one of {kind}")
-        self.shards = open_shards(folder, self.meta, split)
-        if not self.shards:
+        mine = [shard for shard in self.meta['shards'] if shard['split'] == split]
+        if not mine:
             raise DataError(f"data set '{name}' has no split '{split}': use one of "
                             f"{', '.join(self.meta[kind])}")
+        self.shards = open_shards(folder, self.meta, mine)
         self.unsound = []  # filled beside the training, as reading gigabytes takes its time
-        mine = [shard for shard in self.meta['shards'] if shard['split'] == split]
         if os.environ.get('LOCAL_RANK', '0') == '0':
             threading.Thread(target=verify, args=(folder, mine, self.unsound), daemon=True).start()
 
@@ -767,17 +742,16 @@ class Split:
             yield row, self.shards[shard], item - int(self.first[shard])
 
     def need_below(self, limit, numbers, what):
-        """OSError where an item is none of the data set: it may be read before `verify` has come to its shard."""
+        """OSError where an item is none of the data set: `verify` may not have come to its shard yet."""
         most = int(numbers.max(initial=0))
         if most >= limit:
-            raise OSError(errno.EIO, f'it holds {what} {most}, and there are {limit}: prepare the data set again with '
-                          '--overwrite', str(self.folder))
+            said = f'it holds {what} {most}, and there are {limit}: {ANEW}'
+            raise OSError(errno.EIO, said, str(self.folder))
 
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None):
-        """Items x, y of one micro-batch of batch_size rows, or of those of its `rows` (integers) in their order.
+        """Items x, y of a micro-batch of batch_size rows, or of those of its `rows` (integers), in order.
 
-        A pure function of its arguments. Every epoch shows every item once, in an order keyed by (seed,
-        epoch)."""
+        A function of its arguments alone. An epoch shows every item once, in an order of (seed, epoch)."""
         rows = np.arange(batch_size) if rows is None else np.asarray(rows)
         sequence = (step * accumulation + micro_step) * batch_size + rows
         count = int(self.first[-1])
@@ -791,11 +765,10 @@ class Split:
 class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of the
-    split's text. `batch` gives inputs and targets (rows, block_size), int64; of data with prompts, whose targets are
-    -100, also weights (rows,) for model.language_loss. DataError (a ValueError) for a
-    broken file or a block_size longer than the data, MissingData (a FileNotFoundError too) where something is
-    missing."""
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of text.
+    Batches are inputs and targets (rows, block_size), int64; of data with prompts, whose targets are -100,
+    also weights (rows,) for model.language_loss. DataError (a ValueError) for a broken file or a block_size
+    longer than the data, MissingData (a FileNotFoundError too) where something is missing."""
 
     def __init__(self, name, split, block_size, data_dir='data'):
         super().__init__(name, split, 'tokens', data_dir)
@@ -803,8 +776,9 @@ class Tokens(Split):
         self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
         self.num_windows = int(self.first[-1])
         self.prompts, self.counted = self.meta.get('prompts', False), (None, None)
-        learned = sum(int((shard < PROMPT).sum()) for shard in self.shards) if self.prompts else \
-            self.meta['tokens'][split]
+        learned = self.meta['tokens'][split]
+        if self.prompts:
+            learned = sum(int((shard < PROMPT).sum()) for shard in self.shards)
         self.tokens_per_byte = learned / max(1, self.meta.get('bytes', {}).get(split, 0))
         if not self.num_windows:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
@@ -824,30 +798,30 @@ class Tokens(Split):
         x, y = torch.from_numpy(data)
         return x, y
 
-    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
-        """
-        As of `Split`. heads: of split heads, which see rows j % heads and learn the mean of their own targets.
+    def targets(self, key, batches):
+        """How many tokens of each row are learned, over batches (x, y), remembered for one key."""
+        if self.counted[0] != key:
+            self.counted = key, sum((y >= 0).sum(1) for _, y in batches)
+        return self.counted[1]
 
-        Weights of rows are such that means over micro-batches and ranks, as of ordinary losses, are the mean over
-        heads of the mean loss of all targets that a head has in the step, however they are spread.
-        """
-        x, y = super().batch(batch_size, step, micro_step, accumulation, seed, rows)
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
+        """As of `Split`. heads: split ones see rows j % heads and learn the mean of their own targets.
+
+        By weights of rows, means over micro-batches and ranks, as of ordinary losses, are the mean over heads
+        of the mean loss of all targets that a head has in the step, however they are spread."""
+        batch = super().batch
+        x, y = batch(batch_size, step, micro_step, accumulation, seed, rows)
         if not self.prompts:
             return x, y
-        rows, key = np.arange(batch_size) if rows is None else np.asarray(rows), (batch_size, step, accumulation, seed)
-        if self.counted[0] != key:  # targets of each row of the step, over its micro-batches
-            self.counted = key, sum((super(Tokens, self).batch(batch_size, step, i, accumulation, seed)[1] >= 0).sum(1)
-                                    for i in range(accumulation))
-        return x, y, self.weights_of(self.counted[1], heads)[rows] * (accumulation * batch_size / len(rows))
-
-    def weights_of(self, counts, heads=1):
-        """1 / (heads n) for each row (rows,), n being the targets of its head; counts: those of each row."""
-        of_heads = counts.view(-1, heads).sum(0)  # row j is of head j % heads
-        return (1 / (heads * of_heads.clamp(min=1).double())).repeat(len(counts) // heads)
+        counts = self.targets((batch_size, step, accumulation, seed), (
+            batch(batch_size, step, i, accumulation, seed) for i in range(accumulation)))
+        of_heads = counts.view(-1, heads).sum(0).clamp(min=1).double()  # row j is of head j % heads
+        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        return x, y, accumulation * batch_size / (len(rows) * heads * of_heads[rows % heads])
 
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
-        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split. Of data
-        with prompts also weights, so that the mean over batches and ranks is that over all targets."""
+        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split. By
+        weights, of data with prompts, the mean over batches and ranks is that over all targets."""
         assert batch_size % world_size == 0, (batch_size, world_size)
 
         def windows(index, first=0, stride=1):
@@ -856,16 +830,15 @@ class Tokens(Split):
         x, y = windows(index, rank, world_size)
         if not self.prompts:
             return x, y
-        if self.counted[0] != (count, batch_size):
-            self.counted = (count, batch_size), sum((windows(i)[1] >= 0).sum() for i in range(count))
-        return x, y, self.weights_of(self.counted[1].view(1)).expand(len(y)) * (count * world_size)
+        total = self.targets((count, batch_size), map(windows, range(count))).sum().clamp(min=1).double()
+        return x, y, (count * world_size / total).expand(len(y))
 
 
 class Images(Split):
     """The images of one split, 'train', 'val' or 'test'; len() is their number.
 
     `meta` is meta.json, `classes` the names of the `num_classes` classes, `task` medmnist's word for it,
-    `size` the pixels of a side, `channels` 1 or 3. `batch` gives images (rows, channels, size, size), uint8,
+    `size` the pixels of a side, `channels` 1 or 3. Batches are images (rows, channels, size, size), uint8,
     and labels, int64 (rows,), or float32 (rows, num_classes) if images have several. Errors as for Tokens."""
 
     def __init__(self, name, split, data_dir='data'):
@@ -891,8 +864,8 @@ class Images(Split):
     def fixed_batch(self, index, batch_size, rank=0, world_size=1):
         """For evaluation: rows rank::world_size of batch `index`, in the order of the split.
 
-        Over all ranks, batches 0 to ceil(len / batch_size) - 1 hold every image once. The last one is short
-        where batch_size does not divide len: a rank may have one row less than another there, or none."""
+        Batches 0 to ceil(len / batch_size) - 1 hold every image once, over all ranks. The last one may be
+        short: a rank may have one row less than another there, or none."""
         end = min((index + 1) * batch_size, len(self))
         return self.items(np.arange(index * batch_size + rank, end, world_size))
 
@@ -911,12 +884,6 @@ def text_file(word):
         raise argparse.ArgumentTypeError(f"there is no file '{word}'")
     if Path(word).suffix.lower() not in FORMATS:
         raise argparse.ArgumentTypeError(f"'{word}' is none of {', '.join(FORMATS)}: convert or rename it")
-    return word
-
-
-def picture_folder(word):
-    if not os.path.isdir(word):
-        raise argparse.ArgumentTypeError(f"there is no folder '{word}'")
     return word
 
 
@@ -949,7 +916,7 @@ def arguments(argv):
             add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
                 help='.txt (one document), .jsonl (one a line), .parquet (one a row)')
         if name == 'images':
-            add('--input', type=picture_folder, metavar='FOLDER', required=True, help='with a folder a class')
+            add('--input', metavar='FOLDER', required=True, help='with a folder a class')
             add('--size', type=number_of, metavar='N', default=224, help='pixels of a side (224)')
         if name in HUB or name in flags:
             add('--path', metavar='FOLDER', help='with the files, instead of the internet')
@@ -981,19 +948,16 @@ def from_text(args):
         # small files are cut into small pieces, so that the hash has something to choose from
         documents = partial(text_documents, args.input, min(2**16, max(2**6, sum(sizes) // 200)))
     else:
-        source, _, files = HUB[args.data]
+        source, _, files, many, fraction = HUB[args.data]
         if args.path and not glob.glob(os.path.join(args.path, files['train'])):
             raise DataError(f"'{args.path}' holds no {files['train']}: give a folder with the hub's files")
-        many = {'c4': '156 billion', 'fineweb_edu': '10 billion (its sample)'}.get(args.data)
-        fraction = 0.005 if args.data == 'fineweb_edu' else fraction
         if many and not args.tokens and not args.path:
             raise DataError(f'{args.data} has {many} tokens: say how many you want, as in '
                             '--tokens 1_000_000_000')
         source += f' in {args.path}' if args.path else ''
         documents = partial(hub_documents, args.data, args.path, args.tokens)
     encoding = tokenizer(args.tokenizer)
-    name = encoding.name if isinstance(encoding, HubTokenizer) else args.tokenizer
-    settings = {'source': source, 'tokenizer': name, 'shard_tokens': args.shard_tokens,
+    settings = {'source': source, 'tokenizer': encoding.name, 'shard_tokens': args.shard_tokens,
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     if args.data == 'text' and has_prompts(args.input[0]):
         settings['prompts'] = True
@@ -1003,27 +967,27 @@ def from_text(args):
 
 def from_images(args):
     """The same for a data set of images."""
-    if args.data in DIGITS:
-        name, source = args.data, f'load_digits of scikit-learn, as {args.data}'
-        images = partial(digit_images, args.data == 'digits_shifted')
-        about = {'size': 32, 'channels': 3, 'classes': [*'0123456789'], 'task': 'multi-class', 'flag': None}
-    elif args.data == 'images':
-        classes, found = pictures_of(args.input)
-        size = sum(path.stat().st_size for _, path in found)
-        name, source = 'images', f'{len(found)} pictures of {Path(args.input).resolve().name} ({size} bytes)'
-        images = partial(own_images, found, args.size)
-        about = {'size': args.size, 'channels': 3, 'classes': classes, 'task': 'multi-class', 'flag': None}
+    name, size, channels, task, flag = args.data, getattr(args, 'size', 32), 3, 'multi-class', None
+    if name in DIGITS:
+        source, classes = f'load_digits of scikit-learn, as {name}', [*'0123456789']
+        images = partial(digit_images, name == 'digits_shifted')
+    elif name == 'images':
+        found = pictures_of(args.input)
+        files, classes = sum(found.values(), []), [*found]
+        bytes_ = sum(path.stat().st_size for path in files)
+        source = f'{len(files)} pictures of {Path(args.input).resolve().name} ({bytes_} bytes)'
+        images = partial(own_images, found, size)
     else:
-        info, suffix = medmnist_info()[args.data], '' if args.size == 28 else f'_{args.size}'
-        name = args.data + suffix  # as MedMNIST names its files
+        info, suffix, flag = medmnist_info()[name], '' if size == 28 else f'_{size}', name
+        name += suffix  # as MedMNIST names its files
         path = Path(args.path or args.data_dir, f'{name}.npz')
         if args.path and not path.is_file():
             raise MissingData(f"'{path}' is missing: --path is a folder with MedMNIST's archives")
         source = f'{path.name} ({path.stat().st_size} bytes)' if args.path else info[f'url{suffix}']
-        images = partial(medmnist_images, path, args.size, info, not args.path)
-        about = {'size': args.size, 'channels': info['n_channels'], 'classes': [*info['label'].values()],
-                 'task': info['task'], 'flag': args.data}
-    settings = {'source': source, 'kind': 'images', **about, 'shard_bytes': args.shard_bytes}
+        images = partial(medmnist_images, path, size, info, not args.path)
+        channels, classes, task = info['n_channels'], [*info['label'].values()], info['task']
+    settings = {'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
+                'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}
     return name, settings, partial(write_images, images=images)
 
 

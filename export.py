@@ -36,17 +36,17 @@ from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config
                    read_safetensors, read_tensors, tensors_for_transformers)
 
 SHARD = 5e9  # bytes of a safetensors file, at most
-PEFT_NONE = ('use_dora', 'use_rslora', 'modules_to_save', 'rank_pattern', 'alpha_pattern', 'lora_bias',
-             'layer_replication', 'trainable_token_indices', 'target_parameters', 'use_qalora', 'use_bdlora', 'alora_invocation_tokens', 'arrow_config', 'velora_config',
-             'kasa_config', 'use_gks', 'corda_config', 'eva_config', 'loftq_config', 'revision')  # keys that have to be empty
+PEFT_NONE = """
+    use_dora use_rslora modules_to_save rank_pattern alpha_pattern lora_bias layer_replication
+    trainable_token_indices target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config
+    velora_config kasa_config use_gks corda_config eva_config loftq_config revision
+    """.split()  # what is refused where an adapter sets it
 
 # -----------------------------------------------------------------------------
 # in
 
-
 def of_a_run(checkpoint, dtype=None):
-    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of train_gpt.py or
-    train_llama.py."""
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or a LLaMA."""
     if 'tokenizer' not in checkpoint:
         raise ValueError('it is the checkpoint of a ViT, which knows no text: give one of a GPT or a LLaMA')
     with torch.device('meta'):
@@ -54,9 +54,7 @@ def of_a_run(checkpoint, dtype=None):
     put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: only what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
-    gpt = isinstance(shape, GPTConfig)
-    embedding = state['transformer.wte.weight' if gpt else 'model.embed_tokens.weight']
-    if shape.tied and torch.equal(state['lm_head.weight'], embedding):
+    if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
         del state['lm_head.weight']
     else:  # heads on `logit` part the two
         shape.tied = False
@@ -64,8 +62,7 @@ def of_a_run(checkpoint, dtype=None):
 
 
 def folders_of(source):
-    """Folders with what lies beside the weights of init_from; of an adapter the base's comes last, and its tokens
-    count."""
+    """Folders with what lies beside the weights of init_from; that of an adapter's base comes last."""
     if os.path.isfile(source):  # of a run
         return [os.path.join(os.path.dirname(source), 'tokenizer')]
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
@@ -76,17 +73,20 @@ def folders_of(source):
 
 
 def with_adapter(folder, tensors):
-    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32. ValueError: what
-    PEFT can do and we do not read, by its key."""
+    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32.
+
+    ValueError: what PEFT can do and we do not read, by its key."""
     about = read_json(os.path.join(folder, 'adapter_config.json'))
-    odd = [key for key in PEFT_NONE if about.get(key)] + ['bias'] * (about.get('bias', 'none') != 'none')
-    if about.get('init_lora_weights', True) not in (True, False, 'gaussian', 'orthogonal', 'eva'):
-        odd.append('init_lora_weights')  # others change the base
-    odd += [key for key in ('r', 'lora_alpha') if not (isinstance(about.get(key), (int, float)) and about[key] > 0)]
-    if about.get('peft_type') != 'LORA' or odd:
-        key = odd[0] if odd else 'peft_type'
-        raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not supported: "
-                         'merge it by PEFT first')
+    supported = {key: not about.get(key) for key in PEFT_NONE} | {
+        'peft_type': about.get('peft_type') == 'LORA', 'bias': about.get('bias', 'none') == 'none',
+        'init_lora_weights':  # others change the base
+            about.get('init_lora_weights', True) in (True, False, 'gaussian', 'orthogonal', 'eva')}
+    for key in ('r', 'lora_alpha'):
+        supported[key] = isinstance(about.get(key), (int, float)) and about[key] > 0
+    for key in supported:
+        if not supported[key]:
+            raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not "
+                             'supported: merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
     for name, x in tensors:
@@ -105,9 +105,8 @@ def read_weights(source):
     """
     What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
 
-    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a run of
-    ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is not supported, damaged
-    or missing.
+    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a
+    run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
     """
     if os.path.isfile(source):
         loaded = config.load_tensors(source)
@@ -128,8 +127,8 @@ def read_weights(source):
 
 def read_for(settings, kind):
     """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
-    `read_weights`. ValueError: it does not go with the settings."""
-    source, many = settings['init_from'], settings['block_size']
+    `read_weights`. ValueError: it does not go with the settings, or with the tokens of the data."""
+    source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
     with config.built_from(source):
         shape, tensors, tokens = read_weights(source)
     if not isinstance(shape, kind):
@@ -138,24 +137,19 @@ def read_for(settings, kind):
     if many > shape.block_size:
         raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
                          f"of '{source}': set a smaller one")
-    need_tokens(settings, tokens)
+    held = prepare.read_meta(Path(settings['data_dir'], dataset, 'meta.json'))['tokenizer']
+    if tokens is None:
+        print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' ({held}) are "
+              'the same is up to you')
+    elif tokens != held:
+        raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights ({tokens}): "
+                         "prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
     return shape, tensors
 
 
-def need_tokens(settings, tokens):
-    """ValueError where the data are of other tokens than the weights. tokens: the name of those, None: unknown."""
-    held = prepare.read_meta(Path(settings['data_dir'], settings['dataset'], 'meta.json'))['tokenizer']
-    if tokens is None:
-        print(f"'{settings['init_from']}' does not say what its tokens are: that those of data set "
-              f"'{settings['dataset']}' ({held}) are the same is up to you")
-    elif tokens != held:
-        raise ValueError(f"data set '{settings['dataset']}' has other tokens ({held}) than the weights "
-                         f"({tokens}): prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
-
-
 def carry_along(settings):
-    """Copies what belongs to its tokens and to loaded weights into the folder tokenizer/ of a run that begins, and
-    notes the name of the weights."""
+    """Copies into tokenizer/ of a run that begins what belongs to its tokens and to loaded weights,
+    and notes the name of these."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
     target, sources = Path(settings['out_dir'], 'tokenizer'), []
@@ -164,31 +158,33 @@ def carry_along(settings):
     prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
                   (*prepare.TOKENIZER, 'config.json'))
     if target.exists():
-        config.write_json(target / 'base.json', {'init_from': settings['init_from'], 'adapted': len(sources) > 1})
+        about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
+        config.write_json(target / 'base.json', about)
 
 
 # -----------------------------------------------------------------------------
 # out
 
-
 @contextlib.contextmanager
 def written_beside(folder, overwrite):
-    """A new folder to write into, which takes the name `folder` when all is written. What is replaced has to be an
-    export: it has an export.json. ValueError: it cannot."""
-    beside, old = f'{folder}.writing', f'{folder}.old'
-    if not folder:
-        raise ValueError("to='' names no folder to write: set --to=FOLDER")
-    if os.path.exists(folder) and not overwrite:
-        raise ValueError(f"'{folder}' is already there: choose another --to, or replace it by "
-                         '--overwrite=True')
-    if os.path.exists(folder) and not os.path.isfile(f'{folder}/export.json'):
-        raise ValueError(f"'{folder}' is not what an export wrote (it has no export.json): choose another --to")
-    if os.path.exists(beside):
-        raise ValueError(f"'{beside}' is there, of an export that runs or was killed: remove it")
+    """A new folder to write into, which takes the name `folder` when all is written.
+
+    What it replaces has to be an export: it has an export.json. ValueError: it cannot."""
+    beside, old, there = f'{folder}.writing', f'{folder}.old', os.path.exists(folder)
+    for wrong, sentence in (
+            (not folder, "to='' names no folder to write: set --to=FOLDER"),
+            (there and not overwrite,
+             f"'{folder}' is already there: choose another --to, or replace it by --overwrite=True"),
+            (there and not os.path.isfile(f'{folder}/export.json'),
+             f"'{folder}' is not what an export wrote (it has no export.json): choose another --to"),
+            (os.path.exists(beside),
+             f"'{beside}' is there, of an export that runs or was killed: remove it")):
+        if wrong:
+            raise ValueError(sentence)
     os.makedirs(beside)
     try:
         yield beside
-        if os.path.exists(folder):
+        if there:
             shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
             os.rename(folder, old)
         os.rename(beside, folder)
@@ -198,7 +194,7 @@ def written_beside(folder, overwrite):
 
 
 def write_tensors(folder, tensors, dtype):
-    """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, a shard at a time."""
+    """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, one by one."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     tensors = dict(tensors)
@@ -213,7 +209,7 @@ def write_tensors(folder, tensors, dtype):
 
 
 def write_transformers(run, checkpoint, folder, dtype):
-    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or one of ours."""
+    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or ours."""
     shape, state = of_a_run(checkpoint, dtype)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
@@ -224,52 +220,52 @@ def write_transformers(run, checkpoint, folder, dtype):
         said = read_json(run / 'config.json')
     else:
         said = {**config_json(shape), 'bos_token_id': tokens.eot_token, 'eos_token_id': tokens.eot_token}
-    now = {'tie_word_embeddings': shape.tied, 'torch_dtype': dtype, 'dtype': dtype}  # of transformers 4, and 5
-    config.write_json(f'{folder}/config.json', {**said, **now})
+    said |= {'tie_word_embeddings': shape.tied, 'torch_dtype': dtype, 'dtype': dtype}  # transformers 4, and 5
+    config.write_json(f'{folder}/config.json', said)
 
 
 def write_peft(run, checkpoint, folder, dtype):
-    """The heads of a checkpoint as one LoRA of rank H r: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
-    What heads that train on over merges (LTE) have put into W telescopes to the same. ValueError: there is none."""
+    """The heads of a checkpoint as one LoRA: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
+    What heads that train on over merges (LTE) have put into W telescopes to it. ValueError: there is none."""
     from safetensors.torch import save_file
-    s, base, adapted = checkpoint['settings'], None, False
-    if (run / 'base.json').is_file():
-        about = read_json(run / 'base.json')
-        base, adapted = about.get('init_from'), about.get('adapted')
+    about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
+    s, base = checkpoint['settings'], about.get('init_from')
+    state, parts = checkpoint['model'], {}
+    layers = [name.removesuffix('.A') for name in state if name.endswith('.A')]
+    within = [name for name in layers if name == 'lm_head' or name.split('.')[-1] in ('q', 'k', 'v')]
     for wrong, sentence in (
             (not s['lowrank'], 'the run has no heads'),
             (s['factors'] == 'basis' or s['merge_reset'],
              'GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads hold it'),
             (s['train'] != 'factors', f"the run trains more than its heads (train={s['train']!r})"),
-            (adapted, f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'),
+            (about.get('adapted'),
+             f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'),
             (base in (None, 'scratch') or os.path.isfile(base),
-             f'the run began from {base!r}, and an adapter belongs to a folder of transformers')):
+             f'the run began from {base!r}, and an adapter belongs to a folder of transformers'),
+            (within, f"there are heads on {', '.join(within)}, which transformers' base has no layers for")):
         if wrong:
             raise ValueError(f'{sentence}: export the merged model, without --adapter')
-    state, parts = checkpoint['model'], {}
-    adapted = [name.removesuffix('.A') for name in state if name.endswith('.A')]
-    for name in adapted:
+    for name in layers:
         A, B = state[f'{name}.A'], state[f'{name}.B']  # (H, r, n), (H, m, r)
-        if name == 'lm_head' or name.split('.')[-1] in ('q', 'k', 'v'):
-            raise ValueError(f'there are heads on {name}, which is no layer of its own in a base of transformers: '
-                             'export the merged model, without --adapter')
         parts[f'base_model.model.{name}.lora_A.weight'] = A.flatten(0, 1).to(dtype).contiguous()  # (H r, n)
         parts[f'base_model.model.{name}.lora_B.weight'] = B.permute(1, 0, 2).flatten(1).to(dtype).contiguous()
     linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() == 2]
-    last = {name.split('.')[-1] for name in adapted}  # short names, where they mean no other layer
-    short = all(name in adapted for name in linears if name.split('.')[-1] in last)
+    last = {name.split('.')[-1] for name in layers}  # short names, where they mean no other layer
+    short = all(name in layers for name in linears if name.split('.')[-1] in last)
     save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
     config.write_json(f'{folder}/adapter_config.json', {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
         'base_model_name_or_path': os.path.abspath(base) if os.path.isdir(base) else base,
         'r': s['heads'] * s['rank'], 'lora_alpha': s['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
         'fan_in_fan_out': 'n_mlp' not in checkpoint['model_config'],  # GPT-2's Conv1D
-        'target_modules': sorted(last) if short else adapted})
+        'target_modules': sorted(last) if short else layers})
     prepare.carry([run], Path(folder))
 
 
 def write_timm(checkpoint, folder, dtype):
-    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True) (not of timm 1.0.20 to 24)."""
+    """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True).
+
+    timm 1.0.20 to 24 cannot read it."""
     import timm
 
     import train_vit

@@ -21,11 +21,9 @@ ONE_PIECE = 2**26  # logits, 0.8 GB at most: up to here chunks cost more time th
 
 
 class CrossEntropy(nn.Module):
-    """
-    Cross entropy in float32 or wider.
+    """Cross entropy in float32 or wider.
 
-    A module, so that it can be compiled, as a block is: the wide logits then never reach memory.
-    """
+    A module, so that it can be compiled, as a block is: the wide logits then never reach memory."""
 
     def forward(self, logits, targets, reduction='mean'):
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -40,8 +38,7 @@ def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
     cross_entropy: what computes it where all logits are there at once.
 
     Above ONE_PIECE logits a plain nn.Linear goes through `chunked_loss` (2,048 tokens of width 512 and 32,000
-    words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Any other layer, such as a head
-    on `logit`, is called.
+    words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Other layers are called.
     """
     reduction = 'mean' if weights is None else 'none'
     shape = targets.shape
@@ -79,6 +76,19 @@ class LanguageModel(nn.Module):
         """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
         if self.config.tied:
             self.lm_head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Matrices normal with deviation 0.02, norms one, biases zero."""
+        self.tie()
+        for name, parameter in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            else:  # GPT-2's residual stream sums 2 L projections (its section 2.3)
+                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
+                nn.init.normal_(parameter, std=0.02 / shrink)
 
     def through_blocks(self, x, *more):
         """x (batch, time, width) after all blocks, which in training may recompute their activations."""
@@ -172,13 +182,7 @@ class GPT(LanguageModel):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
-        self.tie()
-        for name, parameter in self.named_parameters():
-            if name.endswith('bias'):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:  # the residual stream sums 2 L projections (GPT-2, section 2.3)
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 1.0
-                nn.init.normal_(parameter, std=0.02 / shrink)
+        self.init_weights()
 
     @property
     def embedding(self):
@@ -305,8 +309,8 @@ class Llama(LanguageModel):
     """
     LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU; and its relatives.
 
-    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays, so that
-    7B in bfloat16 never exist in float32.
+    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays, so 7B
+    in bfloat16 never exist in float32.
     """
 
     def __init__(self, config):
@@ -325,18 +329,6 @@ class Llama(LanguageModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.cross_entropy = CrossEntropy()
         self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Matrices normal with deviation 0.02 (transformers' initializer_range), norms one, biases zero."""
-        self.tie()
-        for name, parameter in self.named_parameters():
-            if name.endswith('bias'):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-            else:
-                nn.init.ones_(parameter)
 
     @property
     def embedding(self):
@@ -419,12 +411,10 @@ def _rope(theirs, need):
 
 
 def read_config(folder):
-    """
-    The GPTConfig or LlamaConfig that a folder's config.json stands for.
+    """The GPTConfig or LlamaConfig that a folder's config.json stands for.
 
-    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout, a matter
-    of training, stays 0. ValueError: the value of a key is not supported. FileNotFoundError.
-    """
+    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout is a
+    matter of training and stays 0. ValueError: the value of a key is not supported. FileNotFoundError."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
@@ -502,10 +492,9 @@ def read_safetensors(path):
 
 
 def read_tensors(folder, config):
-    """
-    Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or of the shards that its
-    index names, one after the other. ValueError, FileNotFoundError: a file is damaged, or missing.
-    """
+    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its index's shards.
+
+    ValueError, FileNotFoundError: a file is damaged, or missing."""
     gpt = isinstance(config, GPTConfig)
     index = os.path.join(folder, 'model.safetensors.index.json')
     files = ['model.safetensors']
@@ -526,11 +515,9 @@ def read_tensors(folder, config):
 
 
 def tensors_for_transformers(config, state):
-    """
-    Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama.
+    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama.
 
-    GPT-2 always has biases: where ours has none they are zeros.
-    """
+    GPT-2 always has biases: where ours has none they are zeros."""
     gpt = isinstance(config, GPTConfig)
     for name, x in state.items():
         if config.tied and name == 'lm_head.weight':
@@ -544,8 +531,9 @@ def from_nanogpt(checkpoint):
     """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
     keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias'
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
-    return GPTConfig(**{key: checkpoint['model_args'][key] for key in keys}), {
-        name: x for name, x in state.items() if name != 'lm_head.weight' and not name.endswith('.attn.bias')}
+    shape = GPTConfig(**{key: checkpoint['model_args'][key] for key in keys})
+    return shape, {name: x for name, x in state.items() if name != 'lm_head.weight'
+                   and not name.endswith('.attn.bias')}
 
 
 @torch.no_grad()
@@ -578,7 +566,6 @@ def make_model(shape):
 
 # -----------------------------------------------------------------------------
 # text
-
 
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, vocab_size=None):

@@ -309,7 +309,7 @@ class Llama(LanguageModel):
     """
     LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU; and its relatives.
 
-    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays, so 7B
+    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays: 7B
     in bfloat16 never exist in float32.
     """
 

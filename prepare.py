@@ -44,7 +44,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, replacing, write_json
+from config import in_one_line, refusals, replacing, write_json
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -121,13 +121,11 @@ def hub_folder(source, *patterns):
 
 
 class HubTokenizer:
-    """
-    The tokenizer.json of a folder, with what we take from a tiktoken.Encoding.
+    """The tokenizer.json of a folder, with what we take from a tiktoken.Encoding. DataError: it is not whole.
 
     n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: what it puts
     before a text, such as the number of <s>; name: 'tokenizer.json' and a checksum of all strings with their
-    numbers (in other things what transformers saves anew may differ). DataError: it is not whole.
-    """
+    numbers (in other things what transformers saves anew may differ)."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
@@ -176,12 +174,8 @@ class HubTokenizer:
 
 
 def tokenizer(name, folder=None):
-    """
-    tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256 bytes and <|endoftext|> = 256), or the
-    HubTokenizer of a folder or a name of the hub.
-
-    folder: where the tokenizer.json of the tokens called `name` lies, beside data or in a run's folder.
-    """
+    """tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256, and <|endoftext|> = 256), or the HubTokenizer
+    of a folder or a name of the hub. folder: where the tokenizer.json of the tokens called `name` may lie."""
     if folder and Path(folder, 'tokenizer.json').exists():
         found = HubTokenizer(folder)
         if found.name == name:
@@ -678,8 +672,7 @@ def verify(folder, shards, unsound):
 
 
 def ensure(name, data_dir='data'):
-    """Prepare an embedded data set (stdlib, digits, digits_shifted) when it is missing; MissingData (a
-    FileNotFoundError) for any other."""
+    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or MissingData."""
     if Path(data_dir, name, 'meta.json').exists():
         return
     if name not in ('stdlib', *DIGITS):
@@ -1000,8 +993,5 @@ def main(argv):
 
 if __name__ == '__main__':
     sys.excepthook = in_one_line  # of Ctrl-C
-    try:
+    with refusals():
         main(sys.argv[1:])
-    except (DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)

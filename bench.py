@@ -54,12 +54,10 @@ def chosen(argv):
     parser.add_argument('bench', nargs='?', help='one of those below')
     parser.add_argument('--only', default='', help='those whose words in the table hold this')
     parser.add_argument('--jobs', type=int, default=2, help='trainings side by side, each on one thread')
-    parser.add_argument('--workers', type=int, default=32, help='communication: how many LLaMA-1B has')
     parser.add_argument('--budget', default='12GiB', help='memory, with config files: that of the card')
     options, options.words = parser.parse_known_args(argv)
     if options.bench is None:
-        parser.print_help()
-        raise SystemExit(0)
+        parser.parse_args(['--help'])
     if options.bench not in BENCHES:
         near = difflib.get_close_matches(options.bench, BENCHES, n=1, cutoff=0)[0]
         config.fail(f"'{options.bench}' is no bench: did you mean '{near}'?")
@@ -79,14 +77,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import galore
+import lowrank
 import train_gpt
 import train_llama
 import train_vit
-from lowrank import count_parameters, freeze_as_set, lowrank_layers, own_heads
 from model import SIZES
 from prepare import Tokens
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # -----------------------------------------------------------------------------
@@ -104,7 +103,8 @@ def named(base, methods, **about):
     return [({**about, 'method': name}, {**base, **changes}) for name, changes in methods.items()]
 
 
-# A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources; trainings say only what they change.
+# Trainings, {method: (its settings, [changes, each a training])}. First settings that they share.
+# A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources:
 SCREEN = {**train_gpt.defaults, **dict(
     dataset='stdlib', vocab_size=257, block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256,
     max_iters=600, warmup_iters=60, eval_interval=600, eval_iters=40, log_interval=100, beta2=0.99,
@@ -131,82 +131,72 @@ GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 LOCAL = dict(ranks=4, sync='merge', merge_every=10)
 
 
-def screening_cells():
-    """The screening: what the trainings of a method share, and what each changes."""
-    def lr(rate, **more):
-        return dict(more, learning_rate=rate)
-
-    def every(steps, **more):
-        return dict(more, merge_every=steps)
-    grid = {
-        'full rank': (lr(2e-3), [
-            {}, lr(1e-3), lr(4e-3), dict(beta2=0.999), dict(grad_clip=0.0),  # 4e-3 needs clipping
-            dict(seed=1), dict(seed=2)]),  # how much is noise
-        'GaLore, drop-in': (lr(2e-2, **DROP_IN, rank=64), [
-            {}, lr(1e-2), lr(4e-2), dict(grad_clip=0.0), dict(basis='random'), dict(basis='svd'),
-            lr(1e-2, basis='svd'), dict(rank=16), dict(rank=32), dict(rank=128), dict(seed=1), dict(seed=2)]),
-        'GaLore': (lr(2e-2, **LAYER, rank=64), [{}, lr(1e-2)]),
-        'Fira': (lr(2e-2, **FIRA, rank=64), [{}, lr(1e-2)]),
-        'GaLoLTE': (lr(2e-2, **GALOLTE, rank=64), [
-            {}, dict(basis='power'), lr(3e-2), every(5), every(50), lr(1e-2, merge_every=50),
-            dict(grad_clip=0.0), dict(basis_every=100)]),
-        'MHLoRA': (lr(2e-3, **FOUR, rank=16), [
-            dict(rank=4, alpha=4.0), dict(alpha=16.0), dict(rank=64, alpha=64.0), dict(rank=4, alpha=16.0),
-            dict(alpha=64.0), dict(rank=64, alpha=256.0), lr(1e-3, alpha=64.0), lr(4e-3, alpha=64.0)]),
-        'LTE': (lr(2e-3, **SPLIT, rank=16, alpha=16.0), [
-            every(1), {}, every(50), dict(alpha=64.0), lr(4e-3), lr(1e-3),
-            lr(4e-3, rank=40, alpha=40.0)]),  # the last one: GaLoLTE's memory
-        'ReLoRA': (lr(2e-3, **RELORA, rank=64, alpha=64.0), [every(50), {}, lr(4e-3), lr(1e-3)]),
-        'local AdamW': (lr(2e-3, **LOCAL), [{}, lr(4e-3), lr(1e-3), every(1), every(50)])}
-    return [(name, {**base, **change}) for name, (base, changes) in grid.items() for change in changes]
+def one_by_one(**values):
+    """Changes of one setting each: to each of its values in turn."""
+    return [{key: value} for key, those in values.items() for value in those]
 
 
-def by_rate_and_seed(methods):
-    """Cells of {method: (settings, rates)}: each rate with one seed, the first, the best, with two more."""
-    return [(name, dict(settings, learning_rate=lr, seed=seed)) for seed in (1337, 1, 2)
-            for name, (settings, rates) in methods.items() for lr in (rates if seed == 1337 else rates[:1])]
+def rates(best, *others):
+    """The best learning rate with three seeds, others with the first."""
+    pairs = [(best, 1337), *((rate, 1337) for rate in others), (best, 1), (best, 2)]
+    return [dict(learning_rate=rate, seed=seed) for rate, seed in pairs]
 
 
+SCREENING = {
+    'full rank': (dict(learning_rate=2e-3), [  # 4e-3 needs clipping; seeds: how much is noise
+        {}, *one_by_one(learning_rate=(1e-3, 4e-3), beta2=(0.999,), grad_clip=(0.0,), seed=(1, 2))]),
+    'GaLore, drop-in': (dict(DROP_IN, rank=64, learning_rate=2e-2), [
+        {}, *one_by_one(learning_rate=(1e-2, 4e-2), grad_clip=(0.0,), basis=('random', 'svd'),
+                        rank=(16, 32, 128), seed=(1, 2)), dict(learning_rate=1e-2, basis='svd')]),
+    'GaLore': (dict(LAYER, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
+    'Fira': (dict(FIRA, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
+    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
+        {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
+                        basis_every=(100,)), dict(merge_every=50, learning_rate=1e-2)]),
+    'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
+        *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
+        *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
+    'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
+        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3)),
+        dict(rank=40, alpha=40.0, learning_rate=4e-3)]),  # GaLoLTE's memory
+    'ReLoRA': (dict(RELORA, rank=64, alpha=64.0, learning_rate=2e-3), [
+        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3))]),
+    'local AdamW': (dict(LOCAL, learning_rate=2e-3), [
+        {}, *one_by_one(learning_rate=(4e-3, 1e-3), merge_every=(1, 50))])}
 FINALISTS = {  # ranks are a quarter of the width in all
-    'full rank': ({}, (1e-3, 5e-4, 2e-3)),
-    'GaLore': (dict(**LAYER, rank=96), (5e-3, 1e-2)),
-    'GaLore, drop-in': (dict(**DROP_IN, rank=96), (5e-3, 2.5e-3, 1e-2, 2e-2)),
-    'GaLoLTE': (dict(**GALOLTE, rank=96), (1.4e-2, 7e-3, 1e-2, 2e-2)),
-    'ReLoRA': (dict(**RELORA, rank=96, alpha=96.0), (2e-3, 4e-3, 1e-3)),
-    'MHLoRA': (dict(**FOUR, rank=24, alpha=96.0), (5e-4, 2.5e-4, 1e-3, 2e-3)),
-    'LTE': (dict(**SPLIT, rank=24, alpha=24.0), (2e-3, 4e-3, 1e-3)),
-    'Fira': (dict(**FIRA, rank=96), (1e-2, 2e-2, 5e-3)),
-    'local AdamW': (LOCAL, (1e-3, 5e-4, 2e-3))}
-ADAPTING = {'full fine-tuning': (dict(lowrank=''), (3e-3, 1e-3, 3e-4))} | {
-    f'LoRA, rank {rank}': (dict(**ONE, rank=rank, alpha=float(rank)), rates)
-    for rank, rates in ((2, (1e-2, 3e-3, 1e-3)), (8, (1e-2, 3e-3, 1e-3)), (32, (3e-3, 1e-3, 1e-2)))}
+    'full rank': ({}, rates(1e-3, 5e-4, 2e-3)),
+    'GaLore': (dict(LAYER, rank=96), rates(5e-3, 1e-2)),
+    'GaLore, drop-in': (dict(DROP_IN, rank=96), rates(5e-3, 2.5e-3, 1e-2, 2e-2)),
+    'GaLoLTE': (dict(GALOLTE, rank=96), rates(1.4e-2, 7e-3, 1e-2, 2e-2)),
+    'ReLoRA': (dict(RELORA, rank=96, alpha=96.0), rates(2e-3, 4e-3, 1e-3)),
+    'MHLoRA': (dict(FOUR, rank=24, alpha=96.0), rates(5e-4, 2.5e-4, 1e-3, 2e-3)),
+    'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
+    'Fira': (dict(FIRA, rank=96), rates(1e-2, 2e-2, 5e-3)),
+    'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
+ADAPTING = {
+    'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
+    'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
+    'LoRA, rank 8': (dict(ONE, rank=8, alpha=8.0), rates(1e-2, 3e-3, 1e-3)),
+    'LoRA, rank 32': (dict(ONE, rank=32, alpha=32.0), rates(3e-3, 1e-3, 1e-2))}
 HEADS_ON = {  # all else is at full rank
-    'none': '', 'A': 'attn', 'M': 'mlp', 'L': 'logit', 'AM': 'attn,mlp', 'AL': 'attn,logit',
-    'ML': 'mlp,logit', 'AML': 'attn,mlp,logit'}
+    letters: (dict(SPLIT, rank=16, alpha=16.0, lowrank=layers) if layers else {}, rates(2e-3))
+    for letters, layers in {'none': '', 'A': 'attn', 'M': 'mlp', 'L': 'logit', 'AM': 'attn,mlp',
+                            'AL': 'attn,logit', 'ML': 'mlp,logit', 'AML': 'attn,mlp,logit'}.items()}
 TRAININGS = {
-    name: [(dict(method=kind, settings=changes), {**base, **changes}) for kind, changes in cells]
-    for name, base, cells in (
-        ('screening', SCREEN, screening_cells()), ('quality', FINAL, by_rate_and_seed(FINALISTS)),
-        ('convergence', ADAPT, by_rate_and_seed(ADAPTING)), ('layers', LAYERS, by_rate_and_seed({
-            letters: (dict(SPLIT, rank=16, alpha=16.0, lowrank=targets) if targets else {}, (2e-3,))
-            for letters, targets in HEADS_ON.items()})))}
+    bench: [(dict(method=name, settings={**shared, **change}), {**base, **shared, **change})
+            for name, (shared, changes) in methods.items() for change in changes]
+    for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
+                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
+# Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
          'gradient_accumulation_steps': 1}
 VIT = {'full fine-tuning': {},
        **{f'LoRA, rank {rank}': method('lora', lowrank='attn', rank=rank, alpha=float(rank))
           for rank in (1, 2, 4, 8, 16, 32)},
        'GaLore, drop-in, rank 64': dict(PLAIN, rank=64), 'GaLore, rank 64': method('galore', rank=64)}
-MEMORY = {  # rank None: half of the width, a quarter with 8 bits
-    'full rank': {},
-    'GaLore, drop-in': dict(PLAIN, rank=None),
-    'GaLore': method('galore', rank=None),
-    'GaLore, per layer': method('galore', rank=None, per_layer=True),
-    'the same, 8 bits, checkpointing': method('galore_lean', rank=None, checkpointing=True),
-    'MHLoRA, 4 heads': method('mhlora'),
-    # a worker with one head; how often it merges does not matter, so that three steps have a merge
-    'LTE, a worker': method('lte', heads=1, rank=64, merge_every=2),
-    'GaLoLTE, a worker': method('galolte', heads=1, rank=None, merge_every=2)}
+SPEED = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'GaLore': method('galore'),
+         'GaLore, drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
 
 
 def heads_cells():
@@ -236,21 +226,27 @@ def speed_cells():
     gpt = {**train_gpt.defaults, 'dtype': 'bfloat16', 'block_size': 256, 'vocab_size': 257, 'n_layer': 8,
            'n_head': 8, 'n_embd': 512}
     few = {**LLAMA, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}  # so that the output layer is nothing
-    methods = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'GaLore': method('galore'),
-               'GaLore, drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
     for case, base in (('GPT of 25M', gpt), ('LLaMA-60M', {**LLAMA, 'size': '60m'}),
                        ('4 layers of LLaMA-350M', few)):
-        yield from named({**base, 'batch_size': 8}, methods, case=case)
+        yield from named({**base, 'batch_size': 8}, SPEED, case=case)
 
 
 def memory_cells():
-    """LLaMA by size and method, one sequence of 256 tokens, and ViT."""
+    """LLaMA by size and method, one sequence of 256 tokens, and ViT. Bases have half of the width."""
     for size in ('60m', '350m', '1b', '7b'):
         width, depth = SIZES[size][:2]
-        base = {**LLAMA, 'size': size, 'n_layer': depth, 'batch_size': 1}
-        for about, settings in named(base, MEMORY, size=size):
-            rank = settings['rank'] or width // (4 if '8 bits' in about['method'] else 2)
-            yield about, {**settings, 'rank': rank}
+        r = width // 2
+        methods = {
+            'full rank': {},
+            'GaLore, drop-in': dict(PLAIN, rank=r),
+            'GaLore': method('galore', rank=r),
+            'GaLore, per layer': method('galore', rank=r, per_layer=True),
+            'the same, 8 bits, checkpointing': method('galore_lean', rank=r // 2, checkpointing=True),
+            'MHLoRA, 4 heads': method('mhlora'),
+            # a worker with one head; how often it merges does not matter, so that three steps have a merge
+            'LTE, a worker': method('lte', heads=1, rank=64, merge_every=2),
+            'GaLoLTE, a worker': method('galolte', heads=1, rank=r, merge_every=2)}
+        yield from named({**LLAMA, 'size': size, 'n_layer': depth, 'batch_size': 1}, methods, size=size)
     yield from vit_cells(4, 32)
 
 
@@ -261,15 +257,15 @@ def sending(model, name, settings):
     return dict(model=model, method=name, workers=4, **what)
 
 
-def communication_cells(workers):
+def communication_cells(workers=32):
     """LLaMA-1B, rank 512, a head on each worker, and those of the trainings that are meant for several."""
-    ways = {'full rank': {}, 'local AdamW': method('local_adamw'), 'GaLore': method('galore'),
-            'GaLore, power bases': method('galore', basis='power'), 'LTE': method('lte'),
-            "LTE, sync='merge'": method('lte', sync='merge'), 'GaLoLTE': method('galolte', basis_every=200),
-            "GaLoLTE, sync='merge'": method('galolte', basis_every=200, sync='merge')}
+    one, own = dict(rank=512, heads=1), dict(rank=512, heads=workers)
+    galolte = method('galolte', basis_every=200, **own)
+    ways = {'full rank': one, 'local AdamW': method('local_adamw', **one), 'GaLore': method('galore', **one),
+            'GaLore, power bases': method('galore', basis='power', **one), 'LTE': method('lte', **own),
+            "LTE, sync='merge'": method('lte', sync='merge', **own), 'GaLoLTE': galolte,
+            "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
     cells = named({**LLAMA, 'size': '1b', 'n_layer': 24}, ways, model='LLaMA-1B', workers=workers)
-    for _, settings in cells:
-        settings.update(rank=512, heads=workers if settings['split'] else 1)
     cells += [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
               for model in ('screening', 'quality') for about, settings in TRAININGS[model]
               if about['method'] not in ('MHLoRA', 'ReLoRA')]
@@ -294,7 +290,7 @@ def keep(name, cell):
     """Prints what was measured, and appends it to assets/NAME.jsonl with machine, version of torch, date."""
     print(json.dumps({key: x for key, x in cell.items() if key not in ('curve', 'ratios')}), flush=True)
     about = dict(machine=machine(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
-    with open(f'{HERE}/assets/{name}.jsonl', 'a', encoding='utf-8') as file:
+    with open(HERE / f'assets/{name}.jsonl', 'a', encoding='utf-8') as file:
         file.write(json.dumps({**cell, **about}) + '\n')
 
 
@@ -306,7 +302,7 @@ def read_lines(path):
 
 def kept(name, **about):
     """The lines of assets/NAME.jsonl for which all that is said holds."""
-    return [cell for cell in read_lines(f'{HERE}/assets/{name}.jsonl') if about.items() <= cell.items()]
+    return [cell for cell in read_lines(HERE / f'assets/{name}.jsonl') if about.items() <= cell.items()]
 
 
 def title(about):
@@ -340,6 +336,20 @@ def show(name, cells, *keys):
         row(text, *map(cell.get, keys))
 
 
+def measure_all(name, cells, only, measure, *keys, jobs=1):
+    """Keeps measure(about, settings) of what assets/NAME.jsonl lacks, but where it is None; shows all."""
+    cells = list(cells)
+    todo = lacking(name, cells, only)
+    print(f'{len(todo)} of {len(cells)} to measure', flush=True)
+
+    def one(cell):
+        if found := measure(*cell):
+            keep(name, {**cell[0], **found})
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, todo))
+    show(name, cells, *keys)
+
+
 # -----------------------------------------------------------------------------
 # a script's step in this process
 
@@ -354,13 +364,14 @@ def stepper(settings, ranks=None):
     """
     s, numbers = dict(settings), itertools.count()
     script = train_llama if 'size' in s else train_vit if 'img_size' in s else train_gpt
-    freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))  # train='auto' asks what was loaded
+    # train='auto' asks what is loaded
+    lowrank.freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
     s.update(init_from='scratch', compile=False)
     where = config.join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
     with contextlib.redirect_stdout(None):
         run = script.build(s, where, ['a class'] * 9 if script is train_vit else vocabulary(s))
-    for layer in lowrank_layers(run.model):
+    for layer in lowrank.lowrank_layers(run.model):
         layer.head_compute = s.get('head_compute', 'parallel')
     rows = s['batch_size'] // run.ranks
 
@@ -372,9 +383,8 @@ def stepper(settings, ranks=None):
     return run, lambda: script.train_step(run, next(numbers), batch)
 
 
-def vocabulary(settings):
+def vocabulary(s):
     """Tokens of a run's data if they are here, else of the data that the script is made for."""
-    s = settings
     with contextlib.suppress(ValueError, OSError):
         return s['vocab_size'] or Tokens(s['dataset'], 'train', s['block_size'], s['data_dir']).vocab_size
     return 32000 if 'size' in s else 50257
@@ -423,7 +433,11 @@ class Watch(TorchDispatchMode):
 @contextlib.contextmanager
 def watched():
     """While this lasts tensors are fake: they have shapes, and nothing is computed. Gives the `Watch`."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch:
+    def copied(out, x, *_):  # a CPU's pieces fit its cache, and thousands of them take minutes here
+        out.copy_(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch, \
+            mock.patch('lowrank.round_', copied), mock.patch('galore.round_', copied), \
+            mock.patch('galore.CHUNK_OF_A_CPU', galore.CHUNK):
         yield watch
 
 
@@ -434,20 +448,18 @@ def watched():
 def train(options):
     """Trains what assets/NAME.jsonl lacks, each on one thread in its own process; then some are timed."""
     name, cells = options.bench, TRAININGS[options.bench]
-    todo = lacking(name, cells, options.only)
-    print(f'{len(todo)} of {len(cells)} trainings to run', flush=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(functools.partial(train_one, name), todo))
-    show(name, cells, 'trainable_parameters', 'val_loss', *['test_acc'] * (name == 'convergence'))
+    accuracy = ('test_acc',) if name == 'convergence' else ()
+    measure_all(name, cells, options.only, train_one, 'trainable_parameters', 'val_loss', *accuracy,
+                jobs=options.jobs)
     if name in ('quality', 'convergence'):
         torch.set_num_threads(1)
         methods = {about['method']: settings for about, settings in cells if 'ranks' not in settings}
         time_steps(f'{name}_time', named({}, methods), options, 10)
 
 
-def train_one(name, cell):
-    """Runs a training and keeps its results; prints why it did not run."""
-    about, settings = cell
+def train_one(about, settings):
+    """What is kept of a training: losses, of images accuracies too, numbers of parameters, bytes. Where it
+    did not run it says why and gives None; where it diverged there is no loss."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {**settings, 'out_dir': folder}
         ranks = settings.pop('ranks', 1)
@@ -457,15 +469,11 @@ def train_one(name, cell):
                               *(f'--{key}={x}' for key, x in settings.items())], cwd=HERE, text=True,
                              capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         records = read_lines(f'{folder}/log.jsonl')
-    if ran.returncode and 'is not finite' not in ran.stderr:
+    diverged = 'is not finite' in ran.stderr
+    if ran.returncode and not diverged:
         said = [line for line in ran.stderr.splitlines() if 'rror: ' in line]
         print(title(about), 'did not run:', *said[:1], flush=True)
-    else:
-        keep(name, {**about, **results(records, diverged=ran.returncode > 0)})
-
-
-def results(records, diverged):
-    """What is kept of a log.jsonl: losses, of images accuracies too, numbers of parameters, bytes."""
+        return None
     steps, looks = ([line for line in records if key in line] for key in ('train_loss', 'val_loss'))
     return {'val_loss': None if diverged else looks[-1]['val_loss'],
             'curve': {key: [look[key] for look in looks] for key in ('step', 'val_loss', 'val_acc')
@@ -502,10 +510,10 @@ def time_steps(name, cells, options, steps):
                 torch.cuda.synchronize()
             if turn:
                 seconds[key].append(time.perf_counter() - start)
-        trained = {key: count_parameters(run.model)['trainable'] for key, (run, _) in kinds.items()}
+        trained = {key: lowrank.count_parameters(run.model)['trainable'] for key, (run, _) in kinds.items()}
         kinds.clear()
         gc.collect()  # models and their moments, before the next ones
-        for about, settings in todo:
+        for about, _ in todo:
             key = title(about)
             ratios = [mine / other for mine, other in zip(seconds[key], seconds[first])]
             keep(name, {**about, 'trainable': trained[key],
@@ -536,7 +544,7 @@ def planned(settings):
         run, step = stepper(s, ranks=1)
         watch.start(run.model)
         step(), step()
-        bases = [layer.basis for layer in lowrank_layers(run.model) if layer.factors == 'basis']
+        bases = [layer.basis for layer in lowrank.lowrank_layers(run.model) if layer.factors == 'basis']
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
                 for x in (*run.model.parameters(), *run.model.buffers())}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
@@ -566,14 +574,15 @@ def grown(settings):
 def memory(options):
     if options.words:
         return plan(options.words, options.budget)
-    cells = list(memory_cells())
-    for about, settings in lacking('memory', cells, options.only):
-        cell = {**about, 'rank': settings['rank'], **of_depth(planned, settings)}
-        if cell['total'] < 12e9 or options.only:  # others take ten minutes or more
+
+    def measure(about, settings):
+        found = {'rank': settings['rank'], **of_depth(planned, settings)}
+        if found['total'] < 12e9 or options.only:  # others take ten minutes or more
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-                cell['measured'] = pool.submit(grown, settings).result()
-        keep('memory', cell)
-    show('memory', cells, 'weights', 'state', 'gradients', 'activations', 'total', 'measured')
+                found['measured'] = pool.submit(grown, settings).result()
+        return found
+    measure_all('memory', memory_cells(), options.only, measure,
+                'weights', 'state', 'gradients', 'activations', 'total', 'measured')
 
 
 def largest_batch(settings, free):
@@ -606,8 +615,8 @@ def plan(words, budget):
     free = float(size[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[size[2]] - 10**9
     methods = [word for word in words if Path(word).resolve().parent.name == 'methods']
     words = [word for word in words if word not in methods]
-    every = sorted(map(str, Path(HERE, 'config/methods').glob('*.py')))
-    methods = methods or sorted(every, key=lambda path: not path.endswith('/full.py'))
+    every = sorted(HERE.glob('config/methods/*.py'), key=lambda path: (path.stem != 'full', path.stem))
+    methods = methods or list(map(str, every))
     # of files that are not there config.load says so
     text = ''.join(Path(word).read_text(encoding='utf-8') for word in words if os.path.isfile(word))
     script = re.search(r'\btrain_(gpt|llama|vit)\b', text)
@@ -631,12 +640,12 @@ def plan(words, budget):
             continue  # it has said why
         if path == methods[0]:
             what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
-            print(f"{count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, {budget}: the largest "
-                  'micro-batch that fits one process, and GB\nwith 1 GB left to CUDA itself and to what its '
-                  'allocator cannot reuse')
+            print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, {budget}: the "
+                  'largest micro-batch that fits one process,\nand GB with 1 GB left to CUDA itself and to '
+                  'what its allocator cannot reuse')
             row = table('method', 'weights in', 'batch', 'all', 'weights', 'state', wide=16)
         for dtype, (fits, one, total) in found.items():
-            row(os.path.basename(path)[:-3], dtype, fits or 'none',
+            row(Path(path).stem, dtype, fits or 'none',
                 *(x / 1e9 for x in (total, one['weights'], one['state'])))
 
 
@@ -659,7 +668,7 @@ def sent(settings, workers, steps):
                 counts.append(dict(watch.sent, averaged=watch.sent['averaged'] + run.ddp_bytes))
     finally:
         dist.destroy_process_group()
-    own = own_heads(run.model)
+    own = lowrank.own_heads(run.model)
     mine = [x for p in own for x in run.optimizer.state[p].values() if torch.is_tensor(x)]
     return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in mine)
 
@@ -684,11 +693,10 @@ def sent_a_step(settings, workers):
 
 
 def communication(options):
-    cells = communication_cells(options.workers)
-    for about, settings in lacking('communication', cells, options.only):
+    def measure(about, settings):
         found = of_depth(functools.partial(sent_a_step, workers=about['workers']), settings, 1)
-        keep('communication', {**about, **{key: round(x) for key, x in found.items()}})
-    show('communication', cells, 'averaged', 'gathered', 'wire')
+        return {key: round(x) for key, x in found.items()}
+    measure_all('communication', communication_cells(), options.only, measure, 'averaged', 'gathered', 'wire')
 
 
 def readme(options):

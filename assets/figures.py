@@ -24,42 +24,34 @@ from bench import ADAPT, FINAL, TRAININGS, kept, memory_cells, sending
 FROZEN, TRAINED, BASIS = '#c9ccd1', '#e08a3c', '#5b8fc7'
 
 
-def box(axes, x, y, width, height, color, words, size=11):
+def box(axes, x, y, width, height, color, words, size=9):
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor='black', linewidth=0.8))
     axes.text(x + width / 2, y + height / 2, words, ha='center', va='center', size=size)
 
 
-def arrow(axes, start, end, bend=0.0, color='black'):
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=12, color=color,
-                                   connectionstyle=f'arc3,rad={bend}'))
-
-
-def layer(axes, title, parts, left, right, merge):
-    """One layer: W and its heads; parts: words inside each head's two factors, and colours."""
-    axes.set(xlim=(0, 10), ylim=(0, 6.1), aspect='equal')
-    axes.axis('off')
-    axes.set_title(title, size=11)
-    box(axes, 0.6, 1.7, 2.4, 2.4, FROZEN, 'W\n(m, n)')
-    axes.text(3.5, 2.9, '+', size=16, ha='center', va='center')
-    for number, (first, second) in enumerate(parts):
-        y = 2.9 + (len(parts) - 1) * 0.85 - number * 1.7 - 0.65
-        box(axes, 4.2, y, 0.5, 1.4, left, first, 9)
-        box(axes, 4.85, y + 0.9, 1.4, 0.5, right, second, 9)
-        words = f'worker {number + 1}' if len(parts) > 1 else ''
-        axes.text(6.5, y + 0.75, words, size=8, va='center', color='#555555')
-    arrow(axes, (5.2, 0.75), (1.8, 1.6), -0.25, '#444444')
-    axes.text(4.1, 0.25, merge, size=9, ha='center', color='#444444')
-
-
-def method():
+def draw_method():
+    """W, its heads and their merge; a panel for each way, with the words inside each head's two factors."""
+    one, two = [('B', 'A')], [('B₁', 'A₁'), ('B₂', 'A₂')]
+    ways = (('LoRA: one head (or several, all at once)', one, TRAINED, 'merged at the end'),
+            ('LTE: a head on each worker', two, TRAINED, 'merged every T steps: W ← W + mean B A'),
+            ('GaLore (T = 1), GaLoLTE (T > 1)', [('P', 'A₁'), ('P', 'A₂')], BASIS,
+             'merged every T steps; P: a basis of the gradient'))
     figure = Figure((11, 2.9), layout='constrained')
-    axes = figure.subplots(1, 3)
-    layer(axes[0], 'LoRA: one head (or several, all at once)', [('B', 'A')], TRAINED, TRAINED,
-          'merged at the end')
-    layer(axes[1], 'LTE: a head on each worker', [('B₁', 'A₁'), ('B₂', 'A₂')], TRAINED, TRAINED,
-          'merged every T steps: W ← W + mean B A')
-    layer(axes[2], 'GaLore (T = 1), GaLoLTE (T > 1)', [('P', 'A₁'), ('P', 'A₂')], BASIS, TRAINED,
-          'merged every T steps; P: a basis of the gradient')
+    for axes, (title, heads, left, merge) in zip(figure.subplots(1, 3), ways):
+        axes.set(xlim=(0, 10), ylim=(0, 6.1), aspect='equal')
+        axes.axis('off')
+        axes.set_title(title, size=11)
+        box(axes, 0.6, 1.7, 2.4, 2.4, FROZEN, 'W\n(m, n)', 11)
+        axes.text(3.5, 2.9, '+', size=16, ha='center', va='center')
+        for number, (first, second) in enumerate(heads):
+            y = 2.9 + (len(heads) - 1) * 0.85 - number * 1.7 - 0.65
+            box(axes, 4.2, y, 0.5, 1.4, left, first)
+            box(axes, 4.85, y + 0.9, 1.4, 0.5, TRAINED, second)
+            if len(heads) > 1:
+                axes.text(6.5, y + 0.75, f'worker {number + 1}', size=8, va='center', color='#555555')
+        axes.add_patch(FancyArrowPatch((5.2, 0.75), (1.8, 1.6), arrowstyle='-|>', mutation_scale=12,
+                                       color='#444444', connectionstyle='arc3,rad=-0.25'))
+        axes.text(4.1, 0.25, merge, size=9, ha='center', color='#444444')
     handles = [Rectangle((0, 0), 1, 1, facecolor=color, edgecolor='black')
                for color in (FROZEN, TRAINED, BASIS)]
     words = 'frozen between merges', 'trained by Adam', 'taken anew now and then, the same everywhere'
@@ -79,13 +71,13 @@ def label(cell):
     return ', '.join([cell['method'], *(form.format(s[key]) for key, form in forms.items() if key in s)])
 
 
-def losses(cells):
-    return [cell['val_loss'] for cell in cells]
-
-
 def trained(name):
     """What is kept of a bench's trainings as it has them today."""
     return [cell for about, _ in TRAININGS[name] for cell in kept(name, **about)]
+
+
+def losses(cells):
+    return [cell['val_loss'] for cell in cells]
 
 
 def groups(name):
@@ -178,38 +170,34 @@ def draw_heads():
 
 
 def draw_memory():
-    """Peak memory by category and method, and what was measured as a line."""
-    panels = {}
-    for about, _ in memory_cells():
-        size = about['size']
-        name = f"{size}, {about['images']} images" if 'images' in about else f'LLaMA {size.upper()}'
-        panels.setdefault(name, []).extend(kept('memory', **about))
-    draw_peaks('memory', {name: cells for name, cells in panels.items() if 'LLaMA' in name})
-    draw_peaks('vit', {name: cells for name, cells in panels.items() if '32 images' in name})
-
-
-def draw_peaks(name, panels):
-    """Stacked bars. panels: {title: cells of memory.jsonl}."""
+    """Peak memory by category and method, stacked, and what was measured as a line: LLaMA, and ViT."""
     categories = {'weights': ('#4c72b0', 'weights'), 'state': ('#dd8452', 'optimizer state'),
                   'gradients': ('#c44e52', 'gradients'),
                   'activations': ('#8c8c8c', 'activations and buffers')}
-    rows = len(next(iter(panels.values())))
-    size = 3.1 * len(panels), 1 + 0.5 * rows
-    with picture(name, size, (1, len(panels)), 5, False, sharey=True) as all_axes:
-        for axes, (title, cells) in zip(all_axes[0], panels.items()):
-            names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that') for cell in cells]
-            left = [0.0] * rows
-            for key, (color, category) in categories.items():
-                values = [cell.get(key, 0) / 1e9 for cell in cells]
-                axes.barh(names, values, left=left, color=color, label=category if any(values) else None)
-                left = [a + b for a, b in zip(left, values)]
-            measured = [(cell['measured'] / 1e9, i - 0.4, i + 0.4) for i, cell in enumerate(cells)
-                        if 'measured' in cell]
-            if measured:
-                axes.vlines(*zip(*measured), color='black', lw=2, label='measured')
-            axes.set(title=title, xlabel='peak memory, GB')
-            axes.tick_params('y', labelsize=7)
-        axes.invert_yaxis()  # of all, as they share it
+    panels = {}
+    for about, _ in memory_cells():
+        name = f"{about['size']}, 32 images" if 'images' in about else f"LLaMA {about['size'].upper()}"
+        if about.get('images') != 4:
+            panels.setdefault(name, []).extend(kept('memory', **about))
+    for name, titles in (('memory', list(panels)[:-2]), ('vit', list(panels)[-2:])):
+        rows = len(panels[titles[0]])
+        size = 3.1 * len(titles), 1 + 0.5 * rows
+        with picture(name, size, (1, len(titles)), 5, False, sharey=True) as all_axes:
+            for axes, title in zip(all_axes[0], titles):
+                cells, left = panels[title], [0.0] * rows
+                names = [cell['method'].replace(', ', ',\n').replace('the same', 'all that')
+                         for cell in cells]
+                for key, (color, category) in categories.items():
+                    values = [cell.get(key, 0) / 1e9 for cell in cells]
+                    axes.barh(names, values, left=left, color=color, label=category if any(values) else None)
+                    left = [a + b for a, b in zip(left, values)]
+                measured = [(cell['measured'] / 1e9, i - 0.4, i + 0.4) for i, cell in enumerate(cells)
+                            if 'measured' in cell]
+                if measured:
+                    axes.vlines(*zip(*measured), color='black', lw=2, label='measured')
+                axes.set(title=title, xlabel='peak memory, GB')
+                axes.tick_params('y', labelsize=7)
+            axes.invert_yaxis()  # of all, as they share it
 
 
 def draw_quality():
@@ -301,48 +289,63 @@ def draw_layers():
 # tables
 
 
-def renew_readme():
-    """Renews the two tables between markers in README.md."""
-    def but_rate(cell):
-        return {key: x for key, x in cell['settings'].items() if key not in ('learning_rate', 'seed')}
-    cells, times = trained('quality'), seconds_of_steps('quality')
-    lines = ['| method | trained | optimizer state | sent a step | time of a step | validation loss: mean '
-             '(range; seeds) | other rates, one seed |', '|---|---|---|---|---|---|---|']
+def renew(page, mark, head, rows, end=''):
+    """Renews the table between two markers in a page; head and rows: tuples of columns."""
+    with open(f'{HERE}/{page}', encoding='utf-8') as file:
+        text = file.read()
+    lines = [f"| {' | '.join(row)} |" for row in (head, ['---'] * len(head), *rows)] + ['', end] * bool(end)
+    before, _, rest = text.partition(f'<!-- {mark} -->\n')
+    after = rest.partition('<!-- end -->\n')[2]
+    with open(f'{HERE}/{page}', 'w', encoding='utf-8') as file:
+        file.write('\n'.join([f'{before}<!-- {mark} -->', *lines, '<!-- end -->', after]))
+
+
+def method_rows():
+    """What the first lines of config/methods say."""
+    for path in sorted(glob.glob(f'{HERE}/../config/methods/*.py')):
+        name = os.path.basename(path)
+        with open(path, encoding='utf-8') as file:
+            yield f'[`{name[:-3]}`](config/methods/{name})', file.readline().removeprefix('# ').strip()
+
+
+def quality_rows():
+    """The finalists, each at its best rate."""
+    times = seconds_of_steps('quality')
     for name, (mine, *_) in groups('quality').items():
         first, found = mine[0], losses(mine)
-        rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in cells
-                 if cell['method'] == name and but_rate(cell) == but_rate(first)}
-        del rates[first['settings']['learning_rate']]
-        others = [f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items())]
         wire = sent('quality', first).get('wire')
         spread = f'{min(found):.3f} to {max(found):.3f}; {len(found)}' if len(found) > 1 else 'one seed'
-        columns = (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
-                   f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
-                   f"{times[name] / times['full rank']:.2f}" if name in times else '',
-                   f'{statistics.mean(found):.3f} ({spread})', ', '.join(others))
-        lines.append(f"| {' | '.join(columns)} |")
+        yield (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
+               f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
+               f"{times[name] / times['full rank']:.2f}" if name in times else '',
+               f'{statistics.mean(found):.3f} ({spread})')
+
+
+def rate_rows():
+    """The finalists' other rates, but for a seed all that they differ in."""
+    for name, (mine, *_) in groups('quality').items():
+        rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in trained('quality')
+                 if cell['method'] == name}
+        del rates[mine[0]['settings']['learning_rate']]
+        if rates:
+            yield name, ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}"
+                                  for lr, loss in sorted(rates.items()))
+
+
+def renew_tables():
+    renew('../README.md', 'methods', ('method', 'what it is, and learning rates that were good'),
+          method_rows())
+    cells = trained('quality')
     dates, machines, torches = (sorted({cell[key] for cell in cells}) for key in ('date', 'machine', 'torch'))
-    lines += ['', f"Cells of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, {' and '.join(machines)}, "
-              f"torch {' and '.join(torches)}: `python bench.py quality` (five minutes a run), then "
-              '`python bench.py readme`.']
-    methods = ['| method | what it is, and learning rates that were good |', '|---|---|']
-    for path in sorted(glob.glob(f'{HERE}/../config/methods/*.py')):
-        with open(path, encoding='utf-8') as file:
-            said = file.readline().removeprefix('# ').strip()
-        name = os.path.basename(path)
-        methods.append(f'| [`{name[:-3]}`](config/methods/{name}) | {said} |')
-    with open(f'{HERE}/../README.md', encoding='utf-8') as file:
-        text = file.read()
-    for mark, rows in (('methods', methods), ('quality', lines)):
-        before, _, rest = text.partition(f'<!-- {mark} -->\n')
-        after = rest.partition('<!-- end -->\n')[2]
-        text = '\n'.join([f'{before}<!-- {mark} -->', *rows, '<!-- end -->', after])
-    with open(f'{HERE}/../README.md', 'w', encoding='utf-8') as file:
-        file.write(text)
+    renew('../README.md', 'quality', ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
+                                      'validation loss: mean (range; seeds)'), quality_rows(),
+          f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+          f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
+    renew('README.md', 'rates', ('method', 'validation loss at other learning rates, one seed'), rate_rows())
 
 
 if __name__ == '__main__':
-    method()
+    draw_method()
     for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_convergence, draw_layers):
         draw()
-    renew_readme()
+    renew_tables()

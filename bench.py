@@ -43,7 +43,7 @@ BENCHES = {
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
-    'readme': "draws the pictures and renews README.md's tables (as python assets/figures.py)"}
+    'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
 
 
 def chosen(argv):

@@ -1,5 +1,5 @@
 """
-Draws the pictures in this folder from the cells in *.jsonl, and renews the tables in README.md.
+Draws the pictures in this folder from the lines of *.jsonl, and renews the tables of both README.md.
 
 $ python assets/figures.py
 """

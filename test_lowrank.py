@@ -293,8 +293,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--dropout=1.5', 1, 'dropout=1.5'), ('gpt', '--batch_size=3', 2, 'batch_size=3 does not split'),
     ('gpt', '--dtype=float16 --param_dtype=bfloat16', 1, 'param_dtype'),
     ('gpt', '--lowrank=attn --optimizer=galore --basis=svd', 1, "optimizer='adamw'"),
-    ('gpt', '--lowrank=attn --merge_reset=True', 1, 'without merges'),
-    ('gpt', '--lowrank=attn --merge_reset=True --merge_every=2 --rewarm_iters=2', 1, 'never end'),
+    ('gpt', '--lowrank=attn --merge_reset=True', 1, 'needs merges'),
+    ('gpt', '--lowrank=attn --merge_reset=True --merge_every=2 --rewarm_iters=2', 1, 'rewarm_iters=2'),
     ('gpt', BASIS, 1, 'merge_every=1'), ('gpt', f'{BASIS}--merge_every=1 --heads=2', 1, 'are one head'),
     ('gpt', f'{BASIS}--merge_every=3 --basis_every=10', 1, 'basis_every=10 is no multiple of merge_every=3'),
     ('gpt', f'{SPLIT}--heads=5 --merge_every=2', 1, 'over heads=5'),
@@ -310,7 +310,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('vit', f'{SPLIT}--heads=2 --merge_every=2 --adapter=a', 1, 'an adapter'),
     ('gpt', '--optimizer=fira', 1, "basis='power'"), ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
-    ('gpt', '--per_layer=True --grad_clip=0 --sync=merge --merge_every=2', 2, 'leave one of them out'),
+    ('gpt', '--per_layer=True --grad_clip=0 --sync=merge --merge_every=2', 2, "sync='step' (not 'merge')"),
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'wandb_log=False'),
     # files
     ('gpt', 'config/methods/lte.py config/methods/galore.py', 1, 'lte and galore are two methods'),
@@ -1675,7 +1675,7 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
         safetensors.torch.save_file(parts, tmp_path / 'part.safetensors', file.metadata())
     for more, needle in ((f'--init_from={other}', 'base='), ('--alpha=6', 'alpha=4.0, not 6.0'),
                          ('--lowrank=q,k', 'lowrank='), (f'--adapter={base}', 'best.pt'),
-                         (f'--adapter={tmp_path}/part.safetensors', 'lacks')):
+                         (f'--adapter={tmp_path}/part.safetensors', 'is None, not torch.')):
         refused(capsys, lambda: train('vit', root, tmp_path / 'c', *again, more), needle)
     train('vit', root, tmp_path / 'all', *words, '--train=all')
     assert not (tmp_path / 'all' / 'adapter.safetensors').exists()  # the rest trained too

@@ -2,8 +2,8 @@
 A run: its settings, its processes, its folder, its log. Nothing here knows a particular model, or data.
 
 Settings are the plain global names at the top of a script; `python train_x.py config/y.py config/methods/z.py
---key=value` runs the files with the script's defaults visible, then the command line wins. torch is imported inside the
-functions that need it, so that a mistake is answered at once.
+--key=value` runs the files with the script's defaults visible, then the command line wins. torch is imported
+inside the functions that need it, so that a mistake is answered at once.
 """
 
 import ast
@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,8 +22,10 @@ import sys
 import time
 import zipfile
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
+PLAIN = type(None), bool, int, float, str, tuple  # what a setting may be
 ANSWER = 600  # seconds that ranks wait for each other
 RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
@@ -31,8 +34,8 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a machine find is
-    said once: the others wait a second, in which torchrun ends them if the first one has failed as well."""
+    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a machine
+    find is said once: the others wait a second, in which torchrun ends them if the first one failed as well."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
         who = f" (rank {os.environ['RANK']})"
@@ -42,15 +45,15 @@ def fail(sentence):
 
 
 def in_one_line(kind, error, trace):
-    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were lost are one
-    line."""
+    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were lost
+    are one line."""
+    lost = '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited'
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
-        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before stands",
-              file=sys.stderr)
-    elif issubclass(kind, RuntimeError) and re.search(
-            '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited', str(error)):
+        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before "
+              'stands', file=sys.stderr)
+    elif issubclass(kind, RuntimeError) and re.search(lost, str(error)):
         print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
               f'{ANSWER // 60} minutes ({str(error).splitlines()[0][:80]}): what was saved before stands, and '
               '--init_from=resume goes on from it', file=sys.stderr)
@@ -73,60 +76,59 @@ def refusals():
 
 
 def defaults(namespace):
-    """The settings of a script: every plain global (None, bool, int, float, str, tuple) defined so far."""
-    return {key: value for key, value in namespace.items() if not key.startswith('_') and _is_plain(value)}
+    """The settings of a script: every plain global defined so far."""
+    return {key: value for key, value in namespace.items()
+            if not key.startswith('_') and isinstance(value, PLAIN)}
 
 
-def _is_plain(value):
-    return isinstance(value, (type(None), bool, int, float, str, tuple))
+def _methods():
+    return sorted(path.stem for path in Path(__file__).parent.glob('methods/*.py'))
 
 
 def load(namespace, known, argv):
     """
-    Resolves the settings of a script, and checks them.
+    Resolves the settings of a script and checks them; returns them as a dict.
 
     namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any order.
-    A file in a folder called methods is a method, and its name that of the method ('full' without one). A value that
-    is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then
-    tables, then plain values, on which files have to agree, then the defaults; so the order of files does not matter.
-    Returns the resolved settings as a dict. What is wrong ends the process with exit code 2.
+    A file in a folder called methods is a method, and its name that of the method ('full' without one). A value
+    that is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line
+    wins, then tables, then plain values, on which files have to agree, then the defaults: the order of files does
+    not matter.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
         _help(namespace)
         raise SystemExit(0)
     paths, words = ([word for word in argv if word.startswith('--') == option] for option in (False, True))
-    methods = [os.path.splitext(os.path.basename(path))[0] for path in paths
-               if os.path.basename(os.path.dirname(os.path.abspath(path))) == 'methods']
+    methods = [Path(path).stem for path in paths if Path(path).absolute().parent.name == 'methods']
     if len(methods) > 1:
         fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
     method = (methods or ['full'])[0]
 
-    names = [name.removesuffix('.py') for name in os.listdir(os.path.join(os.path.dirname(__file__), 'methods'))]
     plain, tables, given = {}, {}, {}  # given: where each setting was set
     for path in paths:
         for key, value in _run_file(path, known, namespace).items():
-            where = tables if isinstance(value, dict) else plain
-            for name in value if where is tables else ():
-                if name not in (*names, method):
-                    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0)[0]
+            found = tables if isinstance(value, dict) else plain
+            if found is plain:
+                value = _checked(known, key, value, where=f'in {path}')
+            else:
+                for name in value.keys() - {*_methods(), method}:
+                    near = difflib.get_close_matches(str(name), _methods(), n=1, cutoff=0)[0]
                     fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you mean "
                          f"'{near}'?")
-            if where is tables:
-                value = {name: _checked(known, key, entry, f'for {name} in {path}') for name, entry in value.items()}
-            else:
-                value = _checked(known, key, value, f'in {path}')
-            if key in where and where[key] != value:
-                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {where[key]!r} and "
+                value = {name: _checked(known, key, entry, where=f'for {name} in {path}')
+                         for name, entry in value.items()}
+            if found.get(key, value) != value:
+                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {found[key]!r} and "
                      f'{value!r}: leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
-            where[key], given[key] = value, f'in {path}'
+            found[key], given[key] = value, f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
     settings = {**known, **plain, **chosen}
     for word in words:
         key, equals, text = word[2:].partition('=')
         if not equals:
             fail(f"'{word}' has no value: write --{key}={True if isinstance(known.get(key), bool) else 'value'}")
-        settings[key] = _checked(known, key, _parse(text, known.get(key)), 'on the command line')
+        settings[key] = _checked(known, key, _parse(text, known.get(key)), where='on the command line')
         given[key] = 'on the command line'
 
     _check(settings, known, given)
@@ -139,7 +141,7 @@ def load(namespace, known, argv):
     if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file of "
-             'config/methods (or of another folder called methods), or set --learning_rate=')
+             'a folder called methods, or set --learning_rate=')
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
     return settings
@@ -149,28 +151,22 @@ def _help(namespace):
     """A script's docstring, the methods, and its settings with the comment beside each, as they stand in it."""
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
-    with open(namespace['__file__'], encoding='utf-8') as file:
-        block = file.read().split(RULE)[1]
-    methods = sorted(os.listdir(os.path.join(os.path.dirname(__file__), 'methods')))
-    words = 'Methods: config/methods/NAME.py, NAME one of ' + ', '.join(
-        name.removesuffix('.py') for name in methods if name.endswith('.py'))
+    block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
+    words = f"Methods: config/methods/NAME.py, NAME one of {', '.join(_methods())}"
     print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
 
 
 def _run_file(path, known, namespace):
     """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with them."""
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        there = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
-        near = difflib.get_close_matches(path, [name for name in there if name.endswith('.py')], n=1)
-        fail(f"config file '{path}' is not there: did you mean '{(near or ['config/quickstart.py'])[0]}', or "
-             "--key=value with a '='?")
+        there = map(str, Path(path).parent.glob('*.py'))
+        near = difflib.get_close_matches(path, there, n=1) or ['config/quickstart.py']
+        fail(f"config file '{path}' is not there: did you mean '{near[0]}', or --key=value with a '='?")
     if not path.endswith('.py'):
         fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
     scope = dict(known)
     try:
-        with open(path, encoding='utf-8') as file:
-            text = file.read()
+        text = Path(path).read_text('utf-8')
         tree = ast.parse(text, path)
         exec(compile(tree, path, 'exec'), scope)
     except Exception as error:  # it is the user's program, and may fail in any way
@@ -183,7 +179,7 @@ def _run_file(path, known, namespace):
                 for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     # functions, modules and lists only help to compute, and so does what starts with an underscore
     return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
-            and (key in known or _is_plain(value) or isinstance(value, dict) and value)}
+            and (key in known or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
 
 
 def _parse(text, default):
@@ -205,114 +201,94 @@ def _checked(known, key, value, where):
     if wanted is float and seen is int:
         return float(value)
     if wanted is not seen:
+        example = wanted(1) if known[key] is None else known[key]
         fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} is needed, '
-             f"such as {repr(known[key]) if known[key] is not None else wanted(1)}")
+             f'such as {example!r}')
     return value
 
 
 # -----------------------------------------------------------------------------
-# checks of settings: three tables. s: the settings by name, and s.ranks
+# checks of settings: tables. s: the settings by name, and s.ranks
 
 LEAST = dict.fromkeys((
-    'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size', 'n_layer',
-    'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'rank', 'basis_every',
-    'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
+    'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size',
+    'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'rank',
+    'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
         'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
-        'merge_every', 'scale', 'weight_decay', 'grad_clip', 'top_k', 'temperature'), 0)
+        'merge_every', 'scale', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
-    optimizer=('adamw', 'galore', 'fira'), basis=('sketch', 'power', 'svd', 'random'), state_bits=(None, 32, 16, 8),
-    dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'), param_dtype=('float32', 'bfloat16', 'float64'),
-    augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
+    optimizer=('adamw', 'galore', 'fira'), basis=('sketch', 'power', 'svd', 'random'),
+    state_bits=(None, 32, 16, 8), dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
+    param_dtype=('float32', 'bfloat16', 'float64'), augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
-
-def _takes_bases(s):
-    return s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw'
-
-
-# a setting that does nothing beside the others is refused
-EFFECT = (  # (settings, where they do something, what it takes)
-    ('heads factors split', lambda s: s.lowrank,
-     "there are no low-rank layers: set lowrank='attn,mlp', or give a file of config/methods"),
+EFFECT = (  # a setting that does nothing beside the others is refused: (which, where they act, what it takes)
+    ('heads factors split', lambda s: s.lowrank, "there are no low-rank layers: set lowrank='attn,mlp'"),
     ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
-    ('rank', lambda s: s.lowrank or s.optimizer != 'adamw',
-     'nothing has a low rank: set lowrank, or give a file of config/methods'),
+    ('rank', lambda s: s.lowrank or s.optimizer != 'adamw', "nothing has a low rank: set lowrank='attn,mlp'"),
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('basis basis_every scale', _takes_bases,
-     "no basis is taken: set lowrank and factors='basis', or give a file of config/methods such as galore.py"),
+    ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw',
+     "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
-CHECKS = (  # (what makes no sense together, the sentence)
-    (lambda s: s.dropout >= 1, 'dropout={dropout} drops everything: set it below 1'),
+CHECKS = (  # what makes no sense together, and the sentence. After EFFECT factors, split, merge_reset have layers
+    (lambda s: max(s.dropout, s.beta1, s.beta2) >= 1,
+     'dropout={dropout}, beta1={beta1} and beta2={beta2} have to be below 1: lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
-     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in '
-     "'bfloat16' or 'float16' with weights in 'float32'"),
-    (lambda s: s.batch_size % s.ranks, 'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
-    (lambda s: not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1),
-     'beta1={beta1} and beta2={beta2} must be at least 0, below 1'),
+     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in 16 bits with '
+     "weights in 'float32'"),
+    (lambda s: s.batch_size % s.ranks,
+     'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
     # heads
     (lambda s: s.lowrank and s.alpha <= 0, 'alpha={alpha} leaves heads without effect: set it above 0'),
     (lambda s: s.lowrank and s.optimizer != 'adamw',
-     "optimizer={optimizer!r} is for full-rank weights: set optimizer='adamw', or lowrank='' (GaLore of low-rank "
-     "layers is factors='basis')"),
-    (lambda s: s.merge_reset and not s.merge_every,
-     'merge_reset=True without merges does nothing: set merge_every, or merge_reset=False'),
+     "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw'"),
     (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
-     'rewarm_iters={rewarm_iters} would never end before the next merge, every {merge_every} steps: set fewer'),
-    (lambda s: s.lowrank and s.factors == 'basis' and not s.merge_every,
-     "factors='basis' trains what merges put into the weight: set merge_every=1 (GaLore) or more (GaLoLTE)"),
-    (lambda s: s.lowrank and s.factors == 'basis' and s.heads > 1 and (not s.split or s.merge_every == 1),
-     'heads={heads} in one basis that see the same tokens, or are merged every step, are one head: set heads=1, or '
-     'split=True and merge_every above 1'),
-    (lambda s: s.lowrank and s.factors == 'basis' and s.merge_every and s.basis_every % s.merge_every,
+     'merge_reset=True needs merges, and rewarm_iters={rewarm_iters} an end before the next one: set '
+     'merge_every={merge_every} above that, or merge_reset=False'),
+    (lambda s: s.factors == 'basis' and not s.merge_every,
+     "factors='basis' trains what is merged: set merge_every=1 (GaLore) or more (GaLoLTE)"),
+    (lambda s: s.factors == 'basis' and s.heads > 1 and (not s.split or s.merge_every == 1),
+     'heads={heads} in one basis that see the same tokens, or are merged every step, are one head: set heads=1, '
+     'or split=True and merge_every above 1'),
+    (lambda s: s.factors == 'basis' and s.basis_every % s.merge_every,
      'basis_every={basis_every} is no multiple of merge_every={merge_every}: bases are taken at merges, set one'),
-    (lambda s: s.lowrank and s.split and s.batch_size % s.heads,
+    (lambda s: s.split and s.batch_size % s.heads,
      'batch_size={batch_size} does not split over heads={heads}: set a multiple'),
-    (lambda s: s.lowrank and s.split and s.heads % s.ranks,
-     'heads={heads} do not split over {ranks} ranks: set a multiple'),
-    (lambda s: s.lowrank and s.split and s.heads > 1 and not s.merge_every,
+    (lambda s: s.split and s.heads % s.ranks, 'heads={heads} do not split over {ranks} ranks: set a multiple'),
+    (lambda s: s.split and s.heads > 1 and not s.merge_every,
      'split heads that never merge train models that never meet: set merge_every, or split=False'),
-    (lambda s: s.lowrank and s.split and s.ranks > 1 and s.state_bits == 8,
-     'moments of split heads on several ranks are saved head by head, and blocks of 8 bits are not: set '
-     'state_bits=None, 32 or 16'),
+    (lambda s: s.split and s.ranks > 1 and s.state_bits == 8,
+     'blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 or 16'),
     (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset
      and not (s.split and s.heads > 1),
      'merging one head, or heads that see the same tokens, without reset changes nothing: set merge_reset=True '
      '(ReLoRA) or split=True and several heads (LTE)'),
-    (lambda s: s.sync == 'merge' and s.merge_every and s.ranks == 1,
-     "sync='merge' averages what several ranks train, and here is one process: start it with torchrun"),
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
-     "sync='merge' averages at merges what several ranks train, beside split heads or without any: set merge_every, "
-     "split=True with lowrank, and start it with torchrun, or set sync='step'"),
+     "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
+     "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
     (lambda s: s.sync == 'merge' and s.optimizer != 'adamw',
-     "sync='merge' averages whole weights, and each rank's optimizer={optimizer!r} would have other bases: set "
-     "optimizer='adamw'"),
+     "sync='merge' averages weights, and each rank would have other bases: set optimizer='adamw'"),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
     (lambda s: s.train == 'factors' and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
-     "train='factors' leaves nothing to train where there are none: set lowrank, and heads that are not merged every "
-     "step, or train='all'"),
-    (lambda s: s.adapter and s.split,
-     "an adapter has heads that see every image: set split=False, or adapter=''"),
+     "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or train='all'"),
+    (lambda s: s.adapter and s.split, "an adapter has heads that see every image: set split=False, or adapter=''"),
     # the optimizer
     (lambda s: s.optimizer != 'adamw' and s.basis == 'sketch',
-     "basis='sketch' is made in the backward pass of low-rank layers: set basis='power' beside "
-     'optimizer={optimizer!r}'),
-    (lambda s: s.per_layer and s.grad_clip,
-     'per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0'),
-    (lambda s: s.per_layer and s.dtype == 'float16',
-     "per_layer=True steps on gradients before a GradScaler has seen them: set another dtype than 'float16'"),
-    (lambda s: s.per_layer and s.sync == 'merge',
-     "per_layer=True averages every gradient over ranks, sync='merge' none: leave one of them out"),
+     "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
+    (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
+     'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set grad_clip=0.0 '
+     "(not {grad_clip}), sync='step' (not {sync!r}) and a dtype other than 'float16'"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
 
 
@@ -348,28 +324,18 @@ def _check(settings, known, given):
             fail(sentence.format(**vars(s)))
 
 
-def learning_rate_at(step, learning_rate, warmup_iters, max_iters, min_lr, restart_every=0, restart_iters=0):
-    """
-    Learning rate of a step: linear warm-up, then cosine from learning_rate to min_lr at max_iters, then min_lr.
-
-    restart_every, restart_iters: after each restart_every steps the rate climbs again from zero to the cosine
-    within restart_iters steps (ReLoRA, section 3: a reset factor has no moments yet).
-    """
-    if step < warmup_iters:
-        rate = learning_rate * (step + 1) / (warmup_iters + 1)
-    else:
-        progress = min((step - warmup_iters) / max(max_iters - warmup_iters, 1), 1.0)
-        rate = min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
-    if restart_every and restart_iters and step >= restart_every:
-        rate *= min((step % restart_every + 1) / (restart_iters + 1), 1.0)
-    return rate
-
-
 def set_learning_rate(optimizer, settings, step):
-    """Sets the learning rate of a step (`learning_rate_at`) as the settings say, and returns it."""
-    s = settings
-    rate = learning_rate_at(step, s['learning_rate'], s['warmup_iters'], s['max_iters'], s['min_lr'],
-                            s['merge_every'] if s['merge_reset'] else 0, s['rewarm_iters'])
+    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters, then
+    min_lr. After a merge that resets it climbs again from zero to the cosine within rewarm_iters (ReLoRA, section
+    3: a reset factor has no moments yet)."""
+    s = SimpleNamespace(**settings)
+    if step < s.warmup_iters:
+        rate = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    else:
+        progress = min((step - s.warmup_iters) / max(s.max_iters - s.warmup_iters, 1), 1.0)
+        rate = s.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+    if s.merge_reset and step >= s.merge_every:
+        rate *= min((step % s.merge_every + 1) / (s.rewarm_iters + 1), 1.0)
     for group in optimizer.param_groups:
         group['lr'] = rate
     return rate
@@ -384,85 +350,89 @@ def join(settings):
     Joins torchrun's processes, if any, and resolves 'auto'.
 
     settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype (of
-    weights). Returns as attributes: rank, ranks, device (of this process), device_type, compute (the dtype's name).
+    weights), per_layer (if there is such). Returns as attributes: rank, ranks, device (of this process),
+    device_type, compute (the dtype's name).
     """
     import torch
     import torch.distributed as dist
     device, dtype, param_dtype = (settings[key] for key in ('device', 'dtype', 'param_dtype'))
+    several = 'RANK' in os.environ
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device != 'cpu' and not re.fullmatch(r'cuda(:\d+)?', device):
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', device):
         fail(f"device={device!r} is not known: set 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device != 'cpu' and not torch.cuda.is_available():
-        fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
     if device == 'cpu':
         keep_freed_memory()
-    elif ':' in device and 'RANK' in os.environ:
-        fail(f"device={device!r} is one card, and torchrun starts several processes: set 'cuda', and choose cards by "
-             'CUDA_VISIBLE_DEVICES')
-    elif 'RANK' in os.environ:
-        if int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
-            fail(f'torchrun starts more processes than there are cards ({torch.cuda.device_count()}): set '
-                 '--nproc_per_node to that')
+    elif not torch.cuda.is_available():
+        fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
+    elif several and ':' in device:
+        fail(f"device={device!r} is one card, and torchrun starts several processes: set 'cuda', and choose cards "
+             'by CUDA_VISIBLE_DEVICES')
+    elif several and int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
+        fail(f'torchrun starts more processes than there are cards ({torch.cuda.device_count()}): set '
+             '--nproc_per_node to that')
+    elif several:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if ':' in device:
         torch.cuda.set_device(device)
     if dtype == 'auto' and (param_dtype != 'float32' or device == 'cpu'):
         dtype = param_dtype
-    elif dtype == 'auto':  # cards before Ampere have no bfloat16
-        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
-    if dtype == 'float16' and settings.get('per_layer'):
-        fail("per_layer=True steps on gradients before a GradScaler has seen them, and this card computes in float16: "
-             "set dtype='float32'")
-    if 'RANK' not in os.environ:
-        return SimpleNamespace(rank=0, ranks=1, device=device, device_type=device.split(':')[0], compute=dtype)
-    # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo',
-                            timeout=timedelta(seconds=ANSWER))
-    return SimpleNamespace(rank=dist.get_rank(), ranks=dist.get_world_size(), device=device,
-                           device_type=device.split(':')[0], compute=dtype)
+    elif dtype == 'auto' and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = 'bfloat16'
+    elif dtype == 'auto':  # cards before Ampere; per_layer steps on gradients that no GradScaler has seen
+        dtype = 'float32' if settings.get('per_layer') else 'float16'
+    if several:  # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
+        dist.init_process_group('gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl',
+                                timeout=timedelta(seconds=ANSWER))
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    return SimpleNamespace(rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=dtype)
 
 
 def keep_freed_memory():
-    """
-    Makes glibc keep freed memory for the next step instead of giving it back to the system (no effect elsewhere).
-
-    By default every tensor above 32 MB comes as fresh pages each time, which the kernel first has to zero: of a step of
-    GPT-2 124M with heads on every layer that was a quarter of the time on two CPU cores.
-    """
-    if sys.platform != 'linux':
-        return
+    """Makes glibc keep freed memory for the next step. By default every tensor above 32 MB comes as fresh pages,
+    which the kernel first has to zero: a quarter of a step of GPT-2 124M with heads on two CPU cores."""
     import ctypes
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
-        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
 
 
 def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
-    What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as attributes;
-    model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters); scaler; net (the model,
-    compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a micro-batch, that this rank trains on);
-    heads (how many are split, over all ranks, or 1); saved (the step of the last checkpoint, or None). Goes on from a
-    checkpoint, if there is one.
+    What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as
+    attributes; model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters);
+    scaler; net (the model, compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a
+    micro-batch, that this rank trains on); heads (how many are split, over all ranks, or 1); saved (the step of
+    the last checkpoint, or None). Goes on from a checkpoint, if there is one.
     """
     import torch
 
-    from lowrank import load_state, not_finite, own_heads, replica_parameters, rows_of
+    from lowrank import keep_out_of_ddp, load_state, not_finite, own_heads, replica_parameters, rows_of
     s = SimpleNamespace(**settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
-    source = f'{s.out_dir}/ckpt.pt' if checkpoint else settings.get('adapter') or s.init_from
-    if checkpoint:
+    if checkpoint or s.init_from != 'scratch':
+        source = f'{s.out_dir}/ckpt.pt' if checkpoint else settings.get('adapter') or s.init_from
         with built_from(source):
-            load_state(model, optimizer, checkpoint, replicas)
-            if scaler.is_enabled() and checkpoint['scaler']:
+            if checkpoint:
+                load_state(model, optimizer, checkpoint, replicas)
+            if checkpoint and scaler.is_enabled() and checkpoint['scaler']:
                 scaler.load_state_dict(checkpoint['scaler'])
-    loads = checkpoint or s.init_from != 'scratch'
-    if what := loads and not_finite(model, optimizer if checkpoint else None):
-        raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
-    net, ddp_bytes = wrap(model, where, s.compile, {*optimizer.outside_ddp, *own_heads(model), *replicas.values()})
+            if what := not_finite(model, optimizer if checkpoint else None):
+                raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
+    if s.compile:  # block by block: their code is one, compiled once, and a block steps when it is done
+        for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
+            part.compile(fullgraph=True)
+    outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}  # averaged by others, or each its own
+    carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
+    net, ddp_bytes = model, 0
+    if where.ranks > 1 and carried:
+        keep_out_of_ddp(model, {*outside, *model.buffers()})  # buffers are equal, or own: none has to be sent
+        device_ids = [torch.device(where.device).index] if where.device_type == 'cuda' else None
+        # with the buckets as gradients there is no second copy of them
+        net = torch.nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+        ddp_bytes = carried
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     heads = s.heads if s.lowrank and s.split else 1
     rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
@@ -471,31 +441,9 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
                            saved=checkpoint['step'] if checkpoint else None)
 
 
-def wrap(model, where, compiled, outside_ddp=()):
-    """
-    The callable that computes with a model: compiled, if asked, and under DDP, if there are several ranks.
-
-    outside_ddp: a set of parameters that DDP does not touch: somebody else reduces their gradients, or they differ by
-    rank. Returns (callable, bytes that DDP reduces a step).
-    """
-    from torch.nn.parallel import DistributedDataParallel as DDP
-
-    from lowrank import keep_out_of_ddp
-    if compiled:  # block by block: their code is one, so that it is compiled once, and a block steps when it is done
-        for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
-            part.compile(fullgraph=True)
-    carried = sum(p.numel() * p.element_size() for p in model.parameters()
-                  if p.requires_grad and p not in outside_ddp)
-    if where.ranks == 1 or not carried:
-        return model, 0
-    keep_out_of_ddp(model, {*outside_ddp, *model.buffers()})  # buffers are equal, or own: none has to be sent
-    device_ids = [int(where.device.split(':')[1])] if where.device_type == 'cuda' else None
-    # with the buckets as gradients there is no second copy of them
-    return DDP(model, device_ids, gradient_as_bucket_view=True), carried
-
-
 def unscale(scaler, optimizer):
-    """What was scaled for float16, unscaled. Where a gradient of one rank alone overflows, all ranks skip the step."""
+    """What was scaled for float16, unscaled. Where a gradient of one rank alone overflows, all ranks skip the
+    step."""
     import torch.distributed as dist
     scaler.unscale_(optimizer)
     if scaler.is_enabled() and dist.is_initialized():
@@ -504,13 +452,9 @@ def unscale(scaler, optimizer):
 
 
 def leave():
-    """
-    Ends what `join` began.
-
-    gloo's threads let go of the tensors of a collective some time after it returns, and need the interpreter's lock for
-    it, which the end of DDP or of Python holds while it waits for them: without the pause a process now and then hung
-    or aborted when all was done (torch 2.13).
-    """
+    """Ends what `join` began. gloo's threads let go of the tensors of a collective some time after it returns, and
+    need the interpreter's lock for it, which the end of DDP or of Python holds while it waits for them: without
+    the pause a process now and then hung or aborted when all was done (torch 2.13)."""
     import torch.distributed as dist
     unlock()
     if dist.is_initialized():
@@ -522,8 +466,8 @@ _stop = {'signal': 0}
 
 
 def catch_signals():
-    """From now on the first SIGTERM or SIGINT only raises a flag, which `stop_requested` reads; a second one, whichever
-    it is, ends at once."""
+    """From now on the first SIGTERM or SIGINT only raises a flag, which `stop_requested` reads; a second one,
+    whichever it is, ends at once."""
     def raise_flag(number, frame):
         _stop['signal'] = number
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -537,10 +481,9 @@ def stop_requested():
     """True on every rank as soon as one of them got a signal."""
     import torch
     import torch.distributed as dist
-    if not dist.is_initialized():
-        return _stop['signal'] > 0
     flag = torch.tensor([_stop['signal']])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if dist.is_initialized():
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag.item() > 0
 
 
@@ -550,8 +493,8 @@ def stop_requested():
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment, also a power
-    cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
+    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment, also a
+    power cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as file:
@@ -570,6 +513,12 @@ def replacing(path):
     os.close(folder)
 
 
+def write_json(path, value):
+    """Writes plain values as JSON, see `replacing`."""
+    with replacing(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain types, see `replacing`."""
     import torch
@@ -581,18 +530,18 @@ def save_checkpoint(path, checkpoint):
 
 
 def save(run, name, about, resumable=False):
-    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to be resumed,
-    the rest of its state. Every rank takes part. What is not finite is never written over what is."""
+    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to be
+    resumed, the rest of its state. Every rank takes part. What is not finite is never written over what is."""
     from lowrank import gather_state, not_finite
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
     whole = gather_state(run.model, optimizer, run.replicas)
     if resumable:
         whole['scaler'] = run.scaler.state_dict()
+        run.saved = about['step']
     if run.rank == 0:
-        save_checkpoint(f'{run.s.out_dir}/{name}', {**whole, 'settings': run.settings, 'model_config': run.shape,
-                                                    **about})
-    run.saved = about['step'] if resumable else run.saved
+        whole.update(settings=run.settings, model_config=run.shape, **about)
+        save_checkpoint(f'{run.s.out_dir}/{name}', whole)
 
 
 class NotOurs(ValueError):
@@ -604,15 +553,15 @@ def load_tensors(path):
     FileNotFoundError: say why not."""
     import torch
     if not os.path.isfile(path):
-        other = ', or take --checkpoint=ckpt.pt' * os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
-        raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first{other}")
+        there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
+        raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first"
+                                + ', or take --checkpoint=ckpt.pt' * there)
     with open(path, 'rb') as file:
         zipped = file.read(2) == b'PK'
     try:
         with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
-            damaged = file.testzip()
-        if damaged:
-            raise ValueError(f'the checksum of {damaged} is another')
+            if damaged := file.testzip():
+                raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
         why = ' '.join(str(error).split())[:80]
@@ -621,45 +570,52 @@ def load_tensors(path):
         if isinstance(error, pickle.UnpicklingError):
             why = 'it holds other objects, and code in a file is not run'
         kind = ValueError if zipped else NotOurs
-        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it or train "
-                   'anew') from error
+        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it or "
+                   'train anew') from error
 
 
 PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
-SOME = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict, 'best_val_loss': float,
-        'best_val_auc': float, 'data': str, 'tokenizer': str}  # of some
+RESUMABLE = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict}
+SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list}
 
 
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote, too."""
     from lowrank import EDITION
-    checkpoint = load_tensors(path)
-    if not (isinstance(checkpoint, dict) and PARTS.keys() <= checkpoint.keys()):
-        raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check --out_dir")
-    if checkpoint.get('edition') != EDITION:
-        raise ValueError(f"'{path}' was written by the first edition of this project, or on the way to this one, with "
-                         'other layers: train anew, or go on with that edition')
+    whole = load_tensors(path)
+    if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
+        raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check "
+                      '--out_dir')
+    if repr(whole.get('edition')) != repr(EDITION):
+        raise ValueError(f"'{path}' was written by the first edition of this project, or on the way to this one, "
+                         'with other layers: train anew, or go on with that edition')
+    needed = {*PARTS, *(('best_val_auc' if 'classes' in whole else 'best_val_loss', *RESUMABLE)
+                        if 'optimizer' in whole else ())}
     try:
-        for part, kind in (PARTS | SOME).items():
-            if not isinstance(checkpoint.get(part, kind()), kind):
-                raise TypeError(f'{part} is no {kind.__name__}')
-        json.dumps([checkpoint.get(part) for part in ('settings', 'model_config', 'classes')])  # no tensors in them
-    except TypeError as error:
+        for part, kind in (PARTS | RESUMABLE | SOME).items():
+            if part in needed | whole.keys() and not isinstance(whole.get(part), kind):
+                raise TypeError(f'it has no {part}, or not one of type {kind.__name__}')
+        if whole['step'] < 0:
+            raise TypeError(f"step {whole['step']} is below 0")
+        json.dumps([whole.get(part) for part in ('settings', 'model_config', 'classes')])  # no tensors in them
+    except (TypeError, ValueError) as error:
         raise ValueError(f"'{path}' was not written by a run of ours ({error}): restore it or train anew") from None
-    return checkpoint
+    return whole
 
 
 @contextlib.contextmanager
 def built_from(path):
-    """The parts of a whole checkpoint may not go together, where somebody edited it or another version wrote it:
-    ValueError."""
+    """What is read from a file may not go together, where somebody edited it or another version wrote it:
+    ValueError, with its path. path: '' where nothing is read."""
     try:
         yield
-    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        if type(error).__name__ == 'OutOfMemoryError':  # of the card, and no fault of the file
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        ours = isinstance(error, ValueError)
+        if not path or type(error).__name__ == 'OutOfMemoryError' or ours and str(path) in str(error):
             raise
-        raise ValueError(f"'{path}' holds a model that cannot be built here ({type(error).__name__}: "
-                         f'{" ".join(str(error).split())[:160]}): restore it or train anew') from error
+        why = ' '.join(str(error).split())
+        raise ValueError(f"'{path}': {why}" if ours else f"'{path}' holds a model that cannot be built here "
+                         f'({type(error).__name__}: {why[:160]}): restore it or train anew') from error
 
 
 # -----------------------------------------------------------------------------
@@ -675,8 +631,8 @@ def _sha256(tensors):
 
 
 def adapter_parts(model, about):
-    """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a checksum of
-    all others)."""
+    """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a
+    checksum of all others)."""
     from lowrank import KINDS
     named = dict(model.named_parameters())
     parts = {name: p.detach() for name, p in named.items()
@@ -686,10 +642,9 @@ def adapter_parts(model, about):
 
 
 def save_adapter(model, path, about):
-    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors.
-
-    about: what has to be the same when it is loaded, such as the model's name, rank and alpha; kept as metadata, with
-    checksums of the frozen weights and of the file's own tensors."""
+    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors. about: what has
+    to be the same when it is loaded, such as rank and alpha; kept as metadata, with checksums of the frozen
+    weights and of the file's own tensors."""
     from safetensors.torch import save
     parts, about = adapter_parts(model, about)
     with replacing(path) as file:
@@ -698,7 +653,8 @@ def save_adapter(model, path, about):
 
 
 def load_adapter(model, path, about):
-    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any other."""
+    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any
+    other."""
     from safetensors import SafetensorError, safe_open
     parts, about = adapter_parts(model, about)
     try:
@@ -708,20 +664,18 @@ def load_adapter(model, path, about):
         raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
     for key, value in about.items():
         if theirs.get(key) != value:
-            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the model "
-                             'that it was trained on, with the same heads')
-    if saved.keys() != parts.keys():
-        lacking = ', '.join(sorted(parts.keys() - saved.keys())[:3]) or 'nothing'
-        raise ValueError(f"adapter '{path}' lacks {lacking} or holds more than this model's heads and classifier: load "
-                         'the one that the run wrote')
+            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the "
+                             'model that it was trained on, with the same heads')
+    wanted, found = ({name: f'{x.dtype} of shape {(*x.shape,)}' for name, x in some.items()}
+                     for some in (parts, saved))
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"adapter '{path}' is damaged or another: its {name} is {found.get(name)}, not "
+                             f'{wanted.get(name)}: load the one that the run wrote')
     older = theirs.keys() == about.keys()  # without a checksum
     if not older and theirs.get('sha256') != _sha256(saved[name] for name in parts):
         raise ValueError(f"adapter '{path}' is damaged (its checksum is another): load the one that the run wrote")
     for name, part in parts.items():
-        if (saved[name].shape, saved[name].dtype) != (part.shape, part.dtype):
-            raise ValueError(f"adapter '{path}' is damaged: its {name} is {saved[name].dtype} of shape "
-                             f'{(*saved[name].shape,)}, not {part.dtype} of {(*part.shape,)}: load the one that the '
-                             'run wrote')
         part.copy_(saved[name])
 
 
@@ -729,7 +683,8 @@ def load_adapter(model, path, about):
 # a run's folder
 
 
-RUN_FILES = 'ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'curve.png', 'log.jsonl', 'config.json'
+RUN_FILES = ('ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'curve.png', 'log.jsonl',
+             'config.json')
 _locks = []  # the one that this process holds
 
 
@@ -741,15 +696,22 @@ def unlock():
 
 def open_run(settings, where, data):
     """
-    What comes before anything is built, on every rank: ranks whose settings, code or data differ are refused, out_dir
-    is claimed, and the checkpoint of a run that goes on is read and compared. Returns it, or None.
+    What comes before anything is built, on every rank: ranks whose settings, code or data differ are refused,
+    out_dir is claimed, and the checkpoint of a run that goes on is read and compared. Returns it, or None.
 
-    data: the fingerprint of the run's data set. Writes settings['init_from'] where it is 'auto', and settings['train']
-    where a checkpoint says what it became. ValueError, OSError: what is wrong.
+    data: the fingerprint of the run's data set. Writes settings['init_from'] where it is 'auto', and
+    settings['train'] where a checkpoint says what it became. ValueError, OSError: what is wrong.
     """
     import torch.distributed as dist
     if where.ranks > 1:
-        _compare({**settings, 'data': data, 'code': _code()}, where.ranks)
+        code = sorted(Path(__file__).parents[1].glob('*.py')) + [Path(__file__)]
+        code = hashlib.sha256(b''.join(path.read_bytes() for path in code)).hexdigest()[:16]
+        all_ranks = [None] * where.ranks
+        dist.all_gather_object(all_ranks, {**settings, 'data': data, 'code': code})
+        for (key, value), (rank, other) in itertools.product(all_ranks[0].items(), enumerate(all_ranks)):
+            if other.get(key) != value:
+                raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all ranks '
+                                 'with the same settings, code and data')
     if where.rank == 0:
         _claim_folder(settings)
     if where.ranks > 1:
@@ -762,63 +724,36 @@ def open_run(settings, where, data):
     checkpoint = load_checkpoint(path)
     changed = need_same(settings, checkpoint)
     if checkpoint.get('data', data) != data:
-        raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began with: it was prepared "
-                         'anew, from other files or in another way')
+        raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began with: it was "
+                         'prepared anew, from other files or in another way')
     if changed and where.rank == 0:
         print(f'resumed with other settings than before: {changed}')
     return checkpoint
 
 
-def _code():
-    """A hash of this project's code, as ranks on several machines may have several."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    found = hashlib.sha256()
-    for path in (*sorted(name for name in os.listdir(here) if name.endswith('.py')), 'config/__init__.py'):
-        with open(os.path.join(here, path), 'rb') as file:
-            found.update(file.read())
-    return found.hexdigest()[:16]
-
-
-def _compare(mine, ranks):
-    import torch.distributed as dist
-    theirs = [None] * ranks
-    dist.all_gather_object(theirs, mine)
-    for rank, other in enumerate(theirs):
-        for key, value in theirs[0].items():
-            if other.get(key) != value:
-                raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all ranks with '
-                                 'the same settings, code and data')
-
-
 def _claim_folder(settings):
-    """
-    Makes out_dir and locks it.
-
-    A fresh run is refused where there is a checkpoint, unless it is of a run of ours (config.json tells) and to be
-    overwritten, and wherever files have the names of a run's and are not ours. eval_only takes no lock. ValueError:
-    what is wrong.
-    """
+    """Makes out_dir and locks it, but for eval_only, which changes nothing there. A fresh run is refused where
+    there is a checkpoint, unless it is of a run of ours (config.json tells) and to be overwritten, and wherever
+    files have the names of a run's and are not ours. ValueError: what is wrong."""
     from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
+    unlock()  # of a run of this process that ended early
     try:
         os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f'out_dir={out_dir!r} cannot be made ({error.strerror}): set another folder') from None
-    if settings['eval_only']:
-        return
-    unlock()  # of a run of this process that ended early
-    lock = FileLock(os.path.join(out_dir, '.lock'))
-    try:
+        if settings['eval_only']:
+            return
+        lock = FileLock(os.path.join(out_dir, '.lock'))
         lock.acquire(timeout=0)
         _locks.append(lock)  # the kernel lets go of it when the process ends
     except Timeout:
-        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another --out_dir") \
-            from None
+        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another "
+                         '--out_dir') from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise ValueError(f"out_dir '{out_dir}' cannot be written to ({error.strerror}): choose another --out_dir") \
-                from None
-        print(f"warning: the disk of out_dir '{out_dir}' knows no locks: start no second run there", file=sys.stderr)
+            raise ValueError(f"out_dir '{out_dir}' cannot be written to ({error.strerror}): choose another "
+                             '--out_dir') from None
+        print(f"warning: the disk of out_dir '{out_dir}' knows no locks: start no second run there",
+              file=sys.stderr)
     paths = {name: os.path.join(out_dir, name) for name in RUN_FILES}
     for path in (*paths.values(), *(path + '.tmp' for path in paths.values())):
         if os.path.isdir(path):
@@ -828,18 +763,26 @@ def _claim_folder(settings):
     if not held or goes_on:
         return
     if not _is_ours(paths['config.json']):
-        raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of ours: choose another "
-                         '--out_dir')
+        raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of ours: choose "
+                         'another --out_dir')
     if held[0] in RUN_FILES[:3] and not settings['overwrite']:
         go_on = 'go on with it by --init_from=resume, ' * (held[0] == 'ckpt.pt')
-        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): {go_on}choose another --out_dir, or "
-                         'replace it by --overwrite=True')
+        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): {go_on}choose another --out_dir, "
+                         'or replace it by --overwrite=True')
+
+
+def _is_ours(path):
+    """Whether config.json is of a run of ours."""
+    try:
+        return {'out_dir', 'init_from', 'lowrank'} <= json.loads(Path(path).read_text('utf-8')).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def start_run(settings, step):
-    """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a resumed
-    one the lines are dropped that a crash logged after it; a fresh one removes the files of the old one. eval_only
-    changes nothing that is there, but adds to the log."""
+    """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a
+    resumed one the lines are dropped that a crash logged after it; a fresh one removes the files of the old one.
+    eval_only changes nothing that is there, but adds to the log."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
@@ -850,43 +793,28 @@ def start_run(settings, step):
         try:
             import wandb
         except ImportError:
-            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') from None
+            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') \
+                from None
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
     if settings['init_from'] != 'resume':
         for path in held:
             os.remove(path)
     elif paths['log.jsonl'] in held:
-        ends = step >= settings['max_iters']
-        again = {'val_loss'} if ends or step % settings['eval_interval'] == 0 else set()
+        ends = step >= settings['max_iters']  # what is logged again of this step
+        again = ['val_loss'] * (ends or step % settings['eval_interval'] == 0) + ['test_loss'] * ends
         with open(paths['log.jsonl'], 'rb') as file:
-            lines = [line for line in file if _logged_before(line, step, again | ({'test_loss'} if ends else set()))]
+            lines = [line for line in file if _logged_before(line, step, again)]
         with replacing(paths['log.jsonl']) as file:
             file.writelines(lines)
     write_json(paths['config.json'], settings)
 
 
 def _logged_before(line, step, again):
-    """Whether a line of log.jsonl is whole and not of what a run from this step on logs again. again: keys of what it
-    begins with."""
+    """Whether a line of log.jsonl is whole, and not one that a run from this step on logs again."""
     try:
         record = json.loads(line)
-        return record['step'] < step or record['step'] == step and again.isdisjoint(record)
+        return record['step'] < step or record['step'] == step and not any(key in record for key in again)
     except (ValueError, KeyError, TypeError, RecursionError):  # a crash cut it
-        return False
-
-
-def write_json(path, value):
-    """Writes plain values as JSON, see `replacing`."""
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=2).encode())
-
-
-def _is_ours(path):
-    """Whether config.json is of a run of ours."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return {'out_dir', 'init_from', 'lowrank'} <= json.load(file).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
@@ -894,9 +822,9 @@ def refuse_non_finite(run, step, what):
     """Ends the run (exit code 1) where something, in words, is inf or nan, before anything overwrites its
     checkpoint."""
     if what:
-        raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; '
-                         + (f'the last good checkpoint is {run.s.out_dir}/ckpt.pt of step {run.saved}'
-                            if run.saved is not None else 'no checkpoint was written yet'))
+        good = 'no checkpoint was written yet' if run.saved is None else \
+            f'the last good checkpoint is {run.s.out_dir}/ckpt.pt of step {run.saved}'
+        raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; {good}')
 
 
 MAY_CHANGE = set("""
@@ -906,21 +834,24 @@ MAY_CHANGE = set("""
 
 
 def need_same(settings, checkpoint):
-    """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in MAY_CHANGE.
-    Returns in words what of that has changed. Where train is 'auto' it becomes what the checkpoint's run made of it."""
+    """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in
+    MAY_CHANGE. Returns in words what of that has changed. Where train is 'auto' it becomes what the checkpoint's
+    run made of it."""
+    before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
     if settings['train'] == 'auto':
-        settings['train'] = checkpoint['settings'].get('train')
+        settings['train'] = before.get('train')
     for key in (key for key in settings if key not in MAY_CHANGE):
-        if key not in checkpoint['settings']:
-            raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): check --out_dir')
-        if settings[key] != checkpoint['settings'][key]:
-            raise ValueError(f"the checkpoint was trained with {key}={checkpoint['settings'][key]!r}, this run says "
+        if key not in before:
+            raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): check '
+                             '--out_dir')
+        if settings[key] != before[key]:
+            raise ValueError(f'the checkpoint was trained with {key}={before[key]!r}, this run says '
                              f'{settings[key]!r}: resume with the config it was started with')
     here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}  # change nothing
-    return ', '.join(f"{key} {checkpoint['settings'][key]!r} -> {settings[key]!r}" for key in settings
-                     if key not in here and settings[key] != checkpoint['settings'].get(key, settings[key]))
+    return ', '.join(f'{key} {before[key]!r} -> {value!r}' for key, value in settings.items()
+                     if key not in here and value != before.get(key, value))
 
 
 # -----------------------------------------------------------------------------
@@ -933,10 +864,7 @@ def peak_memory_bytes(device):
         import torch
         return torch.cuda.max_memory_allocated(device)
     if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of the process that started this one
-        with open('/proc/self/status', encoding='utf-8') as file:
-            for line in file:
-                if line.startswith('VmHWM'):
-                    return int(line.split()[1]) * 1024
+        return 1024 * int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
@@ -947,19 +875,17 @@ def in_units(loss, tokens_per_byte):
 
 
 def draw_curve(out_dir):
-    """Draws the losses of log.jsonl against steps into curve.png, if there are ten lines of each step's or more."""
-    with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as file:
-        records = [json.loads(line) for line in file]
-    curves = {key: [(record['step'], record[key]) for record in records if key in record]
-              for key in ('train_loss', 'val_loss')}
-    if len(curves['train_loss']) < 10:
+    """Draws the losses of log.jsonl against steps into curve.png, if there are ten lines of steps or more."""
+    records = [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text('utf-8').splitlines()]
+    if sum('train_loss' in record for record in records) < 10:
         return False
     from matplotlib.figure import Figure
     figure = Figure((6, 4), layout='constrained')
     axes = figure.subplots()
-    for (key, curve), marker in zip(curves.items(), ('', 'o')):
-        steps, losses = zip(*curve) if curve else ((), ())
-        axes.plot(steps, losses, marker=marker, label=key.replace('_', ' '))
+    for key, marker in (('train_loss', ''), ('val_loss', 'o')):
+        some = [record for record in records if key in record]
+        axes.plot([record['step'] for record in some], [record[key] for record in some], marker=marker,
+                  label=key.replace('_', ' '))
     axes.set(xlabel='step', ylabel='loss')
     axes.legend()
     figure.savefig(os.path.join(out_dir, 'curve.png'), dpi=120)
@@ -971,8 +897,8 @@ class Meter:
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
 
     run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which. Prepares the
-    run's folder (`start_run`) and says what there is to train. The sum of losses and the last gradient's norm stay on
-    the device: but for merges that draw new heads, and float16's scaler, the host waits in `line` only.
+    run's folder (`start_run`) and says what there is to train. The sum of losses and the last gradient's norm stay
+    on the device: but for merges that draw new heads, and float16's scaler, the host waits in `line` only.
     """
 
     def __init__(self, run, step, items, unit, more=''):
@@ -985,8 +911,8 @@ class Meter:
         self.sums, self.traffic, self.trainable = torch.zeros(3, device=run.device), traffic, counts['trainable']
         if run.rank == 0:
             start_run(run.settings, step)
-            print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in heads), "
-                  f"{items:,} {unit} a step, {more}{run.device}, {run.compute}, {run.ranks} "
+            print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in "
+                  f'heads), {items:,} {unit} a step, {more}{run.device}, {run.compute}, {run.ranks} '
                   f"rank{'s' * (run.ranks > 1)}")
         self.progress = tqdm(total=s.max_iters, initial=step, unit='step', leave=False,
                              disable=None if run.rank == 0 else True)
@@ -998,8 +924,8 @@ class Meter:
         self.steps, self.clock, self.sent = 0, time.perf_counter(), self.traffic['bytes']
 
     def add(self, loss, norm):
-        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not finite is a
-        step that was skipped."""
+        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not finite is
+        a step that was skipped."""
         self.sums[0] += loss
         self.sums[1] = norm
         if self.run.scaler.is_enabled():
@@ -1008,17 +934,17 @@ class Meter:
         self.progress.update()
 
     def line(self, step, lr):
-        """A line of the log on the steps since the last one. Ends the run where something went wrong in silence: what
-        is not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
+        """A line of the log on the steps since the last one. Ends the run where something went wrong in silence:
+        what is not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
         from lowrank import check_training, mean
         run, sent = self.run, self.traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
         loss, norm, skipped = mean(self.sums).tolist()  # over all ranks
-        record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * (time.perf_counter() - self.clock) / self.steps,
+        dt = (time.perf_counter() - self.clock) / self.steps
+        record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * dt, f'{self.unit}_per_s': self.items / dt,
                   'peak_memory_bytes': peak_memory_bytes(run.device), 'gradient_norm': norm,
-                  'sync_bytes': run.ddp_bytes + sent // self.steps}
-        record[f'{self.unit}_per_s'] = 1000 * self.items / record['dt_ms']
-        record.update(trainable_parameters=self.trainable, optimizer_state_bytes=run.optimizer.state_bytes())
+                  'sync_bytes': run.ddp_bytes + sent // self.steps, 'trainable_parameters': self.trainable,
+                  'optimizer_state_bytes': run.optimizer.state_bytes()}
         if run.scaler.is_enabled():  # it skips steps whose gradients are not finite and lowers its scale
             record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())
             if not math.isfinite(norm):
@@ -1031,8 +957,8 @@ class Meter:
         self.restart()
 
     def log(self, step, record):
-        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells wandb. Ends
-        the run where a loss or a norm is not finite."""
+        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells wandb.
+        Ends the run where a loss or a norm is not finite."""
         bad = [f'{key} {record[key]}' for key in ('train_loss', 'val_loss', 'test_loss', 'gradient_norm')
                if not math.isfinite(record.get(key, 0))]
         refuse_non_finite(self.run, step, ' and '.join(bad))
@@ -1040,15 +966,15 @@ class Meter:
             return
         shown = {'train_loss': 'train {:.4f}', 'val_loss': 'val   {:.4f}', 'test_loss': 'test  {:.4f}',
                  'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte',
-                 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}',
-                 'test_acc': 'accuracy {:.4f}', 'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}',
-                 'dt_ms': '{:8.1f} ms/step', 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
-                 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
+                 'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}',
+                 'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}', 'dt_ms': '{:8.1f} ms/step',
+                 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
+                 'peak_memory_bytes': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
                  'loss_scale': 'scale {:.3g}'}
         record = {'step': step, **record}
         words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
                  for key, form in shown.items() if key in record]
-        self.progress.write(f"step {step:>6} | " + ' | '.join(words), file=sys.stdout)
+        self.progress.write(f'step {step:>6} | ' + ' | '.join(words), file=sys.stdout)
         sys.stdout.flush()  # a log in a file is read while it grows
         path = os.path.join(self.run.s.out_dir, 'log.jsonl')
         try:
@@ -1062,15 +988,16 @@ class Meter:
             wandb.log(record, step=step)
 
     def close(self, step, best):
-        """The last lines of a run, and what to do next; then ends what `join` began. best: the best value, in words."""
+        """The last lines of a run, and what to do next; then ends what `join` began. best: the best value, in
+        words."""
         s = self.run.s
         self.progress.close()
-        if self.run.rank == 0 and step > self.start:  # no best one where a signal came before the first evaluation
+        if self.run.rank == 0 and step > self.start:  # no best one where a signal came before an evaluation
             so_far = f', {best}' if os.path.exists(f'{s.out_dir}/best.pt') else ''
             print(f'{s.out_dir}/ckpt.pt holds step {self.run.saved}{so_far}; --init_from=resume goes on')
             if draw_curve(s.out_dir):
-                print(f'{s.out_dir}/curve.png shows the losses' + f'; next: python sample.py --out_dir={s.out_dir}, or '
-                      'another file of config/methods and --out_dir' * (self.unit == 'tokens'))
+                print(f'{s.out_dir}/curve.png shows the losses' + f'; next: python sample.py --out_dir={s.out_dir}'
+                      ', or another file of config/methods and --out_dir' * (self.unit == 'tokens'))
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
             print(f"step {step} of {s.max_iters}: nothing to train, raise "
                   f"{'epochs' if self.run.settings.get('epochs') else 'max_iters'} to go on")

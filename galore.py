@@ -358,6 +358,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """To be called before each forward pass of a training step: which backward pass follows. step: from 0."""
         self.last = micro_step == micro_steps - 1
 
+    may_leave = True  # between micro-batches: gradients are all that has changed since the last step
+
     def take_bases(self):
         """To be called after the last backward pass of a step, before unscaling and clipping. Here: nothing to do."""
 
@@ -510,6 +512,7 @@ class LowRankAdamW(GaLoreAdamW):
         """To be called before each forward pass of a training step. step: from 0. Renews the bases that are due from
         their sketches, starts new sketches, or asks for the whole gradient."""
         super().begin(step, micro_step, micro_steps)
+        self.may_leave = micro_step == 0 or self.may_leave
         for p, layer in self.layers.items() if micro_step == 0 else ():
             state = self.state[p]
             if not state:
@@ -520,6 +523,7 @@ class LowRankAdamW(GaLoreAdamW):
                 M, V = (x.view(p.shape) for x in read_moments(state))
                 M.copy_(mean(M.mean(0), layer.workers))
                 write_moments(state, [M.flatten(), V.flatten()], self._seed(p, state['step'], 1))
+                self.may_leave = False
             if self.basis != 'sketch':  # a resumed run may have another basis
                 layer.ask_sketch(False)
             if self.basis in ('power', 'svd'):
@@ -540,11 +544,14 @@ class LowRankAdamW(GaLoreAdamW):
                     layer.ask_sketch(False)
                 if inside and layer.sketch is None:
                     layer.ask_sketch()
+            if layer.sketch is not None or layer.whole is not None:
+                self.may_leave = False
 
     def _set_basis(self, p, new):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, whose trained factor is zero; the moments go
         along."""
         layer, state = self.layers[p], self.state[p]
+        self.may_leave = False
         new = same(new.contiguous())  # to the last bit: merges leave it out, and another device may round otherwise
         if 'exp_avg' in state:
             M, V = (x.view(p.shape) for x in read_moments(state))

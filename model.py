@@ -111,6 +111,14 @@ class LanguageModel(nn.Module):
 # GPT-2
 
 
+def need_types(shape):
+    """ValueError where a field of a configuration, as a file has it, is of another type than its annotation says."""
+    for name, kind in type(shape).__annotations__.items():
+        value = getattr(shape, name)
+        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f'{name}={value!r} is of type {type(value).__name__}, but {kind.__name__} is needed')
+
+
 @dataclass
 class GPTConfig:
     block_size: int = 1024
@@ -123,6 +131,8 @@ class GPTConfig:
     checkpointing: bool = False  # recompute each block's activations in the backward pass
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding (Press and Wolf, 2017)
+
+    __post_init__ = need_types
 
 
 class CausalSelfAttention(nn.Module):
@@ -226,6 +236,7 @@ class LlamaConfig:
     family: str = 'llama'  # 'mistral' is the same, 'qwen2' has biases of q, k, v, 'qwen3' norms of q, k
 
     def __post_init__(self):
+        need_types(self)
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
 

@@ -81,7 +81,8 @@ def main(settings):
     start = tokens.encode_ordinary(s.prompt) or [tokens.eot_token]
     start = torch.tensor([start] * s.num_samples, device=where.device)  # (num_samples, time)
     with averaged_heads(model):
-        texts = generate(model, start, s.max_new_tokens, s.temperature, s.top_k, generator, tokens.n_vocab).tolist()
+        texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
+                         generator=generator, vocab_size=tokens.n_vocab).tolist()
     for text in texts:
         print(tokens.decode(text))
         print('-' * 40)

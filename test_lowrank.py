@@ -36,6 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad_and_value, vmap
+from torchvision.transforms.functional import to_pil_image
 
 import bench
 import config
@@ -550,7 +551,7 @@ def files(root, tmp_path_factory):
         'ckpt.pt': config.load_checkpoint,
         'gpt/model.safetensors': lambda path: [*models.read_tensors(gpt, tiny_gpt().config)],
         'gpt/config.json': lambda path: models.read_config(gpt),
-        'vit.safetensors': lambda path: train_vit.read_weights(path, {}, 'ab', 'xrays', False),
+        'vit.safetensors': lambda path: train_vit.read_weights(path, {}, 'ab'),
         'adapter.safetensors': lambda path: config.load_adapter(tiny_vit(), path, {}),
         'tiny/meta.json': tokens, 'tiny/train_000000.bin': tokens,
         'a.txt': text, 'a.jsonl': text, 'a.parquet': text,
@@ -1592,11 +1593,11 @@ def test_metrics_agree_with_a_hand_computation():
     assert train_vit.criterion(logits, several).item() == pytest.approx(by_hand.item())
 
 
-def test_augmentation_is_a_function_of_key_and_row_and_images_are_normalised_as_timm_has_it():
+def test_augmentation_is_a_function_of_key_and_row():
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
 
     def augmented(kind, key, rows=slice(None)):
-        return train_vit.augmented(images[rows], kind, key, 8, np.arange(8)[rows])
+        return train_vit.augmented(images[rows], kind, key, count=8, rows=np.arange(8)[rows])
     both, flipped = augmented('flip,crop', (1, 2, 0)), augmented('flip', (0,))
     assert torch.equal(both, augmented('flip,crop', (1, 2, 0)))
     assert torch.equal(both[1::2], augmented('flip,crop', (1, 2, 0), slice(1, None, 2)))
@@ -1606,14 +1607,23 @@ def test_augmentation_is_a_function_of_key_and_row_and_images_are_normalised_as_
     wide = F.pad(images.float(), (2, 2, 2, 2), mode='replicate').byte()
     for a, b in zip(augmented('crop', (0,)), wide):
         assert any(torch.equal(a, b[:, i:i + 16, j:j + 16]) for i in range(5) for j in range(5))
-    grey = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
-    mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)
-    x = train_vit.normalised(grey, 28, mean, std, torch.float32)
-    close(x * std + mean, (grey / 255).expand(2, 3, 28, 28), 1e-6)
-    from torchvision.transforms.functional import InterpolationMode, resize
-    theirs = resize(grey, [56, 56], InterpolationMode.BICUBIC, antialias=True)
-    ours = train_vit.normalised(grey, 56, 0, 1, torch.float32) * 255
-    assert (ours[:, :1] - theirs).abs().max() < 1
+
+
+@pytest.mark.parametrize('side, size, crop_pct, interpolation', [
+    (28, 28, 1.0, 'bicubic'), (28, 56, 1.0, 'bicubic'), (64, 28, 0.9, 'bicubic'), (28, 42, 0.875, 'bilinear'),
+    (31, 28, 0.9, 'bicubic')])
+def test_images_are_seen_as_timm_evaluates_them(side, size, crop_pct, interpolation):
+    # PIL rounds and clips after either direction: contrasts are such that nothing is clipped
+    images = torch.randint(80, 176, (3, 1 if side == 28 else 3, side, side), dtype=torch.uint8)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    look = SimpleNamespace(size=size, crop_pct=crop_pct, interpolation=interpolation,
+                           mean=torch.tensor(mean).view(3, 1, 1), std=torch.tensor(std).view(3, 1, 1))
+    theirs = timm.data.create_transform(input_size=(3, size, size), is_training=False, mean=mean, std=std,
+                                        crop_pct=crop_pct, interpolation=interpolation)
+    ours = train_vit.normalised(images, look, torch.float32)
+    for x, y in zip(images.expand(-1, 3, -1, -1), ours):
+        levels = 255 * look.std * (y - theirs(to_pil_image(x)))
+        assert y.shape == (3, size, size) and levels.abs().max() < (1e-3 if size == crop_pct * side else 1.6)
 
 
 def test_epochs_are_passes_over_the_images_and_images_may_have_several_labels(root, tmp_path):
@@ -1641,10 +1651,18 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     asked = ['--dataset=pathmnist', '--eval_only=True']
     log = see('a', f'{path}.safetensors', *asked)
     x, y = prepare.Images('pathmnist', 'val', root).fixed_batch(0, 30)
-    loss = F.cross_entropy(theirs.double()((x.double() / 255 - 0.5) / 0.5), y).item()
-    assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-6) and 'test_acc' in log[1]
+    look = timm.data.create_transform(**timm.data.resolve_data_config({'input_size': (3, 28, 28)}, model=theirs))
+    x = torch.stack([look(to_pil_image(image)) for image in x]).double()  # resized to 31, and the middle of that
+    loss = F.cross_entropy(theirs.double()(x), y).item()
+    assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-3) and 'test_acc' in log[1]
     assert see('b', f'{path}.pt', *asked) == log
-    see('c', f'{path}.pt', '--dataset=pathmnist', '--img_size=42')  # the embedding of places resized
+    log = see('c', f'{path}.pt', '--dataset=pathmnist', '--img_size=42')  # the embedding of places resized
+    state, best = saved(tmp_path / 'c'), f'{tmp_path}/c/best.pt'
+    assert (state['model_config']['crop_pct'], state['model_config']['interpolation']) == (0.9, 'bicubic')
+    again = see('g', best, '--dataset=pathmnist', '--img_size=None', '--eval_only=True')
+    assert again[0]['val_loss'] == pytest.approx(log[2]['val_loss'], abs=1e-6) and log[2]['step'] == 2
+    see('c', 'resume', '--dataset=pathmnist', '--img_size=42', '--max_iters=4')
+    assert saved(tmp_path / 'c')['model_config'] == state['model_config']
     # ours: split heads that merge, then full fine-tuning from what they made of it, with another classifier
     lte = see('lte', 'scratch', '--lowrank=attn', '--heads=2', '--rank=2', '--split=True', '--merge_every=2')
     best = f'{tmp_path}/lte/best.pt'
@@ -1653,8 +1671,9 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     see('e', best, '--dataset=digits', '--n_layer=None')
     other = saved(tmp_path / 'e')
     assert other['model']['head.weight'].shape == (10, 16) and other['model_config']['n_layer'] == 2
+    assert other['model_config']['crop_pct'] == 1  # that of a run from scratch
     refused(capsys, lambda: see('f', best, '--dataset=digits', '--eval_only=True'), '2 classes',
-            "10 of data set 'digits'")
+            '10 of the data')
     refused(capsys, lambda: see('f', f'{path}.pt', '--n_layer=3'), 'theirs.pt', 'n_layer')
     refused(capsys, lambda: see('f', best, '--n_head=4'), 'n_head=2', '4')
 
@@ -1747,7 +1766,7 @@ def seen(script, data, step, settings):
     batches = [data.batch(8, step, i, 2, seed=settings['seed']) for i in range(2)]
     if script != 'vit':
         return batches
-    return [(train_vit.augmented(x, 'flip,crop', (settings['seed'], step, i), 8, np.arange(8)), y)
+    return [(train_vit.augmented(x, 'flip,crop', (settings['seed'], step, i), count=8, rows=np.arange(8)), y)
             for i, (x, y) in enumerate(batches)]
 
 
@@ -1902,7 +1921,7 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
     if script == 'vit':
         ended, _ = built('vit', root, tmp_path / 'b', f'--init_from={out}/best.pt')
         val, test = (prepare.Images('xrays', split, root) for split in ('val', 'test'))
-        got = [train_vit.evaluate(one, split, data.classes, 'its')[0]['its_loss']
+        got = [train_vit.evaluate(one, split, 'its')[0]['its_loss']
                for one, split in ((begun, val), (ended, test))]
         wanted = [logged(out, 'val_loss')[0], logged(out, 'test_loss')[12]]
     else:
@@ -2000,6 +2019,32 @@ class Stops(io.StringIO):
         if f'step {self.step:>6} | train' in text:
             signal.raise_signal(signal.SIGTERM)
         return super().write(text)
+
+
+@pytest.mark.parametrize('name, more, left', [  # at the second micro-batch of step 5, or after all of it
+    *((name, '', True) for name in ('gpt_full', 'gpt_dropout', 'llama_lte', 'llama_dropin', 'vit_full')),
+    ('llama_galore', '--basis_every=30', True), ('vit_galore', '--basis=random', True),
+    ('llama_galore', '', False), ('gpt_galolte', '', False),  # in a window of sketches
+    ('llama_power', '--basis_every=5', False), ('vit_galore', '--basis=random --basis_every=5', False)])
+def test_a_signal_leaves_a_step_between_micro_batches_if_nothing_has_changed(root, tmp_path, name, more, left):
+    words = [*more.split(), '--gradient_accumulation_steps=4', '--max_iters=8', '--eval_interval=8']
+    calls = itertools.count()
+
+    def signals(module, inputs):  # where batches are seen
+        if module.training and isinstance(module, (models.GPT, models.Llama, timm.models.VisionTransformer)) \
+                and next(calls) == 5 * 4 + 1:
+            signal.raise_signal(signal.SIGTERM)
+    whole = run(name, root, tmp_path / 'a', *words)
+    hook = nn.modules.module.register_module_forward_pre_hook(signals)
+    try:
+        stopped = run(name, root, tmp_path / 'b', *words)
+        assert stopped['step'] == (5 if left else 6) == max(logged(tmp_path / 'b', 'train_loss'))
+        calls = itertools.count(5 * 4)
+        with pytest.raises(FileNotFoundError) if left and 'galore' not in name else contextlib.nullcontext():
+            run(name, root, tmp_path / 'c', *words)  # in the first step: there is nothing to save
+    finally:
+        hook.remove()
+    assert same_run(whole, run(name, root, tmp_path / 'b', *words, '--init_from=resume'))
 
 
 def test_a_run_that_is_stopped_where_it_evaluates_makes_up_for_it(root, tmp_path):
@@ -3127,7 +3172,7 @@ def readers(root, tmp_path_factory):
 
     def weights(path):
         shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
-        return train_vit.read_weights(path, shape, ['normal', 'pneumonia'], 'xrays', False)[1]
+        return train_vit.read_weights(path, shape, ['normal', 'pneumonia'])[1]
 
     def tokens(path):
         data, unsound = prepare.Tokens('tiny', 'train', 8, folder), []

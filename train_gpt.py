@@ -4,7 +4,7 @@ Trains GPT-2 with full-rank weights, or by a method of config/methods. On one pr
 $ python train_gpt.py config/quickstart.py config/methods/mhlora.py
 $ python train_gpt.py config/gpt2.py config/methods/lte.py --batch_size=8
 $ torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2.py config/methods/lte.py
-Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
+Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
 """
 
 import sys
@@ -25,7 +25,7 @@ eval_iters = 50  # batches of an evaluation, always the same ones
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: every step trains batch_size * gradient_accumulation_steps sequences in all, whatever the number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps sequences in all, on any number of ranks
 dataset = 'cnn_dailymail'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 12  # sequences of a micro-batch, over all ranks
@@ -44,16 +44,16 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or name
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
 train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 # optimizer
 optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
-basis = 'sketch'  # 'sketch' (never from a full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
@@ -75,7 +75,7 @@ wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
 
 import torch
 
@@ -90,35 +90,35 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     What a run computes with, see `config.assemble`.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
-    is 'auto'.
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
+    settings['train'], if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     loaded = None
-    if checkpoint:
-        with config.built_from(f'{s.out_dir}/ckpt.pt'):
+    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
+        if checkpoint:
             shape = GPTConfig(**checkpoint['model_config'])
-    elif s.init_from == 'scratch':
-        words = s.vocab_size or vocabulary
-        shape = GPTConfig(s.block_size, words, s.n_layer, s.n_head, s.n_embd, bias=s.bias)
-    else:
-        shape, loaded = read_for(settings, GPTConfig)
-    model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
-    if loaded is not None:
-        with config.built_from(s.init_from):
+        elif s.init_from == 'scratch':
+            shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer, n_head=s.n_head,
+                              n_embd=s.n_embd, bias=s.bias)
+        else:
+            shape, loaded = read_for(settings, GPTConfig)
+        model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
+        if loaded is not None:
             fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {model.config.vocab_size}: '
-                         f'set vocab_size={vocabulary}, or choose other data')
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {model.config.vocab_size}: set '
+                         f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
-    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings, where, checkpoint)
+    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
+                           where=where, checkpoint=checkpoint)
 
 
 def loss_of(run, x, y, weights=None):
-    """Mean loss of a batch of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
+    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [x, y] if weights is None else [x, y, weights]
@@ -131,17 +131,20 @@ def loss_of(run, x, y, weights=None):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank,
-    and weights of rows where the data have prompts.
-    Returns the mean loss and the norm of the gradient before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this
+    rank, and weights of rows where the data have prompts. Returns the mean loss and the norm of the gradient
+    before clipping, tensors; None where a signal came between two micro-batches: nothing has changed then.
     """
-    s, total = run.s, 0.0
+    s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     if s.dropout:
         torch.manual_seed(hash((s.seed, step, run.rank)))  # the same masks after a resume
-    for micro_step in range(s.gradient_accumulation_steps):
-        run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
-        loss = loss_of(run, *batch(micro_step)) / s.gradient_accumulation_steps
+    for micro_step in range(micro_steps):
+        if micro_step and run.optimizer.may_leave and config.stop_requested():
+            run.optimizer.zero_grad(set_to_none=True)
+            return None
+        run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
+        loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
     run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
@@ -164,7 +167,8 @@ def evaluate(run, data):
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not config.stop_requested():
-            losses.append(loss_of(run, *data.fixed_batch(len(losses), s.eval_iters, s.batch_size, run.rank, run.ranks)))
+            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)
+            losses.append(loss_of(run, *batch))
     run.model.train()
     return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
 
@@ -177,7 +181,8 @@ def main(settings):
                                 for split in ('train', 'val'))
         checkpoint = config.open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
-        step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
+        step = checkpoint['step'] if checkpoint else 0
+        best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
         meter = config.Meter(run, step, tokens, 'tokens')
         if run.rank == 0:
@@ -208,11 +213,15 @@ def main(settings):
         if last or stop:
             break
 
-        meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows, run.heads)))
-        step += 1
+        done = train_step(run, step, lambda micro_step: train_data.batch(
+            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
+            rows=run.rows, heads=run.heads))
+        if done:
+            meter.add(*done)
+            step += 1
         stop = config.stop_requested()
-        if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters:
+        due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters
+        if meter.steps and (stop or due):
             meter.line(step, lr)
 
     meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}')

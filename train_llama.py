@@ -4,7 +4,7 @@ Trains LLaMA with full-rank weights, or by a method of config/methods. On one pr
 $ python train_llama.py config/llama_quickstart.py config/methods/galore.py
 $ python train_llama.py config/llama_60m.py config/methods/galore.py --rank=64
 $ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b.py config/methods/galore.py
-Two nodes: the same line on both, with --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT instead of --standalone.
+Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
 """
 
 import sys
@@ -25,7 +25,7 @@ eval_iters = 50  # batches of an evaluation, always the same ones
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: every step trains batch_size * gradient_accumulation_steps sequences in all, whatever the number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps sequences in all, on any number of ranks
 dataset = 'c4'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 32  # sequences of a micro-batch, over all ranks
@@ -45,16 +45,16 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or name
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
 train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 # optimizer
 optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
-basis = 'sketch'  # 'sketch' (never from a full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
@@ -76,7 +76,7 @@ wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
 
 import torch
 
@@ -91,43 +91,43 @@ def build(settings, where, vocabulary, checkpoint=None):
     """
     What a run computes with, see `config.assemble`.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes settings['train'], if it
-    is 'auto'.
+    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
+    settings['train'], if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     loaded = None
-    if checkpoint:
-        with config.built_from(f'{s.out_dir}/ckpt.pt'):
+    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
+        if checkpoint:
             shape = LlamaConfig(**checkpoint['model_config'])
-    elif s.init_from == 'scratch':
-        if s.size not in SIZES:
-            raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
-        width, depth, many, hidden = (mine or usual for mine, usual in
-                                      zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
-        shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, depth, many, hidden,
-                            s.n_kv_head or many)
-    else:
-        shape, loaded = read_for(settings, LlamaConfig)
-    with torch.device('meta'):
-        model = Llama(replace(shape, checkpointing=s.checkpointing))
-    # filled where and as it stays: 7B in bfloat16 never exist in float32
-    model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
-    if loaded is None:
-        model.init_weights()
-    else:
-        with config.built_from(s.init_from):
+        elif s.init_from == 'scratch':
+            if s.size not in SIZES:
+                raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
+            width, depth, many, hidden = (mine or usual for mine, usual in
+                                          zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
+            shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, n_layer=depth,
+                                n_head=many, n_mlp=hidden, n_kv_head=s.n_kv_head or many)
+        else:
+            shape, loaded = read_for(settings, LlamaConfig)
+        with torch.device('meta'):
+            model = Llama(replace(shape, checkpointing=s.checkpointing))
+        # filled where and as it stays: 7B in bfloat16 never exist in float32
+        model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
+        if loaded is None:
+            model.init_weights()
+        else:
             fill(model, loaded, s.init_from)
     if vocabulary > shape.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model only {shape.vocab_size}: set '
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
-    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings, where, checkpoint)
+    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
+                           where=where, checkpoint=checkpoint)
 
 
 def loss_of(run, x, y, weights=None):
-    """Mean loss of a batch of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
+    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [x, y] if weights is None else [x, y, weights]
@@ -140,15 +140,18 @@ def loss_of(run, x, y, weights=None):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this rank,
-    and weights of rows where the data have prompts.
-    Returns the mean loss and the norm of the gradient before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this
+    rank, and weights of rows where the data have prompts. Returns the mean loss and the norm of the gradient
+    before clipping, tensors; None where a signal came between two micro-batches: nothing has changed then.
     """
-    s, total = run.s, 0.0
-    for micro_step in range(s.gradient_accumulation_steps):
-        run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
-        loss = loss_of(run, *batch(micro_step)) / s.gradient_accumulation_steps
+    s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
+    for micro_step in range(micro_steps):
+        if micro_step and run.optimizer.may_leave and config.stop_requested():
+            run.optimizer.zero_grad(set_to_none=True)
+            return None
+        run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
+        loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
     run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
@@ -171,7 +174,8 @@ def evaluate(run, data):
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not config.stop_requested():
-            losses.append(loss_of(run, *data.fixed_batch(len(losses), s.eval_iters, s.batch_size, run.rank, run.ranks)))
+            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)
+            losses.append(loss_of(run, *batch))
     run.model.train()
     return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
 
@@ -184,7 +188,8 @@ def main(settings):
                                 for split in ('train', 'val'))
         checkpoint = config.open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
-        step, best_val_loss = (checkpoint['step'], checkpoint['best_val_loss']) if checkpoint else (0, float('inf'))
+        step = checkpoint['step'] if checkpoint else 0
+        best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
         meter = config.Meter(run, step, tokens, 'tokens')
         if run.rank == 0:
@@ -215,11 +220,15 @@ def main(settings):
         if last or stop:
             break
 
-        meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows, run.heads)))
-        step += 1
+        done = train_step(run, step, lambda micro_step: train_data.batch(
+            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
+            rows=run.rows, heads=run.heads))
+        if done:
+            meter.add(*done)
+            step += 1
         stop = config.stop_requested()
-        if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters:
+        due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters
+        if meter.steps and (stop or due):
             meter.line(step, lr)
 
     meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}')

@@ -1,5 +1,5 @@
 """
-Trains a vision transformer of timm on images: fine-tuning or from scratch, whole or by a method of config/methods:
+Trains a vision transformer of timm: fine-tuning or from scratch, whole or by a method of config/methods:
 
 $ python train_vit.py config/vit_quickstart.py
 $ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16
@@ -24,7 +24,7 @@ eval_interval = 500  # steps between evaluations on the whole validation split; 
 eval_only = False  # evaluate on the validation and test splits once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: every step trains batch_size * gradient_accumulation_steps images in all, whatever the number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps images in all, on any number of ranks
 dataset = 'pathmnist_224'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 32  # images of a micro-batch, over all ranks
@@ -39,21 +39,21 @@ n_head = None
 n_embd = None
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
 # low-rank layers: config/methods has a file for each method
-lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' (classifier), names of modules
+lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit', names of modules
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': one is a basis of the gradient (GaLore, GaLoLTE)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
-train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (without heads: a linear probe);
-#                 'auto': 'all', but on loaded weights with heads 'classifier'
+train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (a linear probe without
+#                 heads); 'auto': 'all', but on loaded weights with heads 'classifier'
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, each its own, averaged at every 'merge' (LTE)
+sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 # optimizer
 optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
-basis = 'sketch'  # 'sketch' (never from a full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
@@ -76,10 +76,11 @@ wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch is imported: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
 
 import contextlib
 import difflib
+import math
 import os
 
 import numpy as np
@@ -97,48 +98,64 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set
 # model
 
 SHAPE = dict(img_size='img_size', patch_size='patch_size', n_layer='depth', n_embd='embed_dim', n_head='num_heads')
+LOOK = dict(crop_pct=1.0, interpolation='bicubic')  # how images are seen from scratch; weights have it of their own
 
 
-def create(shape, num_classes, hub=False, weights=None, path=''):
+def create(shape, num_classes, weights=False, path=''):
     """
-    timm's model of that shape (settings by name) with drawn weights, those of timm's hub, or a state dict in its form,
-    from the file at `path`.
-
-    timm fits weights to another image or patch size. ValueError: a name, a shape or weights that do not go together.
+    timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True), or
+    a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
+    ValueError: a name, a shape or weights that do not go together.
     """
     name = shape['model']
     if ':' not in name and not timm.is_model(name):  # a name with a colon is a place, such as hf-hub:timm/...
         near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
         raise ValueError(f"model={name!r} is not known to timm {timm.__version__}: did you mean '{near}'?")
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
-    overlay = weights and dict(state_dict=weights, num_classes=num_classes)  # as many as the model: nothing is dropped
+    overlay = {key: shape[key] for key in LOOK if key in shape}
+    if isinstance(weights, dict):
+        overlay.update(state_dict=weights, num_classes=num_classes)  # as many as the model: nothing is dropped
     try:
-        vit = timm.create_model(name, pretrained=hub or bool(weights), num_classes=num_classes,
+        vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run it "
-                         'again, or set init_from to a file of them (model.safetensors)') from None
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run "
+                         'it again, or set init_from to a file of them (model.safetensors)') from None
     except (RuntimeError, TypeError, AssertionError, LookupError, ValueError) as error:
-        what = f"the weights '{path}'" if weights else f'{changes or "the pretrained weights"}'
-        raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set model, "
-                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
-    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and heads with them
-        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one, such as 'vit_base_patch16_224'")
+        what = f"the weights '{path}'" if path else f'{changes or "the pretrained weights"}'
+        raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set "
+                         'model, n_layer, n_embd, n_head, patch_size as they belong together') from None
+    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and their heads
+        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like 'vit_base_patch16_224'")
+    vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     return vit
 
 
-def read_weights(path, shape, classes, dataset, keep):
+def read_weights(path, shape, classes, keep=False):
     """
     Weights of a file, (shape, state dict in timm's form): of our best.pt with its heads merged, or of timm.
 
-    Of our checkpoint the shape fills in what is not set. The classifier stays if it is one of the same classes (timm's
-    files do not name theirs: of as many); otherwise it is drawn anew, or refused (ValueError) where `keep` is True.
+    Of our checkpoint the shape fills in what is not set, and says how images are seen. The classifier stays
+    if it is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn
+    anew, or refused (ValueError) where `keep` is True.
     """
     checkpoint = None
     if not path.endswith('.safetensors'):
         with contextlib.suppress(config.NotOurs):
             checkpoint = config.load_checkpoint(path)
-    if not checkpoint:
+    if checkpoint:
+        saved, theirs = checkpoint['model_config'], checkpoint['classes']
+        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
+            if key not in saved or shape[key] not in (None, saved[key]):
+                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says "
+                                 f'{shape.get(key)!r}: set the same, or choose another init_from')
+        with config.built_from(path):
+            shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
+            full = create(saved, len(theirs)).to(getattr(torch, checkpoint['settings']['param_dtype']))
+            put_layers(full, checkpoint['settings'])
+            load_weights(full, checkpoint['model'])
+        weights, same, many = merged_state_dict(full), theirs == list(classes), len(theirs)
+    else:
         try:
             weights = timm.models.load_state_dict(path, weights_only=True)
         except Exception as error:  # of pickle, zipfile, safetensors
@@ -147,24 +164,11 @@ def read_weights(path, shape, classes, dataset, keep):
         odd = next((name for name, x in weights.items() if not torch.is_tensor(x) or x.dim() == 0), None)
         if odd is not None:
             raise ValueError(f"'{path}' holds more than the weights of a ViT ({odd}): check init_from")
-        theirs = len(weights.get('head.bias', ()))
-        same = theirs == len(classes)
-    else:
-        saved = checkpoint['model_config']
-        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
-            if key not in saved or shape[key] not in (None, saved[key]):
-                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says "
-                                 f'{shape.get(key)!r}: set the same, or choose another init_from')
-        shape = {key: saved[key] if value is None else value for key, value in shape.items()}
-        with config.built_from(path):
-            full = create(saved, len(checkpoint['classes'])).to(getattr(torch, checkpoint['settings']['param_dtype']))
-            put_layers(full, checkpoint['settings'])
-            load_weights(full, checkpoint['model'])
-        weights = merged_state_dict(full)
-        theirs, same = len(checkpoint['classes']), checkpoint['classes'] == list(classes)
+        many = len(weights.get('head.bias', ()))
+        same = many == len(classes)
     if not same and keep:
-        raise ValueError(f"the classifier of '{path}' knows {theirs} classes, and not the {len(classes)} of data set "
-                         f'{dataset!r} ({str(list(classes))[:60]}): evaluate it on its own data, or train first')
+        raise ValueError(f"the classifier of '{path}' knows {many} classes, and not the {len(classes)} of the data "
+                         f'({str(list(classes))[:60]}): evaluate it on its own data, or train first')
     if not same:  # as timm draws it
         width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
         weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
@@ -176,29 +180,31 @@ def read_weights(path, shape, classes, dataset, keep):
 # images
 
 
-def augmented(images, augment, key, count, rows):
-    """Flips and crops of uint8 images (rows, channels, size, size) on their device, a pure function of the key.
-
-    Draws are made for all `count` images of the micro-batch, of which these are the given rows: for any number of ranks
-    the same. A crop is the image moved by up to an eighth, its edge repeated."""
+def augmented(images, augment, key, *, count, rows):
+    """Flips and crops of uint8 images (rows, channels, size, size) on their device, a pure function of the
+    key: draws are made for all `count` images of the micro-batch, of which these are the given rows. A crop
+    is the image moved by up to an eighth, its edge repeated."""
     draws = torch.from_numpy(np.random.default_rng(key).random((count, 3))[rows])  # (rows, 3)
     size = images.shape[-1]
     most = size // 8 if 'crop' in augment else 0
-    places = [(torch.arange(size) + (draw[:, None] * (2 * most + 1)).long() - most).clamp(0, size - 1)  # (rows, size)
-              for draw in draws[:, :2].T]
+    moves = (draws[:, :2] * (2 * most + 1)).long() - most  # (rows, 2)
+    down, across = (torch.arange(size) + moves.T[..., None]).clamp(0, size - 1)  # (rows, size) each
     if 'flip' in augment:
-        places[1] = torch.where(draws[:, 2:] < 0.5, places[1].flip(1), places[1])
-    down, across = (place.to(images.device, non_blocking=True) for place in places)
+        across = torch.where(draws[:, 2:] < 0.5, across.flip(1), across)
+    down, across = (place.to(images.device, non_blocking=True) for place in (down, across))
     images = images.gather(2, down[:, None, :, None].expand_as(images))
     return images.gather(3, across[:, None, None, :].expand_as(images))
 
 
-def normalised(images, size, mean, std, dtype):
-    """What a model takes, (rows, 3, size, size), from uint8 images (rows, 1 or 3, other, other) on their device."""
+def normalised(images, look, dtype):
+    """What a model takes, (rows, 3, size, size), of uint8 images (rows, 1 or 3, other, other) on their
+    device, as timm evaluates them: the middle of what is resized to size / crop_pct. look: see `build`."""
     x = images.to(torch.promote_types(dtype, torch.float32)).expand(-1, 3, -1, -1)
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode='bicubic', antialias=True).clamp(0, 255)
-    return ((x / 255 - mean) / std).to(dtype)
+    side = math.floor(look.size / look.crop_pct)
+    if x.shape[-1] != side:
+        x = F.interpolate(x, (side, side), mode=look.interpolation, antialias=True).clamp(0, 255)
+    middle = slice(round((side - look.size) / 2), round((side - look.size) / 2) + look.size)
+    return ((x[..., middle, middle] / 255 - look.mean) / look.std).to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -206,7 +212,8 @@ def normalised(images, size, mean, std, dtype):
 
 
 def criterion(logits, labels):
-    """Mean loss: cross entropy of labels (rows,), binary cross entropy of labels (rows, classes), several an image."""
+    """Mean loss: cross entropy of labels (rows,), binary cross entropy of (rows, classes), several an
+    image."""
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
@@ -216,8 +223,8 @@ def measure(logits, labels, task):
     """
     Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the confusion matrix.
 
-    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no matrix (None), and
-    the accuracy of a class is that of its yes or no. Rows of the matrix are true classes, columns predicted ones.
+    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no matrix
+    (None), and the accuracy of a class is that of its yes or no. Rows of the matrix are true classes.
     """
     n, classes = logits.shape
     scores = (logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()).double().numpy()
@@ -238,7 +245,8 @@ def draw_confusion(matrix, classes, path):
     share = matrix / matrix.sum(1, keepdims=True).clip(1)
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for (true, said), count in np.ndenumerate(matrix):
-        axes.text(said, true, count, ha='center', va='center', size=8, color='wk'[int(share[true, said] < 0.5)])
+        colour = 'white' if share[true, said] > 0.5 else 'black'
+        axes.text(said, true, count, ha='center', va='center', size=8, color=colour)
     names = [name if len(name) < 25 else f'{name[:23]}..' for name in classes]
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
@@ -252,38 +260,47 @@ def draw_confusion(matrix, classes, path):
 
 def build(settings, where, classes, checkpoint=None):
     """
-    What a run computes with, see `config.assemble`; besides size, mean, std (of the model's images) and about (what an
-    adapter has to go with).
+    What a run computes with, see `config.assemble`; besides look (how it sees images, as attributes: size,
+    crop_pct, interpolation, mean, std) and about (what an adapter has to go with).
 
-    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it is 'auto'.
+    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it is
+    'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
-    shape, weights = {key: settings[key] for key in ('model', *SHAPE)}, None
+    shape, weights, path = {key: settings[key] for key in ('model', *SHAPE)}, s.init_from == 'pretrained', ''
     if checkpoint:
         if checkpoint['classes'] != classes:
-            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the {len(classes)} "
-                             f'of data set {s.dataset!r}: resume with the data it was started with')
-        shape = checkpoint['model_config']
+            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the "
+                             f'{len(classes)} of data set {s.dataset!r}: resume with the data it was started with')
+        shape, weights = {**LOOK, **checkpoint['model_config']}, False
     elif os.path.isfile(s.init_from):
-        shape, weights = read_weights(s.init_from, shape, classes, s.dataset, keep=s.eval_only and not s.adapter)
-    elif s.init_from not in ('scratch', 'pretrained'):
-        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', 'pretrained' "
-                         'or the path of a best.pt or of weights of timm')
-    model = create(shape, len(classes), s.init_from == 'pretrained', weights, s.init_from)
+        path = s.init_from
+        shape, weights = read_weights(path, shape, classes, keep=s.eval_only and not s.adapter)
+    elif s.init_from == 'scratch':
+        shape.update(LOOK)
+    elif s.init_from != 'pretrained':
+        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', "
+                         "'pretrained' or the path of a best.pt or of weights of timm")
+    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
+        model = create(shape, len(classes), weights, path=path)
+        look = SimpleNamespace(**timm.data.resolve_data_config({}, model=model))
+        look.size = shape['img_size'] or look.input_size[-1]
+        if not 0.1 < look.crop_pct <= 1 or look.interpolation not in ('bilinear', 'bicubic'):
+            raise ValueError(f'images of crop_pct={look.crop_pct} and interpolation={look.interpolation!r} are not '
+                             'supported: choose another model')
+    look.mean, look.std = (torch.tensor(x, device=where.device).view(3, 1, 1) for x in (look.mean, look.std))
     model.to(where.device, getattr(torch, s.param_dtype))
-    model.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
-    about = {**{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}, 'classes': classes}
+    about = {'classes': classes, **{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}}
     if s.adapter and not checkpoint:
         config.load_adapter(model, s.adapter, about)
-    look = timm.data.resolve_data_config({}, model=model)
-    size = shape['img_size'] or look['input_size'][-1]
-    mean, std = (torch.tensor(look[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
-    run = config.assemble(model, shape, make_optimizer(model, settings), settings, where, checkpoint)
-    return SimpleNamespace(**vars(run), size=size, mean=mean, std=std, about=about)
+    shape = {**shape, **{key: getattr(look, key) for key in LOOK}}
+    run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
+                          checkpoint=checkpoint)
+    return SimpleNamespace(**vars(run), look=look, about=about)
 
 
 def to_device(run, x):
@@ -293,27 +310,29 @@ def to_device(run, x):
 
 def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
-    dtype = getattr(torch, run.s.param_dtype)
-    x = normalised(images, run.size, run.mean, run.std, dtype)
-    with torch.autocast(run.device_type, getattr(torch, run.compute),
-                        enabled=run.compute != run.s.param_dtype):
+    x = normalised(images, run.look, getattr(torch, run.s.param_dtype))
+    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.s.param_dtype):
         y = run.net(x)
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and labels.
-    Returns the mean loss and the norm of the gradient before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and
+    labels. Returns the mean loss and the norm of the gradient before clipping, tensors; None where a signal
+    came between two micro-batches: nothing has changed then.
     """
-    s, total = run.s, 0.0
-    for micro_step in range(s.gradient_accumulation_steps):
-        run.net.require_backward_grad_sync = micro_step == s.gradient_accumulation_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, s.gradient_accumulation_steps)  # bases, and which micro-batch is the last
+    s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
+    for micro_step in range(micro_steps):
+        if micro_step and run.optimizer.may_leave and config.stop_requested():
+            run.optimizer.zero_grad(set_to_none=True)
+            return None
+        run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
         images, labels = (to_device(run, x) for x in batch(micro_step))
         if s.augment:
-            images = augmented(images, s.augment, (s.seed, step, micro_step), s.batch_size, run.rows)
-        loss = criterion(logits_of(run, images), labels) / s.gradient_accumulation_steps
+            images = augmented(images, s.augment, (s.seed, step, micro_step), count=s.batch_size, rows=run.rows)
+        loss = criterion(logits_of(run, images), labels) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
     run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
@@ -330,20 +349,18 @@ def train_step(run, step, batch):
 
 
 @torch.no_grad()
-def evaluate(run, data, classes, name):
-    """
-    A whole split: a record for the log, and the confusion matrix; None, None where a signal came meanwhile. Ranks share
-    the work; each gets all scores.
-    """
+def evaluate(run, data, name):
+    """A whole split: a record for the log, and the confusion matrix; None, None where a signal came
+    meanwhile. Ranks share the work; each gets all scores."""
     batch_size, batches = run.s.batch_size, -(-len(data) // run.s.batch_size)
     run.model.eval()
     wide = torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32)
     _, y = data.fixed_batch(0, 1)
     labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)  # (n,) or (n, classes)
-    logits, i = torch.zeros(len(data), len(classes), dtype=wide, device=run.device), 0
+    logits, i = torch.zeros(len(data), data.num_classes, dtype=wide, device=run.device), 0
     with averaged_heads(run.model, run.replicas):
         while i < batches and not config.stop_requested():
-            images, y = data.fixed_batch(i, batch_size, run.rank, run.ranks)
+            images, y = data.fixed_batch(i, batch_size, run.rank, world_size=run.ranks)
             mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
             if len(y):  # the last batch may be short
                 logits[mine], labels[mine] = logits_of(run, to_device(run, images)), to_device(run, y)
@@ -356,25 +373,25 @@ def evaluate(run, data, classes, name):
         torch.distributed.all_reduce(labels)
     loss = criterion(logits, labels).item()
     accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu(), data.task)
-    return {f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc, f'{name}_acc_by_class': by_class}, matrix
+    record = {'loss': loss, 'acc': accuracy, 'auc': auc, 'acc_by_class': by_class}
+    return {f'{name}_{key}': value for key, value in record.items()}, matrix
 
 
-def test(run, meter, step, data, classes):
-    """The last evaluation, on the test split: by the best weights, if this run trained any."""
-    out_dir = run.s.out_dir
+def test(run, data):
+    """The last evaluation, on the test split: by the best weights, if this run trained any. Returns its
+    record."""
+    best, picture = f'{run.s.out_dir}/best.pt', f'{run.s.out_dir}/confusion.png'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
-    if not run.s.eval_only and os.path.exists(f'{out_dir}/best.pt'):
-        load_weights(run.model, config.load_checkpoint(f'{out_dir}/best.pt')['model'])
-    record, matrix = evaluate(run, data, classes, 'test')
-    if record:
-        meter.log(step, record)
+    if not run.s.eval_only and os.path.exists(best):
+        load_weights(run.model, config.load_checkpoint(best)['model'])
+    record, matrix = evaluate(run, data, 'test')
     if record and run.rank == 0:
-        print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}'
-                                                for name, share in zip(classes, record['test_acc_by_class'])))
-        picture = f'{out_dir}/confusion.png'
+        shares = zip(data.classes, record['test_acc_by_class'])
+        print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}' for name, share in shares))
         if matrix is not None and not (run.s.eval_only and os.path.exists(picture)):
-            draw_confusion(matrix, classes, picture)
+            draw_confusion(matrix, data.classes, picture)
+    return record
 
 
 def main(settings):
@@ -388,9 +405,11 @@ def main(settings):
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
         checkpoint = config.open_run(settings, where, train_data.fingerprint)
-        run = build(settings, where, classes, checkpoint)
-        step, best_val_auc = (checkpoint['step'], checkpoint['best_val_auc']) if checkpoint else (0, 0.0)
-        meter = config.Meter(run, step, images, 'images', f'{steps * images / len(train_data):.1f} epochs, ')
+        run = build(settings, where, classes, checkpoint=checkpoint)
+        step = checkpoint['step'] if checkpoint else 0
+        best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
+        epochs = f'{steps * images / len(train_data):.1f} epochs, '
+        meter = config.Meter(run, step, images, unit='images', more=epochs)
     del checkpoint
     config.catch_signals()
     start, stop = step, False
@@ -399,12 +418,12 @@ def main(settings):
         last = stop or step >= steps or s.eval_only
 
         if last or step % s.eval_interval == 0:
-            record, _ = evaluate(run, val_data, classes, 'val')
+            record, _ = evaluate(run, val_data, 'val')
             stop = record is None  # a signal wants the checkpoint soon
             if not stop:
                 meter.log(step, record)
-            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may have been
-            # killed before it wrote best.pt
+            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may have
+            # been killed before it wrote best.pt
             better = not stop and not s.eval_only and step > 0 and not record['val_auc'] < best_val_auc
             best_val_auc = record['val_auc'] if better else best_val_auc
             about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint, classes=classes)
@@ -418,15 +437,19 @@ def main(settings):
         if last or stop:
             break
 
-        meter.add(*train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, s.gradient_accumulation_steps, s.seed, run.rows)))
-        step += 1
+        done = train_step(run, step, lambda micro_step: train_data.batch(
+            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed, rows=run.rows))
+        if done:
+            meter.add(*done)
+            step += 1
         stop = config.stop_requested()
-        if stop or step % s.log_interval == 0 or step % s.eval_interval == 0 or step == steps:
+        due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == steps
+        if meter.steps and (stop or due):
             meter.line(step, lr)
 
-    if not stop:
-        test(run, meter, step, test_data, classes)
+    record = None if stop else test(run, test_data)
+    if record:
+        meter.log(step, record)
     meter.close(step, f'highest validation AUC so far {best_val_auc:.4f}')
     return best_val_auc
 

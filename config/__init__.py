@@ -34,8 +34,9 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a machine
-    find is said once: the others wait a second, in which torchrun ends them if the first one failed as well."""
+    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a
+    machine find is said once: the others wait a second, in which torchrun ends them if the first one failed
+    as well."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
         who = f" (rank {os.environ['RANK']})"
@@ -45,8 +46,8 @@ def fail(sentence):
 
 
 def in_one_line(kind, error, trace):
-    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were lost
-    are one line."""
+    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were
+    lost are one line."""
     lost = '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited'
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
@@ -63,8 +64,8 @@ def in_one_line(kind, error, trace):
 
 @contextlib.contextmanager
 def refusals():
-    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's to mend:
-    `fail`."""
+    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's to
+    mend: `fail`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -89,11 +90,11 @@ def load(namespace, known, argv):
     """
     Resolves the settings of a script and checks them; returns them as a dict.
 
-    namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any order.
-    A file in a folder called methods is a method, and its name that of the method ('full' without one). A value
-    that is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line
-    wins, then tables, then plain values, on which files have to agree, then the defaults: the order of files does
-    not matter.
+    namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any
+    order. A file in a folder called methods is a method, and its name that of the method ('full' without
+    one). A value that is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}.
+    The command line wins, then tables, then plain values, on which files have to agree, then the defaults:
+    the order of files does not matter.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -148,7 +149,8 @@ def load(namespace, known, argv):
 
 
 def _help(namespace):
-    """A script's docstring, the methods, and its settings with the comment beside each, as they stand in it."""
+    """A script's docstring, the methods, and its settings with the comment beside each, as they stand in
+    it."""
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
@@ -157,7 +159,8 @@ def _help(namespace):
 
 
 def _run_file(path, known, namespace):
-    """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with them."""
+    """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with
+    them."""
     if not os.path.isfile(path):
         there = map(str, Path(path).parent.glob('*.py'))
         near = difflib.get_close_matches(path, there, n=1) or ['config/quickstart.py']
@@ -325,9 +328,9 @@ def _check(settings, known, given):
 
 
 def set_learning_rate(optimizer, settings, step):
-    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters, then
-    min_lr. After a merge that resets it climbs again from zero to the cosine within rewarm_iters (ReLoRA, section
-    3: a reset factor has no moments yet)."""
+    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters,
+    then min_lr. After a merge that resets it climbs again from zero to the cosine within rewarm_iters
+    (ReLoRA, section 3: a reset factor has no moments yet)."""
     s = SimpleNamespace(**settings)
     if step < s.warmup_iters:
         rate = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -349,8 +352,8 @@ def join(settings):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype (of
-    weights), per_layer (if there is such). Returns as attributes: rank, ranks, device (of this process),
+    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype
+    (of weights), per_layer (if there is such). Returns as attributes: rank, ranks, device (of this process),
     device_type, compute (the dtype's name).
     """
     import torch
@@ -389,8 +392,9 @@ def join(settings):
 
 
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step. By default every tensor above 32 MB comes as fresh pages,
-    which the kernel first has to zero: a quarter of a step of GPT-2 124M with heads on two CPU cores."""
+    """Makes glibc keep freed memory for the next step. By default every tensor above 32 MB comes as fresh
+    pages, which the kernel first has to zero: a quarter of a step of GPT-2 124M with heads on two CPU
+    cores."""
     import ctypes
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
@@ -403,8 +407,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as
     attributes; model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters);
     scaler; net (the model, compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a
-    micro-batch, that this rank trains on); heads (how many are split, over all ranks, or 1); saved (the step of
-    the last checkpoint, or None). Goes on from a checkpoint, if there is one.
+    micro-batch, that this rank trains on); heads (how many are split, over all ranks, or 1); saved (the step
+    of the last checkpoint, or None). Goes on from a checkpoint, if there is one.
     """
     import torch
 
@@ -452,9 +456,9 @@ def unscale(scaler, optimizer):
 
 
 def leave():
-    """Ends what `join` began. gloo's threads let go of the tensors of a collective some time after it returns, and
-    need the interpreter's lock for it, which the end of DDP or of Python holds while it waits for them: without
-    the pause a process now and then hung or aborted when all was done (torch 2.13)."""
+    """Ends what `join` began. gloo's threads let go of the tensors of a collective some time after it
+    returns, and need the interpreter's lock for it, which the end of DDP or of Python holds while it waits
+    for them: without the pause a process now and then hung or aborted when all was done (torch 2.13)."""
     import torch.distributed as dist
     unlock()
     if dist.is_initialized():
@@ -493,8 +497,9 @@ def stop_requested():
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment, also a
-    power cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
+    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment,
+    also a power cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one
+    stays."""
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as file:
@@ -530,8 +535,9 @@ def save_checkpoint(path, checkpoint):
 
 
 def save(run, name, about, resumable=False):
-    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to be
-    resumed, the rest of its state. Every rank takes part. What is not finite is never written over what is."""
+    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to
+    be resumed, the rest of its state. Every rank takes part. What is not finite is never written over what
+    is."""
     from lowrank import gather_state, not_finite
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
@@ -580,7 +586,8 @@ SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer':
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote, too."""
+    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote,
+    too."""
     from lowrank import EDITION
     whole = load_tensors(path)
     if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
@@ -605,13 +612,13 @@ def load_checkpoint(path):
 
 @contextlib.contextmanager
 def built_from(path):
-    """What is read from a file may not go together, where somebody edited it or another version wrote it:
-    ValueError, with its path. path: '' where nothing is read."""
+    """The parts of what is read may not go together, where somebody edited it or another version wrote it:
+    ValueError, with its path (or what else init_from says)."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         ours = isinstance(error, ValueError)
-        if not path or type(error).__name__ == 'OutOfMemoryError' or ours and str(path) in str(error):
+        if path in ('scratch', 'pretrained') or type(error).__name__ == 'OutOfMemoryError' or ours and str(path) in str(error):
             raise
         why = ' '.join(str(error).split())
         raise ValueError(f"'{path}': {why}" if ours else f"'{path}' holds a model that cannot be built here "
@@ -642,9 +649,9 @@ def adapter_parts(model, about):
 
 
 def save_adapter(model, path, about):
-    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors. about: what has
-    to be the same when it is loaded, such as rank and alpha; kept as metadata, with checksums of the frozen
-    weights and of the file's own tensors."""
+    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors. about: what
+    has to be the same when it is loaded, such as rank and alpha; kept as metadata, with checksums of the
+    frozen weights and of the file's own tensors."""
     from safetensors.torch import save
     parts, about = adapter_parts(model, about)
     with replacing(path) as file:
@@ -732,9 +739,9 @@ def open_run(settings, where, data):
 
 
 def _claim_folder(settings):
-    """Makes out_dir and locks it, but for eval_only, which changes nothing there. A fresh run is refused where
-    there is a checkpoint, unless it is of a run of ours (config.json tells) and to be overwritten, and wherever
-    files have the names of a run's and are not ours. ValueError: what is wrong."""
+    """Makes out_dir and locks it, but for eval_only, which changes nothing there. A fresh run is refused
+    where there is a checkpoint, unless it is of a run of ours (config.json tells) and to be overwritten, and
+    wherever files have the names of a run's and are not ours. ValueError: what is wrong."""
     from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
     unlock()  # of a run of this process that ended early
@@ -781,8 +788,8 @@ def _is_ours(path):
 
 def start_run(settings, step):
     """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a
-    resumed one the lines are dropped that a crash logged after it; a fresh one removes the files of the old one.
-    eval_only changes nothing that is there, but adds to the log."""
+    resumed one the lines are dropped that a crash logged after it; a fresh one removes the files of the old
+    one. eval_only changes nothing that is there, but adds to the log."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
@@ -835,8 +842,8 @@ MAY_CHANGE = set("""
 
 def need_same(settings, checkpoint):
     """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in
-    MAY_CHANGE. Returns in words what of that has changed. Where train is 'auto' it becomes what the checkpoint's
-    run made of it."""
+    MAY_CHANGE. Returns in words what of that has changed. Where train is 'auto' it becomes what the
+    checkpoint's run made of it."""
     before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
@@ -896,9 +903,10 @@ class Meter:
     """
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
 
-    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which. Prepares the
-    run's folder (`start_run`) and says what there is to train. The sum of losses and the last gradient's norm stay
-    on the device: but for merges that draw new heads, and float16's scaler, the host waits in `line` only.
+    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which.
+    Prepares the run's folder (`start_run`) and says what there is to train. The sum of losses and the last
+    gradient's norm stay on the device: but for merges that draw new heads, and float16's scaler, the host
+    waits in `line` only.
     """
 
     def __init__(self, run, step, items, unit, more=''):
@@ -924,8 +932,8 @@ class Meter:
         self.steps, self.clock, self.sent = 0, time.perf_counter(), self.traffic['bytes']
 
     def add(self, loss, norm):
-        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not finite is
-        a step that was skipped."""
+        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not
+        finite is a step that was skipped."""
         self.sums[0] += loss
         self.sums[1] = norm
         if self.run.scaler.is_enabled():
@@ -934,8 +942,9 @@ class Meter:
         self.progress.update()
 
     def line(self, step, lr):
-        """A line of the log on the steps since the last one. Ends the run where something went wrong in silence:
-        what is not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
+        """A line of the log on the steps since the last one. Ends the run where something went wrong in
+        silence: what is not finite, a float16 run of which every step overflows, parameters that nothing
+        steps on."""
         from lowrank import check_training, mean
         run, sent = self.run, self.traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
@@ -957,8 +966,8 @@ class Meter:
         self.restart()
 
     def log(self, step, record):
-        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells wandb.
-        Ends the run where a loss or a norm is not finite."""
+        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells
+        wandb. Ends the run where a loss or a norm is not finite."""
         bad = [f'{key} {record[key]}' for key in ('train_loss', 'val_loss', 'test_loss', 'gradient_norm')
                if not math.isfinite(record.get(key, 0))]
         refuse_non_finite(self.run, step, ' and '.join(bad))

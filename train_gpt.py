@@ -109,8 +109,8 @@ def build(settings, where, vocabulary, checkpoint=None):
             fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
     if vocabulary > model.config.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {model.config.vocab_size}: set '
-                         f'vocab_size={vocabulary}, or choose other data')
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {model.config.vocab_size}: '
+                         f'set vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
@@ -167,8 +167,8 @@ def evaluate(run, data):
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not config.stop_requested():
-            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)
-            losses.append(loss_of(run, *batch))
+            losses.append(loss_of(run, *data.fixed_batch(
+                len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)))
     run.model.train()
     return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
 

@@ -174,8 +174,8 @@ def evaluate(run, data):
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not config.stop_requested():
-            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)
-            losses.append(loss_of(run, *batch))
+            losses.append(loss_of(run, *data.fixed_batch(
+                len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)))
     run.model.train()
     return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
 

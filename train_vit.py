@@ -97,36 +97,35 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set
 # -----------------------------------------------------------------------------
 # model
 
-SHAPE = dict(img_size='img_size', patch_size='patch_size', n_layer='depth', n_embd='embed_dim', n_head='num_heads')
-LOOK = dict(crop_pct=1.0, interpolation='bicubic')  # how images are seen from scratch; weights have it of their own
+SHAPE = {'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
+         'n_head': 'num_heads'}
+LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by weights of timm's
 
 
 def create(shape, num_classes, weights=False, path=''):
-    """
-    timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True), or
-    a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
-    ValueError: a name, a shape or weights that do not go together.
-    """
+    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True),
+    or a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
+    ValueError: a name, a shape or weights that do not go together."""
     name = shape['model']
     if ':' not in name and not timm.is_model(name):  # a name with a colon is a place, such as hf-hub:timm/...
         near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
         raise ValueError(f"model={name!r} is not known to timm {timm.__version__}: did you mean '{near}'?")
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     overlay = {key: shape[key] for key in LOOK if key in shape}
-    if isinstance(weights, dict):
-        overlay.update(state_dict=weights, num_classes=num_classes)  # as many as the model: nothing is dropped
+    if path:  # with as many classes as the model nothing is dropped
+        overlay.update(state_dict=weights, num_classes=num_classes)
     try:
         vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({str(error)[:80]}): connect and run "
-                         'it again, or set init_from to a file of them (model.safetensors)') from None
-    except (RuntimeError, TypeError, AssertionError, LookupError, ValueError) as error:
-        what = f"the weights '{path}'" if path else f'{changes or "the pretrained weights"}'
-        raise ValueError(f"model={name!r} does not go with {what} ({' '.join(str(error).split())[:160]}): set "
-                         'model, n_layer, n_embd, n_head, patch_size as they belong together') from None
-    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears, and their heads
-        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like 'vit_base_patch16_224'")
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, or "
+                         'set init_from to a file of them (model.safetensors)') from None
+    except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError, ValueError) as error:
+        what = f"the weights '{path}'" if path else changes or 'the pretrained weights'
+        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, n_layer, '
+                         'n_embd, n_head, patch_size as they belong together') from None
+    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
+        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
     vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     return vit
 
@@ -143,36 +142,33 @@ def read_weights(path, shape, classes, keep=False):
     if not path.endswith('.safetensors'):
         with contextlib.suppress(config.NotOurs):
             checkpoint = config.load_checkpoint(path)
-    if checkpoint:
-        saved, theirs = checkpoint['model_config'], checkpoint['classes']
-        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
-            if key not in saved or shape[key] not in (None, saved[key]):
-                raise ValueError(f"'{path}' is a checkpoint of {key}={saved.get(key)!r}, this run says "
-                                 f'{shape.get(key)!r}: set the same, or choose another init_from')
-        with config.built_from(path):
+    with config.built_from(path):
+        if checkpoint:
+            saved, known = checkpoint['model_config'], checkpoint['classes']
+            for key in ('model', 'n_layer', 'n_embd', 'n_head'):
+                if shape[key] not in (None, saved[key]):
+                    raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
+                                     f'{shape[key]!r}: set the same, or choose another init_from')
             shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
-            full = create(saved, len(theirs)).to(getattr(torch, checkpoint['settings']['param_dtype']))
+            full = create(saved, len(known)).to(getattr(torch, checkpoint['settings']['param_dtype']))
             put_layers(full, checkpoint['settings'])
             load_weights(full, checkpoint['model'])
-        weights, same, many = merged_state_dict(full), theirs == list(classes), len(theirs)
-    else:
-        try:
-            weights = timm.models.load_state_dict(path, weights_only=True)
-        except Exception as error:  # of pickle, zipfile, safetensors
-            raise ValueError(f"'{path}' is damaged or holds no weights ({' '.join(str(error).split())[:80]}): "
-                             'check init_from') from None
-        odd = next((name for name, x in weights.items() if not torch.is_tensor(x) or x.dim() == 0), None)
-        if odd is not None:
-            raise ValueError(f"'{path}' holds more than the weights of a ViT ({odd}): check init_from")
-        many = len(weights.get('head.bias', ()))
-        same = many == len(classes)
-    if not same and keep:
-        raise ValueError(f"the classifier of '{path}' knows {many} classes, and not the {len(classes)} of the data "
-                         f'({str(list(classes))[:60]}): evaluate it on its own data, or train first')
-    if not same:  # as timm draws it
-        width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
-        weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
-        weights['head.bias'] = torch.zeros(len(classes))
+            weights, same = merged_state_dict(full), known == list(classes)
+        else:
+            try:
+                weights = timm.models.load_state_dict(path, weights_only=True)
+            except Exception as error:  # of pickle, zipfile, safetensors
+                raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
+                                 'init_from') from None
+            known = weights.get('head.bias', ())
+            same = len(known) == len(classes)
+        if not same and keep:
+            raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
+                             f'{len(classes)} of the data: evaluate it on its own data, or train first')
+        if not same:  # as timm draws it
+            width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
+            weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
+            weights['head.bias'] = torch.zeros(len(classes))
     return shape, weights
 
 
@@ -188,10 +184,9 @@ def augmented(images, augment, key, *, count, rows):
     size = images.shape[-1]
     most = size // 8 if 'crop' in augment else 0
     moves = (draws[:, :2] * (2 * most + 1)).long() - most  # (rows, 2)
-    down, across = (torch.arange(size) + moves.T[..., None]).clamp(0, size - 1)  # (rows, size) each
+    down, across = (torch.arange(size) + moves.T[..., None]).clamp(0, size - 1).to(images.device)  # (rows, size)
     if 'flip' in augment:
-        across = torch.where(draws[:, 2:] < 0.5, across.flip(1), across)
-    down, across = (place.to(images.device, non_blocking=True) for place in (down, across))
+        across = torch.where(draws[:, 2:].to(images.device) < 0.5, across.flip(1), across)
     images = images.gather(2, down[:, None, :, None].expand_as(images))
     return images.gather(3, across[:, None, None, :].expand_as(images))
 
@@ -259,45 +254,38 @@ def draw_confusion(matrix, classes, path):
 
 
 def build(settings, where, classes, checkpoint=None):
-    """
-    What a run computes with, see `config.assemble`; besides look (how it sees images, as attributes: size,
-    crop_pct, interpolation, mean, std) and about (what an adapter has to go with).
-
-    where: from config.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it is
-    'auto'.
-    """
+    """What a run computes with, see `config.assemble`; besides look (how it sees images, as attributes: size,
+    crop_pct, interpolation, mean, std) and about (what an adapter has to go with). where: from config.join;
+    classes: names; checkpoint: to go on from. Writes settings['train'], if it is 'auto'."""
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
-    shape, weights, path = {key: settings[key] for key in ('model', *SHAPE)}, s.init_from == 'pretrained', ''
+    shape, weights, source = {key: settings[key] for key in ('model', *SHAPE)}, False, s.init_from
     if checkpoint:
-        if checkpoint['classes'] != classes:
-            raise ValueError(f"the checkpoint knows {len(checkpoint['classes'])} classes, and not the "
-                             f'{len(classes)} of data set {s.dataset!r}: resume with the data it was started with')
-        shape, weights = {**LOOK, **checkpoint['model_config']}, False
-    elif os.path.isfile(s.init_from):
-        path = s.init_from
-        shape, weights = read_weights(path, shape, classes, keep=s.eval_only and not s.adapter)
-    elif s.init_from == 'scratch':
+        shape, source = {**LOOK, **checkpoint['model_config']}, f'{s.out_dir}/ckpt.pt'
+    elif os.path.isfile(source):
+        shape, weights = read_weights(source, shape, classes, keep=s.eval_only and not s.adapter)
+    elif source == 'scratch':
         shape.update(LOOK)
-    elif s.init_from != 'pretrained':
-        raise ValueError(f"init_from={s.init_from!r} is not known and no file: set 'scratch', 'resume', "
-                         "'pretrained' or the path of a best.pt or of weights of timm")
-    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
-        model = create(shape, len(classes), weights, path=path)
+    elif source != 'pretrained':
+        raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained' or the path of a "
+                         'best.pt or of weights of timm')
+    with config.built_from(source):
+        model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
         look = SimpleNamespace(**timm.data.resolve_data_config({}, model=model))
         look.size = shape['img_size'] or look.input_size[-1]
+        shape = {**shape, **{key: vars(look)[key] for key in LOOK}}
         if not 0.1 < look.crop_pct <= 1 or look.interpolation not in ('bilinear', 'bicubic'):
-            raise ValueError(f'images of crop_pct={look.crop_pct} and interpolation={look.interpolation!r} are not '
-                             'supported: choose another model')
+            raise ValueError(f'crop_pct={look.crop_pct}, interpolation={look.interpolation!r} of images: choose a '
+                             'model that is cropped less, in bilinear or bicubic')
     look.mean, look.std = (torch.tensor(x, device=where.device).view(3, 1, 1) for x in (look.mean, look.std))
     model.to(where.device, getattr(torch, s.param_dtype))
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
-    about = {'classes': classes, **{key: settings[key] for key in ('model', 'lowrank', 'heads', 'rank', 'alpha')}}
+    about = {'model': s.model, 'lowrank': s.lowrank, 'heads': s.heads, 'rank': s.rank, 'alpha': s.alpha,
+             'classes': classes}
     if s.adapter and not checkpoint:
         config.load_adapter(model, s.adapter, about)
-    shape = {**shape, **{key: getattr(look, key) for key in LOOK}}
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), look=look, about=about)
@@ -311,7 +299,8 @@ def to_device(run, x):
 def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
     x = normalised(images, run.look, getattr(torch, run.s.param_dtype))
-    with torch.autocast(run.device_type, getattr(torch, run.compute), enabled=run.compute != run.s.param_dtype):
+    with torch.autocast(run.device_type, getattr(torch, run.compute),
+                        enabled=run.compute != run.s.param_dtype):
         y = run.net(x)
     return y.to(torch.promote_types(y.dtype, torch.float32))
 
@@ -331,7 +320,8 @@ def train_step(run, step, batch):
         run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
         images, labels = (to_device(run, x) for x in batch(micro_step))
         if s.augment:
-            images = augmented(images, s.augment, (s.seed, step, micro_step), count=s.batch_size, rows=run.rows)
+            key = s.seed, step, micro_step
+            images = augmented(images, s.augment, key, count=s.batch_size, rows=run.rows)
         loss = criterion(logits_of(run, images), labels) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -400,7 +390,7 @@ def main(settings):
     with config.refusals():
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
-        classes, images = list(train_data.classes), s.batch_size * s.gradient_accumulation_steps
+        classes, images = train_data.classes, s.batch_size * s.gradient_accumulation_steps
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
@@ -422,8 +412,8 @@ def main(settings):
             stop = record is None  # a signal wants the checkpoint soon
             if not stop:
                 meter.log(step, record)
-            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may have
-            # been killed before it wrote best.pt
+            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may
+            # have been killed before it wrote best.pt
             better = not stop and not s.eval_only and step > 0 and not record['val_auc'] < best_val_auc
             best_val_auc = record['val_auc'] if better else best_val_auc
             about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint, classes=classes)
@@ -438,7 +428,8 @@ def main(settings):
             break
 
         done = train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed, rows=run.rows))
+            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
+            rows=run.rows))
         if done:
             meter.add(*done)
             step += 1

@@ -34,8 +34,8 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. What all processes of a
-    machine find is said once: the others wait a second, in which torchrun ends them if the first one failed
+    """Says what is wrong and what to do and ends the process with exit code 2. What every process of a
+    machine finds is said once: the others wait a second, in which torchrun ends them if the first one failed
     as well."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
@@ -45,27 +45,31 @@ def fail(sentence):
     raise SystemExit(2)
 
 
+def said(error):
+    """What an error says, in a line of bounded length."""
+    return ' '.join(str(error).split())[:160]
+
+
 def in_one_line(kind, error, trace):
-    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses, and ranks that were
+    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses and ranks that were
     lost are one line."""
     lost = '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited'
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
-        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved before "
-              'stands', file=sys.stderr)
+        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved stands",
+              file=sys.stderr)
     elif issubclass(kind, RuntimeError) and re.search(lost, str(error)):
         print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
-              f'{ANSWER // 60} minutes ({str(error).splitlines()[0][:80]}): what was saved before stands, and '
-              '--init_from=resume goes on from it', file=sys.stderr)
+              f'{ANSWER // 60} minutes ({said(error)}): go on by --init_from=resume', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 @contextlib.contextmanager
 def refusals():
-    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's to
-    mend: `fail`."""
+    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's
+    mistake."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -86,15 +90,19 @@ def _methods():
     return sorted(path.stem for path in Path(__file__).parent.glob('methods/*.py'))
 
 
+def _nearest(word, words):
+    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
+
+
 def load(namespace, known, argv):
     """
     Resolves the settings of a script and checks them; returns them as a dict.
 
     namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any
-    order. A file in a folder called methods is a method, and its name that of the method ('full' without
-    one). A value that is a dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}.
-    The command line wins, then tables, then plain values, on which files have to agree, then the defaults:
-    the order of files does not matter.
+    order. A file in a folder called methods is a method ('full' without one). A value that is a dict is a
+    table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then
+    tables, then plain values, on which files have to agree, then the defaults: the order of files does not
+    matter.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -114,35 +122,41 @@ def load(namespace, known, argv):
                 value = _checked(known, key, value, where=f'in {path}')
             else:
                 for name in value.keys() - {*_methods(), method}:
-                    near = difflib.get_close_matches(str(name), _methods(), n=1, cutoff=0)[0]
-                    fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you mean "
-                         f"'{near}'?")
+                    fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you "
+                         f"mean '{_nearest(str(name), _methods())}'?")
                 value = {name: _checked(known, key, entry, where=f'for {name} in {path}')
                          for name, entry in value.items()}
             if found.get(key, value) != value:
-                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {found[key]!r} and "
-                     f'{value!r}: leave one out, or let the file of the run say {key} = {{{method!r}: ...}}')
+                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {found[key]!r} "
+                     f'and {value!r}: leave one out, or let the file of the run say {key} = '
+                     f'{{{method!r}: ...}}')
             found[key], given[key] = value, f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
     settings = {**known, **plain, **chosen}
     for word in words:
         key, equals, text = word[2:].partition('=')
         if not equals:
-            fail(f"'{word}' has no value: write --{key}={True if isinstance(known.get(key), bool) else 'value'}")
-        settings[key] = _checked(known, key, _parse(text, known.get(key)), where='on the command line')
+            example = 'True' if isinstance(known.get(key), bool) else 'value'
+            fail(f"'{word}' has no value: write --{key}={example}")
+        value = text  # where it is no Python literal
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+        if isinstance(known.get(key), str) and not isinstance(value, str):
+            value = text  # --out_dir=7 is a name
         given[key] = 'on the command line'
+        settings[key] = _checked(known, key, value, where=given[key])
 
     _check(settings, known, given)
     for key, table in tables.items():
         found = method in table or key in plain or given[key] == 'on the command line'
         # a method that says nothing of lowrank has none
         if not found and key != 'lowrank' and not _without_effect(key, settings):
-            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: add it "
-                 f'there, or set --{key}=')
+            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: "
+                 f'add it there, or set --{key}=')
     if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
-        fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file of "
-             'a folder called methods, or set --learning_rate=')
+        fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file "
+             'of a folder called methods, or set --learning_rate=')
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
     return settings
@@ -162,9 +176,8 @@ def _run_file(path, known, namespace):
     """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with
     them."""
     if not os.path.isfile(path):
-        there = map(str, Path(path).parent.glob('*.py'))
-        near = difflib.get_close_matches(path, there, n=1) or ['config/quickstart.py']
-        fail(f"config file '{path}' is not there: did you mean '{near[0]}', or --key=value with a '='?")
+        near = _nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
+        fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a '='?")
     if not path.endswith('.py'):
         fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
     scope = dict(known)
@@ -185,19 +198,9 @@ def _run_file(path, known, namespace):
             and (key in known or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
 
 
-def _parse(text, default):
-    """The value that a command line's text means; text that is no Python literal is a string."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return text if isinstance(default, str) and not isinstance(value, str) else value  # --out_dir=7 is a name
-
-
 def _checked(known, key, value, where):
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
-        fail(f"unknown setting '{key}' {where}: did you mean '{near}'?")
+        fail(f"unknown setting '{key}' {where}: did you mean '{_nearest(key, known)}'?")
     wanted, seen = type(known[key]), type(value)
     if known[key] is None:  # such a default is worked out later
         wanted = seen if value is None else float if key == 'min_lr' else int
@@ -215,8 +218,8 @@ def _checked(known, key, value, where):
 
 LEAST = dict.fromkeys((
     'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size',
-    'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads', 'rank',
-    'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
+    'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads',
+    'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
         'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
         'merge_every', 'scale', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
@@ -241,13 +244,12 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
-CHECKS = (  # what makes no sense together, and the sentence. After EFFECT factors, split, merge_reset have layers
+CHECKS = (  # what makes no sense together; after EFFECT there are layers to factors, split and merge_reset
     (lambda s: max(s.dropout, s.beta1, s.beta2) >= 1,
      'dropout={dropout}, beta1={beta1} and beta2={beta2} have to be below 1: lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
-     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set both the same, or compute in 16 bits with '
-     "weights in 'float32'"),
+     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits beside float32'),
     (lambda s: s.batch_size % s.ranks,
      'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
     # heads
@@ -260,21 +262,22 @@ CHECKS = (  # what makes no sense together, and the sentence. After EFFECT facto
     (lambda s: s.factors == 'basis' and not s.merge_every,
      "factors='basis' trains what is merged: set merge_every=1 (GaLore) or more (GaLoLTE)"),
     (lambda s: s.factors == 'basis' and s.heads > 1 and (not s.split or s.merge_every == 1),
-     'heads={heads} in one basis that see the same tokens, or are merged every step, are one head: set heads=1, '
-     'or split=True and merge_every above 1'),
+     'heads={heads} in one basis that see the same tokens, or are merged every step, are one head: set '
+     'heads=1, or split=True and merge_every above 1'),
     (lambda s: s.factors == 'basis' and s.basis_every % s.merge_every,
-     'basis_every={basis_every} is no multiple of merge_every={merge_every}: bases are taken at merges, set one'),
+     'basis_every={basis_every} is no multiple of merge_every={merge_every}: set one'),
     (lambda s: s.split and s.batch_size % s.heads,
      'batch_size={batch_size} does not split over heads={heads}: set a multiple'),
-    (lambda s: s.split and s.heads % s.ranks, 'heads={heads} do not split over {ranks} ranks: set a multiple'),
+    (lambda s: s.split and s.heads % s.ranks,
+     'heads={heads} do not split over {ranks} ranks: set a multiple'),
     (lambda s: s.split and s.heads > 1 and not s.merge_every,
      'split heads that never merge train models that never meet: set merge_every, or split=False'),
     (lambda s: s.split and s.ranks > 1 and s.state_bits == 8,
      'blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 or 16'),
     (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset
      and not (s.split and s.heads > 1),
-     'merging one head, or heads that see the same tokens, without reset changes nothing: set merge_reset=True '
-     '(ReLoRA) or split=True and several heads (LTE)'),
+     'merging one head, or heads that see the same tokens, changes nothing: set merge_reset=True (ReLoRA), '
+     'or split=True and several heads (LTE)'),
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
      "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
      "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
@@ -285,20 +288,21 @@ CHECKS = (  # what makes no sense together, and the sentence. After EFFECT facto
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
     (lambda s: s.train == 'factors' and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
      "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or train='all'"),
-    (lambda s: s.adapter and s.split, "an adapter has heads that see every image: set split=False, or adapter=''"),
+    (lambda s: s.adapter and s.split,
+     "an adapter has heads that see every image: set split=False, or adapter=''"),
     # the optimizer
     (lambda s: s.optimizer != 'adamw' and s.basis == 'sketch',
      "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
     (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
-     'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set grad_clip=0.0 '
-     "(not {grad_clip}), sync='step' (not {sync!r}) and a dtype other than 'float16'"),
+     'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '
+     "grad_clip=0.0 (not {grad_clip}), sync='step' (not {sync!r}), and a dtype other than 'float16'"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
 
 
 def _named(settings):
     """The settings as attributes; those that only one script has are there for all."""
-    return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
-                           ranks=int(os.environ.get('WORLD_SIZE', 1)))
+    return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings},
+                           vit='epochs' in settings, ranks=int(os.environ.get('WORLD_SIZE', 1)))
 
 
 def _without_effect(key, settings):
@@ -328,9 +332,9 @@ def _check(settings, known, given):
 
 
 def set_learning_rate(optimizer, settings, step):
-    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters,
-    then min_lr. After a merge that resets it climbs again from zero to the cosine within rewarm_iters
-    (ReLoRA, section 3: a reset factor has no moments yet)."""
+    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters.
+    After a merge that resets it climbs again from zero within rewarm_iters (ReLoRA, section 3: no moments
+    yet)."""
     s = SimpleNamespace(**settings)
     if step < s.warmup_iters:
         rate = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -349,13 +353,9 @@ def set_learning_rate(optimizer, settings, step):
 
 
 def join(settings):
-    """
-    Joins torchrun's processes, if any, and resolves 'auto'.
-
-    settings: device ('auto', 'cpu', 'cuda', 'cuda:1'), dtype ('auto', or what is computed in), param_dtype
-    (of weights), per_layer (if there is such). Returns as attributes: rank, ranks, device (of this process),
-    device_type, compute (the dtype's name).
-    """
+    """Joins torchrun's processes, if any, and resolves 'auto'. settings: device, dtype, param_dtype,
+    per_layer (if there is such). Returns as attributes: rank, ranks, device (of this process), device_type,
+    compute (the name of the dtype that is computed in)."""
     import torch
     import torch.distributed as dist
     device, dtype, param_dtype = (settings[key] for key in ('device', 'dtype', 'param_dtype'))
@@ -369,11 +369,11 @@ def join(settings):
     elif not torch.cuda.is_available():
         fail(f'device={device!r}, but torch {torch.__version__} finds no CUDA GPU here: set --device=cpu')
     elif several and ':' in device:
-        fail(f"device={device!r} is one card, and torchrun starts several processes: set 'cuda', and choose cards "
-             'by CUDA_VISIBLE_DEVICES')
+        fail(f"device={device!r} is one card for all of torchrun's processes: set 'cuda', and cards by "
+             'CUDA_VISIBLE_DEVICES')
     elif several and int(os.environ['LOCAL_RANK']) >= torch.cuda.device_count():
-        fail(f'torchrun starts more processes than there are cards ({torch.cuda.device_count()}): set '
-             '--nproc_per_node to that')
+        fail(f'torchrun starts more processes than there are cards: set --nproc_per_node='
+             f'{torch.cuda.device_count()}')
     elif several:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if ':' in device:
@@ -388,7 +388,8 @@ def join(settings):
         dist.init_process_group('gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl',
                                 timeout=timedelta(seconds=ANSWER))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    return SimpleNamespace(rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=dtype)
+    return SimpleNamespace(rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0],
+                           compute=dtype)
 
 
 def keep_freed_memory():
@@ -428,7 +429,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     if s.compile:  # block by block: their code is one, compiled once, and a block steps when it is done
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
-    outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}  # averaged by others, or each its own
+    # what others average, or what differs by rank
+    outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
     if where.ranks > 1 and carried:
@@ -440,9 +442,10 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     heads = s.heads if s.lowrank and s.split else 1
     rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
-    return SimpleNamespace(**vars(where), settings=settings, s=s, model=model, shape=shape, optimizer=optimizer,
-                           replicas=replicas, scaler=scaler, net=net, ddp_bytes=ddp_bytes, rows=rows, heads=heads,
-                           saved=checkpoint['step'] if checkpoint else None)
+    return SimpleNamespace(
+        **vars(where), settings=settings, s=s, model=model, shape=shape, optimizer=optimizer, rows=rows,
+        replicas=replicas, scaler=scaler, net=net, ddp_bytes=ddp_bytes, heads=heads,
+        saved=checkpoint['step'] if checkpoint else None)
 
 
 def unscale(scaler, optimizer):
@@ -453,17 +456,6 @@ def unscale(scaler, optimizer):
     if scaler.is_enabled() and dist.is_initialized():
         for found in scaler._per_optimizer_states[id(optimizer)]['found_inf_per_device'].values():
             dist.all_reduce(found, op=dist.ReduceOp.MAX)  # fused Adam takes 1 for yes, and 2 for no
-
-
-def leave():
-    """Ends what `join` began. gloo's threads let go of the tensors of a collective some time after it
-    returns, and need the interpreter's lock for it, which the end of DDP or of Python holds while it waits
-    for them: without the pause a process now and then hung or aborted when all was done (torch 2.13)."""
-    import torch.distributed as dist
-    unlock()
-    if dist.is_initialized():
-        time.sleep(0.1)
-        dist.destroy_process_group()
 
 
 _stop = {'signal': 0}
@@ -570,14 +562,14 @@ def load_tensors(path):
                 raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
-        why = ' '.join(str(error).split())[:80]
+        why = said(error)
         if zipped and why == 'File is not a zip file':  # its directory comes last
             why = f'it is truncated: its end is missing after {os.path.getsize(path)} bytes'
         if isinstance(error, pickle.UnpicklingError):
             why = 'it holds other objects, and code in a file is not run'
         kind = ValueError if zipped else NotOurs
-        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it or "
-                   'train anew') from error
+        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it "
+                   'or train anew') from error
 
 
 PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
@@ -594,19 +586,20 @@ def load_checkpoint(path):
         raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check "
                       '--out_dir')
     if repr(whole.get('edition')) != repr(EDITION):
-        raise ValueError(f"'{path}' was written by the first edition of this project, or on the way to this one, "
-                         'with other layers: train anew, or go on with that edition')
-    needed = {*PARTS, *(('best_val_auc' if 'classes' in whole else 'best_val_loss', *RESUMABLE)
-                        if 'optimizer' in whole else ())}
+        raise ValueError(f"'{path}' is of the first edition of this project, or of the way to this one: train "
+                         'anew, or go on with that edition')
+    needed = {*PARTS}
+    if 'optimizer' in whole:
+        needed |= {*RESUMABLE, 'best_val_auc' if 'classes' in whole else 'best_val_loss'}
+    odd = [f'{part} of type {kind.__name__}' for part, kind in (PARTS | RESUMABLE | SOME).items()
+           if part in needed | whole.keys() and not isinstance(whole.get(part), kind)]
     try:
-        for part, kind in (PARTS | RESUMABLE | SOME).items():
-            if part in needed | whole.keys() and not isinstance(whole.get(part), kind):
-                raise TypeError(f'it has no {part}, or not one of type {kind.__name__}')
-        if whole['step'] < 0:
-            raise TypeError(f"step {whole['step']} is below 0")
-        json.dumps([whole.get(part) for part in ('settings', 'model_config', 'classes')])  # no tensors in them
+        json.dumps([whole[part] for part in ('settings', 'model_config')])  # no tensors in them
     except (TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' was not written by a run of ours ({error}): restore it or train anew") from None
+        odd.append(said(error))
+    if odd or whole['step'] < 0:
+        raise ValueError(f"'{path}' was not written by a run of ours (no {(odd or ['step from 0'])[0]}): "
+                         'restore it or train anew')
     return whole
 
 
@@ -616,13 +609,15 @@ def built_from(path):
     ValueError, with its path (or what else init_from says)."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        ours = isinstance(error, ValueError)
-        if path in ('scratch', 'pretrained') or type(error).__name__ == 'OutOfMemoryError' or ours and str(path) in str(error):
+    except ValueError as error:
+        if path in ('scratch', 'pretrained') or str(path) in str(error):
             raise
-        why = ' '.join(str(error).split())
-        raise ValueError(f"'{path}': {why}" if ours else f"'{path}' holds a model that cannot be built here "
-                         f'({type(error).__name__}: {why[:160]}): restore it or train anew') from error
+        raise ValueError(f"'{path}': {error}") from error
+    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
+        if path in ('scratch', 'pretrained') or type(error).__name__ == 'OutOfMemoryError':
+            raise
+        raise ValueError(f"'{path}' holds a model that cannot be built here ({type(error).__name__}: "
+                         f'{said(error)}): restore it or train anew') from error
 
 
 # -----------------------------------------------------------------------------
@@ -671,17 +666,17 @@ def load_adapter(model, path, about):
         raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
     for key, value in about.items():
         if theirs.get(key) != value:
-            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto the "
-                             'model that it was trained on, with the same heads')
+            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto "
+                             'what it was trained on, with the same heads')
     wanted, found = ({name: f'{x.dtype} of shape {(*x.shape,)}' for name, x in some.items()}
                      for some in (parts, saved))
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise ValueError(f"adapter '{path}' is damaged or another: its {name} is {found.get(name)}, not "
-                             f'{wanted.get(name)}: load the one that the run wrote')
+    odd = [f'its {name} is {found.get(name)}, not {wanted.get(name)}' for name in wanted | found
+           if found.get(name) != wanted.get(name)]
     older = theirs.keys() == about.keys()  # without a checksum
-    if not older and theirs.get('sha256') != _sha256(saved[name] for name in parts):
-        raise ValueError(f"adapter '{path}' is damaged (its checksum is another): load the one that the run wrote")
+    if not odd and not older and theirs.get('sha256') != _sha256(saved[name] for name in parts):
+        odd.append('its checksum is another')
+    if odd:
+        raise ValueError(f"adapter '{path}' is damaged ({odd[0]}): load the one that the run wrote")
     for name, part in parts.items():
         part.copy_(saved[name])
 
@@ -702,13 +697,10 @@ def unlock():
 
 
 def open_run(settings, where, data):
-    """
-    What comes before anything is built, on every rank: ranks whose settings, code or data differ are refused,
-    out_dir is claimed, and the checkpoint of a run that goes on is read and compared. Returns it, or None.
-
-    data: the fingerprint of the run's data set. Writes settings['init_from'] where it is 'auto', and
-    settings['train'] where a checkpoint says what it became. ValueError, OSError: what is wrong.
-    """
+    """What comes before anything is built, on every rank: ranks whose settings, code or data (a fingerprint)
+    differ are refused, out_dir is claimed, and the checkpoint of a run that goes on is read and compared.
+    Returns it, or None. Resolves 'auto' in settings['init_from'] and ['train']. ValueError, OSError: what is
+    wrong."""
     import torch.distributed as dist
     if where.ranks > 1:
         code = sorted(Path(__file__).parents[1].glob('*.py')) + [Path(__file__)]
@@ -717,8 +709,8 @@ def open_run(settings, where, data):
         dist.all_gather_object(all_ranks, {**settings, 'data': data, 'code': code})
         for (key, value), (rank, other) in itertools.product(all_ranks[0].items(), enumerate(all_ranks)):
             if other.get(key) != value:
-                raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all ranks '
-                                 'with the same settings, code and data')
+                raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all '
+                                 'ranks with the same settings, code and data')
     if where.rank == 0:
         _claim_folder(settings)
     if where.ranks > 1:
@@ -744,6 +736,9 @@ def _claim_folder(settings):
     wherever files have the names of a run's and are not ours. ValueError: what is wrong."""
     from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
+
+    def refuse(why, other=''):
+        raise ValueError(f"out_dir '{out_dir}' {why}: choose another --out_dir{other}") from None
     unlock()  # of a run of this process that ended early
     try:
         os.makedirs(out_dir, exist_ok=True)
@@ -753,37 +748,29 @@ def _claim_folder(settings):
         lock.acquire(timeout=0)
         _locks.append(lock)  # the kernel lets go of it when the process ends
     except Timeout:
-        raise ValueError(f"another run is training in out_dir '{out_dir}': wait for it, or choose another "
-                         '--out_dir') from None
+        refuse('is that of another run which is training', ', or wait for it')
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise ValueError(f"out_dir '{out_dir}' cannot be written to ({error.strerror}): choose another "
-                             '--out_dir') from None
+            refuse(f'cannot be written to ({error.strerror})')
         print(f"warning: the disk of out_dir '{out_dir}' knows no locks: start no second run there",
               file=sys.stderr)
-    paths = {name: os.path.join(out_dir, name) for name in RUN_FILES}
-    for path in (*paths.values(), *(path + '.tmp' for path in paths.values())):
-        if os.path.isdir(path):
-            raise ValueError(f"'{path}' is a folder, and a file is to be written there: choose another --out_dir")
-    held = [name for name, path in paths.items() if os.path.exists(path)]
+    for name in (*RUN_FILES, *(name + '.tmp' for name in RUN_FILES)):
+        if os.path.isdir(os.path.join(out_dir, name)):
+            refuse(f'holds {name}, which is a folder, and a file is to be written there')
+    held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
     goes_on = settings['init_from'] == 'auto' and 'ckpt.pt' in held or settings['init_from'] == 'resume'
     if not held or goes_on:
         return
-    if not _is_ours(paths['config.json']):
-        raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of ours: choose "
-                         'another --out_dir')
-    if held[0] in RUN_FILES[:3] and not settings['overwrite']:
-        go_on = 'go on with it by --init_from=resume, ' * (held[0] == 'ckpt.pt')
-        raise ValueError(f"out_dir '{out_dir}' already holds a run ({held[0]}): {go_on}choose another --out_dir, "
-                         'or replace it by --overwrite=True')
-
-
-def _is_ours(path):
-    """Whether config.json is of a run of ours."""
     try:
-        return {'out_dir', 'init_from', 'lowrank'} <= json.loads(Path(path).read_text('utf-8')).keys()
+        theirs = json.loads(Path(out_dir, 'config.json').read_text('utf-8'))
+        ours = {'out_dir', 'init_from', 'lowrank'} <= theirs.keys()
     except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+        ours = False
+    if not ours:
+        refuse(f'holds {held[0]}, and no config.json of a run of ours')
+    if held[0] in RUN_FILES[:3] and not settings['overwrite']:
+        go_on = ', go on with it by --init_from=resume' * (held[0] == 'ckpt.pt')
+        refuse(f'already holds a run ({held[0]})', f'{go_on}, or replace it by --overwrite=True')
 
 
 def start_run(settings, step):
@@ -800,8 +787,7 @@ def start_run(settings, step):
         try:
             import wandb
         except ImportError:
-            raise ValueError('wandb_log=True needs the package wandb: pip install wandb, or set it to False') \
-                from None
+            raise ValueError('wandb_log=True needs wandb: pip install wandb, or set it to False') from None
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
     if settings['init_from'] != 'resume':
         for path in held:
@@ -831,13 +817,15 @@ def refuse_non_finite(run, step, what):
     if what:
         good = 'no checkpoint was written yet' if run.saved is None else \
             f'the last good checkpoint is {run.s.out_dir}/ckpt.pt of step {run.saved}'
-        raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; {good}')
+        raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; '
+                         + good)
 
 
 MAY_CHANGE = set("""
     out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
-    gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters rewarm_iters
-    weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer device dtype compile wandb_log""".split())
+    gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
+    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer device dtype compile
+    wandb_log""".split())
 
 
 def need_same(settings, checkpoint):
@@ -846,7 +834,7 @@ def need_same(settings, checkpoint):
     checkpoint's run made of it."""
     before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
-        raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from the ckpt.pt that the run wrote')
+        raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from what the run wrote')
     if settings['train'] == 'auto':
         settings['train'] = before.get('train')
     for key in (key for key in settings if key not in MAY_CHANGE):
@@ -856,7 +844,7 @@ def need_same(settings, checkpoint):
         if settings[key] != before[key]:
             raise ValueError(f'the checkpoint was trained with {key}={before[key]!r}, this run says '
                              f'{settings[key]!r}: resume with the config it was started with')
-    here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}  # change nothing
+    here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}  # steps as before
     return ', '.join(f'{key} {before[key]!r} -> {value!r}' for key, value in settings.items()
                      if key not in here and value != before.get(key, value))
 
@@ -870,7 +858,7 @@ def peak_memory_bytes(device):
     if device.startswith('cuda'):
         import torch
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of the process that started this one
+    if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of this process's parent
         return 1024 * int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -903,10 +891,9 @@ class Meter:
     """
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
 
-    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which.
-    Prepares the run's folder (`start_run`) and says what there is to train. The sum of losses and the last
-    gradient's norm stay on the device: but for merges that draw new heads, and float16's scaler, the host
-    waits in `line` only.
+    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says which. The sum
+    of losses and the last gradient's norm stay on the device: but for merges that draw new heads, and
+    float16's scaler, the host waits in `line` only.
     """
 
     def __init__(self, run, step, items, unit, more=''):
@@ -916,12 +903,13 @@ class Meter:
         from lowrank import count_parameters, traffic
         s, counts = run.s, count_parameters(run.model)
         self.run, self.start, self.items, self.unit = run, step, items, unit
-        self.sums, self.traffic, self.trainable = torch.zeros(3, device=run.device), traffic, counts['trainable']
+        self.sums, self.traffic = torch.zeros(3, device=run.device), traffic
+        self.trainable = counts['trainable']
         if run.rank == 0:
             start_run(run.settings, step)
-            print(f"{counts['total']:,} parameters, {counts['trainable']:,} trainable ({counts['heads']:,} in "
-                  f'heads), {items:,} {unit} a step, {more}{run.device}, {run.compute}, {run.ranks} '
-                  f"rank{'s' * (run.ranks > 1)}")
+            total, trainable, heads = (counts[key] for key in ('total', 'trainable', 'heads'))
+            print(f'{total:,} parameters, {trainable:,} trainable ({heads:,} in heads), {items:,} {unit} a step, '
+                  f"{more}{run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
         self.progress = tqdm(total=s.max_iters, initial=step, unit='step', leave=False,
                              disable=None if run.rank == 0 else True)
         self.restart()
@@ -977,8 +965,8 @@ class Meter:
                  'perplexity': 'perplexity {:.3f}', 'bits_per_byte': '{:.4f} bits a byte',
                  'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}',
                  'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}', 'dt_ms': '{:8.1f} ms/step',
-                 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
-                 'peak_memory_bytes': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
+                 'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s',
+                 'lr': 'lr {:.2e}', 'peak_memory_bytes': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
                  'loss_scale': 'scale {:.3g}'}
         record = {'step': step, **record}
         words = [form.format(record[key] / 1e9 if key == 'peak_memory_bytes' else record[key])
@@ -997,17 +985,24 @@ class Meter:
             wandb.log(record, step=step)
 
     def close(self, step, best):
-        """The last lines of a run, and what to do next; then ends what `join` began. best: the best value, in
+        """The last lines of a run, and what to do next; ends what `join` began. best: the best value, in
         words."""
+        import torch
         s = self.run.s
         self.progress.close()
         if self.run.rank == 0 and step > self.start:  # no best one where a signal came before an evaluation
             so_far = f', {best}' if os.path.exists(f'{s.out_dir}/best.pt') else ''
             print(f'{s.out_dir}/ckpt.pt holds step {self.run.saved}{so_far}; --init_from=resume goes on')
             if draw_curve(s.out_dir):
-                print(f'{s.out_dir}/curve.png shows the losses' + f'; next: python sample.py --out_dir={s.out_dir}'
-                      ', or another file of config/methods and --out_dir' * (self.unit == 'tokens'))
+                print(f'{s.out_dir}/curve.png shows the losses' + (
+                    f'; next: python sample.py --out_dir={s.out_dir}, or another file of config/methods and '
+                    '--out_dir' if self.unit == 'tokens' else ''))
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
             print(f"step {step} of {s.max_iters}: nothing to train, raise "
                   f"{'epochs' if self.run.settings.get('epochs') else 'max_iters'} to go on")
-        leave()
+        unlock()
+        if torch.distributed.is_initialized():
+            # gloo's threads let go of a collective's tensors some time after it, for which they need the
+            # interpreter's lock, and its end holds that while it waits for them: it now and then hung (torch 2.13)
+            time.sleep(0.1)
+            torch.distributed.destroy_process_group()

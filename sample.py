@@ -44,8 +44,8 @@ def of_a_run(s):
     if 'tokenizer' not in state:
         raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a "
                          "LLaMA's")
-    tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
     with config.built_from(path):
+        tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
         model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
         put_layers(model, state['settings'])
         load_weights(model, state['model'])

@@ -108,9 +108,9 @@ def build(settings, where, vocabulary, checkpoint=None):
         if loaded is not None:
             fill(model, loaded, s.init_from)
     model.to(where.device, getattr(torch, s.param_dtype))
-    if vocabulary > model.config.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {model.config.vocab_size}: '
-                         f'set vocab_size={vocabulary}, or choose other data')
+    if vocabulary > shape.vocab_size:
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
+                         f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,

@@ -118,12 +118,12 @@ def create(shape, num_classes, weights=False, path=''):
         vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, or "
-                         'set init_from to a file of them (model.safetensors)') from None
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, "
+                         'or set init_from to a file of them (model.safetensors)') from None
     except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError, ValueError) as error:
         what = f"the weights '{path}'" if path else changes or 'the pretrained weights'
-        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, n_layer, '
-                         'n_embd, n_head, patch_size as they belong together') from None
+        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, '
+                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
         raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
     vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
@@ -131,13 +131,10 @@ def create(shape, num_classes, weights=False, path=''):
 
 
 def read_weights(path, shape, classes, keep=False):
-    """
-    Weights of a file, (shape, state dict in timm's form): of our best.pt with its heads merged, or of timm.
-
-    Of our checkpoint the shape fills in what is not set, and says how images are seen. The classifier stays
-    if it is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn
-    anew, or refused (ValueError) where `keep` is True.
-    """
+    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its heads
+    merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
+    is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
+    refused (ValueError) where `keep` is True."""
     checkpoint = None
     if not path.endswith('.safetensors'):
         with contextlib.suppress(config.NotOurs):
@@ -184,7 +181,8 @@ def augmented(images, augment, key, *, count, rows):
     size = images.shape[-1]
     most = size // 8 if 'crop' in augment else 0
     moves = (draws[:, :2] * (2 * most + 1)).long() - most  # (rows, 2)
-    down, across = (torch.arange(size) + moves.T[..., None]).clamp(0, size - 1).to(images.device)  # (rows, size)
+    places = torch.arange(size) + moves.T[..., None]  # (2, rows, size)
+    down, across = places.clamp(0, size - 1).to(images.device, non_blocking=True)
     if 'flip' in augment:
         across = torch.where(draws[:, 2:].to(images.device) < 0.5, across.flip(1), across)
     images = images.gather(2, down[:, None, :, None].expand_as(images))
@@ -207,8 +205,7 @@ def normalised(images, look, dtype):
 
 
 def criterion(logits, labels):
-    """Mean loss: cross entropy of labels (rows,), binary cross entropy of (rows, classes), several an
-    image."""
+    """Mean cross entropy of labels (rows,), or binary cross entropy of labels (rows, classes)."""
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
@@ -267,16 +264,16 @@ def build(settings, where, classes, checkpoint=None):
     elif source == 'scratch':
         shape.update(LOOK)
     elif source != 'pretrained':
-        raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained' or the path of a "
-                         'best.pt or of weights of timm')
+        raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained', or the "
+                         'path of a best.pt or of weights of timm')
     with config.built_from(source):
         model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
         look = SimpleNamespace(**timm.data.resolve_data_config({}, model=model))
         look.size = shape['img_size'] or look.input_size[-1]
         shape = {**shape, **{key: vars(look)[key] for key in LOOK}}
         if not 0.1 < look.crop_pct <= 1 or look.interpolation not in ('bilinear', 'bicubic'):
-            raise ValueError(f'crop_pct={look.crop_pct}, interpolation={look.interpolation!r} of images: choose a '
-                             'model that is cropped less, in bilinear or bicubic')
+            raise ValueError(f'crop_pct={look.crop_pct}, interpolation={look.interpolation!r}: choose a '
+                             'model that is evaluated on bilinear or bicubic images')
     look.mean, look.std = (torch.tensor(x, device=where.device).view(3, 1, 1) for x in (look.mean, look.std))
     model.to(where.device, getattr(torch, s.param_dtype))
     put_layers(model, settings, where.rank, where.ranks)
@@ -341,7 +338,7 @@ def train_step(run, step, batch):
 @torch.no_grad()
 def evaluate(run, data, name):
     """A whole split: a record for the log, and the confusion matrix; None, None where a signal came
-    meanwhile. Ranks share the work; each gets all scores."""
+    meanwhile. Ranks share the work, and each gets all scores."""
     batch_size, batches = run.s.batch_size, -(-len(data) // run.s.batch_size)
     run.model.eval()
     wide = torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32)
@@ -368,8 +365,7 @@ def evaluate(run, data, name):
 
 
 def test(run, data):
-    """The last evaluation, on the test split: by the best weights, if this run trained any. Returns its
-    record."""
+    """The last evaluation, on the test split, by the best weights if this run trained any: its record."""
     best, picture = f'{run.s.out_dir}/best.pt', f'{run.s.out_dir}/confusion.png'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt

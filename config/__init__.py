@@ -34,9 +34,8 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. What every process of a
-    machine finds is said once: the others wait a second, in which torchrun ends them if the first one failed
-    as well."""
+    """Says what is wrong and what to do and ends the process with exit code 2. The other ranks of a machine
+    wait a second, in which torchrun ends them if the first one failed as well: it is said once."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
         who = f" (rank {os.environ['RANK']})"
@@ -51,13 +50,12 @@ def said(error):
 
 
 def in_one_line(kind, error, trace):
-    """Python's last word on an error that nobody caught: Ctrl-C, what the disk refuses and ranks that were
-    lost are one line."""
+    """For sys.excepthook: Ctrl-C, what the disk refuses and ranks that were lost are one line."""
     lost = '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited'
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
-        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was saved stands",
+        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): mend that",
               file=sys.stderr)
     elif issubclass(kind, RuntimeError) and re.search(lost, str(error)):
         print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
@@ -68,8 +66,7 @@ def in_one_line(kind, error, trace):
 
 @contextlib.contextmanager
 def refusals():
-    """While a run is set up, what our functions (ValueError) or the disk (OSError) refuse is the user's
-    mistake."""
+    """What our functions (ValueError) or the disk (OSError) refuse while a run is set up: `fail`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -96,13 +93,12 @@ def _nearest(word, words):
 
 def load(namespace, known, argv):
     """
-    Resolves the settings of a script and checks them; returns them as a dict.
+    Resolves the settings of a script, checks them and returns them as a dict.
 
-    namespace: the script's globals(); known: its `defaults`; argv: config files and --key=value, in any
-    order. A file in a folder called methods is a method ('full' without one). A value that is a dict is a
-    table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then
-    tables, then plain values, on which files have to agree, then the defaults: the order of files does not
-    matter.
+    namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any order. A file
+    in a folder called methods is a method ('full' without one). A value that is a dict is a table by method,
+    such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then tables, then plain
+    values, on which files have to agree, then the defaults: the order of files does not matter.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -122,8 +118,9 @@ def load(namespace, known, argv):
                 value = _checked(known, key, value, where=f'in {path}')
             else:
                 for name in value.keys() - {*_methods(), method}:
-                    fail(f"{key} in {path} is given for '{name}', which is no file of config/methods: did you "
-                         f"mean '{_nearest(str(name), _methods())}'?")
+                    near = _nearest(str(name), _methods())
+                    fail(f"{key} in {path} is given for '{name}', no file of config/methods: did you mean "
+                         f"'{near}'?")
                 value = {name: _checked(known, key, entry, where=f'for {name} in {path}')
                          for name, entry in value.items()}
             if found.get(key, value) != value:
@@ -146,11 +143,11 @@ def load(namespace, known, argv):
         given[key] = 'on the command line'
         settings[key] = _checked(known, key, value, where=given[key])
 
-    _check(settings, known, given)
+    s = _check(settings, known, given)
     for key, table in tables.items():
         found = method in table or key in plain or given[key] == 'on the command line'
         # a method that says nothing of lowrank has none
-        if not found and key != 'lowrank' and not _without_effect(key, settings):
+        if not found and key != 'lowrank' and not _without_effect(key, s):
             fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: "
                  f'add it there, or set --{key}=')
     if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
@@ -163,8 +160,7 @@ def load(namespace, known, argv):
 
 
 def _help(namespace):
-    """A script's docstring, the methods, and its settings with the comment beside each, as they stand in
-    it."""
+    """A script's docstring, the methods, and its settings with their comments, as they stand in it."""
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
@@ -173,8 +169,7 @@ def _help(namespace):
 
 
 def _run_file(path, known, namespace):
-    """What a config file sets, {key: value}. It sees the script's defaults, so that it can compute with
-    them."""
+    """What a config file sets, {key: value}. It can compute with the script's defaults."""
     if not os.path.isfile(path):
         near = _nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
         fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a '='?")
@@ -299,42 +294,35 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
 
 
-def _named(settings):
-    """The settings as attributes; those that only one script has are there for all."""
-    return SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings},
-                           vit='epochs' in settings, ranks=int(os.environ.get('WORLD_SIZE', 1)))
-
-
-def _without_effect(key, settings):
+def _without_effect(key, s):
     """Why a setting does nothing beside the others, or None."""
-    s = _named(settings)
     return next((words for keys, acts, words in EFFECT if key in keys.split() and not acts(s)), None)
 
 
 def _check(settings, known, given):
-    """Ends the process where settings make no sense, alone or together. given: where each of them was set."""
+    """Ends the process where settings make no sense, alone or together; returns them as attributes, with those
+    of other scripts. given: where each of them was set."""
     for key, least in LEAST.items():
         if settings.get(key) is not None and settings[key] < least:
             fail(f'{key}={settings[key]} makes no sense: set at least {least}')
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
             fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
-    if 'lowrank' not in settings:
-        return
-    for key, where in given.items():
-        words = settings[key] != known[key] and _without_effect(key, settings)
-        if words:
-            fail(f'{key}={settings[key]!r} {where} has no effect: {words}, or leave {key} out')
-    s = _named(settings)
-    for wrong, sentence in CHECKS:
-        if wrong(s):
-            fail(sentence.format(**vars(s)))
+    s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
+                        ranks=int(os.environ.get('WORLD_SIZE', 1)))
+    if 'lowrank' in settings:
+        for key, where in given.items():
+            if settings[key] != known[key] and (words := _without_effect(key, s)):
+                fail(f'{key}={settings[key]!r} {where} has no effect: {words}, or leave {key} out')
+        for wrong, sentence in CHECKS:
+            if wrong(s):
+                fail(sentence.format(**vars(s)))
+    return s
 
 
 def set_learning_rate(optimizer, settings, step):
-    """Sets the learning rate of a step, and returns it: linear warm-up, then cosine to min_lr at max_iters.
-    After a merge that resets it climbs again from zero within rewarm_iters (ReLoRA, section 3: no moments
-    yet)."""
+    """Sets and returns the learning rate of a step: linear warm-up, then cosine to min_lr at max_iters. After
+    a merge that resets it climbs again from zero within rewarm_iters (ReLoRA, section 3)."""
     s = SimpleNamespace(**settings)
     if step < s.warmup_iters:
         rate = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -393,9 +381,8 @@ def join(settings):
 
 
 def keep_freed_memory():
-    """Makes glibc keep freed memory for the next step. By default every tensor above 32 MB comes as fresh
-    pages, which the kernel first has to zero: a quarter of a step of GPT-2 124M with heads on two CPU
-    cores."""
+    """Makes glibc keep freed memory. By default every tensor above 32 MB comes as fresh pages, which the
+    kernel first has to zero: a quarter of a step of GPT-2 124M with heads on two CPU cores."""
     import ctypes
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
@@ -449,8 +436,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
 
 
 def unscale(scaler, optimizer):
-    """What was scaled for float16, unscaled. Where a gradient of one rank alone overflows, all ranks skip the
-    step."""
+    """What was scaled for float16, unscaled. If a gradient of one rank overflows, all ranks skip the step."""
     import torch.distributed as dist
     scaler.unscale_(optimizer)
     if scaler.is_enabled() and dist.is_initialized():
@@ -462,8 +448,7 @@ _stop = {'signal': 0}
 
 
 def catch_signals():
-    """From now on the first SIGTERM or SIGINT only raises a flag, which `stop_requested` reads; a second one,
-    whichever it is, ends at once."""
+    """From now on a SIGTERM or SIGINT raises a flag, see `stop_requested`; a second one ends at once."""
     def raise_flag(number, frame):
         _stop['signal'] = number
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -489,9 +474,8 @@ def stop_requested():
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to that takes the place of `path` when all is written. A crash at any moment,
-    also a power cut, leaves the old file or the new one whole; where the disk refuses (OSError) the old one
-    stays."""
+    """A file to write bytes to that takes the place of `path` when all is written. A crash or a power cut
+    leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
     temporary = f'{path}.tmp'
     try:
         with open(temporary, 'wb') as file:
@@ -527,9 +511,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def save(run, name, about, resumable=False):
-    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, where a run is to
-    be resumed, the rest of its state. Every rank takes part. What is not finite is never written over what
-    is."""
+    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable, the
+    rest of the state. Every rank takes part. What is not finite is never written over what is."""
     from lowrank import gather_state, not_finite
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
@@ -547,8 +530,7 @@ class NotOurs(ValueError):
 
 
 def load_tensors(path):
-    """Reads a file of torch.save with tensors and plain types, onto the CPU, memory-mapped. ValueError,
-    FileNotFoundError: say why not."""
+    """Tensors and plain types of torch.save, on the CPU, memory-mapped. ValueError, FileNotFoundError."""
     import torch
     if not os.path.isfile(path):
         there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
@@ -578,15 +560,14 @@ SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer':
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote,
-    too."""
+    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote."""
     from lowrank import EDITION
     whole = load_tensors(path)
     if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
         raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check "
                       '--out_dir')
     if repr(whole.get('edition')) != repr(EDITION):
-        raise ValueError(f"'{path}' is of the first edition of this project, or of the way to this one: train "
+        raise ValueError(f"'{path}' is of the first edition of this project, or on the way to this: train "
                          'anew, or go on with that edition')
     needed = {*PARTS}
     if 'optimizer' in whole:
@@ -605,8 +586,7 @@ def load_checkpoint(path):
 
 @contextlib.contextmanager
 def built_from(path):
-    """The parts of what is read may not go together, where somebody edited it or another version wrote it:
-    ValueError, with its path (or what else init_from says)."""
+    """The parts of what a file, or init_from, holds may not go together after an edit: ValueError."""
     try:
         yield
     except ValueError as error:
@@ -634,7 +614,7 @@ def _sha256(tensors):
 
 def adapter_parts(model, about):
     """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a
-    checksum of all others)."""
+    checksum of all other tensors)."""
     from lowrank import KINDS
     named = dict(model.named_parameters())
     parts = {name: p.detach() for name, p in named.items()
@@ -644,9 +624,8 @@ def adapter_parts(model, about):
 
 
 def save_adapter(model, path, about):
-    """Writes what is trained (heads, classifier) and nothing of the frozen base, as safetensors. about: what
-    has to be the same when it is loaded, such as rank and alpha; kept as metadata, with checksums of the
-    frozen weights and of the file's own tensors."""
+    """Writes what is trained and the classifier as safetensors; its metadata are `about`, which has to be the
+    same when it is loaded, and checksums of the frozen weights and of the file's own tensors."""
     from safetensors.torch import save
     parts, about = adapter_parts(model, about)
     with replacing(path) as file:
@@ -655,8 +634,7 @@ def save_adapter(model, path, about):
 
 
 def load_adapter(model, path, about):
-    """Loads what `save_adapter` wrote into a model with the same base and the same heads; ValueError for any
-    other."""
+    """Loads what `save_adapter` wrote into a model with the same base and heads; ValueError for any other."""
     from safetensors import SafetensorError, safe_open
     parts, about = adapter_parts(model, about)
     try:
@@ -697,10 +675,9 @@ def unlock():
 
 
 def open_run(settings, where, data):
-    """What comes before anything is built, on every rank: ranks whose settings, code or data (a fingerprint)
-    differ are refused, out_dir is claimed, and the checkpoint of a run that goes on is read and compared.
-    Returns it, or None. Resolves 'auto' in settings['init_from'] and ['train']. ValueError, OSError: what is
-    wrong."""
+    """What comes before anything is built: ranks whose settings, code or data (a fingerprint) differ are
+    refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and returned (else
+    None). Resolves 'auto' in settings['init_from'] and ['train']. ValueError, OSError: what is wrong."""
     import torch.distributed as dist
     if where.ranks > 1:
         code = sorted(Path(__file__).parents[1].glob('*.py')) + [Path(__file__)]
@@ -711,13 +688,13 @@ def open_run(settings, where, data):
             if other.get(key) != value:
                 raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all '
                                  'ranks with the same settings, code and data')
+    path = os.path.join(settings['out_dir'], 'ckpt.pt')
+    if settings['init_from'] == 'auto':
+        settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if where.rank == 0:
         _claim_folder(settings)
     if where.ranks > 1:
         dist.barrier()
-    path = os.path.join(settings['out_dir'], 'ckpt.pt')
-    if settings['init_from'] == 'auto':
-        settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if settings['init_from'] != 'resume':
         return None
     checkpoint = load_checkpoint(path)
@@ -731,9 +708,9 @@ def open_run(settings, where, data):
 
 
 def _claim_folder(settings):
-    """Makes out_dir and locks it, but for eval_only, which changes nothing there. A fresh run is refused
-    where there is a checkpoint, unless it is of a run of ours (config.json tells) and to be overwritten, and
-    wherever files have the names of a run's and are not ours. ValueError: what is wrong."""
+    """Makes out_dir and locks it. A fresh run is refused (ValueError) where there is a checkpoint, unless it
+    is of a run of ours (config.json tells) and to be overwritten, and wherever files have the names of a
+    run's and are not ours. eval_only changes nothing there."""
     from filelock import FileLock, Timeout
     out_dir = settings['out_dir']
 
@@ -758,8 +735,7 @@ def _claim_folder(settings):
         if os.path.isdir(os.path.join(out_dir, name)):
             refuse(f'holds {name}, which is a folder, and a file is to be written there')
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
-    goes_on = settings['init_from'] == 'auto' and 'ckpt.pt' in held or settings['init_from'] == 'resume'
-    if not held or goes_on:
+    if not held or settings['init_from'] == 'resume':
         return
     try:
         theirs = json.loads(Path(out_dir, 'config.json').read_text('utf-8'))
@@ -775,8 +751,7 @@ def _claim_folder(settings):
 
 def start_run(settings, step):
     """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a
-    resumed one the lines are dropped that a crash logged after it; a fresh one removes the files of the old
-    one. eval_only changes nothing that is there, but adds to the log."""
+    resumed one lines that a crash logged after it are dropped; a fresh one removes the old files."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
@@ -812,13 +787,11 @@ def _logged_before(line, step, again):
 
 
 def refuse_non_finite(run, step, what):
-    """Ends the run (exit code 1) where something, in words, is inf or nan, before anything overwrites its
-    checkpoint."""
+    """Ends the run (exit code 1) if something, in words, is inf or nan, before it gets into a checkpoint."""
     if what:
-        good = 'no checkpoint was written yet' if run.saved is None else \
-            f'the last good checkpoint is {run.s.out_dir}/ckpt.pt of step {run.saved}'
+        good = f'{run.s.out_dir}/ckpt.pt of step {run.saved} is whole'
         raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise warmup_iters; '
-                         + good)
+                         f"{'no checkpoint was written yet' if run.saved is None else good}")
 
 
 MAY_CHANGE = set("""
@@ -829,9 +802,8 @@ MAY_CHANGE = set("""
 
 
 def need_same(settings, checkpoint):
-    """Refuses to resume a checkpoint of weights alone, or one trained with other values of what is not in
-    MAY_CHANGE. Returns in words what of that has changed. Where train is 'auto' it becomes what the
-    checkpoint's run made of it."""
+    """Refuses to resume from weights alone, or from other settings than those in MAY_CHANGE; returns in words
+    what of these has changed. Where train is 'auto' it becomes what the checkpoint's run made of it."""
     before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from what the run wrote')
@@ -844,7 +816,7 @@ def need_same(settings, checkpoint):
         if settings[key] != before[key]:
             raise ValueError(f'the checkpoint was trained with {key}={before[key]!r}, this run says '
                              f'{settings[key]!r}: resume with the config it was started with')
-    here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}  # steps as before
+    here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}
     return ', '.join(f'{key} {before[key]!r} -> {value!r}' for key, value in settings.items()
                      if key not in here and value != before.get(key, value))
 
@@ -904,12 +876,11 @@ class Meter:
         s, counts = run.s, count_parameters(run.model)
         self.run, self.start, self.items, self.unit = run, step, items, unit
         self.sums, self.traffic = torch.zeros(3, device=run.device), traffic
-        self.trainable = counts['trainable']
+        total, self.trainable, heads = (counts[key] for key in ('total', 'trainable', 'heads'))
         if run.rank == 0:
             start_run(run.settings, step)
-            total, trainable, heads = (counts[key] for key in ('total', 'trainable', 'heads'))
-            print(f'{total:,} parameters, {trainable:,} trainable ({heads:,} in heads), {items:,} {unit} a step, '
-                  f"{more}{run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
+            print(f'{total:,} parameters, {self.trainable:,} trainable ({heads:,} in heads), {items:,} {unit} '
+                  f"a step, {more}{run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
         self.progress = tqdm(total=s.max_iters, initial=step, unit='step', leave=False,
                              disable=None if run.rank == 0 else True)
         self.restart()
@@ -920,8 +891,7 @@ class Meter:
         self.steps, self.clock, self.sent = 0, time.perf_counter(), self.traffic['bytes']
 
     def add(self, loss, norm):
-        """A step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm that is not
-        finite is a step that was skipped."""
+        """A step: its loss and the norm of its gradient, tensors; inf is a step that a GradScaler skipped."""
         self.sums[0] += loss
         self.sums[1] = norm
         if self.run.scaler.is_enabled():
@@ -930,9 +900,8 @@ class Meter:
         self.progress.update()
 
     def line(self, step, lr):
-        """A line of the log on the steps since the last one. Ends the run where something went wrong in
-        silence: what is not finite, a float16 run of which every step overflows, parameters that nothing
-        steps on."""
+        """A line of the log on the steps since the last one. Ends the run where something went wrong: what is
+        not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
         from lowrank import check_training, mean
         run, sent = self.run, self.traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
@@ -985,8 +954,7 @@ class Meter:
             wandb.log(record, step=step)
 
     def close(self, step, best):
-        """The last lines of a run, and what to do next; ends what `join` began. best: the best value, in
-        words."""
+        """The last lines of a run, and the end of what `join` began. best: the best value, in words."""
         import torch
         s = self.run.s
         self.progress.close()
@@ -1002,7 +970,7 @@ class Meter:
                   f"{'epochs' if self.run.settings.get('epochs') else 'max_iters'} to go on")
         unlock()
         if torch.distributed.is_initialized():
-            # gloo's threads let go of a collective's tensors some time after it, for which they need the
-            # interpreter's lock, and its end holds that while it waits for them: it now and then hung (torch 2.13)
+            # gloo's threads let go of a collective's tensors some time after it, and need the lock of Python
+            # for it, whose end holds that while it waits for them: it now and then hung (torch 2.13)
             time.sleep(0.1)
             torch.distributed.destroy_process_group()

@@ -189,15 +189,16 @@ def augmented(images, augment, key, *, count, rows):
     return images.gather(3, across[:, None, None, :].expand_as(images))
 
 
-def normalised(images, look, dtype):
+def normalised(images, run, dtype):
     """What a model takes, (rows, 3, size, size), of uint8 images (rows, 1 or 3, other, other) on their
-    device, as timm evaluates them: the middle of what is resized to size / crop_pct. look: see `build`."""
+    device, as timm evaluates them: the middle of what is resized to size / crop_pct. run: see `build`."""
     x = images.to(torch.promote_types(dtype, torch.float32)).expand(-1, 3, -1, -1)
-    side = math.floor(look.size / look.crop_pct)
+    side = math.floor(run.size / run.crop_pct)
     if x.shape[-1] != side:
-        x = F.interpolate(x, (side, side), mode=look.interpolation, antialias=True).clamp(0, 255)
-    middle = slice(round((side - look.size) / 2), round((side - look.size) / 2) + look.size)
-    return ((x[..., middle, middle] / 255 - look.mean) / look.std).to(dtype)
+        x = F.interpolate(x, (side, side), mode=run.interpolation, antialias=True).clamp(0, 255)
+    first = round((side - run.size) / 2)
+    x = x[..., first:first + run.size, first:first + run.size]
+    return ((x / 255 - run.mean) / run.std).to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -251,9 +252,9 @@ def draw_confusion(matrix, classes, path):
 
 
 def build(settings, where, classes, checkpoint=None):
-    """What a run computes with, see `config.assemble`; besides look (how it sees images, as attributes: size,
-    crop_pct, interpolation, mean, std) and about (what an adapter has to go with). where: from config.join;
-    classes: names; checkpoint: to go on from. Writes settings['train'], if it is 'auto'."""
+    """What a run computes with, see `config.assemble`; besides size, crop_pct, interpolation, mean, std (how
+    it sees images) and about (what an adapter has to go with). where: from config.join; classes: names;
+    checkpoint: to go on from. Writes settings['train'], if it is 'auto'."""
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     shape, weights, source = {key: settings[key] for key in ('model', *SHAPE)}, False, s.init_from
@@ -268,13 +269,12 @@ def build(settings, where, classes, checkpoint=None):
                          'path of a best.pt or of weights of timm')
     with config.built_from(source):
         model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
-        look = SimpleNamespace(**timm.data.resolve_data_config({}, model=model))
-        look.size = shape['img_size'] or look.input_size[-1]
-        shape = {**shape, **{key: vars(look)[key] for key in LOOK}}
-        if not 0.1 < look.crop_pct <= 1 or look.interpolation not in ('bilinear', 'bicubic'):
-            raise ValueError(f'crop_pct={look.crop_pct}, interpolation={look.interpolation!r}: choose a '
-                             'model that is evaluated on bilinear or bicubic images')
-    look.mean, look.std = (torch.tensor(x, device=where.device).view(3, 1, 1) for x in (look.mean, look.std))
+        theirs = timm.data.resolve_data_config({}, model=model)
+        look = {key: theirs[key] for key in LOOK}
+        if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):
+            raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic images')
+    shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
+    mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
     model.to(where.device, getattr(torch, s.param_dtype))
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
@@ -285,7 +285,7 @@ def build(settings, where, classes, checkpoint=None):
         config.load_adapter(model, s.adapter, about)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
-    return SimpleNamespace(**vars(run), look=look, about=about)
+    return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std, about=about)
 
 
 def to_device(run, x):
@@ -295,7 +295,7 @@ def to_device(run, x):
 
 def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
-    x = normalised(images, run.look, getattr(torch, run.s.param_dtype))
+    x = normalised(images, run, getattr(torch, run.s.param_dtype))
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
         y = run.net(x)

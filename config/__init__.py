@@ -300,8 +300,8 @@ def _without_effect(key, s):
 
 
 def _check(settings, known, given):
-    """Ends the process where settings make no sense, alone or together; returns them as attributes, with those
-    of other scripts. given: where each of them was set."""
+    """Ends the process where settings make no sense, alone or together; returns them as attributes, with
+    those of other scripts. given: where each of them was set."""
     for key, least in LEAST.items():
         if settings.get(key) is not None and settings[key] < least:
             fail(f'{key}={settings[key]} makes no sense: set at least {least}')
@@ -444,7 +444,7 @@ def unscale(scaler, optimizer):
             dist.all_reduce(found, op=dist.ReduceOp.MAX)  # fused Adam takes 1 for yes, and 2 for no
 
 
-_stop = {'signal': 0}
+_stop = {}  # the signal that came, 0 for none; empty where none is caught
 
 
 def catch_signals():
@@ -459,12 +459,13 @@ def catch_signals():
 
 
 def stop_requested():
-    """True on every rank as soon as one of them got a signal."""
+    """True on every rank as soon as one of them got a signal. Every rank has to ask."""
     import torch
     import torch.distributed as dist
+    if not _stop or not dist.is_initialized():
+        return _stop.get('signal', 0) > 0
     flag = torch.tensor([_stop['signal']])
-    if dist.is_initialized():
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag.item() > 0
 
 
@@ -669,9 +670,11 @@ _locks = []  # the one that this process holds
 
 
 def unlock():
+    """Ends what a run of this process holds: its folder and signals."""
     for lock in _locks:
         lock.release()
     _locks.clear()
+    _stop.clear()
 
 
 def open_run(settings, where, data):
@@ -879,8 +882,9 @@ class Meter:
         total, self.trainable, heads = (counts[key] for key in ('total', 'trainable', 'heads'))
         if run.rank == 0:
             start_run(run.settings, step)
-            print(f'{total:,} parameters, {self.trainable:,} trainable ({heads:,} in heads), {items:,} {unit} '
-                  f"a step, {more}{run.device}, {run.compute}, {run.ranks} rank{'s' * (run.ranks > 1)}")
+            ranks = f"{run.ranks} rank{'s' * (run.ranks > 1)}"
+            print(f'{total:,} parameters, {self.trainable:,} trainable ({heads:,} in heads), {items:,} '
+                  f'{unit} a step, {more}{run.device}, {run.compute}, {ranks}')
         self.progress = tqdm(total=s.max_iters, initial=step, unit='step', leave=False,
                              disable=None if run.rank == 0 else True)
         self.restart()

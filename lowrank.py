@@ -1,17 +1,16 @@
 """
 Linear layers with low-rank weights: a frozen W beside H heads B_h A_h. Needs torch only.
 
-Symbols: W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m, r), Q (n, r) orthonormal
-bases.
+W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m, r), Q (n, r) orthonormal.
 
     factors='both'    y = W x + (s / H) sum_h B_h A_h x    LoRA (Hu et al., arXiv 2106.09685), multi-head LoRA
     factors='B'       the same, A stays as it was drawn    LoRA-FA (Zhang et al., arXiv 2308.03303)
-    factors='basis'   the factor on W's smaller side is a basis of the gradient, the same one for all heads, and s = 1:
+    factors='basis'   the factor on W's smaller side is a basis of the gradient, one for all heads, and s = 1:
                       B = P where m < n, A = Q^T elsewhere. Merged every step it is GaLore (Zhao et al., arXiv
-                      2403.03507; Torroba-Hennigen et al., 2025, on the duality), merged every T steps GaLoLTE.
+                      2403.03507; the duality: Torroba-Hennigen et al., 2025), merged every T steps GaLoLTE.
                       galore.py takes the bases.
-    split             head h sees the h-th part of the batch only, y = W x + s (B_h A_h - B_h' A_h') x (LTE, Huh et al.,
-                      arXiv 2402.16828); primes: values at the last merge
+    split             head h sees the h-th part of the batch only, y = W x + s (B_h A_h - B_h' A_h') x (LTE,
+                      Huh et al., arXiv 2402.16828); primes: values at the last merge
     merge             W <- W + (s / H) sum_h (B_h A_h - B_h' A_h')
 """
 
@@ -29,13 +28,11 @@ EDITION = 3  # of checkpoints
 # -----------------------------------------------------------------------------
 # sixteen bits
 
-# bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So weights and moments
-# are rounded up or down at random, right on average (stochastic rounding, Gupta et al., arXiv 1502.02551). The random
-# bits of an element depend on a key and its place alone: ranks agree, a resumed run goes on with the same ones, and so
-# does each shard of a tensor. They are read from a table, at an offset for each key and block.
+# bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So weights
+# and moments are rounded up or down at random, right on average (stochastic rounding, Gupta et al., arXiv
+# 1502.02551). The random bits of an element depend on a key and its place alone, so that ranks, shards of a
+# tensor and resumed runs agree. They are read from a table, at an offset for each key and block.
 BLOCK_OF_BITS = 2**20  # numbers
-
-
 _tables = {}  # by device
 
 
@@ -52,21 +49,16 @@ def _random_bits(device):
 
 def round_(out, x, key, first=0):
     """
-    out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's becomes the upper one as
-    often as it is near to it. Numbers of bfloat16 stay, infinities and NaN too.
+    out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's becomes the
+    upper one as often as it is near to it; those that are numbers of bfloat16 stay, infinities and NaN too.
 
-    out, x: of one shape; key: an integer, another for every tensor and time; first: the place of out's
-    first element in the whole tensor. 6 passes over memory.
+    out, x: of one shape; key: an integer, another for every tensor and time; first: the place of out's first
+    element in the whole tensor. 6 passes over memory.
     """
     if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
         out.copy_(x)
         return
-    if not out.is_contiguous():
-        rounded = torch.empty_like(out, memory_format=torch.contiguous_format)
-        round_(rounded, x, key, first)
-        out.copy_(rounded)
-        return
-    flat, x, table = out.view(-1), x.reshape(-1), _random_bits(out.device)
+    flat, x, table = out.reshape(-1), x.reshape(-1), _random_bits(out.device)
     piece = 2**16 if out.device.type == 'cpu' else BLOCK_OF_BITS  # on a CPU what stays in its cache
     begin, end = first, first + len(flat)
     while begin < end:
@@ -77,58 +69,70 @@ def round_(out, x, key, first=0):
         part.view(torch.int32).add_(table[offset:offset + stop - begin]).bitwise_and_(-2**16)
         flat[begin - first:stop - first] = part
         begin = stop
+    if not out.is_contiguous():  # flat may be a copy
+        out.copy_(flat.view(out.shape))
+
+
+def wide(x):
+    """A tensor's dtype, or float32, whichever is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # -----------------------------------------------------------------------------
 # the product
 
 
-def _cast(factor, dtype):
-    """A factor (groups, ...) in another dtype; one that all groups share, as a basis is, is cast once."""
-    return factor[:1].to(dtype).expand_as(factor) if factor.stride(0) == 0 else factor.to(dtype)
+class LowRankProduct(torch.autograd.Function):
+    """
+    y = x W^T + b + scale (x A^T) B^T, in x's dtype: the product accumulates into the frozen linear's output.
 
+    x (..., n), W (m, n), b (m,) or None; A (groups, r, n), B (groups, m, r), one of which may be a basis,
+    without groups. The leading dimension of x is cut into `groups` equal parts, one for each pair.
+    gain multiplies the gradients of A, B, whole: the mean loss has 1 / groups of that of each part's mean.
+    zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
+    whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
+    sketch (m, r) or (n, r): another one; its .grad becomes the `second_moment` of the sequences' gradients,
+    with the basis B where A is trained, and of their transposes, with A^T, where B is.
+    W gets no gradient, and there are no second derivatives (torch raises).
 
-def _times(x, factor):
-    """x (groups, tokens, k) times a factor (groups, k, l); one that all groups share makes one product of all."""
-    return (x.flatten(0, 1) @ factor[0]).unflatten(0, x.shape[:2]) if factor.stride(0) == 0 else torch.bmm(x, factor)
-
-
-class _LowRankProduct(torch.autograd.Function):
-    """See `low_rank_product`."""
+    Operations per token, forward and backward, R = groups r: 4 m n + 4 R (m + n) with both factors trained,
+    4 m n + 2 R (m + n) with `zero`; a dense layer has 6 m n.
+    """
 
     @staticmethod
-    def forward(ctx, x, W, b, A, B, whole, sketch, scale, gain, zero, trains_A, trains_B):
-        groups, _, n = A.shape
+    def forward(ctx, x, W, b, A, B, whole, sketch, scale, gain, zero):
+        groups, n = len(A if A.dim() == 3 else B), x.shape[-1]
+        _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
         y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
         z, time = None, len(flat) // groups
         if not zero or trains_B:
-            z = _times(flat.view(groups, time, n), _cast(A, x.dtype).mT)  # (groups, tokens / groups, r)
+            z = flat.view(groups, time, n) @ A.to(x.dtype).mT  # (groups, tokens / groups, r)
         if not zero:
-            y.view(groups, time, y.shape[-1]).baddbmm_(z, _cast(B, x.dtype).mT, alpha=scale)
+            y.view(groups, time, len(W)).baddbmm_(z, B.to(x.dtype).mT.expand(groups, -1, -1), alpha=scale)
         # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
         keeps_x = trains_A or whole is not None or sketch is not None
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
-        ctx.scale, ctx.gain, ctx.zero = scale, gain, zero
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.groups, ctx.scale, ctx.gain, ctx.zero = groups, scale, gain, zero
+        return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, W, A, B, z = ctx.saved_tensors
-        needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch = ctx.needs_input_grad[:7]
-        groups, _, n = A.shape
-        dflat = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])  # (tokens, m)
+        needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch, *_ = ctx.needs_input_grad
+        groups, (m, n) = ctx.groups, W.shape
+        dflat = dy.reshape(dy.shape[:-1].numel(), m)  # (tokens, m)
         time = len(dflat) // groups
-        d = dflat.view(groups, time, dy.shape[-1])  # (groups, tokens / groups, m)
+        d = dflat.view(groups, time, m)  # (groups, tokens / groups, m)
         dx = db = dA = dB = dwhole = dsketch = dz = None
         if needs_A or not ctx.zero:
-            dz = _times(d, _cast(B, dy.dtype))  # (groups, tokens / groups, r)
+            dz = d @ B.to(dy.dtype)  # (groups, tokens / groups, r)
             dz = dz.mul_(ctx.scale) if ctx.scale != 1 else dz
         if needs_x:
             dx = dflat @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.zero:
-                dx.view(groups, time, n).baddbmm_(dz, _cast(A, dy.dtype))
+                dx.view(groups, time, n).baddbmm_(dz, A.to(dy.dtype).expand(groups, -1, -1))
             dx = dx.view(*dy.shape[:-1], n)
         if needs_b:
             db = dflat.sum(0)
@@ -145,53 +149,30 @@ class _LowRankProduct(torch.autograd.Function):
         if needs_B:
             z = z * (ctx.scale * ctx.gain) if ctx.scale * ctx.gain != 1 else z
             dB = torch.bmm(z.mT, d).mT  # (groups, m, r)
-        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None, None, None
+        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None
 
 
 def second_moment(a, b, z, sequences):
     """
-    The sum over sequences of G_s G_s^T P / |G_s^T P|, where G_s = a_s^T b_s is what a sequence adds to a gradient.
+    The sum over sequences of G_s G_s^T P / |G_s^T P|, where G_s = a_s^T b_s is what each adds to a gradient.
 
-    a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one sequence after
-    the other, and sequences are the leading dimension of a layer's input. It is one step of subspace iteration towards
-    the directions in which the gradients of single sequences lie. Being a sum over sequences, it is the same however
-    they are spread over micro-batches and ranks. No G_s is formed. Returns (m, r); zeros where it is not finite.
+    a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one
+    sequence after the other. It is one step of subspace iteration towards the directions in which the
+    gradients of single sequences lie, and the same however sequences are spread over micro-batches and ranks.
+    No G_s is formed. Returns (m, r); zeros where it is not finite.
     """
-    time, rank, wide = len(z) // max(sequences, 1), z.shape[1], torch.promote_types(b.dtype, torch.float32)
+    time, rank = len(z) // max(sequences, 1), z.shape[1]
     b, z = b.view(sequences, time, b.shape[1]), z.view(sequences, time, rank)
-    norm = torch.linalg.vector_norm(b.flatten(1), dim=1, dtype=wide)[:, None, None]
+    norm = torch.linalg.vector_norm(b.flatten(1), dim=1, dtype=wide(b))[:, None, None]
     norm = norm.clamp(torch.finfo(b.dtype).tiny, torch.finfo(b.dtype).max)
     unit = b / norm.to(b.dtype)  # its squares stay inside the range of float16
     if time <= rank:  # the cheaper order of the two products
         v = torch.bmm(torch.bmm(unit, unit.mT), z)  # (sequences, time, r)
     else:
         v = torch.bmm(unit, torch.bmm(unit.mT, z))
-    size = (z.to(wide) * v).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s^T P| / norm
+    size = (z.to(wide(b)) * v).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s^T P| / norm
     Y = a.mT @ (v / size * norm).to(v.dtype).flatten(0, 1)
-    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part and not the sketch
-
-
-def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole=None, sketch=None):
-    """
-    y = x W^T + b + scale (x A^T) B^T: a frozen linear and a low-rank product that accumulates into its output.
-
-    x (..., n); weight (m, n), which gets no gradient; bias (m,) or None; A (groups, r, n), B (groups, m, r): the
-    leading dimension of x is cut into `groups` equal parts, one for each pair. `gain` multiplies the gradients of A,
-    B and whole: a loss that is the mean over all parts has 1 / groups of the gradient of each part's own mean.
-    zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
-    whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
-    sketch (m, r) or (n, r): another such leaf; its .grad becomes the `second_moment` of the sequences' gradients, with
-    the basis P = B (m, r) where A is trained, and of their transposes, with A^T (n, r), where B is. Then the same for
-    all groups, and what is trained is a factor beside it.
-    Under autocast everything is computed in autocast's dtype. Returns (..., m). No second derivatives (torch raises).
-
-    Operations per token, R = groups r: 4 m n + 4 R (m + n) forward and backward together with both factors trained,
-    where a dense layer that is trained has 6 m n; 4 m n + 2 R (m + n) with `zero`.
-    """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LowRankProduct.apply(x, weight, bias, A, B, whole, sketch, scale, gain, zero, A.requires_grad,
-                                 B.requires_grad)
+    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part alone
 
 
 # -----------------------------------------------------------------------------
@@ -199,20 +180,37 @@ def low_rank_product(x, weight, bias, A, B, scale=1.0, gain=1, zero=False, whole
 
 
 class Zeros:
-    """One buffer of zeros that all factors which are always zero are views of; the layers of a model share it. Such a
-    factor is a parameter so that autograd, DDP and clipping see its .grad, the projected gradient."""
+    """The buffer behind all factors of a model that are always zero. Such a factor is a parameter so that
+    autograd, DDP and clipping see its .grad, the projected gradient."""
 
     def __init__(self, room=0):
         self.room, self.flat = room, None
 
     def view(self, shape, like):
         """Zeros of that shape, in the dtype and on the device of `like`, without memory of their own."""
-        size = math.prod(shape)
+        size, flat = math.prod(shape), self.flat
         self.room = max(self.room, size)
-        flat = self.flat
         if flat is None or len(flat) < self.room or flat.dtype != like.dtype or flat.device != like.device:
             self.flat = torch.zeros(self.room, dtype=like.dtype, device=like.device)
         return self.flat[:size].view(shape)
+
+
+def side_by_side(A, B):
+    """Heads (H, r, n), (H, m, r) as one pair (H r, n), (m, H r), whose product is the sum of theirs."""
+    return A.flatten(0, 1), B.permute(1, 0, 2).flatten(1)
+
+
+@contextlib.contextmanager
+def holding(tensors, others):
+    """While this lasts, the tensors of a list have the memory of others."""
+    own = [x.data for x in tensors]
+    try:
+        for x, other in zip(tensors, others):
+            x.data = other
+        yield
+    finally:
+        for x, data in zip(tensors, own):
+            x.data = data
 
 
 class MHLoRALinear(nn.Module):
@@ -222,14 +220,14 @@ class MHLoRALinear(nn.Module):
     linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays trainable.
     heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see the top of this file.
     merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0: never.
-    merge_reset: after a merge draw A anew and zero B; else they train on (LTE's default) and their values at the last
-    merge, A_merged and B_merged, are subtracted.
-    head_compute: 'parallel', all shared heads in one pair of products, or 'sequential', a loop: the same, slower.
+    merge_reset: a merge draws A anew and zeroes B; else they train on (LTE), less A_merged and B_merged.
+    head_compute: 'parallel', shared heads in one pair of products, or 'sequential', a loop: the same, slower.
     worker, workers: of several ranks that share split heads, this one holds the heads worker::workers.
     zeros: the model's `Zeros`, None for a layer alone.
-    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With factors='basis'
-    one of A, B is None and `basis` is P (m, r) or Q (n, r); with merge_every=1 the other is always zero, takes no
-    memory, is in no state dict, and its .grad is the projected gradient R: galore.LowRankAdamW steps with it on W.
+    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With
+    factors='basis' one of A, B is None and `basis` is P (m, r) or Q (n, r); with merge_every=1 the other is
+    always zero, takes no memory, is in no state dict, and its .grad is the projected gradient R:
+    galore.LowRankAdamW steps with it on W.
     Raises ValueError for arguments that make no sense together.
     """
 
@@ -247,11 +245,11 @@ class MHLoRALinear(nn.Module):
             raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
                              f'set a rank between 1 and {min(m, n)}')
         if factors == 'basis' and not merge_every:
-            raise ValueError("factors='basis' trains a factor that is merged into W: set merge_every=1 (GaLore) or "
-                             'more')
+            raise ValueError("factors='basis' trains a factor that merges into W: set merge_every=1 (GaLore) "
+                             'or more')
         if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
-            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every step, are one head: '
-                             'set heads=1, or split=True and merge_every above 1')
+            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every step, are '
+                             'one head: set heads=1, or split=True and merge_every above 1')
         if factors == 'basis' and head_compute == 'sequential':
             raise ValueError("factors='basis' has no loop over heads: set head_compute='parallel'")
         if split and heads % workers:
@@ -261,21 +259,20 @@ class MHLoRALinear(nn.Module):
         self.scale = 1.0 if factors == 'basis' else (rank if alpha is None else alpha) / rank
         self.merge_every, self.head_compute = merge_every, head_compute
         self.worker, self.workers = (worker, workers) if self.split else (0, 1)
-        self.reset = merge_reset or not merge_every or factors == 'basis'  # whether a merge leaves nothing to subtract
+        self.reset = merge_reset or not merge_every or factors == 'basis'  # merges leave nothing to subtract
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         self.left = m < n  # a basis is on W's smaller side; of a square matrix on the right, as in GaLore
         self.zero = None  # the name of the factor that is always zero
-        self.whole = self.sketch = None  # leaves, see `low_rank_product`; galore.py asks for them
+        self.whole = self.sketch = None  # leaves, see LowRankProduct; galore.py asks for them
         self.evaluating = False
         shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
         if factors == 'basis':
-            self.register_buffer('basis', self.weight.new_zeros(m if self.left else n, self.rank))
+            self.register_buffer('basis', self.weight.new_zeros(min(m, n), self.rank))
             name, shape, other = ('A', shape_A, 'B') if self.left else ('B', shape_B, 'A')
             if merge_every == 1:
                 self.zero, self.zeros = name, zeros or Zeros()
-                self.register_parameter(name, nn.Parameter(self.zeros.view(shape, self.weight)))
-            else:
-                self.register_parameter(name, nn.Parameter(self.weight.new_zeros(shape)))
+            factor = self.zeros.view(shape, self.weight) if self.zero else self.weight.new_zeros(shape)
+            self.register_parameter(name, nn.Parameter(factor))
             self.register_parameter(other, None)
         else:
             self.A = nn.Parameter(self.weight.new_empty(shape_A), requires_grad=factors == 'both')
@@ -287,9 +284,10 @@ class MHLoRALinear(nn.Module):
 
     def extra_repr(self):
         return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, '
-                f'scale={self.scale:g}, factors={self.factors}, split={self.split}, merge_every={self.merge_every}')
+                f'scale={self.scale:g}, factors={self.factors}, split={self.split}, '
+                f'merge_every={self.merge_every}')
 
-    # Torch makes a view dense, or wants it in a state dict, in each of these: the zero factor steps aside meanwhile.
+    # In each of these torch makes a view dense, or wants it in a state dict: the zero factor steps aside
 
     @contextlib.contextmanager
     def _without_zero(self):
@@ -324,9 +322,9 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_heads(self, generator=None):
-        """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing at first."""
-        for head in range(self.heads):  # every rank draws all of them, so that they are the same on any number of ranks
-            drawn = torch.empty(self.A.shape[1:], dtype=torch.promote_types(self.A.dtype, torch.float32))  # QR needs it
+        """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing."""
+        for head in range(self.heads):  # every rank draws all: they are the same on any number of ranks
+            drawn = torch.empty(self.A.shape[1:], dtype=wide(self.A))  # QR needs it
             nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
             if head % self.workers == self.worker:
                 self.A[head // self.workers].copy_(drawn)
@@ -337,12 +335,16 @@ class MHLoRALinear(nn.Module):
         """With factors='basis': the factor that is trained, A of a wide matrix, B of a tall or square one."""
         return self.A if self.left else self.B
 
+    def of_heads(self):
+        """{name: tensor} of what each head has of its own: A and B, and their values at the last merge."""
+        named = {name: getattr(self, name, None) for name in ('A', 'B', 'A_merged', 'B_merged')}
+        return {name: x for name, x in named.items() if x is not None}
+
     def pairs(self):
-        """A (heads, r, n), B (heads, m, r) of this rank's heads; with what the last merges put into W, taken off
-        again, 2 r instead of r."""
+        """A (heads, r, n), B (heads, m, r) of this rank's heads; 2 r instead of r where what merges put into
+        W is taken off again. A basis is one for all, (r, n) or (m, r)."""
         if self.factors == 'basis':
-            basis = self.basis.expand(len(self.trained), -1, -1)
-            return (self.A, basis) if self.left else (basis.mT, self.B)
+            return (self.A, self.basis) if self.left else (self.basis.mT, self.B)
         if self.reset:
             return self.A, self.B
         return torch.cat([self.A, self.A_merged], 1), torch.cat([self.B, -self.B_merged], 2)  # B A - B' A'
@@ -350,107 +352,96 @@ class MHLoRALinear(nn.Module):
     def forward(self, x):
         if self.zero and not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         A, B = self.pairs()
         if self.head_compute == 'sequential' and not self.split:
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))  # once, not once a head
             y = F.linear(x, self.weight, self.bias)  # the textbook form: one head after the other
             for a, b in zip(A, B):
                 y = y + F.linear(self.scale / self.heads * F.linear(x, a), b)
             return y
+        scale, gain = self.scale, 1
         if self.split and not self.evaluating:
             if not self.training:
                 raise ValueError('split heads have no function of their own in eval mode: evaluate inside '
                                  'lowrank.averaged_heads(model), or merge them')
-            if x.shape[0] % len(A):
-                raise ValueError(f'a batch of {x.shape[0]} does not split over {len(A)} heads: '
+            gain = self.heads // self.workers
+            if x.shape[0] % gain:
+                raise ValueError(f'a batch of {x.shape[0]} does not split over {gain} heads: '
                                  'set batch_size to a multiple of heads times the number of ranks')
-            scale, gain = self.scale, len(A)
-        else:  # every head sees every token: side by side they are one pair of rank H r, and the mean divides by H
-            scale, gain = self.scale / len(A), 1
-            A, B = A.flatten(0, 1)[None], B.permute(1, 0, 2).flatten(1)[None]  # (1, H r, n), (1, m, H r)
-        return low_rank_product(x, self.weight, self.bias, A, B, scale, gain, self.zero is not None,
-                                self.whole, self.sketch)
+        elif self.factors != 'basis':  # every head sees every token: as one pair of rank H r
+            A, B = (factor[None] for factor in side_by_side(A, B))
+            scale = self.scale / self.heads
+        return LowRankProduct.apply(x, self.weight, self.bias, A, B, self.whole, self.sketch, scale, gain,
+                                    self.zero is not None)
 
     def ask_whole(self, wanted=True):
-        """From now on a backward pass leaves the gradient of W from each head (heads, m, n) in whole.grad; False: no
-        longer."""
+        """From now on (False: no longer) backward passes leave the gradient of W from each head in whole.grad
+        (heads, m, n)."""
         shape = len(self.trained), *self.weight.shape
         self.whole = self.weight.new_zeros(()).expand(shape).requires_grad_() if wanted else None
 
     def ask_sketch(self, wanted=True):
-        """From now on backward passes add up the `second_moment` of gradients (m, r), or (n, r), in sketch.grad; False:
-        no longer."""
+        """From now on (False: no longer) backward passes add up the `second_moment` of gradients in
+        sketch.grad (m, r), or (n, r)."""
         self.sketch = None
         if wanted:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            self.sketch = self.weight.new_zeros((), dtype=wide).expand(self.basis.shape).requires_grad_()
+            zero = self.weight.new_zeros((), dtype=wide(self.weight))
+            self.sketch = zero.expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
     def averaged(self):
-        """While this lasts, split heads act on every token, averaged over the heads of all ranks: the function of
-        `merged_weight`. Every rank takes part. A, B (A_merged, B_merged) are those of all heads, in global order, but
-        in a basis the trained factor is their mean."""
+        """While this lasts, split heads act on every token, averaged: the function of `merged_weight`. Every
+        rank takes part, and holds all heads, in global order; in a basis their mean."""
         if not self.split:
             yield
             return
+        factors = list(self.of_heads().values())
+        averaged = [x.detach() for x in factors]
         if self.factors == 'basis':
-            factors = [self.trained]
-            averaged = [mean(self.trained.detach().mean(0), self.workers)[None]]
-        else:
-            factors = [self.A, self.B] + ([] if self.reset else [self.A_merged, self.B_merged])
-            averaged = [x.detach() for x in factors]
-            if self.workers > 1:
-                flat = gather(torch.cat([x.flatten() for x in averaged]))  # one message: (ranks, numbers of one rank)
-                parts = flat.split([x.numel() for x in averaged], 1)
-                averaged = [in_global_order(part.view(self.workers, *x.shape)) for x, part in zip(factors, parts)]
-        own = [factor.data for factor in factors]
-        for factor, x in zip(factors, averaged):
-            factor.data = x
+            averaged = [mean(averaged[0].mean(0), self.workers)[None]]
+        elif self.workers > 1:
+            flat = gather(torch.cat([x.flatten() for x in averaged]))  # (ranks, numbers of one): one message
+            parts = flat.split([x.numel() for x in averaged], 1)
+            averaged = [in_global_order(part.view(self.workers, *x.shape)) for x, part in zip(factors, parts)]
         self.evaluating = True
         try:
-            yield
+            with holding(factors, averaged):
+                yield
         finally:
             self.evaluating = False
-            for factor, x in zip(factors, own):
-                factor.data = x
 
     @property
     def sends_products(self):
-        """Whether a merge averages the products (m, n), which a ring sends twice, or gathers all heads' factors."""
-        factors = (self.A, self.B) if self.reset else (self.A, self.B, self.A_merged, self.B_merged)
-        product = self.weight.numel() * max(4, self.weight.element_size())  # in float32 or wider
-        gathered = self.workers * sum(x.numel() * x.element_size() for x in factors)
+        """Whether merges average products (m, n), which a ring sends twice, or gather all heads' factors."""
+        product = self.weight.numel() * wide(self.weight).itemsize
+        gathered = self.workers * sum(x.numel() * x.element_size() for x in self.of_heads().values())
         return self.workers > 1 and gathered > 2 * product
 
     @torch.no_grad()
     def merged_weight(self):
-        """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider. Every rank
-        takes part, and gets the same bits. What travels is whichever is least on the wire: heads in one basis average
-        what they train, few heads gather their factors, many average their products."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        weight = self.weight.to(wide)
+        """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider.
+        Every rank takes part, and gets the same bits."""
+        dtype = wide(self.weight)
+        weight = self.weight.to(dtype)
         if self.zero:
             return weight
         if self.factors == 'basis':
-            factor, basis = mean(self.trained.to(wide).mean(0), self.workers), self.basis.to(wide)
+            factor, basis = mean(self.trained.to(dtype).mean(0), self.workers), self.basis.to(dtype)
             return torch.addmm(weight, basis, factor) if self.left else torch.addmm(weight, factor, basis.mT)
         if self.sends_products:
-            A, B = self.pairs()
-            product = B.permute(1, 0, 2).flatten(1).to(wide) @ A.flatten(0, 1).to(wide)  # (m, heads r) (heads r, n)
-            return mean(product, self.workers).mul_(self.scale / len(A)).add_(weight)
+            A, B = side_by_side(*self.pairs())
+            product = mean(B.to(dtype) @ A.to(dtype), self.workers)  # of the heads of one rank
+            return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
         with self.averaged():
-            A, B = self.pairs()
-            A, B = A.flatten(0, 1).to(wide), B.permute(1, 0, 2).flatten(1).to(wide)  # (H r, n), (m, H r)
-            return torch.addmm(weight, B, A, alpha=self.scale / self.heads)
+            A, B = side_by_side(*self.pairs())
+            return torch.addmm(weight, B.to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
-    def merge(self, generator=None, key=None):
-        """W <- W + (s / H) sum_h (B_h A_h - B_h' A_h'); then reset, or remember A and B. key: see `round_`; None:
-        another at each merge of this process."""
+    def merge(self, generator, key):
+        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B."""
         if self.zero:
             return
-        key = next(_merges) if key is None else key
         round_(self.weight, self.merged_weight(), key)
         if self.factors == 'basis':
             self.trained.zero_()
@@ -462,22 +453,20 @@ class MHLoRALinear(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# ranks: the three collectives of ours. One dimension of a matrix may be strided; nccl takes contiguous tensors only
+# ranks: the three collectives of ours; nccl takes contiguous tensors only
 
 traffic = {'bytes': 0}  # what this process has put into them so far; DDP's are not in it
 
 
-def _transposed(x):
-    return x.dim() > 1 and x.mT.is_contiguous() and not x.is_contiguous()
+def place():
+    """(rank, ranks) of this process; alone (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def mean(x, workers=None):
-    """The average of a tensor over ranks (all, where `workers` is left out), in place; alone, the tensor itself."""
-    if workers is None:
-        workers = dist.get_world_size() if dist.is_initialized() else 1
-    if workers > 1 and _transposed(x):
-        mean(x.mT, workers)  # the same memory
-    elif workers > 1:
+    """The average of a tensor over ranks (workers, None: all), in place; alone, the tensor itself."""
+    workers = place()[1] if workers is None else workers
+    if workers > 1:
         traffic['bytes'] += x.numel() * x.element_size()
         dist.all_reduce(x)  # gloo has no average
         x.div_(workers)
@@ -485,64 +474,60 @@ def mean(x, workers=None):
 
 
 def gather(x):
-    """The tensors x of all ranks, (ranks, *x.shape), in x's own layout."""
-    if _transposed(x):
-        return gather(x.mT).mT
+    """The tensors x of all ranks, (ranks, *x.shape)."""
+    ranks = place()[1]
+    if ranks == 1:
+        return x.detach()[None]
     x = x.detach().contiguous()
     traffic['bytes'] += x.numel() * x.element_size()
-    gathered = x.new_empty(dist.get_world_size(), *x.shape)
+    gathered = x.new_empty(ranks, *x.shape)
     dist.all_gather(list(gathered), x)
     return gathered
 
 
 def same(x):
     """The tensor of rank 0 on all ranks, in place, to the last bit; alone, the tensor itself."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if place()[1] > 1:
         traffic['bytes'] += x.numel() * x.element_size()
         dist.broadcast(x, 0)
     return x
 
 
 def in_global_order(x):
-    """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k, see `rows_of`."""
-    if x.dim() > 2 and _transposed(x):  # the layout stays: products round by it
-        return in_global_order(x.mT).mT
+    """(ranks, heads of one, ...) -> (H, ...): the l-th head of rank k is head l * ranks + k."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def rows_of(batch_size, heads=1, rank=0, ranks=1):
-    """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j is one of head
-    j % (heads ranks) of all, whatever the number of ranks. ValueError where they do not divide the batch."""
+    """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j is one of
+    head j % (heads ranks), see `in_global_order`. ValueError where they do not divide the batch."""
     if batch_size % (heads * ranks):
-        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {ranks} ranks: set a multiple')
+        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {ranks} ranks: set a '
+                         'multiple')
     return [row for head in range(heads) for row in range(head * ranks + rank, batch_size, heads * ranks)]
 
 
 def own_heads(model):
-    """The set of what every rank holds for its own split heads, parameters and buffers: it differs by rank."""
-    return {x for layer in lowrank_layers(model) if layer.workers > 1
-            for x in (layer.A, layer.B, *(b for name, b in layer.named_buffers(recurse=False) if name != 'basis'))
-            if x is not None}
+    """The set of parameters and buffers of split heads where ranks share them: they differ by rank."""
+    return {x for layer in lowrank_layers(model) if layer.workers > 1 for x in layer.of_heads().values()}
 
 
 def keep_out_of_ddp(net, outside_ddp):
-    """Tells DistributedDataParallel, before it wraps `net`, to leave alone the parameters and buffers of the set
-    `outside_ddp`: `own_heads(model)`, replicas, or all that steps during the backward pass. Torch has a setter for it,
-    without a public name so far."""
+    """Tells DistributedDataParallel, before it wraps `net`, which parameters and buffers to leave alone."""
     named = (*net.named_parameters(), *net.named_buffers())
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # no public name so far
         net, [name for name, x in named if x in outside_ddp])
 
 
 def replica_parameters(model):
-    """{name: parameter} of what is trained without heads: with sync='merge' each rank has its own (LTE's replicas)."""
-    factors = {factor for layer in lowrank_layers(model) for factor in (layer.A, layer.B)}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and p not in factors}
+    """{name: parameter} of what trains without heads: with sync='merge' each rank has its own (LTE)."""
+    heads = heads_of(model)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p not in heads}
 
 
 def averaged_copy(p):
     """A copy of a parameter, averaged over ranks, in float32 or wider."""
-    return mean(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True))
+    return mean(p.detach().to(wide(p), copy=True))
 
 
 # -----------------------------------------------------------------------------
@@ -554,87 +539,66 @@ def gather_state(model, optimizer=None, replicas=None):
     """
     What a checkpoint holds, as a dict; every rank takes part, and rank 0 gets all of it.
 
-    'model': its state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged: what is
-    evaluated. With an optimizer of galore.py also 'optimizer', {name of a parameter: its state} with the moments of
-    all heads in the same order and those of replicas stacked (ranks, ...); 'replicas', {name: (ranks, ...)}; and
-    'sketches', {name of a layer: the part of each rank, or None} of the layers that are at one.
+    model: the state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged:
+    what is evaluated. With an optimizer of galore.py also
+    optimizer: {name of a parameter: its state}, moments of heads in the same order, of replicas (ranks, ...);
+    replicas: {name: (ranks, ...)};
+    sketches: {name of a layer that is at one: (ranks, ...), or None}.
     """
-    replicas, own, others = replicas or {}, own_heads(model), set()
-    several = dist.is_initialized() and dist.get_world_size() > 1
+    replicas, heads = replicas or {}, own_heads(model)
 
     def kept(x):  # on the device one tensor at a time
-        return x.cpu() if dist.get_rank() == 0 else None
+        return x.cpu() if place()[0] == 0 else None
 
-    def whole(p, x):
-        if torch.is_tensor(x) and x.dim() and p in own:
+    def gathered(x, p):
+        """x of all ranks, where the parameter or buffer p is each one's own."""
+        if p in heads:
             return kept(in_global_order(gather(x)))
-        if torch.is_tensor(x) and x.dim() and p in others:
-            return kept(gather(x))
-        return x
+        return kept(gather(x)) if p in averages else x
 
-    state = model.state_dict()
-    named = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
-    for name in state:
-        state[name] = averages[named[name]] if named.get(name) in averages else whole(named.get(name), state[name])
-    if optimizer is None:
-        return {'edition': EDITION, 'model': state}
-    others = set(replicas.values())
-    names = {p: name for name, p in model.named_parameters()}
-    sketches = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, MHLoRALinear) and layer.sketch is not None:
-            part = layer.sketch.grad
-            sketches[name] = part if part is None else kept(gather(part)) if several else part[None]
-    return {'edition': EDITION, 'model': state, 'sketches': sketches,
-            'optimizer': {names[p]: {key: whole(p, x) for key, x in values.items()}
-                          for p, values in optimizer.state.items()},
-            'replicas': {name: kept(gather(p)) for name, p in replicas.items()}}
-
-
-def _form(x):
-    """What has to be the same of two tensors, one to be copied into the other."""
-    return (*x.shape, x.is_floating_point(), x.layout) if torch.is_tensor(x) else None
+    state = model.state_dict()
+    for name, p in model.state_dict(keep_vars=True).items():
+        state[name] = averages[p] if p in averages else gathered(state[name], p)
+    whole = {'edition': EDITION, 'model': state}
+    if optimizer is not None:
+        names = {p: name for name, p in model.named_parameters()}
+        whole['optimizer'] = {names[p]: {key: gathered(x, p) if torch.is_tensor(x) and x.dim() else x
+                                         for key, x in values.items()}
+                              for p, values in optimizer.state.items()}
+        whole['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
+        whole['sketches'] = {name: None if layer.sketch.grad is None else kept(gather(layer.sketch.grad))
+                             for name, layer in named_layers(model).items() if layer.sketch is not None}
+    return whole
 
 
 def load_weights(model, weights):
-    """Loads the 'model' of `gather_state`, of split heads this rank's own. Returns {name: which slice that is}.
-    ValueError: they are of another model."""
-    parts = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, MHLoRALinear) and layer.workers > 1:
-            for key in ('A', 'B', 'A_merged', 'B_merged'):
-                parts[f'{name}.{key}'] = slice(layer.worker, None, layer.workers)
-    weights = {name: x[parts[name]] if name in parts and torch.is_tensor(x) else x for name, x in weights.items()}
-    own = model.state_dict()
-    for name in (*own, *weights):
-        if _form(own.get(name)) != _form(weights.get(name)) or name not in own:
-            raise ValueError(f'the weights of the checkpoint are those of another model: {name} is missing in one of '
-                             'the two, or of another shape')
-    model.load_state_dict(weights)
+    """Loads the 'model' of `gather_state`, of split heads this rank's own, and returns {name: which slice}.
+    RuntimeError: they are of another model."""
+    parts = {f'{name}.{key}': slice(layer.worker, None, layer.workers)
+             for name, layer in named_layers(model).items() if layer.workers > 1 for key in layer.of_heads()}
+    model.load_state_dict({name: x[parts[name]] if name in parts else x for name, x in weights.items()})
     return parts
 
 
 @torch.no_grad()
 def load_state(model, optimizer, checkpoint, replicas=None):
-    """
-    Loads what `gather_state` gave, each rank its own part, and leaves the checkpoint as it is.
-
-    Heads may come from another number of ranks; replicas may not, as each rank has its own (ValueError).
-    """
-    replicas, parts = replicas or {}, load_weights(model, checkpoint['model'])
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """Loads what `gather_state` gave, each rank its own part, and leaves the checkpoint as it is. Heads may
+    come from another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    replicas, parts, (rank, ranks) = replicas or {}, load_weights(model, checkpoint['model']), place()
     for name, p in replicas.items():
         saved = checkpoint['replicas'].get(name, ())
         if len(saved) != ranks:
-            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own parameters, and here "
-                             f'are {ranks}: resume on as many as before')
+            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own "
+                             f'parameters, and here are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
     named = dict(model.named_parameters())
     if lost := sorted(checkpoint['optimizer'].keys() - named.keys()):
-        raise ValueError(f'the optimizer of the checkpoint is that of another model: it has a state of {lost[0]}')
-    for name, p in named.items():
-        for key, x in checkpoint['optimizer'].get(name, {}).items():
+        raise ValueError('the optimizer of the checkpoint is that of another model: it has a state of '
+                         f'{lost[0]}')
+    for name, state in checkpoint['optimizer'].items():
+        p = named[name]
+        for key, x in state.items():
             if torch.is_tensor(x):
                 x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x
                 x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
@@ -650,9 +614,9 @@ def load_state(model, optimizer, checkpoint, replicas=None):
 # -----------------------------------------------------------------------------
 # models
 
-# What a kind of layer is called in GPT-2, LLaMA and timm's ViT; any other target is a module's own name, as in PEFT.
+# What a kind of layer is called in GPT-2, LLaMA and timm's ViT; other targets are modules' own names
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
-FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers that compute q, k and v, each a third of the outputs
+FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers whose outputs are q, k and v
 # They compute with the weights of their linears instead of calling them (the first one in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
           'timm.models.eva.EvaAttention')
@@ -675,27 +639,31 @@ class QKV(nn.Module):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
-def _refuse_what_bypasses(model, targets):
-    """ValueError where heads would be put beside layers whose weights are read by others."""
-    for name, module in model.named_modules():
-        kind, kinds = type(module).__name__, {f'{c.__module__}.{c.__qualname__}' for c in type(module).__mro__}
-        if type(module).__module__.startswith('peft.'):
-            raise ValueError(f"'{name}' is PEFT's {kind}: give the model without PEFT's adapters")
-        inside = [f'{name}.{part}' for part, child in module.named_modules() if isinstance(child, nn.Linear)]
-        if not kinds.isdisjoint(BYPASS) and any(_wanted(part, target) or _third(part, target)
-                                                for part in inside for target in targets):
-            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, so that heads would be "
-                             'passed over in silence: leave it out of targets, or write its forward pass with calls')
-        if kind == 'Conv1D' and any(_wanted(name, target) for target in targets):
-            raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into model.GPT")
-
-
 def _third(name, target):
+    """Whether a target is a third of the fused linear layer of that name."""
     return target in ('q', 'k', 'v') and name.split('.')[-1] in FUSED
 
 
 def _wanted(name, target):
-    return not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
+    """Whether a target covers the layer of that name, or a third of it."""
+    return _third(name, target) or not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
+
+
+def _refuse_what_bypasses(model, targets):
+    """ValueError where heads would be put beside layers whose weights are read by others."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        kinds = {f'{c.__module__}.{c.__qualname__}' for c in type(module).__mro__}
+        if type(module).__module__.startswith('peft.'):
+            raise ValueError(f"'{name}' is PEFT's {kind}: give the model without PEFT's adapters")
+        inside = [f'{name}.{part}' for part, child in module.named_modules() if isinstance(child, nn.Linear)]
+        if not kinds.isdisjoint(BYPASS) and any(_wanted(part, target) for part in inside
+                                                for target in targets):
+            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, and passes heads "
+                             'over in silence: leave it out of targets, or write its forward pass with calls')
+        if kind == 'Conv1D' and any(_wanted(name, target) for target in targets):
+            raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into "
+                             'model.GPT')
 
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both', split=False,
@@ -703,245 +671,229 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
-    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them in its
-    dotted name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which then becomes three
-    linears (QKV).
-    The other arguments are those of MHLoRALinear. With factors='basis' a rank above a layer's smaller side is clamped.
-    Where the output layer is replaced and its weight is tied to an embedding, the layer gets its own
-    frozen copy and the embedding stays trainable: the count of parameters rises. Linears that share their weight
-    share one layer. Returns the names of the replaced layers and says how many of how many they are, and what it
-    passed over. ValueError: a target that matches nothing, or what another one covers; layers whose heads would be
-    passed over.
+    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them
+    in its dotted name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which becomes
+    three (QKV). Other arguments: see MHLoRALinear; in a basis a rank above a layer's smaller side is clamped.
+    Linears that share their weight share one layer. An output layer whose weight is tied to an embedding gets
+    its own frozen copy, and the embedding stays trainable: the count of parameters rises.
+    Returns the names of the replaced layers and says how many of how many they are, and what it passed over.
+    ValueError: a target that matches nothing, or what another one covers; layers that would pass heads over.
     """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as ('attn', 'mlp')")
     _refuse_what_bypasses(model, targets)
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear}
-    replaced = {}  # names, and which thirds of their outputs get heads: [None] for all
+    replaced = {}  # names, and which thirds of their outputs get heads; none: all of it
     for target in targets:
-        matched = {name: None for name in linears if _wanted(name, target)}
-        matched |= {name: target for name in linears if _third(name, target)}
+        matched = [name for name in linears if _wanted(name, target)]
         if not matched:
             there = sorted({name.split('.')[-1] for name in linears})
-            raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' or one of "
-                             f"{', '.join(there)}")
-        for name, third in matched.items():
-            thirds = replaced.setdefault(name, [])
-            thirds += [third] * (third not in thirds)
-            if None in thirds and len(thirds) > 1:
-                raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of it: leave "
-                                 'one of the two out')
+            raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' or one "
+                             f"of {', '.join(there)}")
+        for name in matched:
+            replaced[name] = [third for third in targets if _third(name, third)]
+            if replaced[name] and not _third(name, target):
+                raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of "
+                                 'it: leave one of the two out')
     places = {}  # layers to be: their names
     for name, thirds in replaced.items():
-        if None not in thirds:
+        if thirds:
             model.set_submodule(name, QKV(linears[name]))
-            for third in thirds:
-                places[f'{name}.{third}'] = model.get_submodule(f'{name}.{third}')
-        else:
-            places[name] = linears[name]
-    elsewhere = {id(p) for module in model.modules() if module not in places.values()
+        for part in [f'{name}.{third}' for third in thirds] or [name]:
+            places[part] = model.get_submodule(part)
+    elsewhere = {p for module in model.modules() if module not in places.values()
                  for p in module.parameters(recurse=False)}
-    sizes = [rank * max(linear.weight.shape) for linear in places.values()]
-    zeros, made, clamped = Zeros(max(sizes)), {}, []
+    zeros, made, clamped = Zeros(max(rank * max(linear.weight.shape) for linear in places.values())), {}, []
     for name, linear in places.items():
-        key = id(linear.weight)
-        if key in made and linear.bias is not made[key].bias:
-            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both one bias, or "
-                             'none')
-        if key not in made:
-            if id(linear.weight) in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
-                linear.weight = nn.Parameter(linear.weight.detach().clone())
-            made[key] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset, head_compute,
-                                     worker, workers, zeros)
-            if made[key].rank < rank:
+        W = linear.weight
+        if W in made and linear.bias is not made[W].bias:
+            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both "
+                             'one bias, or none')
+        if W not in made:
+            if W in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
+                linear.weight = nn.Parameter(W.detach().clone())
+            made[W] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset,
+                                   head_compute, worker, workers, zeros)
+            if made[W].rank < rank:
                 clamped.append(name)
-        model.set_submodule(name, made[key])
+        model.set_submodule(name, made[W])
     passed = [name for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and type(module) is not nn.Linear
               and any(_wanted(name, target) for target in targets)]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if place()[0] == 0:
         print(f'low-rank weights on {len(places)} of {len(linears)} linear layers'
-              + f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[:1]}' * bool(clamped)
+              + f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[:1]}'
+              * bool(clamped)
               + f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}" * bool(passed))
     return list(places)
 
 
 def put_layers(model, settings, worker=0, workers=1):
-    """The low-rank layers that a script's settings ask for, put into a model in place (see `apply_mhlora`)."""
+    """Puts the low-rank layers that a script's settings ask for into a model, see `apply_mhlora`."""
     if settings['lowrank']:
         keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
-        apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys}, worker=worker,
-                     workers=workers)
+        apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys},
+                     worker=worker, workers=workers)
+
+
+def named_layers(model):
+    """{name: layer} of the MHLoRALinear layers of a model, in order, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MHLoRALinear)}
 
 
 def lowrank_layers(model):
-    """The MHLoRALinear layers of a model, in order, each once."""
-    return [module for module in model.modules() if isinstance(module, MHLoRALinear)]
+    """The layers of `named_layers`."""
+    return list(named_layers(model).values())
 
 
-@torch.no_grad()
-def merge(model, generator=None, replicas=None):
-    """Merges the heads of every layer into its weight, averaged over heads (LTE, section 3; see MHLoRALinear.merge),
-    and averages `replicas` ({name: parameter}) over ranks. One layer at a time holds the heads of all ranks. The
-    generator draws new heads, and its seed decides how bfloat16 is rounded."""
-    seed = next(_merges) if generator is None else generator.initial_seed()
-    for place, layer in enumerate(lowrank_layers(model)):
-        layer.merge(generator, hash((seed, place)))
-    for place, p in enumerate((replicas or {}).values()):
-        round_(p, averaged_copy(p), hash((seed, -1, place)))
+def heads_of(model):
+    """The set of A and B of all layers. Of GaLore's, which train whole weights, none."""
+    return {factor for layer in lowrank_layers(model) if not layer.zero for factor in (layer.A, layer.B)
+            if factor is not None}
 
 
 _merges = itertools.count()  # those without a generator; ranks merge alike
 
 
+@torch.no_grad()
+def merge(model, generator=None, replicas=None):
+    """Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
+    `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding."""
+    seed = next(_merges) if generator is None else generator.initial_seed()
+    for i, layer in enumerate(lowrank_layers(model)):
+        layer.merge(generator, hash((seed, i)))
+    for i, p in enumerate((replicas or {}).values()):
+        round_(p, averaged_copy(p), hash((seed, -1, i)))
+
+
 @contextlib.contextmanager
 def averaged_heads(model, replicas=None):
-    """While this lasts, split heads act on every token, averaged: the function of the merged weights, for evaluation.
-    On several ranks all take part, and hold the heads of all ranks and the average of `replicas`."""
-    own = [(p, p.data) for p in (replicas or {}).values()]
+    """While this lasts, split heads act on every token, averaged: the function of the merged weights, for
+    evaluation. On several ranks all take part, and hold the heads of all and the average of `replicas`."""
+    own = list((replicas or {}).values())
     with contextlib.ExitStack() as stack:
-        try:
-            for layer in lowrank_layers(model):
-                stack.enter_context(layer.averaged())
-            for p, _ in own:
-                p.data = averaged_copy(p).to(p.dtype)
-            yield
-        finally:
-            for p, x in own:
-                p.data = x
+        for layer in lowrank_layers(model):
+            stack.enter_context(layer.averaged())
+        stack.enter_context(holding(own, [averaged_copy(p).to(p.dtype) for p in own]))
+        yield
 
 
 @torch.no_grad()
 def merged_state_dict(model, replicas=None, dtype=None):
-    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights (in
-    `dtype`, or their own); the model itself stays as it is. On several ranks all take part. A weight that was tied is
-    there twice, see `apply_mhlora`."""
+    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear weights
+    (in `dtype`, or their own). The model stays as it is; all ranks take part. A weight that was tied is there
+    twice, see `apply_mhlora`."""
     with averaged_heads(model, replicas):
         state = model.state_dict()
-    for place, (name, layer) in enumerate(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, MHLoRALinear):
-            merged = layer.merged_weight()
-            state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or layer.weight.dtype)
-            round_(state[f'{name}.weight'], merged, place)
-            for key in ('A', 'B', 'A_merged', 'B_merged', 'basis'):
+    for i, (name, module) in enumerate(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, MHLoRALinear):
+            merged = module.merged_weight()
+            state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or module.weight.dtype)
+            round_(state[f'{name}.weight'], merged, i)
+            for key in (*module.of_heads(), 'basis'):
                 state.pop(f'{name}.{key}', None)
     for name, module in model.named_modules():
         if isinstance(module, QKV):
             for key in ('weight', 'bias'):
-                parts = [state.pop(f'{name}.{third}.{key}') for third in 'qkv' if f'{name}.{third}.{key}' in state]
-                if parts:
-                    state[f'{name}.{key}'] = torch.cat(parts)
+                thirds = [f'{name}.{third}.{key}' for third in 'qkv']
+                if thirds[0] in state:
+                    state[f'{name}.{key}'] = torch.cat([state.pop(third) for third in thirds])
     return state
 
 
 def drop_moments(model, optimizer):
-    """Drops the optimizer's state of every A and B: after a reset, moments and step counts belong to other factors."""
-    for layer in lowrank_layers(model):
-        for factor in (layer.A, layer.B):
-            optimizer.state.pop(factor, None)
+    """Drops the optimizer's state of every A and B: after a reset it is that of other factors."""
+    for factor in heads_of(model):
+        optimizer.state.pop(factor, None)
 
 
 @torch.no_grad()
 def clip_gradients(model, max_norm):
     """
-    Clips gradients to the norm max_norm, in place; split heads are models of their own, so each has a norm of its own.
-
-    It is the norm of what is stepped on: of a layer in a basis that of the projected gradient. Computed in the
-    gradients' precision or float32, whichever is wider. max_norm: 0 only measures. Returns the norm of all before
-    clipping, a tensor.
+    Clips gradients to the norm max_norm (0: only measures), in place. Split heads are models of their own, so
+    each has a norm of its own; of a layer in a basis it is that of the projected gradient. Computed in the
+    gradients' precision or float32, whichever is wider. Returns the norm of all before clipping, a tensor.
     """
-    factors = [f for layer in lowrank_layers(model) if layer.split for f in (layer.A, layer.B)
-               if f is not None and f.grad is not None]
-    own = {id(factor) for factor in factors}
-    rest = [p for p in model.parameters() if id(p) not in own and p.grad is not None]
-
-    def norms_of(grads):  # each in float32 or wider
-        return [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-
-    norms = torch.stack(norms_of([p.grad for p in rest]) or [torch.zeros(())]).norm()[None]
-    if factors:
-        wide = torch.promote_types(factors[0].grad.dtype, torch.float32)
-        of_heads = torch.stack([torch.linalg.vector_norm(f.grad, dim=(1, 2), dtype=wide) for f in factors])
-        of_heads = of_heads.norm(dim=0)  # (heads,)
+    heads = [factor for layer in lowrank_layers(model) if layer.split for factor in (layer.A, layer.B)
+             if factor is not None and factor.grad is not None]
+    own = set(heads)
+    rest = [p.grad for p in model.parameters() if p not in own and p.grad is not None]
+    norms = [torch.linalg.vector_norm(grad, dtype=wide(grad)) for grad in rest]
+    norms = torch.stack(norms or [torch.zeros(())]).norm()[None]
+    if heads:
+        of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=wide(p.grad)) for p in heads]
+        of_heads = torch.stack(of_heads).norm(dim=0)  # (heads,)
         norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads,)
     if max_norm:
         keep = (max_norm / (norms + 1e-6)).clamp(max=1.0)
         if rest:
-            torch._foreach_mul_([p.grad for p in rest], keep[0])
-        for factor in factors:
+            torch._foreach_mul_(rest, keep[0])
+        for factor in heads:
             factor.grad.mul_(keep[1:, None, None])
     return torch.linalg.vector_norm(norms)
 
 
 def check_training(model, *optimizers):
-    """ValueError, one sentence, for what would train wrongly in silence: a trainable parameter that no optimizer
-    holds, or a factor of GaLore, always zero, on which another optimizer than galore.LowRankAdamW has stepped. Waits
-    for the device."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    """ValueError for what would train wrongly in silence: a trainable parameter that no optimizer holds, or a
+    factor always zero on which others than galore.LowRankAdamW have stepped. Waits for the device."""
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     if lost:
         more = f' and {len(lost) - 1} more' * (len(lost) > 1)
-        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the optimizer after '
-                         'apply_mhlora, or freeze it')
-    zeros = sorted((layer.trained.detach() for layer in lowrank_layers(model) if layer.zero), key=torch.numel)
-    longest = {x.untyped_storage().data_ptr(): x for x in zeros}  # of each buffer: one, or one of each dtype
-    if any(x.any() for x in longest.values()):
+        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the '
+                         'optimizer after apply_mhlora, or freeze it')
+    if any(zeros.flat.any() for zeros in {layer.zeros for layer in lowrank_layers(model) if layer.zero}):
         raise ValueError("an optimizer has stepped on factors that are always zero: with factors='basis' and "
                          'merge_every=1 only galore.LowRankAdamW steps, on the weights behind them')
 
 
 @torch.no_grad()
 def not_finite(model, optimizer=None):
-    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None: nothing. Every rank
-    takes part. Waits for the device."""
+    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None: nothing.
+    Every rank takes part. Waits for the device."""
     found = dict([*model.named_parameters(), *model.named_buffers()])
     if optimizer:
         found |= {f'{key} of {name}': x for name, p in model.named_parameters()
                   for key, x in optimizer.state.get(p, {}).items()}
-        found |= {f'the sketch of {name}': layer.sketch.grad for name, layer in model.named_modules()
-                  if isinstance(layer, MHLoRALinear) and layer.sketch is not None}
-    found = {name: x for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point() and x.numel()}
+        found |= {f'the sketch of {name}': layer.sketch.grad for name, layer in named_layers(model).items()
+                  if layer.sketch is not None}
+    found = {name: x for name, x in found.items()
+             if torch.is_tensor(x) and x.is_floating_point() and x.numel()}
     largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) for x in found.values()])
     bad = mean((~largest.isfinite()).to(torch.float32)).tolist()
     return next((name for name, share in zip(found, bad) if share), None)
 
 
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit, other);
-    of heads that are split over ranks this rank's. A weight that moves every step, as GaLore's do, counts as
-    trainable; its basis is the optimizer's state."""
+    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp, logit,
+    other); of heads that are split over ranks this rank's. Weights that GaLore moves count as trainable."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
-    factors = {id(f) for layer in lowrank_layers(model) for f in (layer.A, layer.B) if f is not None and not layer.zero}
-    zeros = {id(layer.trained) for layer in lowrank_layers(model) if layer.zero}
-    moved = {id(layer.weight) for layer in lowrank_layers(model) if layer.zero and layer.trained.requires_grad}
-    for name, parameter in model.named_parameters():  # a tied weight comes once, under its first name
-        if id(parameter) in zeros:
-            continue
-        trainable = parameter.requires_grad or id(parameter) in moved
-        counts['total'] += parameter.numel()
-        counts['trainable' if trainable else 'frozen'] += parameter.numel()
-        if trainable:
-            kind = next((kind for kind in KINDS if _wanted(name, kind)), 'other')
-            counts['heads' if id(parameter) in factors else kind] += parameter.numel()
+    heads, galore = heads_of(model), [layer for layer in lowrank_layers(model) if layer.zero]
+    zeros, moved = {layer.trained for layer in galore}, {x.weight for x in galore if x.trained.requires_grad}
+    for name, p in model.named_parameters():  # a tied weight comes once, under its first name
+        if p not in zeros:
+            trainable = p.requires_grad or p in moved
+            counts['total'] += p.numel()
+            counts['trainable' if trainable else 'frozen'] += p.numel()
+            if trainable:
+                kind = next((kind for kind in KINDS if _wanted(name, kind)), 'other')
+                counts['heads' if p in heads else kind] += p.numel()
     return counts
 
 
 def freeze_rest(model, kinds=()):
-    """Freezes all but the heads and the layers of the given kinds. PEFT's LoRA of a classifier is kinds=('logit',).
-    Layers of GaLore are whole weights, not heads, and freeze with the rest."""
-    factors = {id(factor) for layer in lowrank_layers(model) if not layer.zero for factor in (layer.A, layer.B)}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in factors and not any(_wanted(name, kind) for kind in kinds):
-            parameter.requires_grad_(False)
+    """Freezes all but `heads_of` a model and some kinds of layers: PEFT's LoRA of classifiers: ('logit',)."""
+    heads = heads_of(model)
+    for name, p in model.named_parameters():
+        if p not in heads and not any(_wanted(name, kind) for kind in kinds):
+            p.requires_grad_(False)
 
 
 def freeze_as_set(model, settings, new=()):
-    """
-    Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but where heads are put
-    on loaded weights the heads, and with them the kinds of layers in `new`, which the weights did not bring:
-    'classifier'.
-    """
+    """Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but for
+    heads on loaded weights 'factors', or 'classifier' where `new`, kinds of layers, did not come with the
+    weights."""
     if settings['train'] == 'auto':
         adapts = settings['lowrank'] and settings['factors'] != 'basis' and settings['init_from'] != 'scratch'
         settings['train'] = ('classifier' if new else 'factors') if adapts else 'all'

@@ -1,15 +1,13 @@
-"""GaLore: Adam inside a low-rank subspace of the gradient.
+"""
+GaLore (Zhao et al. 2024, arXiv 2403.03507): Adam inside a low-rank subspace of a weight's gradient G (m, n).
 
-GaLore (Zhao et al. 2024, arXiv 2403.03507) keeps the moments of Adam for the projected gradient only:
+    R = P^T G Q,   W <- W - lr * scale * P rho(R) Q^T,   rho = Adam, whose moments are those of R alone
 
-    R = P^T G Q,   W <- W - lr * scale * P rho(R) Q^T,   rho = Adam
-
-with orthonormal P (m, r), Q (n, r) taken anew from the gradient G (m, n) now and then; usually one of them only,
-that of the smaller dimension, and the identity for the other.
+with orthonormal P (m, r), Q (n, r) taken anew from gradients now and then; usually one of them only, that of
+the smaller dimension, and the identity for the other.
 
     LowRankAdamW(model)    for models with layers of lowrank.py; where bases are sketched G never exists
-    GaLoreAdamW(groups)    for ordinary weights: a drop-in for the class of that name in galore-torch, and the rules
-                           that need G itself (Fira)
+    GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G (Fira)
 """
 
 import math
@@ -17,12 +15,12 @@ import re
 import warnings
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import BLOCK_OF_BITS, KINDS, MHLoRALinear, lowrank_layers, mean, own_heads, round_, same
+from lowrank import (BLOCK_OF_BITS, KINDS, lowrank_layers, mean, named_layers, own_heads, place, round_, same,
+                     wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -32,64 +30,66 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 
 def sides(shape, proj_type):
-    """(left, right): which sides of a matrix (m, n) are projected. 'std' projects the smaller dimension (its moments
-    are the smaller ones), a square matrix from the right; 'reverse_std' does the opposite."""
+    """(left, right): which sides of a matrix are projected. 'std': that of the smaller dimension, whose
+    moments are smaller, and of a square matrix the right one; 'reverse_std': the opposite."""
     tall = shape[0] >= shape[1]
     left = {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False, 'full': True}[proj_type]
     return left, not left or proj_type == 'full'
 
 
+def on_its_side(basis, left):
+    """(P, Q) of one basis: None stands for the other."""
+    return (basis, None) if left else (None, basis)
+
+
 def orthonormal(Y):
-    """Orthonormal columns that span those of Y (m, r), by QR in at least float32. The diagonal of the triangle is made
-    positive: the factorisation is unique then, and a column of a basis that hardly changed keeps its sign. What is not
-    finite becomes zero before LAPACK sees it."""
+    """Orthonormal columns that span those of Y (m, r), by QR in at least float32. The triangle's diagonal is
+    made positive, so that they are unique. LAPACK sees nothing that is not finite."""
     Y = torch.where(torch.isfinite(Y).all(), Y, 0)
-    Q, R = torch.linalg.qr(Y.to(torch.promote_types(Y.dtype, torch.float32)))
+    Q, R = torch.linalg.qr(Y.to(wide(Y)))
     return (Q * torch.where(R.diagonal() < 0, -1, 1)).to(Y.dtype)
 
 
 def gaussian(rows, rank, like, seed):
-    """A random matrix (rows, rank), standard normal, that depends on `seed` alone, so that all ranks agree."""
+    """A random matrix (rows, rank), standard normal, that depends on `seed` alone: all ranks agree."""
     generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(rows, rank, generator=generator, dtype=torch.float32, device=like.device).to(like.dtype)
+    drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float32, device=like.device)
+    return drawn.to(like.dtype)
 
 
-def power_iteration(G, P):
-    """Two steps of subspace iteration towards the leading left singular vectors of G (m, n), from P (m, r): two
-    products of 2 m n r operations and a thin QR each. The columns in between are scaled to length one, which leaves
-    the span alone and keeps squared singular values inside the range of float16."""
-    for _ in range(2):  # one is not enough at small ranks: 0.978 of the SVD's energy from a basis 200 steps old
+def power_iteration(G, rank, P, seed):
+    """Two steps of subspace iteration towards the leading left singular vectors of G (m, n), from P (m, rank)
+    or a random sketch of the range (Halko et al. 2011, algorithm 4.4): two products of 2 m n rank operations
+    and a thin QR each. Columns in between have length one: their squares stay in the range of float16."""
+    P = orthonormal(G @ gaussian(G.shape[1], rank, G, seed)) if P is None else P
+    for _ in range(2):  # at small ranks one has 0.978 of the SVD's energy, from a basis 200 steps old
         P = orthonormal(G @ F.normalize(G.mT @ P, dim=0))
     return P
 
 
 def bases_of(G, rank, left, right, basis='svd', old=(None, None), seed=0):
-    """Orthonormal bases for the gradient G (m, n): P (m, rank) if `left`, Q (n, rank) if `right`, else None; `old` are
-    the ones to start from or to fall back on.
+    """
+    Orthonormal bases for the gradient G (m, n): P (m, rank) if `left`, Q (n, rank) if `right`, else None.
 
     svd     the leading singular vectors (GaLore, algorithm 2), with the raw signs of the decomposition.
-    power   two steps of subspace iteration from the old bases; without any, from a random sketch of the range (Halko
-            et al. 2011, algorithm 4.4): a few products instead of a decomposition.
+    power   `power_iteration` from the old bases.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
-    Random numbers come from `seed` alone, so that resuming is exact and all ranks agree. A gradient that is not finite
-    never reaches a decomposition: the old bases stay (without any, some orthonormal ones come back). Nothing here
-    waits for the device, but CUDA's SVD does."""
-    m, n = G.shape
+    Where G is not finite the old bases stay; without any, some orthonormal ones come back. Nothing here waits
+    for the device, but CUDA's SVD does.
+    """
     P = Q = None
     ok = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     if basis == 'svd':
-        safe = torch.where(ok, G, 0).to(torch.promote_types(G.dtype, torch.float32))
-        U, _, Vh = torch.linalg.svd(safe, full_matrices=False)  # (m, k), (k, n), k = min(m, n)
+        U, _, Vh = torch.linalg.svd(torch.where(ok, G, 0).to(wide(G)), full_matrices=False)
         P, Q = U[:, :rank] if left else None, Vh[:rank].mT if right else None
     elif basis == 'power':
         if left:
-            P = power_iteration(G, orthonormal(G @ gaussian(n, rank, G, seed)) if old[0] is None else old[0])
+            P = power_iteration(G, rank, old[0], seed)
         if right:  # with both sides, the half step from P gives the other one
-            Q = orthonormal(G.mT @ P) if left else power_iteration(
-                G.mT, orthonormal(G.mT @ gaussian(m, rank, G, seed)) if old[1] is None else old[1])
+            Q = orthonormal(G.mT @ P) if left else power_iteration(G.mT, rank, old[1], seed)
     else:
-        P = orthonormal(gaussian(m, rank, G, seed)) if left else None
-        Q = orthonormal(gaussian(n, rank, G, seed + 1)) if right else None
+        P = orthonormal(gaussian(G.shape[0], rank, G, seed)) if left else None
+        Q = orthonormal(gaussian(G.shape[1], rank, G, seed + 1)) if right else None
     P, Q = (new if new is None or was is None else torch.where(ok, new, was.to(new.dtype))
             for new, was in zip((P, Q), old))
     return tuple(new if new is None else new.to(G.dtype).contiguous() for new in (P, Q))
@@ -100,9 +100,9 @@ def bases_of(G, rank, left, right, basis='svd', old=(None, None), seed=0):
 
 
 def project(G, P, Q):
-    """R = P^T G Q (r, n), (m, r) or (r, r) for G (m, n), or for each of (H, m, n); a side whose basis is None stays as
-    it is. P^T G is computed as the transposed view of G^T P: rows of r numbers, which are aligned where the n = 5461
-    of LLaMA-1B are not, take a third less time on a CPU."""
+    """R = P^T G Q (r, n), (m, r) or (r, r) of G (m, n), or of each of (H, m, n); None: that side stays.
+    P^T G is the transposed view of G^T P: rows of r numbers, aligned where the n = 5461 of LLaMA-1B are not,
+    take a third less time on a CPU."""
     if P is None:
         return G @ Q
     if Q is None:
@@ -111,9 +111,8 @@ def project(G, P, Q):
 
 
 def add_back_(W, U, P, Q, alpha, beta=1.0, key=0):
-    """W <- beta W + alpha P U Q^T, in place: the product is accumulated straight into W, so that the update never
-    exists as a matrix of its own. In bfloat16 it does for some rows at a time, and the sum is rounded at random
-    (`lowrank.round_`)."""
+    """W <- beta W + alpha P U Q^T, the product accumulated straight into W. In bfloat16 it exists for some
+    rows at a time, and the sum is rounded at random (`lowrank.round_`, key)."""
     if P is not None and Q is not None:
         P, U, Q = (P @ U, Q.mT, None) if W.shape[0] <= W.shape[1] else (P, U @ Q.mT, None)
     X, Y = (U, Q.mT) if P is None else (P, U)
@@ -123,40 +122,35 @@ def add_back_(W, U, P, Q, alpha, beta=1.0, key=0):
             part = W[i:i + rows]
             round_(part, (X[i:i + rows] @ Y).float().mul_(alpha).add_(part, alpha=beta), key, i * W.shape[1])
     elif W.device.type == 'cpu' and W.dtype.itemsize >= 4 and W.stride(0) * W.element_size() % 64:
-        # MKL adds to rows that are not aligned so slowly that blocks of columns by way of a buffer are 1.3 times faster
+        # MKL adds to rows that are not aligned slowly: columns by way of a buffer are 1.3 times faster
         for w, y in zip(W.split(1024, 1), Y.split(1024, 1)):
             w.mul_(beta).add_(X @ y, alpha=alpha)
     else:
         W.addmm_(X, Y, beta=beta, alpha=alpha)
 
 
-def correction(age, betas, correct_bias=True):
-    """What Adam's M / (sqrt(V) + eps) is multiplied by after `age` gradients, because M and V started at zero."""
-    return math.sqrt(1 - betas[1] ** age) / (1 - betas[0] ** age) if correct_bias else 1.0
-
-
 def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
-    """torch's fused AdamW kernel on lists of tensors of one dtype; `age` counts from 1, these gradients included."""
+    """torch's fused AdamW kernel on lists of tensors of one dtype; `age` counts these gradients too."""
     before = torch.full((len(params),), age - 1, dtype=torch.float32, device=params[0].device)
-    adamw(params, grads, M, V, [], list(before.unbind()), fused=True, amsgrad=False, maximize=False, beta1=betas[0],
-          beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
+    adamw(params, grads, M, V, [], list(before.unbind()), fused=True, amsgrad=False, maximize=False,
+          beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
 
 def turn_moments(M, V, C, left):
-    """Moments of the coordinates in the old basis as seen from the new one, with C = new^T old (r, r): the first
-    becomes C M, the second (C * C) V (exact if the coordinates are uncorrelated). M, V: (r, n), or (m, r) if not
-    `left`, or stacked."""
+    """Moments in the old basis as seen from the new one, C = new^T old (r, r): C M and (C * C) V, exact if
+    coordinates are uncorrelated. M, V: (r, n), or (m, r) if not `left`, or stacked."""
     return (C @ M, C.square() @ V) if left else (M @ C.mT, V @ C.square().mT)
 
 
 # -----------------------------------------------------------------------------
 # Moments: in any dtype, or in 8 bits
 
-# Blocks of 256 numbers share a float32, their largest magnitude `top` (Dettmers et al., 8-bit optimizers, arXiv
-# 2110.02861). Between zero and it, level l stands for top (l / levels)^power: fine steps where the numbers are small.
+# Blocks of 256 numbers share a float32, their largest magnitude `top` (Dettmers et al., 8-bit optimizers,
+# arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power: fine steps where numbers are small.
 BLOCK = 256
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
-              'exp_avg_sq': (255, 4, torch.uint8)}  # of this one the root is what counts, over many magnitudes
+              'exp_avg_sq': (255, 4, torch.uint8)}  # of this one the root counts, over many magnitudes
+EVERY = slice(0, 2**62)  # numbers
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time; a CPU has a cache to stay in
 
 
@@ -165,16 +159,16 @@ def raised(x, power):
 
 
 def encode(x, age, levels, power, dtype):
-    """Codes (numbers,) of `dtype` and tops (blocks,) of x (numbers,), float32. Off by less than one level, which is
-    top ((l + 1)^power - l^power) / levels^power, and right on average: x goes up or down by a threshold that runs
-    through (0, 1) with `age`. Rounded to the nearest level a second moment would never decay, 0.1% a step being less
-    than half a level. Unsigned codes are at least 1: the update divides by the root of the second moment."""
+    """Codes (numbers,) of `dtype` and tops (blocks,) of x (numbers,), float32. Off by less than one level,
+    top ((l + 1)^power - l^power) / levels^power, and right on average: x goes up or down by a threshold that
+    runs through (0, 1) with `age`. To the nearest level a second moment would not decay, by 0.1% a step. Its
+    codes are at least 1: the update divides by the root."""
     blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
     top = torch.linalg.vector_norm(blocks, ord=math.inf, dim=1, keepdim=True)  # (blocks, 1)
     part = blocks.abs().div_(top.clamp_min(torch.finfo(x.dtype).tiny))  # in [0, 1]
     low = (part.sqrt() if power == 2 else part.sqrt().sqrt_()).mul_(levels).floor_().clamp_(max=levels - 1)
     below, above = raised(low / levels, power), raised((low + 1).div_(levels), power)
-    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # nothing random
+    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
     code = low.add_(part.sub_(below) > above.sub_(below).mul_(threshold))
     code = code.mul_(blocks.sign()) if dtype == torch.int8 else code.clamp_(min=1)
     return code.to(dtype).flatten()[:len(x)], top.flatten()
@@ -188,54 +182,60 @@ def decode(code, top, levels, power):
 
 
 def new_moments(state, like, bits):
-    """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16 (bfloat16), or 8, if it has at least 16
-    blocks (else 32)."""
+    """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8 (below 16 blocks 32)."""
     for key, (_, _, dtype) in EIGHT_BITS.items():
         if bits == 8 and like.numel() >= 16 * BLOCK:
             state[key] = torch.zeros(like.shape, dtype=dtype, device=like.device)
             state[key + '_top'] = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
         else:
-            wide = torch.promote_types(like.dtype, torch.float32)
-            kind = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide)
+            kind = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
             fused = kind == like.dtype != torch.bfloat16  # see `step_`; the layout has to be the same
             state[key] = torch.zeros_like(like) if fused else like.new_zeros(like.shape, dtype=kind)
 
 
-def read_moments(state, numbers=slice(None)):
-    """First and second moment, flat, in float32 (float64 if they are), or a chunk of them that starts with a block."""
+def read_moments(state, numbers=EVERY):
+    """First and second moment, flat, in float32 or wider, or a chunk of them that starts with a block."""
     if 'exp_avg_top' not in state:
-        return [state[key].view(-1)[numbers].to(torch.promote_types(state[key].dtype, torch.float32))
-                for key in EIGHT_BITS]
-    blocks = slice(None) if numbers == slice(None) else slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
+        return [state[key].view(-1)[numbers].to(wide(state[key])) for key in EIGHT_BITS]
+    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
     return [decode(state[key].view(-1)[numbers], state[key + '_top'][blocks], levels, power)
             for key, (levels, power, _) in EIGHT_BITS.items()]
 
 
-def write_moments(state, moments, key, numbers=slice(None)):
-    """What `read_moments` reads; bfloat16 is rounded at random, see `lowrank.round_`."""
-    blocks = slice(None) if numbers == slice(None) else slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
+def write_moments(state, moments, key, numbers=EVERY):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`lowrank.round_`, key)."""
+    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
+        x = x.flatten()
         if 'exp_avg_top' in state:
             state[name].view(-1)[numbers], state[name + '_top'][blocks] = encode(x, state['step'], *kind)
         else:
-            round_(state[name].view(-1)[numbers], x, hash((key, name == 'exp_avg')), numbers.start or 0)
+            round_(state[name].view(-1)[numbers], x, hash((key, name == 'exp_avg')), numbers.start)
+
+
+def is_fused(p, state):
+    """Whether torch's kernel can step on p and the moments themselves."""
+    return 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16
 
 
 def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
     """
-    p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts this gradient already, take in grad.
+    p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts grad already, take it in.
 
         rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
 
-    has eps before the bias correction as in galore-torch (torch divides by the correction first, so its eps is divided
-    too). p may be grad itself: with lr=1, keep=0 minus rho replaces it. Returns p, or that in another layout. It is
-    torch's kernel, one pass over memory, which takes each number of a gradient before it writes one. Where p or moments
-    are in 16 or 8 bits, all is computed in float32, chunk by chunk, and rounded at random (`lowrank.round_` and key).
+    has eps before the bias correction, as in galore-torch (after it in torch's kernel, which computes this).
+    p may be grad itself: with lr=1, keep=0 minus rho replaces it. Returns p, or that in another layout. One
+    pass over memory; where p or moments are in 16 or 8 bits, all is computed in float32, chunk by chunk, and
+    rounded at random (`lowrank.round_`, key).
     """
-    eps, age = (eps / math.sqrt(1 - betas[1] ** state['step']), state['step']) if correct_bias else (eps, math.inf)
+    age = math.inf
+    if correct_bias:
+        age = state['step']
+        eps = eps / math.sqrt(1 - betas[1] ** age)
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
-    if 'exp_avg_top' not in state and M.dtype == p.dtype != torch.bfloat16:
+    if is_fused(p, state):
         if grad.stride() != M.stride():  # the kernel reads raw memory
             own, grad = p is grad, torch.empty_like(M).copy_(grad)
             p = grad if own else p
@@ -246,8 +246,8 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
     for i in range(0, len(flat), chunk):
         where = slice(i, min(i + chunk, len(flat)))
         moments = read_moments(state, where)
-        wide = torch.promote_types(p.dtype, moments[0].dtype)
-        part, g, *moments = (x.to(wide) for x in (flat[where], flat_grad[where], *moments))
+        dtype = torch.promote_types(p.dtype, moments[0].dtype)
+        part, g, *moments = (x.to(dtype) for x in (flat[where], flat_grad[where], *moments))
         fused_adam_([part], [g], *([x] for x in moments), age, lr, betas, eps, decay)
         round_(flat[where], part, key, i)
         write_moments(state, moments, key, where)
@@ -257,18 +257,24 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
 # -----------------------------------------------------------------------------
 # Rules that need the whole gradient
 
+
 def fira(G, R, U, state, group):
-    """Fira (Chen et al. 2024, arXiv 2410.01623, and its authors' code): what the projection drops takes part too. With
-    N = M / (sqrt(V) + eps) and the group's scale alpha, W moves along
+    """
+    Fira (Chen et al. 2024, arXiv 2410.01623, and its authors' code): what the projection drops takes part
+    too. With N = M / (sqrt(V) + eps) and the group's scale alpha, W moves along
 
         alpha P N + phi (G - alpha P R),   phi = |N_col| / |R_col|,
 
-    times lr and the bias correction; the norm of the second term may grow by a factor of 1.01 a step. For a basis on
-    the right rows take the place of columns. G (m, n); R and minus the corrected N, U: (r, n) or (m, r). Returns minus
-    the move, (m, n). By Pythagoras |(G - alpha P R)_col|^2 = |G_col|^2 - (2 alpha - alpha^2) |R_col|^2."""
-    left, alpha, c = 'P' in state, group['scale'], correction(state['step'], group['betas'], group['correct_bias'])
-    wide = torch.promote_types(G.dtype, torch.float32)
-    g, r, u = (torch.linalg.vector_norm(x, dim=0 if left else 1, keepdim=True, dtype=wide) for x in (G, R, U))
+    times lr and the bias correction; the norm of the second term may grow by a factor of 1.01 a step. For a
+    basis on the right it is rows. G (m, n); R and U, minus the corrected N: (r, n) or (m, r). Returns minus
+    the move (m, n). By Pythagoras |(G - alpha P R)_col|^2 = |G_col|^2 - (2 alpha - alpha^2) |R_col|^2.
+    """
+    left, alpha, (beta1, beta2) = 'P' in state, group['scale'], group['betas']
+    c = 1.0  # the bias correction, which is in U
+    if group['correct_bias']:
+        c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
+    lines = 0 if left else 1
+    g, r, u = (torch.linalg.vector_norm(x, dim=lines, keepdim=True, dtype=wide(G)) for x in (G, R, U))
     phi = u / c / (r + 1e-8)  # (1, n) or (m, 1)
     norm = ((g.square() - (2 * alpha - alpha**2) * r.square()).clamp_min(0) * phi.square()).sum().sqrt()
     if 'rest_norm' in state:
@@ -276,10 +282,9 @@ def fira(G, R, U, state, group):
         norm, phi = norm / limiter, phi / limiter
     state['rest_norm'] = norm
     phi = (phi * c).to(G.dtype)
-    inside = torch.addcmul(U, R, phi)  # U + phi R, as -(alpha P N + phi (G - alpha P R)) = alpha P (U + phi R) - phi G
-    move = G * phi
-    return torch.addmm(move, state['P'], inside, beta=-1, alpha=alpha) if left else \
-        torch.addmm(move, inside, state['Q'].mT, beta=-1, alpha=alpha)
+    inside = torch.addcmul(U, R, phi)  # -(alpha P N + phi (G - alpha P R)) = alpha P (U + phi R) - phi G
+    factors = (state['P'], inside) if left else (inside, state['Q'].mT)
+    return torch.addmm(G * phi, *factors, beta=-1, alpha=alpha)
 
 
 RULES = {'galore': None, 'fira': fira}  # None: R is enough
@@ -288,23 +293,23 @@ RULES = {'galore': None, 'fira': fira}  # None: R is enough
 # -----------------------------------------------------------------------------
 # The drop-in optimizer
 
+
 class GaLoreAdamW(torch.optim.Optimizer):
-    """AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
+    """
+    AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
 
-    Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias correction, decay
-    after the update, moments kept over a refresh. Keys of such a group, as there: `rank`, `update_proj_gap` (steps
-    between refreshes), `scale` (multiplies lr), `proj_type` ('std', 'reverse_std', 'left', 'right', 'full'); our own,
-    all optional: `basis` ('svd' | 'power' | 'random'), `rule` (a key of RULES). Groups without `rank` follow
-    torch.optim.AdamW. Any group: `state_bits` (None: moments in the parameter's dtype; 32, 16, 8).
+    Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias
+    correction, decay after the update, moments kept over a refresh. Keys of such a group, as there: `rank`,
+    `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see `sides`); our own,
+    all optional: `basis` (see `bases_of`), `rule` (a key of RULES). Groups without `rank` follow
+    torch.optim.AdamW. Any group: `state_bits` (see `new_moments`).
 
-    per_layer: a parameter is updated during the backward pass, as soon as its gradient is complete, and the gradient
-    is freed; `step` has nothing left to do. Gradients are averaged over ranks here then, so the parameters stay out
-    of DDP (`outside_ddp`), but for those in `own`, which differ by rank. With gradient accumulation `begin` says which
-    backward pass is the last.
-    seed is for the random bases. `no_deprecation_warning` is accepted and means nothing.
-
-    State is tensors and numbers. Raises ValueError for a setting that makes no sense; a rank above the smaller side of
-    a matrix is clamped, with a warning.
+    per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over ranks
+    (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay out of DDP
+    (`outside_ddp`), and `begin` says which backward pass of a step is the last.
+    seed: of random bases and of rounding. no_deprecation_warning is accepted and means nothing.
+    Raises ValueError for a setting that makes no sense; a rank above the smaller side of a matrix is clamped,
+    with a warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
@@ -332,7 +337,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if 'rank' not in group:
             return
-        for key, value in dict(update_proj_gap=200, scale=0.25, proj_type='std', basis='svd', rule='galore').items():
+        galore_torch = dict(update_proj_gap=200, scale=0.25, proj_type='std')
+        for key, value in dict(**galore_torch, basis='svd', rule='galore').items():
             group.setdefault(key, value)
         for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'),
                                  basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
@@ -342,26 +348,28 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
         if RULES[group['rule']] and group['proj_type'] == 'full':
-            raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' has two: set "
-                             "'std'")
+            raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' is two: "
+                             "set 'std'")
         names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
         for name, p in zip(names, group['params']):
             if p.dim() != 2:
-                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group without rank')
+                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
+                                 'without rank')
         clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
                    if group['rank'] > min(p.shape)]
         if clamped:
             more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
-            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {clamped[0]}{more}")
+            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {clamped[0]}"
+                          f'{more}')
 
     def begin(self, step, micro_step=0, micro_steps=1):
-        """To be called before each forward pass of a training step: which backward pass follows. step: from 0."""
+        """To be called before each forward pass of a step: which backward pass follows. Counted from 0."""
         self.last = micro_step == micro_steps - 1
 
     may_leave = True  # between micro-batches: gradients are all that has changed since the last step
 
     def take_bases(self):
-        """To be called after the last backward pass of a step, before unscaling and clipping. Here: nothing to do."""
+        """To be called after a step's last backward pass, before unscaling and clipping: here for no use."""
 
     def _seed(self, p, *counts):
         return hash((self.seed, self.order[p], *counts)) % 2**32  # torch uses 32 bits of a seed
@@ -377,11 +385,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; returns the closure's loss, if there is one. Parameters without a gradient are left alone."""
+        """One step; returns the closure's loss, or None. Parameters without a gradient are left alone."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.take_bases()
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             if params:
@@ -390,14 +399,35 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _update(self, params, group):
         """One step on parameters of a group."""
-        if 'rank' in group:
-            for p in params:
-                self._galore(p, self.state[p], group)
-        else:
-            plain_step_(params, [self.state[p] for p in params], group, self._seed)
+        if 'rank' not in group:
+            return self._plain(params, group)
+        for p in params:
+            self._galore(p, self.state[p], group)
+
+    def _plain(self, params, group):
+        """torch.optim.AdamW: eps after the bias correction, decay before the update."""
+        lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
+        fused = {}  # dtype and age: fused kernels take lists of one dtype
+        for p in params:
+            state = self.state[p]
+            if not state:
+                new_moments(state, p, group['state_bits'])
+                state['step'] = 0
+            state['step'] += 1
+            age, root = math.inf, 1.0
+            if group['correct_bias']:
+                age, root = state['step'], math.sqrt(1 - betas[1] ** state['step'])
+            if is_fused(p, state):
+                tensors = p, p.grad, state['exp_avg'], state['exp_avg_sq']
+                fused.setdefault((p.dtype, age), []).append(tensors)
+            else:
+                step_(p, p.grad, state, lr, 1 - lr * decay, betas, eps * root, group['correct_bias'],
+                      self._seed(p, state['step'], 0))
+        for (_, age), tensors in fused.items():
+            fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
 
     def _galore(self, W, state, group):
-        """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says; W and moments in place."""
+        """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says, in place."""
         G, left_right = W.grad, sides(W.shape, group['proj_type'])
         if not state:
             state['step'] = 0
@@ -415,18 +445,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
         key = self._seed(W, state['step'], 0)
         U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'], key)
         if rule:
-            move = rule(G, R, U, state, group).to(torch.promote_types(W.dtype, torch.float32))
+            move = rule(G, R, U, state, group).to(wide(W))
             round_(W, move.mul_(group['lr'] * keep).add_(W, alpha=keep), key + 1)
         else:
             add_back_(W, U, P, Q, group['lr'] * group['scale'] * keep, keep, key + 1)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
-        return sum(x.numel() * x.element_size() for state in self.state.values() for x in state.values()
-                   if torch.is_tensor(x))
+        return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
 
     def load_state_dict(self, state_dict):
-        """As in torch, which casts state to the dtype of its parameter; here it keeps the dtype it has."""
+        """As in torch, but state keeps the dtype that it has."""
         super().load_state_dict(state_dict)
         ids = (i for group in state_dict['param_groups'] for i in group['params'])
         for i, p in zip(ids, (p for group in self.param_groups for p in group['params'])):
@@ -434,83 +463,64 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                   if torch.is_tensor(x)})
 
 
-def plain_step_(params, states, group, key_of):
-    """torch.optim.AdamW on parameters with .grad: eps after the bias correction, decay before the update. In 16 bits,
-    and where moments have another dtype (`state_bits`), see `step_`; key_of(p, step, 0) is its key."""
-    fused = {}  # dtype and age: fused kernels take lists of one dtype
-    for p, state in zip(params, states):
-        if not state:
-            new_moments(state, p, group['state_bits'])
-            state['step'] = 0
-        state['step'] += 1
-        if 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16:
-            fused.setdefault((p.dtype, state['step']), []).append((p, p.grad, state['exp_avg'], state['exp_avg_sq']))
-        else:
-            eps = group['eps'] * (math.sqrt(1 - group['betas'][1] ** state['step']) if group['correct_bias'] else 1.0)
-            step_(p, p.grad, state, group['lr'], 1 - group['lr'] * group['weight_decay'], group['betas'], eps,
-                  group['correct_bias'], key_of(p, state['step'], 0))
-    for (_, age), tensors in fused.items():
-        fused_adam_(*map(list, zip(*tensors)), age if group['correct_bias'] else math.inf, group['lr'], group['betas'],
-                    group['eps'], group['weight_decay'])
-
-
 # -----------------------------------------------------------------------------
 # The optimizer of models with low-rank layers
 
+
 def refresh_in(step, every, merge_every, turn, turns):
-    """Steps from this one (from 0) to the next in which layers whose turn it is, of so many turns, take a new basis:
-    once in `every` steps, after a merge, turn i at i / turns of the period, so that no step is slow or large."""
+    """Steps from this one (from 0) to the next in which the layers of a turn, of so many, take new bases:
+    after a merge, at turn / turns of a period of `every` steps, so that no step is slow or large."""
     return (turn * (every // merge_every) // turns * merge_every - step) % every
 
 
 class LowRankAdamW(GaLoreAdamW):
-    """AdamW for all that a model trains, and GaLore for its layers with factors='basis' (lowrank.MHLoRALinear).
+    """
+    AdamW for all that a model trains, and GaLore for its layers with factors='basis' (lowrank.MHLoRALinear).
 
-    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes straight into
-    W; merged every T steps (GaLoLTE), into the factor. Groups are built here: matrices get weight_decay, vectors and
-    what the model's own no_weight_decay() names (timm) none. scale multiplies lr inside a basis. state_bits: see
-    GaLoreAdamW.
+    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes
+    straight into W; merged every T steps (GaLoLTE), into the factor, and after a merge first moments are
+    averaged over heads and ranks. Groups are those of `param_groups`; scale multiplies lr inside a basis;
+    state_bits, per_layer: see GaLoreAdamW. A basis is taken anew every basis_every steps, the blocks of a
+    model in turns, and the moments turn with it:
 
-    A basis is taken anew every `basis_every` steps, the blocks of a model in turns, and the moments turn with it:
-    basis='sketch'  one step of subspace iteration from the old basis on the second moment of the gradients of single
-                    sequences (`lowrank.second_moment`), summed over the last five steps before it. Full
-                    gradients never exist.
+    basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
+                    (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
     basis='power', 'svd'  as in `bases_of`, from the gradient of the step itself, which then exists; without
                     per_layer those of all layers at once in step 0.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
-    In a training step of GaLoLTE that follows a merge, first moments are averaged over heads and ranks.
 
-    The loop calls `begin(step, micro_step, micro_steps)` before each forward pass, and `take_bases` after the last
-    backward pass, before unscaling and clipping. per_layer: see GaLoreAdamW.
-    A sketch is no part of torch's state dicts: lowrank.gather_state and load_state resume in the middle of one.
+    The loop calls `begin` before each forward pass and `take_bases` after the last backward pass of a step.
+    Sketches are in no state dict of torch, but lowrank.gather_state and load_state resume within one.
     """
 
-    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25, basis='sketch',
-                 basis_every=200, state_bits=None, seed=0, per_layer=False):
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
+                 basis='sketch', basis_every=200, state_bits=None, seed=0, per_layer=False):
         if basis not in BASES or not basis_every >= 1:
             raise ValueError(f'{basis=} must be one of {BASES}, {basis_every=} at least 1')
-        found = {}  # the trained factor of a layer: the layer, and the block that it belongs to
-        for name, layer in model.named_modules():
-            if isinstance(layer, MHLoRALinear) and layer.factors == 'basis' and layer.trained.requires_grad:
-                if basis_every % layer.merge_every:
-                    raise ValueError(f'{basis_every=} is no multiple of merge_every={layer.merge_every}: bases are '
-                                     'taken at merges, set one')
-                found[layer.trained] = layer, (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1]
-        blocks = list(dict.fromkeys(block for _, block in found.values()))
-        self.layers = {p: layer for p, (layer, _) in found.items()}
-        self.turns = {p: (blocks.index(block), len(blocks)) for p, (_, block) in found.items()}
+        found = {name: layer for name, layer in named_layers(model).items()
+                 if layer.factors == 'basis' and layer.trained.requires_grad}
+        block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
+        blocks = list(dict.fromkeys(block_of.values()))
+        self.layers, self.turns = {}, {}  # of a trained factor: its layer, its block's place among how many
+        for name, layer in found.items():
+            if basis_every % layer.merge_every:
+                raise ValueError(f'{basis_every=} is no multiple of merge_every={layer.merge_every}: bases '
+                                 'are taken at merges, set one')
+            self.layers[layer.trained] = layer
+            self.turns[layer.trained] = blocks.index(block_of[name]), len(blocks)
         self.basis, self.basis_every, self.waiting = basis, basis_every, set()
-        inside = [(name, p) for name, p in model.named_parameters() if p in found]
+        inside = [(name, p) for name, p in model.named_parameters() if p in self.layers]
         groups = param_groups(model, weight_decay, state_bits=state_bits, leave=self.layers)
         if inside:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
-            groups.append({'params': [p for _, p in inside], 'param_names': [name for name, _ in inside], 'eps': 1e-6,
-                           'weight_decay': weight_decay, 'scale': scale, 'state_bits': state_bits, 'basis': True})
-        super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer, own=own_heads(model))
+            groups.append({'params': [p for _, p in inside], 'param_names': [name for name, _ in inside],
+                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'basis': True,
+                           'state_bits': state_bits})
+        super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
+                         own=own_heads(model))
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
-        """To be called before each forward pass of a training step. step: from 0. Renews the bases that are due from
-        their sketches, starts new sketches, or asks for the whole gradient."""
+        """See GaLoreAdamW. Takes due bases from sketches, starts sketches, or asks for whole gradients."""
         super().begin(step, micro_step, micro_steps)
         self.may_leave = micro_step == 0 or self.may_leave
         for p, layer in self.layers.items() if micro_step == 0 else ():
@@ -519,13 +529,12 @@ class LowRankAdamW(GaLoreAdamW):
                 state.update(step=0, bases=0)
             T = layer.merge_every
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
-            if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own the workers drift apart
-                M, V = (x.view(p.shape) for x in read_moments(state))
+            if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own heads drift apart
+                M, V = read_moments(state)
+                M = M.view(p.shape)
                 M.copy_(mean(M.mean(0), layer.workers))
-                write_moments(state, [M.flatten(), V.flatten()], self._seed(p, state['step'], 1))
+                write_moments(state, (M, V), self._seed(p, state['step'], 1))
                 self.may_leave = False
-            if self.basis != 'sketch':  # a resumed run may have another basis
-                layer.ask_sketch(False)
             if self.basis in ('power', 'svd'):
                 if left == 0 or not state['bases']:
                     layer.ask_whole()
@@ -538,31 +547,28 @@ class LowRankAdamW(GaLoreAdamW):
                 Y = mean(layer.sketch.grad)
                 ok = Y.isfinite().all() & Y.any()
                 self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), layer.basis))
-            if self.basis == 'sketch':
-                inside = (left or self.basis_every) <= WINDOW
-                if left == 0 or not inside:  # a resumed run may have other windows
-                    layer.ask_sketch(False)
-                if inside and layer.sketch is None:
-                    layer.ask_sketch()
+            inside = self.basis == 'sketch' and (left or self.basis_every) <= WINDOW
+            if left == 0 or not inside:  # a resumed run may have another basis, or other windows
+                layer.ask_sketch(False)
+            if inside and layer.sketch is None:
+                layer.ask_sketch()
             if layer.sketch is not None or layer.whole is not None:
                 self.may_leave = False
 
     def _set_basis(self, p, new):
-        """The one refresh: a new basis (m, r) or (n, r) for a layer, whose trained factor is zero; the moments go
-        along."""
+        """The one refresh: a new basis (m, r) or (n, r) for a layer, and its moments as seen from there."""
         layer, state = self.layers[p], self.state[p]
         self.may_leave = False
-        new = same(new.contiguous())  # to the last bit: merges leave it out, and another device may round otherwise
+        new = same(new.contiguous())  # to the last bit, as merges leave it out: devices may round differently
         if 'exp_avg' in state:
             M, V = (x.view(p.shape) for x in read_moments(state))
             C = new.to(M.dtype).mT @ layer.basis.to(M.dtype)
-            moments = [x.flatten() for x in turn_moments(M, V, C, layer.left)]
-            write_moments(state, moments, self._seed(p, state['step'], 2))
+            write_moments(state, turn_moments(M, V, C, layer.left), self._seed(p, state['step'], 2))
         layer.basis.copy_(new)
         state['bases'] += 1
 
     def _from_whole(self, p):
-        """A new basis from the gradient (heads, m, n) that was asked for, and the projected gradient in it."""
+        """A new basis from the gradient (heads, m, n) that was asked for, and R in it."""
         layer, state = self.layers[p], self.state[p]
         G = layer.whole.grad
         if G is None:
@@ -572,19 +578,18 @@ class LowRankAdamW(GaLoreAdamW):
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return
-        bases = bases_of(shared, layer.rank, layer.left, not layer.left, self.basis,
-                         (old, None) if layer.left else (None, old), self._seed(p, state['bases']))
-        new = bases[0] if layer.left else bases[1]
+        P, Q = bases_of(shared, layer.rank, layer.left, not layer.left, self.basis,
+                        on_its_side(old, layer.left), self._seed(p, state['bases']))
+        new = P if layer.left else Q
         if self.basis == 'svd' and old is not None:  # signs follow the old basis
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
-        p.grad = project(G, *((layer.basis, None) if layer.left else (None, layer.basis))).contiguous()
+        p.grad = project(G, *on_its_side(layer.basis, layer.left)).contiguous()
 
     @torch.no_grad()
     def take_bases(self):
-        """To be called after the last backward pass of a step, before unscaling and clipping: the bases for which
-        `begin` asked for the whole gradient."""
+        """See GaLoreAdamW. Takes the bases for which `begin` asked for the whole gradient."""
         for p, layer in self.layers.items():
             if layer.whole is not None:
                 self._from_whole(p)
@@ -592,26 +597,12 @@ class LowRankAdamW(GaLoreAdamW):
     @torch.no_grad()
     def _complete(self, p):
         layer = self.layers.get(p)
-        if layer is not None and layer.whole is not None and self.last:  # R and the whole gradient, in any order
+        if layer is not None and layer.whole is not None and self.last:  # R and whole.grad, in any order
             self.waiting ^= {p}  # in it after the first of the two, out of it after the second
             if p in self.waiting:
                 return
             self._from_whole(p)
         super()._complete(p)
-
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.take_bases()
-        if any(p.grad is not None and not self.state.get(p, {}).get('bases') for p in self.layers):
-            raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward pass; where it '
-                             'was called, the first gradient is not finite')
-        super().step()
-        return loss
-
-    step.__doc__ = GaLoreAdamW.step.__doc__
 
     def _update(self, params, group):
         if not group.get('basis'):
@@ -619,6 +610,9 @@ class LowRankAdamW(GaLoreAdamW):
         keep = 1.0 - group['lr'] * group['weight_decay']
         for p in params:
             layer, state = self.layers[p], self.state[p]
+            if not state.get('bases'):
+                raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward '
+                                 'pass; where it was called, the first gradient is not finite')
             if 'exp_avg' not in state:
                 new_moments(state, p, group['state_bits'])
             state['step'] += 1
@@ -626,8 +620,7 @@ class LowRankAdamW(GaLoreAdamW):
             how = group['betas'], group['eps'], group['correct_bias'], key
             if layer.zero:
                 U = step_(p.grad, p.grad, state, 1.0, 0.0, *how)
-                P, Q = (layer.basis, None) if layer.left else (None, layer.basis)
-                add_back_(layer.weight, U[0], P, Q, alpha, keep, key + 1)
+                add_back_(layer.weight, U[0], *on_its_side(layer.basis, layer.left), alpha, keep, key + 1)
             else:
                 if keep != 1 and layer.weight.dtype == torch.bfloat16:
                     round_(layer.weight, layer.weight.float() * keep, key + 1)
@@ -638,27 +631,28 @@ class LowRankAdamW(GaLoreAdamW):
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""
         more = [x for layer in self.layers.values() for x in (layer.basis, layer.sketch) if x is not None]
-        return super().state_bytes() + sum(x.numel() * x.element_size() for x in more)
+        return super().state_bytes() + sum(x.nbytes for x in more)
 
 
 # -----------------------------------------------------------------------------
 # From a model and settings
 
 
-def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore', proj_type='std',
-                 state_bits=None, leave=()):
-    """The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
+def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
+                 proj_type='std', state_bits=None, leave=()):
+    """
+    The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
-    With a rank, the matrices of attention and MLP (weights of nn.Linear below a module named attn, self_attn or mlp)
-    are projected; it says how many of how many. The others are plain; matrices get weight_decay, vectors and what the
-    model's own no_weight_decay() names (timm) none. `param_names` goes along. `leave`: parameters to leave out.
-    Raises ValueError if there is a rank but nothing to project, and for factors of lowrank.py that are always zero, on
-    which only LowRankAdamW steps."""
+    With a rank, the matrices of attention and MLP (weights of nn.Linear below a module of lowrank.KINDS) are
+    projected; it says how many of how many. Others are plain; matrices get weight_decay, vectors and what the
+    model's own no_weight_decay() names (timm) none. `param_names` goes along. leave: parameters to leave out.
+    ValueError: a rank but nothing to project; factors that are always zero, on which only LowRankAdamW steps.
+    """
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     zeros = {layer.trained for layer in lowrank_layers(model) if layer.zero and layer.trained.requires_grad}
     if not zeros <= {*leave}:
-        raise ValueError("layers with factors='basis' that are merged every step are no ordinary parameters: use "
-                         'galore.LowRankAdamW(model)')
+        raise ValueError("layers with factors='basis' that are merged every step are no ordinary parameters: "
+                         'use galore.LowRankAdamW(model)')
     projected, matrices, vectors = [], [], []
     spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: the embedding of places, the class token
     for name, p in model.named_parameters():  # lists tied parameters once
@@ -670,10 +664,12 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         else:
             (matrices if p.dim() >= 2 and name not in spared else vectors).append((name, p))
     if rank > 0 and not projected:
-        raise ValueError(f"{rank=}, but no trainable nn.Linear below {', '.join(KINDS['attn'] + KINDS['mlp'])}: set "
-                         'rank=0, or name your modules in lowrank.KINDS')
-    if rank > 0 and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"{rule} on {len(projected)} of {len(projected) + sum(p.dim() == 2 for _, p in matrices)} matrices")
+        below = ', '.join(KINDS['attn'] + KINDS['mlp'])
+        raise ValueError(f'{rank=}, but no trainable nn.Linear below {below}: set rank=0, or name your '
+                         'modules in lowrank.KINDS')
+    if rank > 0 and place()[0] == 0:
+        others = sum(p.dim() == 2 for _, p in matrices)
+        print(f'{rule} on {len(projected)} of {len(projected) + others} matrices')
     galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
     parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
@@ -683,7 +679,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
 def make_optimizer(model, settings):
     """The optimizer that a script's settings ask for, of a model that `lowrank.put_layers` has seen."""
     s = settings
-    common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'], per_layer=s['per_layer'])
+    common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
+                  per_layer=s['per_layer'])
     if s['optimizer'] == 'adamw':
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
                             basis_every=s['basis_every'], state_bits=s['state_bits'], **common)

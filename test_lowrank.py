@@ -13,12 +13,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -3328,23 +3330,24 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(root, tmp_path, name):
 # several ranks: one spawn for all, which runs beside the tests above
 
 
-def several_ranks(root, out):
-    """What each of two processes of torchrun runs. At first each forks another one, and four train."""
-    torch.set_num_threads(1)
-    dist, me, env = torch.distributed, int(os.environ['RANK']), dict(os.environ)
-    forked = os.fork() == 0
-    os.environ.update(RANK=str(me + 2 * forked), LOCAL_RANK=str(me + 2 * forked), WORLD_SIZE='4')
+def several_ranks(root, out, me, port):
+    """What each of four processes runs, of which the last two end when all four have trained."""
+    said = os.open(f'{out}/said', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    sys.stdout, sys.stderr = (open(i, 'w', buffering=1, closefd=False) for i in (1, 2))
+    dist = torch.distributed
+    os.environ.update(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE='4', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     join, end = dist.init_process_group, dist.destroy_process_group
-    join('gloo', f'file://{out}/store', rank=me + 2 * forked, world_size=4)
+    join('gloo', f'file://{out}/store', rank=me, world_size=4)
     dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # all runs share a group,
     dist.destroy_process_group = lambda: dist.barrier()  # and rank 0's files are written when one ends
     for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
         run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
     time.sleep(0.1)
     end()
-    if forked:
-        os._exit(0)
-    assert os.wait()[1] == 0
+    if me > 1:
+        return
+    env = {**os.environ, 'WORLD_SIZE': '2'}
 
     for key in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'):  # one process each
         del os.environ[key]
@@ -3430,26 +3433,29 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
 
 @pytest.fixture(scope='session', autouse=True)
 def spawn(request, root, tmp_path_factory):
-    """The ranks, started beside the other tests if one asks for them: the process, and its folder."""
+    """The ranks, forked before the other tests if one asks for them: the processes, and their folder."""
     if not any('spawned' in item.fixturenames for item in request.session.items):
         yield
         return
-    out = tmp_path_factory.mktemp('ranks')
-    code = f'import test_lowrank as t; t.several_ranks({str(root)!r}, {str(out)!r})'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               '--no_python', sys.executable, '-c', code]
-    with open(out / 'said', 'w') as said:
-        process = subprocess.Popen(command, cwd=HERE, stdout=said, stderr=said)
-    yield process, out
-    process.terminate()  # if it is there still
-    process.wait()
+    out, fork = tmp_path_factory.mktemp('ranks'), multiprocessing.get_context('fork')
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [fork.Process(target=several_ranks, args=(root, out, rank, port)) for rank in range(4)]
+    for rank in ranks:
+        rank.start()
+    yield ranks, out
+    for rank in ranks:
+        rank.kill()  # if it is there still
+        rank.join()
 
 
 @pytest.fixture(scope='session')
 def spawned(spawn):
     """The folder of the runs of `several_ranks`, when they are done."""
-    process, out = spawn
-    assert process.wait(300) == 0, (out / 'said').read_text()[-5000:]
+    ranks, out = spawn
+    for rank in ranks:
+        rank.join(300)
+        assert rank.exitcode == 0, (out / 'said').read_text()[-5000:]
     return out
 
 

@@ -1,6 +1,7 @@
 """
 What holds in this repository: `pytest test_lowrank.py`. Laws are checked in float64, on tiny shapes, against
-formulations of their own; the scripts run for real, on tiny data. SLOW=1 compiles for real.
+formulations of their own; the scripts run for real, on tiny data. SLOW=1 compiles for real, damages and
+kills more, and resumes every method of every script.
 """
 
 import contextlib
@@ -908,15 +909,15 @@ class Textbook:
         return {name: sum(W[name] for W in every) / len(every) for name in every[0]}
 
     def loss(self, weights, x, y):
-        """Of one row: the sum over its tokens, or of an image in [0, 255], as timm normalises it for this model."""
+        """Of one row: the sum over its tokens, or of an image in [0, 255], as timm normalises it."""
         image = x.dim() == 3
         x = (x.double() / 255 - 0.5).expand(3, -1, -1) / 0.5 if image else x
         logits = functional_call(self.plain, weights, (x[None],), tie_weights='lm_head.weight' not in weights)
         return F.cross_entropy(logits if image else logits[0], y[None] if image else y, reduction='sum')
 
     def gradients(self, worker, micro_batches):
-        """({name: (rows, m, n)}, losses (rows,)) of every row that a worker sees: their means are those of all its
-        targets, of which prompts have none."""
+        """({name: (rows, m, n)}, losses (rows,)) of every row that a worker sees: the means are those
+        of all its targets, of which prompts have none."""
         x, y = (torch.cat([part[worker::self.workers] for part in parts]) for parts in zip(*micro_batches))
         G, losses = vmap(grad_and_value(self.loss), (None, 0, 0))(self.full(worker), x, y)
         share = len(y) / (y >= 0).sum()
@@ -1769,7 +1770,8 @@ ONE_PROCESS = {
     'vit_probe': 'full --param_dtype=float32 --dtype=float16 --train=classifier'}
 RUNS |= MORE | REPLICAS | ONE_PROCESS
 # the three scripts share what saves and what ranks do: those that GPT stands for are run where SLOW=1
-ALIKE = {f'{script}_{name}' for script in ('llama', 'vit') for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira')}
+ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
+         for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean')}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte']  # and on four
@@ -2023,10 +2025,11 @@ def test_text_is_of_the_tokenizer_and_the_same_with_heads_applied_or_merged(root
 
 
 @pytest.mark.parametrize('words', [
-    'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp', 'llama galore --lowrank=mlp --basis_every=12',
-    'llama galolte --lowrank=mlp --basis_every=12', *['llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
+    'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
+    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
+    *['llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
-    """Torch gives up after eight graphs of one function, silently but for the time. SLOW: by the real compiler."""
+    """Torch gives up after eight graphs of one function, in silence. SLOW: by the real compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend
     script, name, *words = words.split()
     counter = CompileCounterWithBackend('inductor' if 'SLOW' in os.environ else 'aot_eager')
@@ -2155,14 +2158,16 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('vit', '--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"),
             ('vit', '--dataset=bloodmnist', 'prepare.py'), ('vit', '--n_head=3', 'num_heads', 'n_embd'),
             ('vit', '--init_from=nowhere.pt', 'nowhere.pt'),
-            ('vit', f'--init_from={nan}', 'norm.bias is not finite', 'nan.safetensors'), ('vit', '--max_iters=9', 'already holds a run'),
+            ('vit', f'--init_from={nan}', 'norm.bias is not finite', 'nan.safetensors'),
+            ('vit', '--max_iters=9', 'already holds a run'),
             ('vit', f'{resume} --augment=flip', "augment='flip,crop'"),
             ('vit', f'{resume} --dataset=digits', "dataset='xrays'", "'digits'")]:
         fresh = resume not in words and 'already holds a run' not in needles
         words = words.split() + ['--overwrite=True'] * fresh
         refused(capsys, lambda: train(script, root, held[script], *words), *needles)
-    for script, weights, needle in (('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
-                                    ('gpt', tmp_path / 'gpt2', 'transformer.x')):
+    for script, weights, needle in (
+            ('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
+            ('gpt', tmp_path / 'gpt2', 'transformer.x')):
         words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
@@ -2587,7 +2592,8 @@ def test_a_float16_run_counts_the_steps_it_skips_and_ends_if_it_skips_them_all(r
             meter.add(*train_gpt.train_step(run, step, lambda micro_step: data.batch(8, step)))
             if step in (3, 39):
                 meter.line(step + 1, 0.1)
-    assert [(line['step'], line['skipped_steps'], line['loss_scale']) for line in records(tmp_path)] == [(4, 4, 4096)]
+    (line,) = records(tmp_path)
+    assert (line['step'], line['skipped_steps'], line['loss_scale']) == (4, 4, 4096)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -2596,7 +2602,8 @@ def test_auto_begins_or_goes_on_and_names_what_changed(root, tmp_path, capsys, s
     assert 'resumed' not in capsys.readouterr().out
     end = train(script, root, tmp_path, '--init_from=auto', '--max_iters=8', '--beta1=0.8')
     assert end['step'] == 8 and end['data'] == built(script, root, tmp_path)[1].fingerprint
-    assert 'resumed with other settings than before: max_iters 4 -> 8, beta1 0.9 -> 0.8\n' in capsys.readouterr().out
+    said = 'resumed with other settings than before: max_iters 4 -> 8, beta1 0.9 -> 0.8\n'
+    assert said in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_data_it_began_with(root, tmp_path, capsys):
@@ -2664,7 +2671,8 @@ def test_rounding_is_right_on_average_and_independent_from_place_to_place_and_ti
     assert error.abs().max() < 5 and abs(error.mean()) < 0.1 and 0.9 < error.std() < 1.1
     assert (rounded(x, 5) - low).abs().max() <= 2.0**-7 * x.abs().max()
     noise = (ups - share) / (share * (1 - share)).sqrt()  # of mean zero and variance one
-    for other in (noise.roll(1, 0), noise.roll(1, 1), noise.roll(50, 1), noise.roll((1, 1), (0, 1)), noise.flip(1)):
+    rolled = [noise.roll(*by) for by in ((1, 0), (1, 1), (50, 1), ((1, 1), (0, 1)))]
+    for other in (*rolled, noise.flip(1)):
         assert abs((noise * other).mean()) < 5 / math.sqrt(noise.numel())
 
 
@@ -2705,7 +2713,8 @@ def test_small_steps_on_bfloat16_add_up(kind):
             trained, grad = net.trained, net.trained.grad
         else:
             group = {'full': {}, 'drop-in': group, 'fira': dict(group, rule='fira')}[kind]
-            optimizer = galore.GaLoreAdamW([dict(params=[linear.weight], **group)], lr=2e-5 if group else 5e-6)
+            group['params'] = [linear.weight]
+            optimizer = galore.GaLoreAdamW([group], lr=5e-6 if kind == 'full' else 2e-5)
             trained, grad = linear.weight, G.to(dtype)
         for _ in range(500):
             trained.grad = grad.clone()
@@ -2857,7 +2866,8 @@ def test_a_name_of_the_hub_is_looked_up_where_its_client_keeps_it(tmp_path, monk
             loaded(name)
         full = {'gpt2': 'openai-community/gpt2'}.get(name, name)
         repository = tmp_path / 'cache' / f"models--{full.replace('/', '--')}"
-        shutil.copytree(f'{GOLDEN}/{golden}', repository / 'snapshots' / 'abc')  # as the hub's client keeps it
+        # as the hub's client keeps it
+        shutil.copytree(f'{GOLDEN}/{golden}', repository / 'snapshots' / 'abc')
         (repository / 'refs').mkdir()
         (repository / 'refs' / 'main').write_text('abc')
         assert loaded(name)[0].config == loaded(f'{GOLDEN}/{golden}')[0].config
@@ -2898,8 +2908,8 @@ def documents(tokens, end):
 
 
 @pytest.mark.parametrize('base, name, words', [
-    ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'lte', ['--merge_every=2']), ('llama', 'galore', []),
-    ('qwen2', 'lora', ['--lowrank=attn']), ('llama', 'mhlora', ['--lowrank=attn,logit'])])
+    ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'galore', []),
+    ('llama', 'lte', ['--merge_every=2']), ('qwen2', 'lora', ['--lowrank=attn']), ('llama', 'mhlora', ['--lowrank=attn,logit'])])
 def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
     script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
@@ -2986,7 +2996,8 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
             'no export.json')
     begun = runs('gpt_full', 4)  # a run's folder has a config.json too
-    refused(capsys, lambda: start(export, [*words[:2], f'--to={begun}', '--overwrite=True']), 'no export.json')
+    refused(capsys, lambda: start(export, [*words[:2], f'--to={begun}', '--overwrite=True']),
+            'no export.json')
     assert (begun / 'ckpt.pt').exists()
     refused(capsys, lambda: start(export, words[:2]), '--to')
     with monkeypatch.context() as broken:
@@ -3002,7 +3013,8 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
     out = runs('vit_lte', 4)
     start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/vit', '--dtype=float32'])
     theirs = timm.create_model(f'local-dir:{tmp_path}/vit').eval()
-    timm.models.load_checkpoint(theirs, f'{tmp_path}/vit/model.safetensors')  # as pretrained=True of newer ones does
+    # as pretrained=True of newer ones does
+    timm.models.load_checkpoint(theirs, f'{tmp_path}/vit/model.safetensors')
     state = saved(out)
     ours = train_vit.create(state['model_config'], len(state['classes'])).double()
     lowrank.put_layers(ours, state['settings'])
@@ -3028,7 +3040,7 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
         folder = tmp_path / 'mine' / 'ab'[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f'{i}.png')
-    words = ['images', '--input', str(tmp_path / 'mine'), '--size', '12', '--data_dir', str(tmp_path / 'data')]
+    words = f'images --input {tmp_path}/mine --size 12 --data_dir {tmp_path}/data'.split()
     prepare.main(words)
     splits = [prepare.Images('images', split, tmp_path / 'data') for split in ('train', 'val', 'test')]
     assert splits[0].classes == ['a', 'b'] and [len(split) > 0 for split in splits] == [True] * 3
@@ -3132,7 +3144,7 @@ def test_no_code_of_a_data_set_runs(tmp_path):
     (hub / '3.0.0' / 'train-0.parquet').write_bytes(parquet(article=['a'], highlights=['b']))
     (hub / 'hub.py').write_text(f'import os\nos.mkdir({str(tmp_path / "ran")!r})')
     with pytest.raises(prepare.DataError, match='hub'):
-        prepare.main(['cnn_dailymail', '--path', str(hub), '--data_dir', str(tmp_path), '--tokenizer', 'bytes'])
+        prepare.main(f'cnn_dailymail --path {hub} --data_dir {tmp_path} --tokenizer bytes'.split())
     assert not (tmp_path / 'ran').exists()
 
 
@@ -3153,12 +3165,13 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(root, tmp_path, name):
     (script, which), rng = name.split('_', 1), np.random.default_rng(KILLED.index(name))
 
     def words(out):
-        return tiny(script, root, out, *method(which), '--max_iters=40', '--log_interval=1', '--init_from=auto')
+        more = '--max_iters=40', '--log_interval=1', '--init_from=auto'
+        return tiny(script, root, out, *method(which), *more)
     start(SCRIPTS[script], words(tmp_path / 'a'))
     command, kills = [sys.executable, f'{HERE}/train_{script}.py', *map(str, words(tmp_path / 'b'))], 0
     while kills < 5:
         ran, lines = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), int(rng.integers(2, 16))
-        if len([*itertools.islice(ran.stdout, lines)]) == lines:  # a checkpoint follows on the fifth, tenth, ...
+        if len([*itertools.islice(ran.stdout, lines)]) == lines:  # a checkpoint follows on every fifth
             time.sleep(rng.uniform(0, 0.02))
             ran.kill()
             kills += 1
@@ -3180,11 +3193,13 @@ def several_ranks(root, out, me, port):
     os.dup2(said, 1), os.dup2(said, 2)
     sys.stdout, sys.stderr = (open(i, 'w', buffering=1, closefd=False) for i in (1, 2))
     dist = torch.distributed
-    os.environ.update(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE='4', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ.update(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE='4')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     join, end = dist.init_process_group, dist.destroy_process_group
     join('gloo', f'file://{out}/store', rank=me, world_size=4)
-    dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)  # all runs share a group,
-    dist.destroy_process_group = lambda: dist.barrier()  # and rank 0's files are written when one ends
+    # all runs share a group, and rank 0's files are written when one ends
+    dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)
+    dist.destroy_process_group = lambda: dist.barrier()
     for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
         run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
     time.sleep(0.1)

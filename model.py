@@ -112,11 +112,11 @@ class LanguageModel(nn.Module):
 
 
 def need_types(shape):
-    """ValueError where a field of a configuration, as a file has it, is of another type than its annotation says."""
+    """ValueError where a field of a configuration, as a file has it, is not of the type that it is declared."""
     for name, kind in type(shape).__annotations__.items():
         value = getattr(shape, name)
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f'{name}={value!r} is of type {type(value).__name__}, but {kind.__name__} is needed')
+            raise ValueError(f'{name}={value!r} is {type(value).__name__}, but {kind.__name__} is needed')
 
 
 @dataclass

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, lowrank_layers, mean, named_layers, own_heads, place, round_, same,
-                     wide)
+from lowrank import (BLOCK_OF_BITS, KINDS, first_here, local, lowrank_layers, mean, named_layers, own_heads,
+                     place, round_, rows_here, same, stepped, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -110,9 +110,9 @@ def project(G, P, Q):
     return P.mT @ (G @ Q) if G.shape[-2] <= G.shape[-1] else (G.mT @ P).mT @ Q  # the smaller intermediate
 
 
-def add_back_(W, U, P, Q, alpha, beta=1.0, key=0):
+def add_back_(W, U, P, Q, alpha, beta=1.0, key=0, first=0):
     """W <- beta W + alpha P U Q^T, the product accumulated straight into W. In bfloat16 it exists for some
-    rows at a time, and the sum is rounded at random (`lowrank.round_`, key)."""
+    rows at a time, and the sum is rounded at random (`lowrank.round_`: key, first)."""
     if P is not None and Q is not None:
         P, U, Q = (P @ U, Q.mT, None) if W.shape[0] <= W.shape[1] else (P, U @ Q.mT, None)
     X, Y = (U, Q.mT) if P is None else (P, U)
@@ -120,7 +120,8 @@ def add_back_(W, U, P, Q, alpha, beta=1.0, key=0):
         rows = max(BLOCK_OF_BITS // W.shape[1], 1)
         for i in range(0, len(W), rows):
             part = W[i:i + rows]
-            round_(part, (X[i:i + rows] @ Y).float().mul_(alpha).add_(part, alpha=beta), key, i * W.shape[1])
+            round_(part, (X[i:i + rows] @ Y).float().mul_(alpha).add_(part, alpha=beta), key,
+                   first + i * W.shape[1])
     elif W.device.type == 'cpu' and W.dtype.itemsize >= 4 and W.stride(0) * W.element_size() % 64:
         # MKL adds to rows that are not aligned slowly: columns by way of a buffer are 1.3 times faster
         for w, y in zip(W.split(1024, 1), Y.split(1024, 1)):
@@ -181,10 +182,11 @@ def decode(code, top, levels, power):
     return part.mul_(top[:, None]).flatten()[:len(code)]
 
 
-def new_moments(state, like, bits):
-    """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8 (below 16 blocks 32)."""
+def new_moments(state, like, bits, whole=None):
+    """Moments of zero for numbers like `like`, a shard of `whole`, or all of them. bits: None (its dtype), 32,
+    16, or 8 (of a whole below 16 blocks 32)."""
     for key, (_, _, dtype) in EIGHT_BITS.items():
-        if bits == 8 and like.numel() >= 16 * BLOCK:
+        if bits == 8 and (like if whole is None else whole).numel() >= 16 * BLOCK:
             state[key] = torch.zeros(like.shape, dtype=dtype, device=like.device)
             state[key + '_top'] = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
         else:
@@ -202,15 +204,15 @@ def read_moments(state, numbers=EVERY):
             for key, (levels, power, _) in EIGHT_BITS.items()]
 
 
-def write_moments(state, moments, key, numbers=EVERY):
-    """Writes what `read_moments` reads; bfloat16 is rounded at random (`lowrank.round_`, key)."""
+def write_moments(state, moments, key, numbers=EVERY, first=0):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`lowrank.round_`: key, first)."""
     blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         x = x.flatten()
         if 'exp_avg_top' in state:
             state[name].view(-1)[numbers], state[name + '_top'][blocks] = encode(x, state['step'], *kind)
         else:
-            round_(state[name].view(-1)[numbers], x, hash((key, name == 'exp_avg')), numbers.start)
+            round_(state[name].view(-1)[numbers], x, hash((key, name == 'exp_avg')), first + numbers.start)
 
 
 def is_fused(p, state):
@@ -218,7 +220,7 @@ def is_fused(p, state):
     return 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16
 
 
-def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
+def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=0):
     """
     p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts grad already, take it in.
 
@@ -249,8 +251,8 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0):
         dtype = torch.promote_types(p.dtype, moments[0].dtype)
         part, g, *moments = (x.to(dtype) for x in (flat[where], flat_grad[where], *moments))
         fused_adam_([part], [g], *([x] for x in moments), age, lr, betas, eps, decay)
-        round_(flat[where], part, key, i)
-        write_moments(state, moments, key, where)
+        round_(flat[where], part, key, first + i)
+        write_moments(state, moments, key, where, first)
     return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
 
 
@@ -408,21 +410,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """torch.optim.AdamW: eps after the bias correction, decay before the update."""
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
         fused = {}  # dtype and age: fused kernels take lists of one dtype
-        for p in params:
-            state = self.state[p]
+        for whole in params:
+            state, p, grad = self.state[whole], local(whole), local(whole.grad)
             if not state:
-                new_moments(state, p, group['state_bits'])
+                new_moments(state, p, group['state_bits'], whole)
                 state['step'] = 0
             state['step'] += 1
             age, root = math.inf, 1.0
             if group['correct_bias']:
                 age, root = state['step'], math.sqrt(1 - betas[1] ** state['step'])
             if is_fused(p, state):
-                tensors = p, p.grad, state['exp_avg'], state['exp_avg_sq']
+                tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
                 fused.setdefault((p.dtype, age), []).append(tensors)
             else:
-                step_(p, p.grad, state, lr, 1 - lr * decay, betas, eps * root, group['correct_bias'],
-                      self._seed(p, state['step'], 0))
+                step_(p, grad, state, lr, 1 - lr * decay, betas, eps * root, group['correct_bias'],
+                      self._seed(whole, state['step'], 0), first_here(whole))
         for (_, age), tensors in fused.items():
             fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
 
@@ -506,11 +508,12 @@ class LowRankAdamW(GaLoreAdamW):
             if basis_every % layer.merge_every:
                 raise ValueError(f'{basis_every=} is no multiple of merge_every={layer.merge_every}: bases '
                                  'are taken at merges, set one')
-            self.layers[layer.trained] = layer
-            self.turns[layer.trained] = blocks.index(block_of[name]), len(blocks)
+            self.layers[layer.stepped] = layer
+            self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
         self.basis, self.basis_every, self.waiting = basis, basis_every, set()
-        inside = [(name, p) for name, p in model.named_parameters() if p in self.layers]
-        groups = param_groups(model, weight_decay, state_bits=state_bits, leave=self.layers)
+        inside = [(name, p) for p, name in stepped(model).items() if p in self.layers]
+        groups = param_groups(model, weight_decay, state_bits=state_bits,
+                              leave={layer.trained for layer in self.layers.values()})
         if inside:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
             groups.append({'params': [p for _, p in inside], 'param_names': [name for name, _ in inside],
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'basis': True,
@@ -531,7 +534,7 @@ class LowRankAdamW(GaLoreAdamW):
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
             if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own heads drift apart
                 M, V = read_moments(state)
-                M = M.view(p.shape)
+                M = M.view(local(p).shape)
                 M.copy_(mean(M.mean(0), layer.workers))
                 write_moments(state, (M, V), self._seed(p, state['step'], 1))
                 self.may_leave = False
@@ -542,7 +545,7 @@ class LowRankAdamW(GaLoreAdamW):
                         layer.whole.register_post_accumulate_grad_hook(lambda _, p=p: self._complete(p))
             elif not state['bases'] or self.basis == 'random' and left == 0:
                 self._set_basis(p, orthonormal(
-                    gaussian(*layer.basis.shape, layer.weight, self._seed(p, state['bases']))))
+                    gaussian(*layer.basis.shape, layer.basis, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
                 Y = mean(layer.sketch.grad)
                 ok = Y.isfinite().all() & Y.any()
@@ -561,9 +564,10 @@ class LowRankAdamW(GaLoreAdamW):
         self.may_leave = False
         new = same(new.contiguous())  # to the last bit, as merges leave it out: devices may round differently
         if 'exp_avg' in state:
-            M, V = (x.view(p.shape) for x in read_moments(state))
+            M, V = (x.view(local(p).shape) for x in read_moments(state))
             C = new.to(M.dtype).mT @ layer.basis.to(M.dtype)
-            write_moments(state, turn_moments(M, V, C, layer.left), self._seed(p, state['step'], 2))
+            M, V = turn_moments(M, V, C, layer.left and layer.mine is None)
+            write_moments(state, (M, V), self._seed(p, state['step'], 2))
         layer.basis.copy_(new)
         state['bases'] += 1
 
@@ -585,7 +589,8 @@ class LowRankAdamW(GaLoreAdamW):
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
-        p.grad = project(G, *on_its_side(layer.basis, layer.left)).contiguous()
+        R = project(G, *on_its_side(layer.basis, layer.left)).contiguous()
+        p.grad = R if layer.mine is None else layer.sharded(layer.rows_of(R))
 
     @torch.no_grad()
     def take_bases(self):
@@ -610,23 +615,29 @@ class LowRankAdamW(GaLoreAdamW):
         keep = 1.0 - group['lr'] * group['weight_decay']
         for p in params:
             layer, state = self.layers[p], self.state[p]
+            W, first = local(layer.weight), first_here(layer.weight)
             if not state.get('bases'):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward '
                                  'pass; where it was called, the first gradient is not finite')
             if 'exp_avg' not in state:
-                new_moments(state, p, group['state_bits'])
+                new_moments(state, local(p), group['state_bits'], p)
             state['step'] += 1
             alpha, key = group['lr'] * group['scale'] * keep, self._seed(p, state['step'], 0)
             how = group['betas'], group['eps'], group['correct_bias'], key
             if layer.zero:
-                U = step_(p.grad, p.grad, state, 1.0, 0.0, *how)
-                add_back_(layer.weight, U[0], *on_its_side(layer.basis, layer.left), alpha, keep, key + 1)
+                U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
+                P, Q = on_its_side(layer.basis, layer.left)
+                if layer.mine is None:
+                    U = U[0]
+                elif layer.left:
+                    U, P = layer.all_of(U)[0], P[rows_here(layer.weight)]
+                add_back_(W, U, P, Q, alpha, keep, key + 1, first)
             else:
-                if keep != 1 and layer.weight.dtype == torch.bfloat16:
-                    round_(layer.weight, layer.weight.float() * keep, key + 1)
+                if keep != 1 and W.dtype == torch.bfloat16:
+                    round_(W, W.float() * keep, key + 1, first)
                 elif keep != 1:
-                    layer.weight.mul_(keep)
-                step_(p, p.grad, state, alpha, keep, *how)
+                    W.mul_(keep)
+                step_(local(p), local(p.grad), state, alpha, keep, *how, first_here(p))
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""

@@ -264,6 +264,7 @@ class MHLoRALinear(nn.Module):
         self.left = m < n  # a basis is on W's smaller side; of a square matrix on the right, as in GaLore
         self.zero = None  # the name of the factor that is always zero
         self.whole = self.sketch = None  # leaves, see LowRankProduct; galore.py asks for them
+        self.mine = None  # another one, see `shard`
         self.evaluating = False
         shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
         if factors == 'basis':
@@ -323,12 +324,14 @@ class MHLoRALinear(nn.Module):
     @torch.no_grad()
     def reset_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that the heads add nothing."""
+        A = local(self.A)
+        here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]
         for head in range(self.heads):  # every rank draws all: they are the same on any number of ranks
-            drawn = torch.empty(self.A.shape[1:], dtype=wide(self.A))  # QR needs it
+            drawn = torch.empty(A.shape[1:], dtype=wide(A))  # QR needs it
             nn.init.orthogonal_(drawn, gain=math.sqrt(self.in_features / self.rank), generator=generator)
-            if head % self.workers == self.worker:
-                self.A[head // self.workers].copy_(drawn)
-        self.B.zero_()
+            if head in here:
+                A[here.index(head)].copy_(drawn)
+        local(self.B).zero_()
 
     @property
     def trained(self):
@@ -339,6 +342,43 @@ class MHLoRALinear(nn.Module):
         """{name: tensor} of what each head has of its own: A and B, and their values at the last merge."""
         named = {name: getattr(self, name, None) for name in ('A', 'B', 'A_merged', 'B_merged')}
         return {name: x for name, x in named.items() if x is not None}
+
+    @property
+    def stepped(self):
+        """The leaf whose .grad an optimizer takes: the trained factor, or of a sharded layer `mine`."""
+        return self.trained if self.mine is None else self.mine
+
+    def shard(self):
+        """To be called when FSDP2 has sharded W. From now on a backward pass adds this rank's rows of the mean
+        projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those that it holds of W."""
+        with self._without_zero():
+            pass  # the weight may be on another device now
+        long, self.mesh = max(self.trained.shape[1:]), self.weight.device_mesh
+        rows = rows_here(range(long), dist.get_world_size())
+        zeros = self.zeros.view((rows.stop - rows.start, self.rank), self.basis)
+        self.mine = shard_of(zeros, (long, self.rank), self.mesh).requires_grad_()
+        self.trained.register_post_accumulate_grad_hook(self._scatter)
+
+    def sharded(self, rows):
+        """The DTensor like mine of which this rank holds `rows`."""
+        return shard_of(rows, self.mine.shape, self.mesh)
+
+    def rows_of(self, R):
+        """This rank's rows (rows, r) of R (1, r, n) or (1, m, r), or of a moment of it."""
+        return (R[0].mT if self.left else R[0])[rows_here(self.mine)].contiguous()
+
+    def all_of(self, rows):
+        """R (1, r, n) or (1, m, r), of which each rank holds `rows` (rows, r)."""
+        R = whole_of(rows, len(self.mine))
+        return (R.mT.contiguous() if self.left else R)[None]
+
+    def _scatter(self, factor):
+        rows = mean_slice(factor.grad[0].mT if self.left else factor.grad[0])
+        if self.mine.grad is None:
+            self.mine.grad = self.sharded(rows)
+        else:
+            local(self.mine.grad).add_(rows)
+        factor.grad = None
 
     def pairs(self):
         """A (heads, r, n), B (heads, m, r) of this rank's heads; 2 r instead of r where what merges put into
@@ -379,14 +419,14 @@ class MHLoRALinear(nn.Module):
         """From now on (False: no longer) backward passes leave the gradient of W from each head in whole.grad
         (heads, m, n)."""
         shape = len(self.trained), *self.weight.shape
-        self.whole = self.weight.new_zeros(()).expand(shape).requires_grad_() if wanted else None
+        self.whole = local(self.weight).new_zeros(()).expand(shape).requires_grad_() if wanted else None
 
     def ask_sketch(self, wanted=True):
         """From now on (False: no longer) backward passes add up the `second_moment` of gradients in
         sketch.grad (m, r), or (n, r)."""
         self.sketch = None
         if wanted:
-            zero = self.weight.new_zeros((), dtype=wide(self.weight))
+            zero = self.basis.new_zeros((), dtype=wide(self.basis))
             self.sketch = zero.expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
@@ -420,31 +460,32 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self):
-        """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider.
-        Every rank takes part, and gets the same bits."""
-        dtype = wide(self.weight)
-        weight = self.weight.to(dtype)
+        """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider;
+        of a sharded W this rank's rows. Every rank takes part, and gets the same bits."""
+        dtype, rows = wide(self.weight), rows_here(self.weight)
+        weight = local(self.weight).to(dtype)
         if self.zero:
             return weight
         if self.factors == 'basis':
-            factor, basis = mean(self.trained.to(dtype).mean(0), self.workers), self.basis.to(dtype)
-            return torch.addmm(weight, basis, factor) if self.left else torch.addmm(weight, factor, basis.mT)
+            factor, basis = mean(whole(self.trained).to(dtype).mean(0), self.workers), self.basis.to(dtype)
+            B, A = (basis, factor) if self.left else (factor, basis.mT)
+            return torch.addmm(weight, B[rows], A)
         if self.sends_products:
             A, B = side_by_side(*self.pairs())
-            product = mean(B.to(dtype) @ A.to(dtype), self.workers)  # of the heads of one rank
+            product = mean(B.to(dtype) @ A.to(dtype), self.workers)[rows]  # of the heads of one rank
             return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
         with self.averaged():
-            A, B = side_by_side(*self.pairs())
-            return torch.addmm(weight, B.to(dtype), A.to(dtype), alpha=self.scale / self.heads)
+            A, B = side_by_side(*map(whole, self.pairs()))
+            return torch.addmm(weight, B[rows].to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
     def merge(self, generator, key):
         """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B."""
         if self.zero:
             return
-        round_(self.weight, self.merged_weight(), key)
+        round_(local(self.weight), self.merged_weight(), key, first_here(self.weight))
         if self.factors == 'basis':
-            self.trained.zero_()
+            local(self.trained).zero_()
         elif self.reset:
             self.reset_heads(generator)
         else:
@@ -483,6 +524,30 @@ def gather(x):
     gathered = x.new_empty(ranks, *x.shape)
     dist.all_gather(list(gathered), x)
     return gathered
+
+
+def mean_slice(x):
+    """This rank's rows (see `rows_here`) of the average of x (rows, ...) over ranks."""
+    ranks, size = dist.get_world_size(), -(-len(x) // dist.get_world_size())
+    padded = F.pad(x, (0, 0, 0, size * ranks - len(x))).contiguous()
+    traffic['bytes'] += padded.numel() * padded.element_size()
+    part = padded.new_empty(size, *padded.shape[1:])
+    dist.reduce_scatter_tensor(part, padded)
+    here = rows_here(x, ranks)
+    return part[:here.stop - here.start].div_(ranks)
+
+
+def whole_of(part, rows):
+    """The tensor (rows, ...) of which each rank holds `part`, its rows."""
+    size = -(-rows // dist.get_world_size())
+    padded = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+    return gather(padded).flatten(0, 1)[:rows]
+
+
+def parts_of(x):
+    """The tensors x (numbers,) of all ranks, which may have other lengths."""
+    lengths = gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
+    return [part[:length] for part, length in zip(gather(F.pad(x, (0, max(lengths) - len(x)))), lengths)]
 
 
 def same(x):
@@ -531,6 +596,73 @@ def averaged_copy(p):
 
 
 # -----------------------------------------------------------------------------
+# shards: FSDP2 cuts parameters into rows, an equal number for each rank, the last ones fewer
+
+
+def is_sharded(x):
+    """Whether a tensor is a DTensor, as `shard` makes them; torch's module of them takes 0.7 s to import."""
+    return hasattr(x, 'to_local')
+
+
+def local(x):
+    """This rank's rows of a sharded tensor; any other as it is."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def whole(x):
+    """All rows of a sharded tensor; any other as it is. Every rank takes part."""
+    return whole_of(x.to_local(), len(x)) if is_sharded(x) else x
+
+
+def rows_here(x, ranks=None):
+    """The slice of the rows of x that this rank holds, if x is sharded, or is to be over `ranks`; else all."""
+    ranks = x.device_mesh.size() if is_sharded(x) else ranks
+    if ranks is None:
+        return slice(None)
+    size = -(-len(x) // ranks)
+    return slice(min(dist.get_rank() * size, len(x)), min((dist.get_rank() + 1) * size, len(x)))
+
+
+def first_here(x):
+    """The place of this rank's first element in the whole tensor, see `round_`."""
+    return (rows_here(x).start or 0) * x.shape[1:].numel()
+
+
+def shard_of(rows, shape, mesh):
+    """The DTensor of that shape of which this rank holds `rows`."""
+    from torch.distributed.tensor import DTensor, Shard
+    shape = torch.Size(shape)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape,
+                              stride=torch.empty(shape, device='meta').stride())
+
+
+def shard(model, device):
+    """
+    Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from the
+    CPU to this rank's device; parameters of a block are there in whole while it computes. To be called before
+    an optimizer is built. Alone it only moves the model.
+
+    W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
+    each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if place()[1] == 1:
+        model.to(device)
+        return
+    layers = lowrank_layers(model)
+    left_alone = own_heads(model) | {layer.trained for layer in layers if layer.zero}
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
+    for p in own_heads(model):
+        p.data = p.data.to(device)
+    for layer in layers:
+        if layer.zero:
+            layer.shard()
+
+
+# -----------------------------------------------------------------------------
 # checkpoints over ranks
 
 
@@ -546,38 +678,59 @@ def gather_state(model, optimizer=None, replicas=None):
     sketches: {name of a layer that is at one: (ranks, ...), or None}.
     """
     replicas, heads = replicas or {}, own_heads(model)
+    slices = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
 
     def kept(x):  # on the device one tensor at a time
         return x.cpu() if place()[0] == 0 else None
 
-    def gathered(x, p):
-        """x of all ranks, where the parameter or buffer p is each one's own."""
+    def gathered(x, p, key=''):
+        """x of all ranks, where the parameter or buffer p is each one's own, or a shard."""
         if p in heads:
             return kept(in_global_order(gather(x)))
-        return kept(gather(x)) if p in averages else x
+        if p in averages:
+            return kept(gather(x))
+        if not is_sharded(p):
+            return x
+        if key.endswith('_top'):
+            return [kept(part) for part in parts_of(x)]  # of the blocks of each rank's shard
+        return kept(slices[p].all_of(x) if p in slices else whole_of(local(x), len(p)))
 
     averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
     state = model.state_dict()
     for name, p in model.state_dict(keep_vars=True).items():
         state[name] = averages[p] if p in averages else gathered(state[name], p)
-    whole = {'edition': EDITION, 'model': state}
+    found = {'edition': EDITION, 'model': state}
     if optimizer is not None:
-        names = {p: name for name, p in model.named_parameters()}
-        whole['optimizer'] = {names[p]: {key: gathered(x, p) if torch.is_tensor(x) and x.dim() else x
+        names = stepped(model)
+        found['optimizer'] = {names[p]: {key: gathered(x, p, key) if torch.is_tensor(x) and x.dim() else x
                                          for key, x in values.items()}
                               for p, values in optimizer.state.items()}
-        whole['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
-        whole['sketches'] = {name: None if layer.sketch.grad is None else kept(gather(layer.sketch.grad))
+        found['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
+        found['sketches'] = {name: None if layer.sketch.grad is None else kept(gather(layer.sketch.grad))
                              for name, layer in named_layers(model).items() if layer.sketch is not None}
-    return whole
+    return found
 
 
+def stepped(model):
+    """{what an optimizer steps on: its name}: parameters, but of sharded layers of GaLore their `mine`."""
+    names = {p: name for name, p in model.named_parameters()}
+    for layer in lowrank_layers(model):
+        if layer.mine is not None:
+            names[layer.mine] = names.pop(layer.trained)
+    return names
+
+
+@torch.no_grad()
 def load_weights(model, weights):
     """Loads the 'model' of `gather_state`, of split heads this rank's own, and returns {name: which slice}.
     RuntimeError: they are of another model."""
     parts = {f'{name}.{key}': slice(layer.worker, None, layer.workers)
              for name, layer in named_layers(model).items() if layer.workers > 1 for key in layer.of_heads()}
-    model.load_state_dict({name: x[parts[name]] if name in parts else x for name, x in weights.items()})
+    mine = {name: x[parts[name]] if name in parts else x for name, x in weights.items()}
+    for name, p in model.state_dict().items():
+        if is_sharded(p) and name in mine:
+            mine[name] = shard_of(mine[name][rows_here(p)], mine[name].shape, p.device_mesh)
+    model.load_state_dict(mine)
     return parts
 
 
@@ -592,15 +745,24 @@ def load_state(model, optimizer, checkpoint, replicas=None):
             raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own "
                              f'parameters, and here are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
-    named = dict(model.named_parameters())
+    named = {name: p for p, name in stepped(model).items()}
+    slices = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
     if lost := sorted(checkpoint['optimizer'].keys() - named.keys()):
         raise ValueError('the optimizer of the checkpoint is that of another model: it has a state of '
                          f'{lost[0]}')
     for name, state in checkpoint['optimizer'].items():
         p = named[name]
         for key, x in state.items():
-            if torch.is_tensor(x):
+            shards = len(x) if isinstance(x, list) else 1
+            if key.endswith('_top') and shards != (ranks if is_sharded(p) else 1):
+                raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as many '
+                                 'ranks as before, and with the same shard')
+            if isinstance(x, list):
+                x = x[rank].to(p.device, copy=True)
+            elif torch.is_tensor(x):
                 x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x
+                if x.dim():
+                    x = slices[p].rows_of(x) if p in slices else x[rows_here(p)]
                 x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
             optimizer.state[p][key] = x
     for name, sums in checkpoint['sketches'].items():
@@ -789,6 +951,8 @@ def merged_state_dict(model, replicas=None, dtype=None):
     for i, (name, module) in enumerate(model.named_modules(remove_duplicate=False)):
         if isinstance(module, MHLoRALinear):
             merged = module.merged_weight()
+            if is_sharded(module.weight):
+                merged = whole_of(merged, module.out_features)
             state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or module.weight.dtype)
             round_(state[f'{name}.weight'], merged, i)
             for key in (*module.of_heads(), 'basis'):
@@ -818,9 +982,11 @@ def clip_gradients(model, max_norm):
     heads = [factor for layer in lowrank_layers(model) if layer.split for factor in (layer.A, layer.B)
              if factor is not None and factor.grad is not None]
     own = set(heads)
-    rest = [p.grad for p in model.parameters() if p not in own and p.grad is not None]
+    rest = [local(p.grad) for p in stepped(model) if p not in own and p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=wide(grad)) for grad in rest]
     norms = torch.stack(norms or [torch.zeros(())]).norm()[None]
+    if any(map(is_sharded, model.parameters())):
+        norms = mean(norms.square()).mul_(dist.get_world_size()).sqrt()
     if heads:
         of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=wide(p.grad)) for p in heads]
         of_heads = torch.stack(of_heads).norm(dim=0)  # (heads,)
@@ -838,7 +1004,7 @@ def check_training(model, *optimizers):
     """ValueError for what would train wrongly in silence: a trainable parameter that no optimizer holds, or a
     factor always zero on which others than galore.LowRankAdamW have stepped. Waits for the device."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
-    lost = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+    lost = [name for p, name in stepped(model).items() if p.requires_grad and p not in held]
     if lost:
         more = f' and {len(lost) - 1} more' * (len(lost) > 1)
         raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the '
@@ -854,13 +1020,15 @@ def not_finite(model, optimizer=None):
     Every rank takes part. Waits for the device."""
     found = dict([*model.named_parameters(), *model.named_buffers()])
     if optimizer:
-        found |= {f'{key} of {name}': x for name, p in model.named_parameters()
+        found |= {f'{key} of {name}': x for p, name in stepped(model).items()
                   for key, x in optimizer.state.get(p, {}).items()}
         found |= {f'the sketch of {name}': layer.sketch.grad for name, layer in named_layers(model).items()
                   if layer.sketch is not None}
     found = {name: x for name, x in found.items()
              if torch.is_tensor(x) and x.is_floating_point() and x.numel()}
-    largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) for x in found.values()])
+    # a shard may be empty
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) if x.numel() else
+                           x.new_zeros((), dtype=torch.float64) for x in map(local, found.values())])
     bad = mean((~largest.isfinite()).to(torch.float32)).tolist()
     return next((name for name, share in zip(found, bad) if share), None)
 

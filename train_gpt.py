@@ -57,6 +57,7 @@ basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), '
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
 learning_rate = 6e-4
 max_iters = 10000  # steps
@@ -82,7 +83,7 @@ import torch
 import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
-from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers
+from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers, shard
 from model import GPT, GPTConfig, fill
 
 
@@ -107,12 +108,14 @@ def build(settings, where, vocabulary, checkpoint=None):
         model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
         if loaded is not None:
             fill(model, loaded, s.init_from)
-    model.to(where.device, getattr(torch, s.param_dtype))
+    model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
+    if s.shard:
+        shard(model, where.device)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

@@ -58,6 +58,7 @@ basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), '
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
 learning_rate = 1e-3
 max_iters = 10000  # steps
@@ -83,7 +84,7 @@ import torch
 import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
-from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers
+from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers, shard
 from model import SIZES, Llama, LlamaConfig, fill
 
 
@@ -112,7 +113,7 @@ def build(settings, where, vocabulary, checkpoint=None):
         with torch.device('meta'):
             model = Llama(replace(shape, checkpointing=s.checkpointing))
         # filled where and as it stays: 7B in bfloat16 never exist in float32
-        model.to(getattr(torch, s.param_dtype)).to_empty(device=where.device)
+        model.to(getattr(torch, s.param_dtype)).to_empty(device='cpu' if s.shard else where.device)
         if loaded is None:
             model.init_weights()
         else:
@@ -122,6 +123,8 @@ def build(settings, where, vocabulary, checkpoint=None):
                          f'vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
+    if s.shard:
+        shard(model, where.device)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

@@ -57,6 +57,7 @@ basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), '
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
 learning_rate = 1e-4
 epochs = 0  # passes over the training images; above 0 it sets max_iters
@@ -92,7 +93,7 @@ from medmnist.evaluator import getACC, getAUC
 import prepare
 from galore import make_optimizer
 from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, load_weights, merge,
-                     merged_state_dict, put_layers)
+                     merged_state_dict, put_layers, shard)
 
 # -----------------------------------------------------------------------------
 # model
@@ -275,7 +276,7 @@ def build(settings, where, classes, checkpoint=None):
             raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic images')
     shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
     mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
-    model.to(where.device, getattr(torch, s.param_dtype))
+    model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
@@ -283,6 +284,8 @@ def build(settings, where, classes, checkpoint=None):
              'classes': classes}
     if s.adapter and not checkpoint:
         config.load_adapter(model, s.adapter, about)
+    if s.shard:
+        shard(model, where.device)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std, about=about)

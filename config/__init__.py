@@ -291,6 +291,11 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
      'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '
      "grad_clip=0.0 (not {grad_clip}), sync='step' (not {sync!r}), and a dtype other than 'float16'"),
+    (lambda s: s.shard and (s.optimizer != 'adamw' or s.sync == 'merge' or s.per_layer),
+     'shard=True gives each rank a part of common weights, and frees a gradient as soon as it is there: set '
+     "optimizer='adamw' (not {optimizer!r}), sync='step' and per_layer=False"),
+    (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
+     "a GradScaler takes either shards or whole heads: set another dtype than 'float16', shard=False or split=False"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
 
 
@@ -400,7 +405,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     import torch
 
-    from lowrank import keep_out_of_ddp, load_state, not_finite, own_heads, replica_parameters, rows_of
+    from lowrank import (is_sharded, keep_out_of_ddp, load_state, local, not_finite, own_heads, replica_parameters,
+                         rows_of)
     s = SimpleNamespace(**settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
@@ -420,7 +426,10 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
-    if where.ranks > 1 and carried:
+    if any(map(is_sharded, model.parameters())):  # both passes gather what a rank holds; gradients are reduced
+        ddp_bytes = s.gradient_accumulation_steps * sum(2 * local(p).nbytes + p.requires_grad * p.nbytes
+                                                        for p in model.parameters() if is_sharded(p))
+    elif where.ranks > 1 and carried:
         keep_out_of_ddp(model, {*outside, *model.buffers()})  # buffers are equal, or own: none has to be sent
         device_ids = [torch.device(where.device).index] if where.device_type == 'cuda' else None
         # with the buckets as gradients there is no second copy of them
@@ -800,8 +809,8 @@ def refuse_non_finite(run, step, what):
 MAY_CHANGE = set("""
     out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
-    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer device dtype compile
-    wandb_log""".split())
+    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard device dtype
+    compile wandb_log""".split())
 
 
 def need_same(settings, checkpoint):

@@ -398,7 +398,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, fake):
         super().__init__()
-        self.fake, self.alive, self.now, self.resized = fake, {}, 0, dist.is_initialized()
+        self.fake, self.alive, self.now = fake, {}, 0
         self.start(nn.Module())
 
     def start(self, model):
@@ -419,13 +419,16 @@ class Watch(TorchDispatchMode):
             self.sent[into] += sum(x.nbytes for x in tree_leaves(args[gathers]))
             return out
         for x in tree_leaves(out):
-            # a DTensor is a shell around its shard
-            if torch.is_tensor(x) and not lowrank.is_sharded(x) and x.untyped_storage()._cdata not in self.alive:
+            if not torch.is_tensor(x) or lowrank.is_sharded(x):  # that is a shell around this rank's part
+                continue
+            if x.untyped_storage()._cdata not in self.alive:
                 storage = x.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 self.alive[key] = weakref.ref(storage, functools.partial(self.remove, key, size))
                 self.now += size
-        now = sum(x.nbytes() for ref in self.alive.values() if (x := ref()) is not None) if self.resized else self.now
+        now = self.now
+        if dist.is_initialized():  # FSDP frees storages by making them empty
+            now = sum(x.nbytes() for x in [ref() for ref in self.alive.values()] if x is not None)
         if now > self.peak:
             self.peak = now
             self.gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)

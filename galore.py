@@ -183,7 +183,7 @@ def decode(code, top, levels, power):
 
 
 def new_moments(state, like, bits, whole=None):
-    """Moments of zero for numbers like `like`, a shard of `whole`, or all of them. bits: None (its dtype), 32,
+    """Moments of zero for numbers like `like`, a shard of `whole`, or all of it. bits: None (its dtype), 32,
     16, or 8 (of a whole below 16 blocks 32)."""
     for key, (_, _, dtype) in EIGHT_BITS.items():
         if bits == 8 and (like if whole is None else whole).numel() >= 16 * BLOCK:

@@ -349,8 +349,8 @@ class MHLoRALinear(nn.Module):
         return self.trained if self.mine is None else self.mine
 
     def shard(self):
-        """To be called when FSDP2 has sharded W. From now on a backward pass adds this rank's rows of the mean
-        projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those that it holds of W."""
+        """To be called when FSDP2 has sharded W. From now on a backward pass adds this rank's rows of the
+        mean projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those it holds of W."""
         with self._without_zero():
             pass  # the weight may be on another device now
         long, self.mesh = max(self.trained.shape[1:]), self.weight.device_mesh
@@ -615,7 +615,7 @@ def whole(x):
 
 
 def rows_here(x, ranks=None):
-    """The slice of the rows of x that this rank holds, if x is sharded, or is to be over `ranks`; else all."""
+    """The slice of the rows of x that this rank holds, if x is sharded, or to be over `ranks`; else all."""
     ranks = x.device_mesh.size() if is_sharded(x) else ranks
     if ranks is None:
         return slice(None)
@@ -638,9 +638,9 @@ def shard_of(rows, shape, mesh):
 
 def shard(model, device):
     """
-    Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from the
-    CPU to this rank's device; parameters of a block are there in whole while it computes. To be called before
-    an optimizer is built. Alone it only moves the model.
+    Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from
+    the CPU to this rank's device; parameters of a block are there in whole while it computes. To be called
+    before an optimizer is built. Alone it only moves the model.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
     each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
@@ -1024,9 +1024,8 @@ def not_finite(model, optimizer=None):
                   for key, x in optimizer.state.get(p, {}).items()}
         found |= {f'the sketch of {name}': layer.sketch.grad for name, layer in named_layers(model).items()
                   if layer.sketch is not None}
-    found = {name: x for name, x in found.items()
-             if torch.is_tensor(x) and x.is_floating_point() and x.numel()}
-    # a shard may be empty
+    found = {name: x for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point()}
+    # of one rank a shard may be empty
     largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) if x.numel() else
                            x.new_zeros((), dtype=torch.float64) for x in map(local, found.values())])
     bad = mean((~largest.isfinite()).to(torch.float32)).tolist()

@@ -84,7 +84,8 @@ import torch
 import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
-from lowrank import averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers, shard
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers,
+                     shard)
 from model import SIZES, Llama, LlamaConfig, fill
 
 

@@ -295,7 +295,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      'shard=True gives each rank a part of common weights, and frees a gradient as soon as it is there: set '
      "optimizer='adamw' (not {optimizer!r}), sync='step' and per_layer=False"),
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
-     "a GradScaler takes either shards or whole heads: set another dtype than 'float16', shard=False or split=False"),
+     "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or shard=False"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))
 
 
@@ -405,8 +405,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     import torch
 
-    from lowrank import (is_sharded, keep_out_of_ddp, load_state, local, not_finite, own_heads, replica_parameters,
-                         rows_of)
+    from lowrank import (is_sharded, keep_out_of_ddp, load_state, local, not_finite, own_heads,
+                         replica_parameters, rows_of)
     s = SimpleNamespace(**settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
@@ -426,7 +426,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
-    if any(map(is_sharded, model.parameters())):  # both passes gather what a rank holds; gradients are reduced
+    if any(map(is_sharded, model.parameters())):  # both passes gather what ranks hold; gradients are reduced
         ddp_bytes = s.gradient_accumulation_steps * sum(2 * local(p).nbytes + p.requires_grad * p.nbytes
                                                         for p in model.parameters() if is_sharded(p))
     elif where.ranks > 1 and carried:

@@ -1746,6 +1746,10 @@ MORE = {  # methods with other settings
     'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
+SHARDED = {f'{name}_shard': f'{RUNS[name]} --shard=True' for name in (
+    *(f'gpt_{name}' for name in ('full', 'lora', 'relora', 'lte', 'galore', 'galolte')), 'llama_galore',
+    'vit_galore')} | {'llama_power_shard': 'galore --basis=power --shard=True --checkpointing=True'}
+MORE |= SHARDED
 ONE_PROCESS = {
     'gpt_dropout': 'full --dropout=0.1', 'gpt_autocast': 'mhlora --param_dtype=float32 --dtype=bfloat16',
     'gpt_float16': 'lte --param_dtype=float32 --dtype=float16 --lowrank=attn,logit',
@@ -1764,7 +1768,7 @@ ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean')}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
-FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte']  # and on four
+FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_galore_shard']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power']  # where two stop and go on, too
 
 

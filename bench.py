@@ -16,6 +16,7 @@ import functools
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -55,6 +56,7 @@ def chosen(argv):
     parser.add_argument('--only', default='', help='those whose words in the table hold this')
     parser.add_argument('--jobs', type=int, default=2, help='trainings side by side, each on one thread')
     parser.add_argument('--budget', default='12GiB', help='memory, with config files: that of the card')
+    parser.add_argument('--ranks', type=int, default=1, help='memory, with config files: how many cards')
     options, options.words = parser.parse_known_args(argv)
     if options.bench is None:
         parser.parse_args(['--help'])
@@ -73,6 +75,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -318,7 +321,7 @@ def lacking(name, cells, only):
 
 def table(first, *names, wide):
     """Prints the head of a table. Returns what prints a row of it: words, then numbers to the right."""
-    widths = [max(len(name) + 2, 16) for name in names]
+    widths = [max(len(name) + 2, 11) for name in names]
 
     def row(first, *values):
         forms = {int: '{:,}', float: '{:.3f}', type(None): ''}
@@ -392,17 +395,18 @@ def vocabulary(s):
 
 class Watch(TorchDispatchMode):
     """
-    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`; then
-    `gradients`), and bytes put into collectives (`sent`). What torch's MemTracker says, in half the time.
+    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`), and bytes
+    put into collectives (`sent`). What torch's MemTracker says, in half the time.
     """
 
     def __init__(self, fake):
         super().__init__()
         self.fake, self.alive, self.now = fake, {}, 0
-        self.start(nn.Module())
+        self.start()
 
-    def start(self, model):
-        self.model, self.peak, self.gradients, self.sent = model, self.now, 0, dict(averaged=0, gathered=0)
+    def start(self):
+        self.peak = 0
+        self.sent = dict(averaged=0, gathered=0, scattered=0)
 
     def remove(self, key, size, _):
         self.now -= size
@@ -414,9 +418,9 @@ class Watch(TorchDispatchMode):
         out = function(*args, **kwargs or {})
         self.fake.fake_tensor_converter.tensor_memo.clear()  # Module.to bears no weak references
         if function.namespace == 'c10d':
-            gathers = 'gather' in function.name()
-            into = 'gathered' if gathers else 'averaged'
-            self.sent[into] += sum(x.nbytes for x in tree_leaves(args[gathers]))
+            name = function.name()
+            how = 'scattered' if 'scatter' in name else 'gathered' if 'gather' in name else 'averaged'
+            self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how != 'averaged']))
             return out
         for x in tree_leaves(out):
             if not torch.is_tensor(x) or lowrank.is_sharded(x):  # that is a shell around this rank's part
@@ -429,9 +433,7 @@ class Watch(TorchDispatchMode):
         now = self.now
         if dist.is_initialized():  # FSDP frees storages by making them empty
             now = sum(x.nbytes() for x in [ref() for ref in self.alive.values()] if x is not None)
-        if now > self.peak:
-            self.peak = now
-            self.gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.peak = max(self.peak, now)
         return out
 
 
@@ -537,24 +539,60 @@ def speed(options):
     time_steps('speed', vit_cells(4), options, 1)
 
 
+@contextlib.contextmanager
+def fake_ranks(ranks):
+    """This process as the first of so many ranks, whose collectives do nothing; DDP, which wants real memory,
+    is left out."""
+    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
+    mesh = init_device_mesh('cpu', (ranks,))  # reads its numbers, and fake tensors have none
+    try:
+        alone = mock.patch('torch.nn.parallel.DistributedDataParallel',
+                           side_effect=lambda model, *_, **__: model)
+        with alone, mock.patch('torch.distributed.device_mesh.init_device_mesh', return_value=mesh):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
 # -----------------------------------------------------------------------------
 # memory
 
 
-def planned(settings):
-    """Peak bytes of two training steps by category, without computing anything; of two micro-steps where they
-    are more, as gradients are held from the second on. Sketches of blocks with a later turn are left out."""
-    with watched() as watch:
+def planned(settings, ranks=1):
+    """Peak bytes of two training steps on one of so many ranks by category, without computing anything, and
+    bytes that it puts into collectives for a micro-batch; steps of two micro-batches where they are more, as
+    gradients are held from the second on. Sketches of blocks with a later turn are left out."""
+    found = of_depth(functools.partial(peaks, ranks=ranks), settings)
+    total = max(found.pop('backward'), found.pop('step'))  # each is linear in the depth, and not the larger one
+    rest = total - found['weights'] - found['state'] - found['gradients']
+    return dict(found, activations=rest, total=total)
+
+
+def peaks(settings, ranks):
+    """See `planned`: bytes of weights, state, gradients, the peaks until the optimizer's step and in it, sent."""
+    with fake_ranks(ranks) if ranks > 1 else contextlib.nullcontext(), watched() as watch:
         s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
-        run, step = stepper(s, ranks=1)
-        watch.start(run.model)
-        step(), step()
+        run, step = stepper(s, ranks)
+        most = dict(backward=0, step=0, gradients=0)
+
+        def note(phase):
+            most[phase], watch.peak = max(most[phase], watch.peak), 0
+
+        def before_step(*_):
+            note('backward')
+            most['gradients'] = sum(lowrank.local(p.grad).nbytes for p in lowrank.stepped(run.model)
+                                    if p.grad is not None)
+        run.optimizer.register_step_pre_hook(before_step)
+        for _ in range(2):
+            watch.start()
+            step()
+            note('step')
         bases = [layer.basis for layer in lowrank.lowrank_layers(run.model) if layer.factors == 'basis']
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
-                for x in (*run.model.parameters(), *run.model.buffers())}
+                for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
-        return dict(weights=weights, state=state, gradients=watch.gradients,
-                    activations=watch.peak - weights - state - watch.gradients, total=watch.peak)
+        return dict(weights=weights, state=state, **most,
+                    sent=sum(watch.sent.values()) / s['gradient_accumulation_steps'])
 
 
 def of_depth(measure, settings, shallow=5):
@@ -578,10 +616,10 @@ def grown(settings):
 
 def memory(options):
     if options.words:
-        return plan(options.words, options.budget)
+        return plan(options.words, options.budget, options.ranks)
 
     def measure(about, settings):
-        found = {'rank': settings['rank'], **of_depth(planned, settings)}
+        found = {'rank': settings['rank'], **planned(settings)}
         if found['total'] < 12e9 or options.only:  # others take ten minutes or more
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 found['measured'] = pool.submit(grown, settings).result()
@@ -590,11 +628,12 @@ def memory(options):
                 'weights', 'state', 'gradients', 'activations', 'total', 'measured')
 
 
-def largest_batch(settings, free):
-    """(largest micro-batch that fits into so many bytes, or 0; `planned` at the smallest; bytes it takes)."""
+def largest_batch(settings, free, ranks):
+    """(largest micro-batch over all ranks that fits into so many bytes of each, or 0; `planned` at the
+    smallest; bytes it takes)."""
     def at(rows):
-        return of_depth(planned, {**settings, 'batch_size': rows})
-    parts = settings['heads'] if settings['split'] else 1  # such heads divide the batch
+        return planned({**settings, 'batch_size': rows}, ranks)
+    parts = math.lcm(settings['heads'] if settings['split'] else 1, ranks)  # such heads divide the batch
     one = at(parts)
     if one['total'] > free:
         return 0, one, one['total']
@@ -606,9 +645,10 @@ def largest_batch(settings, free):
     return fits, one, max(one['total'], low + (fits - rows) * slope)
 
 
-def plan(words, budget):
+def plan(words, budget, ranks=1):
     """
-    Which methods, dtypes and batch sizes of a run fit on a card; computes nothing, needs no GPU.
+    Which methods, dtypes and batch sizes of a run fit on a card, or on each of so many; computes nothing,
+    needs no GPU. With shard=True each holds its part; else what DDP itself sends and holds is left out.
 
     words: config files and --key=value, as for the scripts; budget: the card's memory, such as 12GiB. Files
     of config/methods are the methods to plan; without any it is all with which the run goes.
@@ -631,13 +671,13 @@ def plan(words, budget):
     known = sys.modules[script[0] if script else 'train_gpt'].defaults
     for path in methods:
         try:
-            with config.refusals():
+            with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
                 settings = config.load({}, known, [*words, path, '--learning_rate=1'])  # any will do
                 settings.update(device='cpu', dtype='bfloat16')
                 with watched():
                     whole = stepper({**settings, 'lowrank': '', 'optimizer': 'adamw'}, ranks=1)[0].model
                 settings['n_layer'] = len(whole.blocks)
-                found = {dtype: largest_batch({**settings, 'param_dtype': dtype}, free)
+                found = {dtype: largest_batch({**settings, 'param_dtype': dtype}, free, ranks)
                          for dtype in ('float32', 'bfloat16')}
         except SystemExit:
             if path == methods[0]:
@@ -645,13 +685,15 @@ def plan(words, budget):
             continue  # it has said why
         if path == methods[0]:
             what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
-            print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, {budget}: the "
-                  'largest micro-batch that fits one process,\nand GB with 1 GB left to CUDA itself and to '
-                  'what its allocator cannot reuse')
-            row = table('method', 'weights in', 'batch', 'all', 'weights', 'state', wide=16)
+            print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, "
+                  f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB being '
+                  'left to CUDA itself and to what its allocator cannot reuse;\nthen GB with the smallest, their '
+                  'parts, and what a card sends for it')
+            row = table('method', 'weights in', 'batch', 'all', 'smallest', 'weights', 'state', 'gradients',
+                        'the rest', 'sent', wide=16)
         for dtype, (fits, one, total) in found.items():
-            row(Path(path).stem, dtype, fits or 'none',
-                *(x / 1e9 for x in (total, one['weights'], one['state'])))
+            row(Path(path).stem, dtype, fits or 'none', *(x / 1e9 for x in (total, *(one[key] for key in (
+                'total', 'weights', 'state', 'gradients', 'activations', 'sent')))))
 
 
 # -----------------------------------------------------------------------------
@@ -661,18 +703,14 @@ def plan(words, budget):
 def sent(settings, workers, steps):
     """(bytes that one of so many workers puts into collectives in each step, {'averaged', 'gathered'}; those
     of its optimizer's state but for the moments of its own heads)."""
-    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=workers)
-    try:
-        with watched() as watch, mock.patch('torch.nn.parallel.DistributedDataParallel'):
-            run, step = stepper(settings, workers)
-            run.net = run.model  # DDP wants real memory; what it would average the run knows
-            counts = []
-            for _ in range(steps):
-                watch.start(run.model)
-                step()
-                counts.append(dict(watch.sent, averaged=watch.sent['averaged'] + run.ddp_bytes))
-    finally:
-        dist.destroy_process_group()
+    with fake_ranks(workers), watched() as watch:
+        run, step = stepper(settings, workers)
+        counts = []
+        for _ in range(steps):
+            watch.start()
+            step()
+            by_ddp = 0 if settings['shard'] else run.ddp_bytes
+            counts.append(dict(watch.sent, averaged=watch.sent['averaged'] + by_ddp))
     own = lowrank.own_heads(run.model)
     mine = [x for p in own for x in run.optimizer.state[p].values() if torch.is_tensor(x)]
     return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in mine)

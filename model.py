@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
 
 
 def need_types(shape):
-    """ValueError where a field of a configuration, as a file has it, is not of the type that it is declared."""
+    """ValueError where a field of a configuration, as a file has it, is not of the type it is said to be."""
     for name, kind in type(shape).__annotations__.items():
         value = getattr(shape, name)
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):

@@ -1,0 +1,13 @@
+# LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, weights, gradients and moments in shards.
+# torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_7b_4gpu.py config/methods/galore.py
+# Four GPUs of 12 GB: not yet run. Planned: 8.9 GB a card with 4 sequences each, 11.8 with 23; the host holds 54 GB at first
+out_dir = 'out/llama_7b_4gpu'
+dataset = 'c4'
+size = '7b'
+shard = True
+param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
+block_size, batch_size, gradient_accumulation_steps = 256, 64, 8
+max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
+rank = {'galore': 1024}
+state_bits = {'galore': 8, 'full': None}
+learning_rate = {'full': 5e-4, 'galore': 0.005}

@@ -395,8 +395,8 @@ def vocabulary(s):
 
 class Watch(TorchDispatchMode):
     """
-    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`), and bytes
-    put into collectives (`sent`). What torch's MemTracker says, in half the time.
+    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`), and
+    bytes put into collectives (`sent`). What torch's MemTracker says, in half the time.
     """
 
     def __init__(self, fake):
@@ -563,13 +563,14 @@ def planned(settings, ranks=1):
     bytes that it puts into collectives for a micro-batch; steps of two micro-batches where they are more, as
     gradients are held from the second on. Sketches of blocks with a later turn are left out."""
     found = of_depth(functools.partial(peaks, ranks=ranks), settings)
-    total = max(found.pop('backward'), found.pop('step'))  # each is linear in the depth, and not the larger one
+    # each of the two is linear in the depth, and the larger of them is not
+    total = max(found.pop('backward'), found.pop('step'))
     rest = total - found['weights'] - found['state'] - found['gradients']
     return dict(found, activations=rest, total=total)
 
 
 def peaks(settings, ranks):
-    """See `planned`: bytes of weights, state, gradients, the peaks until the optimizer's step and in it, sent."""
+    """See `planned`: bytes of weights, state, gradients; the peaks before and in the optimizer's step; sent."""
     with fake_ranks(ranks) if ranks > 1 else contextlib.nullcontext(), watched() as watch:
         s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
         run, step = stepper(s, ranks)
@@ -686,9 +687,9 @@ def plan(words, budget, ranks=1):
         if path == methods[0]:
             what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
             print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, "
-                  f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB being '
-                  'left to CUDA itself and to what its allocator cannot reuse;\nthen GB with the smallest, their '
-                  'parts, and what a card sends for it')
+                  f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB '
+                  'being left to CUDA itself and to what its allocator cannot reuse;\nthen GB with the smallest, '
+                  'their parts, and what a card sends for it')
             row = table('method', 'weights in', 'batch', 'all', 'smallest', 'weights', 'state', 'gradients',
                         'the rest', 'sent', wide=16)
         for dtype, (fits, one, total) in found.items():

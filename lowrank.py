@@ -636,25 +636,30 @@ def shard_of(rows, shape, mesh):
                               stride=torch.empty(shape, device='meta').stride())
 
 
-def shard(model, device):
+def shard(model, device, compute):
     """
     Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from
     the CPU to this rank's device; parameters of a block are there in whole while it computes. To be called
-    before an optimizer is built. Alone it only moves the model.
+    before an optimizer is built. Alone it only moves the model. compute: the dtype in which weights are
+    gathered; gradients are reduced in that of the weights.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
     each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     if place()[1] == 1:
         model.to(device)
         return
     layers = lowrank_layers(model)
     left_alone = own_heads(model) | {layer.trained for layer in layers if layer.zero}
+    # autocast alone would keep its copies of all gathered weights until the backward pass
+    own = next(model.parameters()).dtype
+    policy = MixedPrecisionPolicy(getattr(torch, compute), reduce_dtype=own, cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=left_alone,
+                    reshard_after_forward=True)
     for p in own_heads(model):
         p.data = p.data.to(device)
     for layer in layers:

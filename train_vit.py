@@ -285,7 +285,7 @@ def build(settings, where, classes, checkpoint=None):
     if s.adapter and not checkpoint:
         config.load_adapter(model, s.adapter, about)
     if s.shard:
-        shard(model, where.device)
+        shard(model, where.device, where.compute)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std, about=about)

@@ -427,8 +427,10 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
     if any(map(is_sharded, model.parameters())):  # both passes gather what ranks hold; gradients are reduced
-        parts = [(local(p).nbytes, p.requires_grad) for p in model.parameters() if is_sharded(p)]
-        ddp_bytes = s.gradient_accumulation_steps * sum((2 + where.ranks * trains) * x for x, trains in parts)
+        there, back = (getattr(torch, dtype).itemsize for dtype in (where.compute, s.param_dtype))
+        ddp_bytes = s.gradient_accumulation_steps * sum(
+            local(p).numel() * (2 * there + where.ranks * back * p.requires_grad)
+            for p in model.parameters() if is_sharded(p))
     elif where.ranks > 1 and carried:
         keep_out_of_ddp(model, {*outside, *model.buffers()})  # buffers are equal, or own: none has to be sent
         device_ids = [torch.device(where.device).index] if where.device_type == 'cuda' else None

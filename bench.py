@@ -570,7 +570,7 @@ def planned(settings, ranks=1):
 
 
 def peaks(settings, ranks):
-    """See `planned`: bytes of weights, state, gradients; the peaks before and in the optimizer's step; sent."""
+    """See `planned`: bytes of weights, state, gradients, the peaks before and in an optimizer step, sent."""
     with fake_ranks(ranks) if ranks > 1 else contextlib.nullcontext(), watched() as watch:
         s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
         run, step = stepper(s, ranks)
@@ -657,6 +657,8 @@ def plan(words, budget, ranks=1):
     size = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
     if not size:
         config.fail(f'--budget={budget} is no number with a unit: write --budget=12GiB or --budget=12GB')
+    if ranks > 1 and torch.__version__ < (2, 13):
+        config.fail(f'--ranks wants the fake tensors of torch 2.13, and this is {torch.__version__}')
     # CUDA itself, and what its allocator cannot reuse, want about 1 GB
     free = float(size[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[size[2]] - 10**9
     methods = [word for word in words if Path(word).resolve().parent.name == 'methods']
@@ -688,8 +690,8 @@ def plan(words, budget, ranks=1):
             what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
             print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, "
                   f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB '
-                  'being left to CUDA itself and to what its allocator cannot reuse;\nthen GB with the smallest, '
-                  'their parts, and what a card sends for it')
+                  'left to CUDA itself and what its allocator cannot reuse;\nthen GB with the smallest, '
+                  'its parts, and what a card sends for it')
             row = table('method', 'weights in', 'batch', 'all', 'smallest', 'weights', 'state', 'gradients',
                         'the rest', 'sent', wide=16)
         for dtype, (fits, one, total) in found.items():

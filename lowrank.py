@@ -532,7 +532,8 @@ def mean_slice(x):
     padded = F.pad(x, (0, 0, 0, size * ranks - len(x))).contiguous()
     traffic['bytes'] += padded.numel() * padded.element_size()
     part = padded.new_empty(size, *padded.shape[1:])
-    dist.reduce_scatter_tensor(part, padded)
+    # its name from torch 2.13 on, and before
+    getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)(part, padded)
     here = rows_here(x, ranks)
     return part[:here.stop - here.start].div_(ranks)
 

@@ -2467,9 +2467,10 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
     for script, more in ((train_llama, dict(n_mlp=48, vocab_size=64, block_size=16)),
                          (train_vit, dict(img_size=32, patch_size=16))):
         said = bench.planned({**script.defaults, **shape, **more, 'batch_size': 4})
-        part = bench.planned({**script.defaults, **shape, **more, 'batch_size': 4, 'shard': True}, ranks=2)
-        for key in ('weights', 'state'):
-            assert 0.4 < part[key] / said[key] < 0.6, key
+        if torch.__version__ >= (2, 13):  # whose fake tensors know collectives
+            settings = {**script.defaults, **shape, **more, 'batch_size': 4, 'shard': True}
+            part = bench.planned(settings, ranks=2)
+            assert all(0.4 < part[key] / said[key] < 0.6 for key in ('weights', 'state'))
         assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; buffers have none
         # the peak is in the optimizer's step, or not much more
         assert 4 * said['weights'] - 16384 < said['total'] < 9 * said['weights']
@@ -3366,9 +3367,8 @@ def test_no_byte_is_sent_in_silence(spawned):
     words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
     assert len(start(sample, words)[0]) == 4
     # what torch's collectives get is what the log tells; older fake tensors know no collectives
-    names = ['gpt_lte', 'gpt_replicas', 'gpt_local_adamw', 'gpt_galolte', *IN_SHARDS]
-    names.remove('vit_galore_shard')  # the bench's has other classes
-    for name in names if torch.__version__ >= (2, 13) else ():
+    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'full_shard', 'galolte_shard'
+    for name in [f'gpt_{name}' for name in names] if torch.__version__ >= (2, 13) else ():
         put, _ = bench.sent(saved(spawned / name)['settings'], 2, 8)
         put = [sum(step.values()) for step in put]
         told = {k: sum(put[k - 2:k]) // 2 for k in (2, 4, 6, 8)}

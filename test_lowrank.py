@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -2692,6 +2693,14 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     whole = rounded(x, 7)
     for a, b in ((0, 1), (5, 2**20 + 3), (2**20, 2**21), (2**21 - 9, len(x))):
         assert torch.equal(rounded(x[a:b], 7, a), whole[a:b])
+    states = {}
+    for first, last in ((0, 60), (0, 17), (17, 60)):  # rows of a step on bfloat16
+        p, state = x[:60 * 400].view(60, 400)[first:last].bfloat16(), {'step': 3}
+        galore.new_moments(state, p, None)
+        where = dict(betas=(0.9, 0.99), eps=1e-8, key=7, first=first * 400)
+        galore.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
+        states[first, last] = torch.stack([p, *(x for x in state.values() if torch.is_tensor(x))])
+    assert torch.equal(states[0, 60], torch.cat([states[0, 17], states[17, 60]], 1))
     square, turned = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
     lowrank.round_(turned, square.clone(), 7)
     assert torch.equal(turned.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
@@ -3241,6 +3250,7 @@ def several_ranks(root, out, me, port):
     assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
     all_ranks_hold_the_same_bits(root, f'{out}/bits')
     all_ranks_skip_a_step_that_overflows_on_one()
+    shards_of_a_block_that_is_called_twice()
     no_rank_saves_what_is_not_finite_on_one(root, out)
     end()
 
@@ -3258,6 +3268,38 @@ def all_ranks_hold_the_same_bits(root, out):
         assert name == 'galolte' or {layer.sends_products for layer in layers} == {rank > 2}
         for x in (*mine.model.parameters(), *mine.model.buffers()):
             assert x in own or torch.equal(*lowrank.gather(x)), name
+
+
+class Twice(nn.Module):
+    """A block that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(OrderedDict(mlp=nn.Linear(9, 9)))])
+        self.out = nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.out(self.blocks[0](self.blocks[0](x).tanh())).square().mean()
+
+
+def shards_of_a_block_that_is_called_twice():
+    torch.manual_seed(3)
+    one = Twice().double()
+    lowrank.apply_mhlora(one, ('mlp',), rank=3, factors='basis', merge_every=1)
+    two, rank = copy.deepcopy(one), torch.distributed.get_rank()
+    lowrank.shard(two, 'cpu', 'float64')
+    optimizers = [galore.LowRankAdamW(net, lr=0.01, basis_every=4) for net in (one, two)]
+    for step in range(9):
+        x = normal(4, 6, 9, seed=step)
+        for net, optimizer, rows in zip((one, two), optimizers, (x, x[rank::2])):
+            optimizer.begin(step)
+            net(rows).backward()
+            lowrank.clip_gradients(net, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, p in two.named_parameters():
+        close(lowrank.whole(p), one.get_parameter(name), 1e-12)
+    lowrank.check_training(two, optimizers[1])
 
 
 def all_ranks_skip_a_step_that_overflows_on_one():

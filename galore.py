@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, first_here, local, lowrank_layers, mean, named_layers, own_heads,
-                     place, round_, rows_here, same, stepped, wide)
+from lowrank import (BLOCK_OF_BITS, KINDS, first_here, is_sharded, local, lowrank_layers, mean, named_layers,
+                     own_heads, place, round_, rows_here, same, shard_of, stepped, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -590,7 +590,11 @@ class LowRankAdamW(GaLoreAdamW):
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
         R = project(G, *on_its_side(layer.basis, layer.left)).contiguous()
-        p.grad = R if layer.mine is None else layer.sharded(layer.rows_of(R))
+        if layer.mine is not None:
+            R = layer.sharded(layer.rows_of(R))
+        elif is_sharded(p):
+            R = shard_of(R[rows_here(p)], R.shape, p.device_mesh)
+        p.grad = R
 
     @torch.no_grad()
     def take_bases(self):

@@ -353,6 +353,8 @@ class MHLoRALinear(nn.Module):
         mean projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those it holds of W."""
         with self._without_zero():
             pass  # the weight may be on another device now
+        if not self.trained.requires_grad:
+            return
         long, self.mesh = max(self.trained.shape[1:]), self.weight.device_mesh
         rows = rows_here(range(long), dist.get_world_size())
         zeros = self.zeros.view((rows.stop - rows.start, self.rank), self.basis)
@@ -637,30 +639,25 @@ def shard_of(rows, shape, mesh):
                               stride=torch.empty(shape, device='meta').stride())
 
 
-def shard(model, device, compute):
+def shard(model, device):
     """
     Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from
     the CPU to this rank's device; parameters of a block are there in whole while it computes. To be called
-    before an optimizer is built. Alone it only moves the model. compute: the dtype in which weights are
-    gathered; gradients are reduced in that of the weights.
+    before an optimizer is built. Alone it only moves the model.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
     each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
     if place()[1] == 1:
         model.to(device)
         return
     layers = lowrank_layers(model)
     left_alone = own_heads(model) | {layer.trained for layer in layers if layer.zero}
-    # autocast alone would keep its copies of all gathered weights until the backward pass
-    own = next(model.parameters()).dtype
-    policy = MixedPrecisionPolicy(getattr(torch, compute), reduce_dtype=own, cast_forward_inputs=False)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=left_alone,
-                    reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
     for p in own_heads(model):
         p.data = p.data.to(device)
     for layer in layers:
@@ -734,8 +731,9 @@ def load_weights(model, weights):
              for name, layer in named_layers(model).items() if layer.workers > 1 for key in layer.of_heads()}
     mine = {name: x[parts[name]] if name in parts else x for name, x in weights.items()}
     for name, p in model.state_dict().items():
-        if is_sharded(p) and name in mine:
-            mine[name] = shard_of(mine[name][rows_here(p)], mine[name].shape, p.device_mesh)
+        if is_sharded(p) and name in mine and mine[name].shape == p.shape:
+            local(p).copy_(mine[name][rows_here(p)])
+            mine[name] = p  # loaded
     model.load_state_dict(mine)
     return parts
 

@@ -116,7 +116,7 @@ def build(settings, where, vocabulary, checkpoint=None):
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
-        shard(model, where.device, where.compute)
+        shard(model, where.device)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

@@ -285,7 +285,7 @@ def build(settings, where, classes, checkpoint=None):
     if s.adapter and not checkpoint:
         config.load_adapter(model, s.adapter, about)
     if s.shard:
-        shard(model, where.device, where.compute)
+        shard(model, where.device)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std, about=about)
@@ -352,8 +352,12 @@ def evaluate(run, data, name):
         while i < batches and not config.stop_requested():
             images, y = data.fixed_batch(i, batch_size, run.rank, world_size=run.ranks)
             mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
-            if len(y):  # the last batch may be short
-                logits[mine], labels[mine] = logits_of(run, to_device(run, images)), to_device(run, y)
+            rows = len(y)  # of the last batch maybe none; but in shards all ranks have to compute together
+            if not rows and run.s.shard:
+                images, y = data.fixed_batch(0, 1)
+            if len(y):
+                logits[mine] = logits_of(run, to_device(run, images))[:rows]
+                labels[mine] = to_device(run, y)[:rows]
             i += 1
     run.model.train()
     if i < batches:
@@ -420,7 +424,7 @@ def main(settings):
                 config.save(run, 'ckpt.pt', about, resumable=True)
             if better:
                 config.save(run, 'best.pt', about)
-            if better and run.rank == 0 and s.lowrank and settings['train'] != 'all' and not s.merge_every:
+            if better and s.lowrank and settings['train'] != 'all' and not s.merge_every:
                 config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             meter.restart()
         if last or stop:

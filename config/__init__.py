@@ -375,8 +375,9 @@ def join(settings):
         dtype = param_dtype
     elif dtype == 'auto' and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype = 'bfloat16'
-    elif dtype == 'auto':  # cards before Ampere; per_layer steps on gradients that no GradScaler has seen
-        dtype = 'float32' if settings.get('per_layer') else 'float16'
+    elif dtype == 'auto':  # cards before Ampere; what goes with no GradScaler: see CHECKS
+        unscaled = settings.get('per_layer') or settings.get('shard') and settings['split']
+        dtype = 'float32' if unscaled else 'float16'
     if several:  # gloo beside nccl carries the stop flag from host to host, without waiting for the GPU
         dist.init_process_group('gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl',
                                 timeout=timedelta(seconds=ANSWER))
@@ -427,10 +428,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
     if any(map(is_sharded, model.parameters())):  # both passes gather what ranks hold; gradients are reduced
-        there, back = (getattr(torch, dtype).itemsize for dtype in (where.compute, s.param_dtype))
-        ddp_bytes = s.gradient_accumulation_steps * sum(
-            local(p).numel() * (2 * there + where.ranks * back * p.requires_grad)
-            for p in model.parameters() if is_sharded(p))
+        parts = [(local(p).nbytes, p.requires_grad) for p in model.parameters() if is_sharded(p)]
+        ddp_bytes = s.gradient_accumulation_steps * sum((2 + where.ranks * trains) * x for x, trains in parts)
     elif where.ranks > 1 and carried:
         keep_out_of_ddp(model, {*outside, *model.buffers()})  # buffers are equal, or own: none has to be sent
         device_ids = [torch.device(where.device).index] if where.device_type == 'cuda' else None
@@ -626,20 +625,25 @@ def _sha256(tensors):
 
 def adapter_parts(model, about):
     """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a
-    checksum of all other tensors)."""
-    from lowrank import KINDS
+    checksum of all other tensors). Every rank takes part."""
+    from lowrank import KINDS, whole
     named = dict(model.named_parameters())
-    parts = {name: p.detach() for name, p in named.items()
+    parts = {name: whole(p.detach()) for name, p in named.items()
              if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.'))}
-    base = _sha256(p for name, p in named.items() if name not in parts)
+    base = _sha256(whole(p.detach()) for name, p in named.items() if name not in parts)
     return parts, {**{key: str(value) for key, value in about.items()}, 'base': base}
 
 
 def save_adapter(model, path, about):
     """Writes what is trained and the classifier as safetensors; its metadata are `about`, which has to be the
-    same when it is loaded, and checksums of the frozen weights and of the file's own tensors."""
+    same when it is loaded, and checksums of the frozen weights and of the file's own tensors. Every rank
+    takes part, and rank 0 writes."""
     from safetensors.torch import save
+
+    from lowrank import place
     parts, about = adapter_parts(model, about)
+    if place()[0]:
+        return
     with replacing(path) as file:
         file.write(save({name: part.cpu().contiguous() for name, part in parts.items()},
                         {**about, 'sha256': _sha256(parts.values())}))

@@ -8,6 +8,7 @@ And the other way, for the training scripts and sample.py: `read_weights`.
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -72,8 +73,9 @@ def folders_of(source):
     return [folder]
 
 
-def with_adapter(folder, tensors):
-    """Yields (name, tensor) of a base with PEFT's LoRA of a folder merged into it, in float32.
+def with_adapter(folder, shape, tensors):
+    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged into it, in
+    float32; a LoRA of a tied output layer parts it from the embedding, which stays.
 
     ValueError: what PEFT can do and we do not read, by its key."""
     about = read_json(os.path.join(folder, 'adapter_config.json'))
@@ -89,6 +91,21 @@ def with_adapter(folder, tensors):
                              'supported: merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
+    if shape.tied and any(name.startswith('lm_head.') for name in factors):
+        shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
+    return shape, _added(tensors, factors, about, path)
+
+
+def parted(tensors):
+    """(name, tensor) of a tied model, and the embedding once more as its output layer."""
+    for name, x in tensors:
+        yield name, x
+        if name.endswith(('wte.weight', 'embed_tokens.weight')):
+            yield 'lm_head.weight', x
+
+
+def _added(tensors, factors, about, path):
+    """Yields (name, tensor) with the LoRA {name: factor} of a file added."""
     for name, x in tensors:
         A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
         if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
@@ -119,7 +136,7 @@ def read_weights(source):
     folder, *rest = folders_of(source)
     if rest:
         shape, tensors, tokens = read_weights(rest[0])
-        return shape, with_adapter(folder, tensors), tokens
+        return *with_adapter(folder, shape, tensors), tokens
     shape = read_config(folder)
     known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
     return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None

@@ -30,9 +30,10 @@ if __name__ == '__main__':
     settings = config.load(globals(), defaults, sys.argv[1:])
 
 import torch
+import torch.nn.functional as F
 
 import prepare
-from lowrank import merged_state_dict, put_layers
+from lowrank import FUSED, merged_state_dict, put_layers, side_by_side
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_json,
                    read_safetensors, read_tensors, tensors_for_transformers)
 
@@ -243,40 +244,71 @@ def write_transformers(run, checkpoint, folder, dtype):
 
 def write_peft(run, checkpoint, folder, dtype):
     """The heads of a checkpoint as one LoRA: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
-    What heads that train on over merges (LTE) have put into W telescopes to it. ValueError: there is none."""
+    What heads that train on over merges (LTE) have put into W telescopes to it. Thirds of a fused projection
+    are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's LoRA is exact beside
+    the weight; merged by PEFT it would move the embedding as well. ValueError: there is none."""
     from safetensors.torch import save_file
+    s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
-    s, base = checkpoint['settings'], about.get('init_from')
-    state, parts = checkpoint['model'], {}
-    layers = [name.removesuffix('.A') for name in state if name.endswith('.A')]
-    within = [name for name in layers if name == 'lm_head' or name.split('.')[-1] in ('q', 'k', 'v')]
+    base = about.get('init_from') if text else s['init_from']
+    layers = {}  # of the base: layers of ours
+    for name in (name.removesuffix('.A') for name in state if name.endswith('.A')):
+        fused, _, third = name.rpartition('.')
+        if third in ('q', 'k', 'v') and fused.endswith(FUSED):
+            layers[fused] = [f'{fused}.{third}' for third in 'qkv']
+        elif text or not name.startswith('head'):  # as a distilled ViT's other classifier is called, too
+            layers[name] = [name]
     for wrong, sentence in (
-            (not s['lowrank'], 'the run has no heads'),
+            (not layers, 'the run has no heads in its blocks'),
             (s['factors'] == 'basis' or s['merge_reset'],
              'GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads hold it'),
-            (s['train'] != 'factors', f"the run trains more than its heads (train={s['train']!r})"),
+            (s['train'] == 'all', "the run trains more than its heads (train='all')"),
             (about.get('adapted'),
              f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'),
-            (base in (None, 'scratch') or os.path.isfile(base),
-             f'the run began from {base!r}, and an adapter belongs to a folder of transformers'),
-            (within, f"there are heads on {', '.join(within)}, which transformers' base has no layers for")):
+            (base in (None, 'scratch', 'resume') or text and os.path.isfile(base),
+             f'the run began from {base!r}, and an adapter belongs to weights that others can load')):
         if wrong:
             raise ValueError(f'{sentence}: export the merged model, without --adapter')
-    for name in layers:
-        A, B = state[f'{name}.A'], state[f'{name}.B']  # (H, r, n), (H, m, r)
-        parts[f'base_model.model.{name}.lora_A.weight'] = A.flatten(0, 1).to(dtype).contiguous()  # (H r, n)
-        parts[f'base_model.model.{name}.lora_B.weight'] = B.permute(1, 0, 2).flatten(1).to(dtype).contiguous()
-    linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() == 2]
+    pairs, parts = {}, {}
+    for name, ours in layers.items():
+        A, B = zip(*(heads_side_by_side(state, part) for part in ours))
+        pairs[name] = torch.cat(A), torch.block_diag(*B)  # (R, n), (m, R): R = H r, of k thirds k H r
+    R = max(len(A) for A, _ in pairs.values())
+    for name, (A, B) in pairs.items():  # of one rank: the rest is zeros
+        A, B = F.pad(A, (0, 0, 0, R - len(A))), F.pad(B, (0, R - len(A)))
+        parts[f'base_model.model.{name}.lora_A.weight'] = A.to(dtype).contiguous()
+        parts[f'base_model.model.{name}.lora_B.weight'] = B.to(dtype).contiguous()
+    merged = {} if text else of_a_vit(checkpoint)[1]
+    whole = {name: x.to(dtype).contiguous() for name, x in merged.items() if name.startswith('head')}
+    parts |= {f'base_model.model.{name}': x for name, x in whole.items()}
+    linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() > 1]
     last = {name.split('.')[-1] for name in layers}  # short names, where they mean no other layer
     short = all(name in layers for name in linears if name.split('.')[-1] in last)
-    save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
     config.write_json(f'{folder}/adapter_config.json', {
-        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True,
-        'base_model_name_or_path': os.path.abspath(base) if os.path.isdir(base) else base,
-        'r': s['heads'] * s['rank'], 'lora_alpha': s['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
-        'fan_in_fan_out': 'n_mlp' not in checkpoint['model_config'],  # GPT-2's Conv1D
-        'target_modules': sorted(last) if short else layers})
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM' if text else None, 'inference_mode': True,
+        'base_model_name_or_path': os.path.abspath(base) if os.path.exists(base) else base,
+        'r': R, 'lora_alpha': s['alpha'] * R / (s['heads'] * s['rank']), 'lora_dropout': 0.0, 'bias': 'none',
+        'fan_in_fan_out': text and 'n_mlp' not in checkpoint['model_config'],  # GPT-2's Conv1D
+        'target_modules': sorted(last) if short else list(layers),
+        'modules_to_save': sorted({name.split('.')[0] for name in whole}) or None})
+    save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
     prepare.carry([run], Path(folder))
+
+
+def heads_side_by_side(state, name):
+    """A (H r, n), B (m, H r) of a layer; of one without heads (0, n), (m, 0)."""
+    W = state[f'{name}.weight'][None]  # (1, m, n)
+    return side_by_side(state.get(f'{name}.A', W[:, :0]), state.get(f'{name}.B', W[:, :, :0]))
+
+
+def of_a_vit(checkpoint):
+    """(a plain model, its state dict with heads merged) of a checkpoint of a ViT."""
+    import train_vit
+    shape, classes = checkpoint['model_config'], len(checkpoint['classes'])
+    with_heads, plain = train_vit.create(shape, classes), train_vit.create(shape, classes)
+    put_layers(with_heads, checkpoint['settings'])
+    with_heads.load_state_dict(checkpoint['model'], assign=True)
+    return plain, merged_state_dict(with_heads)
 
 
 def write_timm(checkpoint, folder, dtype):
@@ -287,10 +319,8 @@ def write_timm(checkpoint, folder, dtype):
 
     import train_vit
     shape, classes = checkpoint['model_config'], checkpoint['classes']
-    with_heads, plain = (train_vit.create(shape, len(classes)) for _ in range(2))
-    put_layers(with_heads, checkpoint['settings'])
-    with_heads.load_state_dict(checkpoint['model'], assign=True)
-    plain.load_state_dict(merged_state_dict(with_heads))
+    plain, state = of_a_vit(checkpoint)
+    plain.load_state_dict(state)
     changes = {theirs: shape[ours] for ours, theirs in train_vit.SHAPE.items() if shape[ours] is not None}
     about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
     timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
@@ -302,13 +332,11 @@ def main(settings):
         checkpoint = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
         dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
-        if s.adapter and not text:
-            raise ValueError('a ViT has its adapter.safetensors in its own folder: export without --adapter')
         with written_beside(s.to.rstrip('/'), s.overwrite) as folder:
-            if not text:
-                write_timm(checkpoint, folder, dtype)
-            else:
+            if s.adapter or text:
                 (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
+            else:
+                write_timm(checkpoint, folder, dtype)
             config.write_json(f'{folder}/export.json', {'of': f'{s.out_dir}/{s.checkpoint}',
                                                         'step': checkpoint['step']})
     print(f"'{s.to}' holds {'the heads' if s.adapter else 'the model'} of {s.out_dir}/{s.checkpoint}, step "

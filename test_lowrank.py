@@ -2930,7 +2930,8 @@ def documents(tokens, end):
 @pytest.mark.parametrize('base, name, words', [
     ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'galore', []),
     ('llama', 'lte', ['--merge_every=2']), ('qwen2', 'lora', ['--lowrank=attn']),
-    ('llama', 'mhlora', ['--lowrank=attn,logit'])])
+    ('llama', 'mhlora', ['--lowrank=attn,logit']), ('gpt', 'mhlora', ['--lowrank=q,v']),
+    ('gpt', 'lte', ['--merge_every=2', '--lowrank=k,c_fc,logit'])])
 def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
     script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
@@ -2946,13 +2947,15 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     assert (tmp_path / 'hf' / 'tokenizer_config.json').read_text() == \
         (bases / base / 'tokenizer_config.json').read_text()
     more = [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
-    if name in ('galore', 'full') or '--lowrank=attn,logit' in words:
+    if name in ('galore', 'full'):
         refused(capsys, lambda: start(export, more), 'without --adapter')
         assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
     else:
         start(export, more)
         close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
         about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+        if 'q,v' in str(words):
+            assert (about['r'], about['target_modules']) == (2 * METHODS[name]['heads'] * 3, ['c_attn'])
         (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
         with pytest.raises(ValueError, match='use_dora'):
             loaded(tmp_path / 'peft')
@@ -3044,6 +3047,33 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
     with lowrank.averaged_heads(ours.eval()):
         close(theirs(x).double(), ours(x.double()), 1e-5)
     assert theirs.pretrained_cfg['label_names'] == state['classes']
+
+
+@pytest.mark.parametrize('words, wanted', [
+    (['--lowrank=q,v'], ['qkv']), (['--lowrank=k,fc1,logit'], ['fc1', 'qkv']), (['--lowrank=logit'], None),
+    (['--lowrank=attn', '--split=True', '--merge_every=2'],  # a convolution is called proj, too
+     [f'blocks.{i}.attn.{name}' for i in range(2) for name in ('qkv', 'proj')])])
+def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs, tmp_path, capsys, words,
+                                                                     wanted):
+    base = runs('vit_full', 4) / 'best.pt'
+    heads = ['--heads=2', '--rank=2', '--alpha=6', *words]
+    state = train('vit', root, tmp_path / 'a', f'--init_from={base}', *heads)
+    more = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
+    if not wanted:
+        refused(capsys, lambda: start(export, more), 'no heads in its blocks')
+        return
+    start(export, more)
+    about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+    parts = safetensors.torch.load_file(tmp_path / 'peft' / 'adapter_model.safetensors')
+    assert (about['target_modules'], about['modules_to_save']) == (wanted, ['head'])
+    merged = export.of_a_vit(state)[1]
+    for name, x in saved(base.parent, 'best.pt')['model'].items():  # as PEFT does it
+        A, B = (parts.pop(f'base_model.model.{name[:-7]}.lora_{factor}.weight', None) for factor in 'AB')
+        if A is not None:
+            assert len(A) == B.shape[1] == about['r']
+            x = x + about['lora_alpha'] / about['r'] * B @ A
+        close(parts.pop(f'base_model.model.{name}', x), merged[name], 1e-6)  # timm loads it in float32
+    assert not parts
 
 
 def test_evaluating_tells_bits_a_byte(root, tmp_path):

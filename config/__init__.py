@@ -292,8 +292,8 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '
      "grad_clip=0.0 (not {grad_clip}), sync='step' (not {sync!r}), and a dtype other than 'float16'"),
     (lambda s: s.shard and (s.optimizer != 'adamw' or s.sync == 'merge' or s.per_layer),
-     'shard=True gives each rank a part of common weights, and frees a gradient as soon as it is there: set '
-     "optimizer='adamw' (not {optimizer!r}), sync='step' and per_layer=False"),
+     'shard=True gives ranks parts of common weights and frees gradients as they come: set '
+     "optimizer='adamw', sync='step', per_layer=False (here {optimizer!r}, {sync!r}, {per_layer})"),
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
      "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or shard=False"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))

@@ -313,7 +313,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, "(here 'adamw', 'step', True)"),
     ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "(here 'fira', 'step', False)"),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "(here 'adamw', 'merge', False)"),
-    ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2, 'whole heads'),
+    ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2,
+     'whole heads'),
     ('gpt', '--per_layer=True --grad_clip=0 --sync=merge --merge_every=2', 2, "sync='step' (not 'merge')"),
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'wandb_log=False'),
     # files

@@ -55,7 +55,8 @@ def in_one_line(kind, error, trace):
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
-        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): mend that",
+        print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was "
+              'saved before stands',
               file=sys.stderr)
     elif issubclass(kind, RuntimeError) and re.search(lost, str(error)):
         print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "

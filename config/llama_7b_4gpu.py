@@ -1,6 +1,7 @@
 # LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, weights, gradients and moments in shards.
 # torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_7b_4gpu.py config/methods/galore.py
-# Four GPUs of 12 GB: not yet run. Planned: 8.9 GB a card with 4 sequences each, 11.8 with 23; the host holds 54 GB at first
+# Four GPUs of 12 GB: not yet run. Planned: 9.0 GB a card with 1 sequence each, 11.8 with 23; the host
+# holds a whole model for each process at first
 out_dir = 'out/llama_7b_4gpu'
 dataset = 'c4'
 size = '7b'

@@ -7,7 +7,8 @@ with orthonormal P (m, r), Q (n, r) taken anew from gradients now and then; usua
 the smaller dimension, and the identity for the other.
 
     LowRankAdamW(model)    for models with layers of lowrank.py; where bases are sketched G never exists
-    GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G (Fira)
+    GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G: Fira, APOLLO,
+                           SCALE, Muon
 """
 
 import math
@@ -17,6 +18,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim._muon import muon
 from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, first_here, is_sharded, local, lowrank_layers, mean, named_layers,
@@ -260,6 +262,24 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=
 # Rules that need the whole gradient
 
 
+def adaptive_rate(R, U, state, group, dim):
+    """(|N| / |R| over `dim`, the bias correction c) of N = M / (sqrt(V) + eps), Adam's step -U without c."""
+    c, (beta1, beta2) = 1.0, group['betas']
+    if group['correct_bias']:
+        c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
+    r, u = (torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x)) for x in (R, U))
+    return u / c / (r + 1e-8), c
+
+
+def limited(phi, norm, state):
+    """phi, lowered so that `norm`, of what it multiplies, grows by at most 1.01 a step (Fira, section 4.3)."""
+    if 'rest_norm' in state:
+        limiter = (norm / (state['rest_norm'] + 1e-8)).clamp_min(1.01) / 1.01
+        norm, phi = norm / limiter, phi / limiter
+    state['rest_norm'] = norm
+    return phi
+
+
 def fira(G, R, U, state, group):
     """
     Fira (Chen et al. 2024, arXiv 2410.01623, and its authors' code): what the projection drops takes part
@@ -271,25 +291,71 @@ def fira(G, R, U, state, group):
     basis on the right it is rows. G (m, n); R and U, minus the corrected N: (r, n) or (m, r). Returns minus
     the move (m, n). By Pythagoras |(G - alpha P R)_col|^2 = |G_col|^2 - (2 alpha - alpha^2) |R_col|^2.
     """
-    left, alpha, (beta1, beta2) = 'P' in state, group['scale'], group['betas']
-    c = 1.0  # the bias correction, which is in U
-    if group['correct_bias']:
-        c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
+    left, alpha = 'P' in state, group['scale']
     lines = 0 if left else 1
-    g, r, u = (torch.linalg.vector_norm(x, dim=lines, keepdim=True, dtype=wide(G)) for x in (G, R, U))
-    phi = u / c / (r + 1e-8)  # (1, n) or (m, 1)
-    norm = ((g.square() - (2 * alpha - alpha**2) * r.square()).clamp_min(0) * phi.square()).sum().sqrt()
-    if 'rest_norm' in state:
-        limiter = (norm / (state['rest_norm'] + 1e-8)).clamp_min(1.01) / 1.01
-        norm, phi = norm / limiter, phi / limiter
-    state['rest_norm'] = norm
-    phi = (phi * c).to(G.dtype)
+    phi, c = adaptive_rate(R, U, state, group, lines)  # (1, n) or (m, 1)
+    g, r = (torch.linalg.vector_norm(x, dim=lines, keepdim=True, dtype=wide(G)) for x in (G, R))
+    rest = (g.square() - (2 * alpha - alpha**2) * r.square()).clamp_min(0)
+    phi = (limited(phi, (rest * phi.square()).sum().sqrt(), state) * c).to(G.dtype)
     inside = torch.addcmul(U, R, phi)  # -(alpha P N + phi (G - alpha P R)) = alpha P (U + phi R) - phi G
     factors = (state['P'], inside) if left else (inside, state['Q'].mT)
     return torch.addmm(G * phi, *factors, beta=-1, alpha=alpha)
 
 
-RULES = {'galore': None, 'fira': fira}  # None: R is enough
+def apollo(G, R, U, state, group):
+    """
+    APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random projection, only says by
+    how much Adam would scale G. W moves along scale phi G, phi = |N_col| / |R_col|, limited as in `fira`; with
+    rank 1 one phi for all of W (APOLLO-Mini). Their scale is the square of this one. Returns minus the move.
+    """
+    lines = None if group['rank'] == 1 else 0 if sides(G.shape, group['proj_type'])[0] else 1
+    phi, c = adaptive_rate(R, U, state, group, lines)
+    lines = torch.linalg.vector_norm(G, dim=lines, keepdim=True, dtype=wide(G))
+    phi = limited(phi, torch.linalg.vector_norm(lines * phi), state)
+    return G * (phi * (-c * group['scale'])).to(G.dtype)
+
+
+def momentum_of(G, state, group):
+    """The average of gradients that a rule keeps, zero at first, in float32 or wider: a copy, where it is kept
+    in fewer bits."""
+    if 'momentum' not in state:
+        dtype = {None: G.dtype, 16: torch.bfloat16}.get(group['state_bits'], wide(G))
+        state['momentum'] = torch.zeros_like(G, dtype=dtype)
+    return state['momentum'].to(wide(G))
+
+
+def column_normalised(G, state, group, key):
+    """
+    SCALE (Glentis et al. 2025, arXiv 2506.16659, and its authors' code): the gradient, of which each output's
+    numbers have mean square 1; of an embedding (group's `dim` 0) each coordinate's. Without state, but for the
+    output layer, where the group's `momentum` averages gradients first. Returns minus the move.
+    """
+    if group['momentum']:
+        M = momentum_of(G, state, group).lerp_(G.to(wide(G)), 1 - group['momentum'])
+        if M is not state['momentum']:
+            round_(state['momentum'], M, key)
+        G = M
+    size = torch.linalg.vector_norm(G, dim=group['dim'], keepdim=True, dtype=wide(G))
+    return G / -(size / math.sqrt(G.shape[group['dim']])).clamp_min(1e-8).to(G.dtype)
+
+
+def orthogonalised(G, state, group, key):
+    """
+    Muon (Jordan et al. 2024) with the rate of Moonlight (Liu et al. 2025, arXiv 2502.16982), by torch: the
+    averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
+    rates go. Returns minus the move.
+    """
+    M, move = momentum_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
+    muon([move], [G.to(wide(G))], [M], lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True,
+              ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5, eps=1e-7,
+              adjust_lr_fn='match_rms_adamw', has_complex=False)
+    if M is not state['momentum']:
+        round_(state['momentum'], M, key)
+    return move
+
+
+RULES = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank; None: R is enough
+WHOLE = {'scale': column_normalised, 'muon': orthogonalised}  # of groups without one
 
 
 # -----------------------------------------------------------------------------
@@ -304,7 +370,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there: `rank`,
     `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see `sides`); our own,
     all optional: `basis` (see `bases_of`), `rule` (a key of RULES). Groups without `rank` follow
-    torch.optim.AdamW. Any group: `state_bits` (see `new_moments`).
+    torch.optim.AdamW, or a `rule` of WHOLE. Any group: `state_bits` (see `new_moments`).
 
     per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over ranks
     (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay out of DDP
@@ -337,7 +403,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(self._complete)
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
+        names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
+        for name, p in zip(names, group['params']):
+            if p.dim() != 2 and {'rank', 'rule'} & group.keys():
+                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
+                                 'without rank and rule')
         if 'rank' not in group:
+            group.setdefault('dim', 1)
+            group.setdefault('momentum', 0.0)
+            if group.get('rule', 'muon') not in WHOLE:
+                raise ValueError(f"rule={group['rule']!r} without a rank is not one of "
+                                 f"{', '.join(map(repr, WHOLE))}")
             return
         galore_torch = dict(update_proj_gap=200, scale=0.25, proj_type='std')
         for key, value in dict(**galore_torch, basis='svd', rule='galore').items():
@@ -352,11 +428,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if RULES[group['rule']] and group['proj_type'] == 'full':
             raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' is two: "
                              "set 'std'")
-        names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
-        for name, p in zip(names, group['params']):
-            if p.dim() != 2:
-                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
-                                 'without rank')
         clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
                    if group['rank'] > min(p.shape)]
         if clamped:
@@ -401,10 +472,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _update(self, params, group):
         """One step on parameters of a group."""
-        if 'rank' not in group:
+        if not {'rank', 'rule'} & group.keys():
             return self._plain(params, group)
         for p in params:
-            self._galore(p, self.state[p], group)
+            (self._galore if 'rank' in group else self._whole)(p, self.state[p], group)
 
     def _plain(self, params, group):
         """torch.optim.AdamW: eps after the bias correction, decay before the update."""
@@ -430,14 +501,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _galore(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says, in place."""
-        G, left_right = W.grad, sides(W.shape, group['proj_type'])
+        G, left_right, rule = W.grad, sides(W.shape, group['proj_type']), RULES[group['rule']]
+        rank, (due, since) = min(group['rank'], *W.shape), divmod(state.get('step', 0), group['update_proj_gap'])
         if not state:
             state['step'] = 0
-        if state['step'] % group['update_proj_gap'] == 0:
-            new = bases_of(G, min(group['rank'], *W.shape), *left_right, group['basis'],
-                           (state.get('P'), state.get('Q')), self._seed(W, state['step']))
-            state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
-        P, Q, rule = state.get('P'), state.get('Q'), RULES[group['rule']]
+        if rule is apollo:  # drawn again in each step, so that it takes no memory
+            rows = W.shape[0 if left_right[0] else 1]
+            drawn = gaussian(rows, rank, G, self._seed(W, due)).div_(math.sqrt(rank))
+            P, Q = on_its_side(drawn, left_right[0])
+        else:
+            if since == 0:
+                new = bases_of(G, rank, *left_right, group['basis'], (state.get('P'), state.get('Q')),
+                               self._seed(W, state['step']))
+                state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
+            P, Q = state.get('P'), state.get('Q')
         R = project(G, P, Q)
         if 'exp_avg' not in state:
             new_moments(state, R, group['state_bits'])
@@ -447,10 +524,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
         key = self._seed(W, state['step'], 0)
         U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'], key)
         if rule:
-            move = rule(G, R, U, state, group).to(wide(W))
-            round_(W, move.mul_(group['lr'] * keep).add_(W, alpha=keep), key + 1)
+            self._move(W, rule(G, R, U, state, group), group['lr'] * keep, keep, key + 1)
         else:
             add_back_(W, U, P, Q, group['lr'] * group['scale'] * keep, keep, key + 1)
+
+    def _whole(self, W, state, group):
+        """W <- (1 - lr decay) W - lr times what a rule of WHOLE makes of the gradient, in place."""
+        state['step'] = state.get('step', 0) + 1
+        key = self._seed(W, state['step'], 0)
+        move = WHOLE[group['rule']](W.grad, state, group, key)
+        self._move(W, move, group['lr'], 1.0 - group['lr'] * group['weight_decay'], key + 1)
+
+    def _move(self, W, move, alpha, keep, key):
+        """W <- keep W + alpha move (m, n), which is used up."""
+        round_(W, move.to(wide(W)).mul_(alpha).add_(W, alpha=keep), key)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
@@ -658,35 +745,44 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     """
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
-    With a rank, the matrices of attention and MLP (weights of nn.Linear below a module of lowrank.KINDS) are
-    projected; it says how many of how many. Others are plain; matrices get weight_decay, vectors and what the
-    model's own no_weight_decay() names (timm) none. `param_names` goes along. leave: parameters to leave out.
-    ValueError: a rank but nothing to project; factors that are always zero, on which only LowRankAdamW steps.
+    With a rank, or rule='muon', the matrices of attention and MLP (weights of nn.Linear below a module of
+    lowrank.KINDS) follow the rule, with rule='scale' all linear and embedding layers'; it says how many of how
+    many. Others are plain; matrices get weight_decay, vectors and what the model's own no_weight_decay() names
+    (timm) none. `param_names` goes along. leave: parameters to leave out.
+    ValueError: no matrix for the rule; factors that are always zero, on which only LowRankAdamW steps.
     """
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    output = {p for name, p in linear.items() if not {*KINDS['logit']}.isdisjoint(name.split('.'))}
+    linear, tables = ({*linear.values()},
+                      {module.weight for module in model.modules() if isinstance(module, nn.Embedding)})
     zeros = {layer.trained for layer in lowrank_layers(model) if layer.zero and layer.trained.requires_grad}
     if not zeros <= {*leave}:
         raise ValueError("layers with factors='basis' that are merged every step are no ordinary parameters: "
                          'use galore.LowRankAdamW(model)')
-    projected, matrices, vectors = [], [], []
+    ruled, outputs, embeddings, matrices, vectors = [], [], [], [], []
     spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: the embedding of places, the class token
     for name, p in model.named_parameters():  # lists tied parameters once
         if not p.requires_grad or p in leave:
             continue
-        inside = id(p) in linear and not {*KINDS['attn'], *KINDS['mlp']}.isdisjoint(name.split('.'))
-        if rank > 0 and inside:
-            projected.append((name, p))
+        inside = p in linear and not {*KINDS['attn'], *KINDS['mlp']}.isdisjoint(name.split('.'))
+        if inside and (rank > 0 or rule in WHOLE):
+            part = ruled
+        elif rule == 'scale' and p in output | tables:
+            part = outputs if p in output else embeddings
         else:
-            (matrices if p.dim() >= 2 and name not in spared else vectors).append((name, p))
-    if rank > 0 and not projected:
+            part = matrices if p.dim() >= 2 and name not in spared else vectors
+        part.append((name, p))
+    if (rank > 0 or rule in WHOLE) and not ruled:
         below = ', '.join(KINDS['attn'] + KINDS['mlp'])
-        raise ValueError(f'{rank=}, but no trainable nn.Linear below {below}: set rank=0, or name your '
-                         'modules in lowrank.KINDS')
-    if rank > 0 and place()[0] == 0:
-        others = sum(p.dim() == 2 for _, p in matrices)
-        print(f'{rule} on {len(projected)} of {len(projected) + others} matrices')
-    galore = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
-    parts = (projected, weight_decay, galore), (matrices, weight_decay, {}), (vectors, 0.0, {})
+        raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: set rank=0 and '
+                         "rule='galore', or name your modules in lowrank.KINDS")
+    if ruled and place()[0] == 0:
+        found, others = len(ruled + outputs + embeddings), sum(p.dim() == 2 for _, p in matrices)
+        print(f'{rule} on {found} of {found + others} matrices')
+    keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
+    keys = dict(rule=rule) if rule in WHOLE else keys
+    parts = ((ruled, weight_decay, keys), (outputs, weight_decay, dict(keys, momentum=0.9)),
+             (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, {}), (vectors, 0.0, {}))
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]
 

@@ -52,7 +52,7 @@ merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 # optimizer
-optimizer = 'adamw'  # or, on the full gradients of attention and MLP, 'galore' (the drop-in) or 'fira'
+optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale', 'muon'
 basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis

@@ -221,20 +221,23 @@ LEAST = dict.fromkeys((
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
-    optimizer=('adamw', 'galore', 'fira'), basis=('sketch', 'power', 'svd', 'random'),
+    optimizer=('adamw', 'galore', 'fira', 'apollo', 'scale', 'muon'), basis=('sketch', 'power', 'svd', 'random'),
     state_bits=(None, 32, 16, 8), dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
     param_dtype=('float32', 'bfloat16', 'float64'), augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
+
+PROJECTS = 'galore', 'fira', 'apollo'  # optimizers of full gradients that have a rank
 
 EFFECT = (  # a setting that does nothing beside the others is refused: (which, where they act, what it takes)
     ('heads factors split', lambda s: s.lowrank, "there are no low-rank layers: set lowrank='attn,mlp'"),
     ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
-    ('rank', lambda s: s.lowrank or s.optimizer != 'adamw', "nothing has a low rank: set lowrank='attn,mlp'"),
+    ('rank', lambda s: s.lowrank or s.optimizer in PROJECTS, "nothing has a low rank: set lowrank='attn,mlp'"),
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer != 'adamw',
+    ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
+    ('basis', lambda s: s.optimizer != 'apollo', 'APOLLO draws its bases: set optimizer to another'),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
@@ -287,7 +290,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.adapter and s.split,
      "an adapter has heads that see every image: set split=False, or adapter=''"),
     # the optimizer
-    (lambda s: s.optimizer != 'adamw' and s.basis == 'sketch',
+    (lambda s: s.optimizer in ('galore', 'fira') and s.basis == 'sketch',
      "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
     (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
      'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '

@@ -129,7 +129,7 @@ BASES = dict(basis_every=50, beta2=0.999)
 PLAIN = dict(optimizer='galore', basis='power')  # the drop-in
 DROP_IN = dict(**BASES, **PLAIN)
 FIRA = dict(DROP_IN, optimizer='fira')
-APOLLO = dict(BASES, optimizer='apollo')
+APOLLO = dict(BASES, optimizer='apollo', basis='random')
 LAYER = dict(**BASES, **ONE, factors='basis', merge_every=1, basis='sketch')
 GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 LOCAL = dict(ranks=4, sync='merge', merge_every=10)

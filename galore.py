@@ -416,7 +416,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                  f"{', '.join(map(repr, WHOLE))}")
             return
         galore_torch = dict(update_proj_gap=200, scale=0.25, proj_type='std')
-        for key, value in dict(**galore_torch, basis='svd', rule='galore').items():
+        own = dict(basis='random' if group.get('rule') == 'apollo' else 'svd', rule='galore')
+        for key, value in (galore_torch | own).items():
             group.setdefault(key, value)
         for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'),
                                  basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
@@ -425,6 +426,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key in ('rank', 'update_proj_gap'):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
+        if group['rule'] == 'apollo' and group['basis'] != 'random':
+            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set basis='random'")
         if RULES[group['rule']] and group['proj_type'] == 'full':
             raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' is two: "
                              "set 'std'")

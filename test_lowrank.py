@@ -312,6 +312,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, "(here 'adamw', 'step', True)"),
     ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "(here 'fira', 'step', False)"),
+    ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'), ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
+    ('gpt', '--optimizer=apollo --basis=power', 1, "set basis='random'"),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "(here 'adamw', 'merge', False)"),
     ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2,
      'whole heads'),
@@ -876,10 +878,10 @@ class Textbook:
         own = {*dict(plain.named_parameters()), *self.layers}
         self.W = [{name: start[name].clone() for name in start if name in own} for _ in range(self.workers)]
         self.inside = [name for name, layer in self.layers.items() if layer.factors == 'basis']
-        if s.optimizer != 'adamw':
+        if s.optimizer in ('galore', 'fira', 'apollo'):
             self.inside = [name for name, p in plain.named_parameters()
                            if p.dim() == 2 and ('attn' in name or 'mlp' in name)]
-        self.moments, self.bases, self.sketches, self.rests, self.draws = {}, {}, {}, {}, []
+        self.moments, self.bases, self.sketches, self.rests, self.averages, self.draws = {}, {}, {}, {}, {}, []
         self.draw_heads()
 
     def draw_heads(self):
@@ -943,6 +945,11 @@ class Textbook:
             turn = turn * (s.basis_every // s.merge_every) // len(blocks) * s.merge_every
         until = (turn - t) % s.basis_every
         self.sketching = s.basis == 'sketch' and (until or s.basis_every) <= 5
+        if s.optimizer == 'apollo':
+            seed = self.optimizer._seed(self.model.get_parameter(name), t // s.basis_every)
+            P = galore.gaussian(G.shape[not left], s.rank, G, seed) / math.sqrt(s.rank)
+            self.bases[name] = (P, eye(G.shape[1])) if left else (eye(G.shape[0]), P)
+            return
         if old and until:
             return
         G = G if left else G.T
@@ -1017,16 +1024,23 @@ class Textbook:
             P, Q = self.bases[name]
             N = M / (V.sqrt() + 1e-6)
             move = s.scale * P @ N @ Q.T
-            if s.optimizer == 'fira':
-                lines = 0 if self.sides(W.shape)[0] else 1
-                rest = (G - s.scale * P @ gradient @ Q.T) * (N.norm(dim=lines, keepdim=True) / (
-                    gradient.norm(dim=lines, keepdim=True) + 1e-8))
+            if s.optimizer in ('fira', 'apollo'):
+                lines = (0, 1) if s.rank == 1 else 0 if self.sides(W.shape)[0] else 1
+                rest = G if s.optimizer == 'apollo' else G - s.scale * P @ gradient @ Q.T
+                rest = rest * (N.norm(dim=lines, keepdim=True)
+                               / (gradient.norm(dim=lines, keepdim=True) + 1e-8))
                 if name in self.rests:
                     rest = rest / (max(rest.norm() / (self.rests[name] + 1e-8), 1.01) / 1.01)
                 self.rests[name] = rest.norm()
-                move = move + rest
+                move = move + rest if s.optimizer == 'fira' else s.scale * rest
             W = W - lr * math.sqrt(1 - c ** age) / (1 - b ** age) * move
             W = W - lr * s.weight_decay * W
+        elif s.optimizer == 'scale' and W.dim() == 2:  # GPT's embedding is its output layer
+            output, table = 'head' in name or 'wte' in name, 'wpe' in name or 'embed_tokens' in name
+            M = 0.9 * self.averages.get(name, 0) + 0.1 * G
+            self.averages[name], M = M, M if output else G
+            size = M.square().mean(0 if table else 1, True).sqrt().clamp(1e-8)
+            W = W - lr * s.weight_decay * W - lr * M / size
         else:
             M, V = M / (1 - b ** age), V / (1 - c ** age)
             if factor or W.dim() > 1 and name not in ('pos_embed', 'cls_token'):
@@ -1259,6 +1273,18 @@ def test_the_drop_in_resumes_bit_for_bit_from_torchs_state_dict(setting, dtype):
     assert same_state(straight, follow(optimizer, params, grads[4:]))
     values = [x for state in optimizer.state_dict()['state'].values() for x in state.values()]
     assert {type(x) for x in values} <= {torch.Tensor, int}
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(double, 1e-14), (torch.bfloat16, 0.03)])
+def test_muon_is_torchs(dtype, tolerance):
+    for shape in SHAPES:
+        W, theirs = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Parameter(torch.ones(shape))
+        grads, hyper = normal(6, 1, *shape, dtype=dtype), dict(lr=0.01, weight_decay=0.1)
+        ours, = follow(galore.GaLoreAdamW([dict(params=[W], rule='muon')], **hyper), [W], grads)
+        theirs.data = theirs.data.to(torch.promote_types(dtype, torch.float32))
+        wanted, = follow(torch.optim.Muon([theirs], adjust_lr_fn='match_rms_adamw', **hyper), [theirs],
+                         grads.to(theirs.dtype))
+        close(ours.to(wanted.dtype), wanted, tolerance)
 
 
 def test_a_rank_is_clamped_and_said_once():
@@ -1541,7 +1567,10 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(rule='adam'), "rule='adam'"), (dict(proj_type='both'), "proj_type='both'"),
         (dict(basis='qr'), "basis='qr'"),
         (dict(params=[nn.Parameter(torch.zeros(6))]), 'is no matrix'), (dict(state_bits=4), 'state_bits=4'),
-        (dict(rule='fira', proj_type='full'), 'one-sided'))),
+        (dict(rule='fira', proj_type='full'), 'one-sided'), (dict(rule='muon'), "rule='muon'"),
+        (dict(rule='apollo', basis='svd'), "basis='random'"))),
+    (lambda: galore.GaLoreAdamW([dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira')]), 'without a rank'),
+    (lambda: galore.GaLoreAdamW([dict(params=[nn.Parameter(torch.zeros(6))], rule='muon')]), 'is no matrix'),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4')]
 DATA = [  # a reader, its words, what is said; or the words of a command of prepare.py
     (prepare.Tokens, 'c4 train 8', "'c4' is not there: run '.* prepare.py c4"),
@@ -1825,7 +1854,7 @@ def seen(script, data, step, settings):
 
 WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing is rounded away
     *(f'{script} {name}' + ' --state_bits=None' * (name == 'galore_lean')
-      for script in SCRIPTS for name in ALONE),
+      for script in SCRIPTS for name in ALONE if name != 'muon'),  # it rounds to bfloat16 inside
     *(f'{words} --dataset=answers' for words in ('gpt full', 'gpt lte', 'llama galore', 'llama galolte')),
     'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
@@ -1843,7 +1872,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
     """Ten steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
-    scaled = 'gal' in f'{name} {words}' or name == 'fira'
+    scaled = 'gal' in f'{name} {words}' or name in ('fira', 'apollo')
     more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 --max_iters=8 '
             '--min_lr=0.004' + ' --scale=0.5' * scaled + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))

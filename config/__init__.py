@@ -237,7 +237,6 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
-    ('basis', lambda s: s.optimizer != 'apollo', 'APOLLO draws its bases: set optimizer to another'),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
@@ -292,6 +291,8 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     # the optimizer
     (lambda s: s.optimizer in ('galore', 'fira') and s.basis == 'sketch',
      "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
+    (lambda s: s.optimizer == 'apollo' and s.basis != 'random',
+     "APOLLO draws its bases, and basis={basis!r} does not: set basis='random'"),
     (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
      'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '
      "grad_clip=0.0 (not {grad_clip}), sync='step' (not {sync!r}), and a dtype other than 'float16'"),

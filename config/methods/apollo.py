@@ -1,3 +1,4 @@
 # APOLLO: full gradients, scaled column by column as Adam would in a random subspace. Rates: not searched.
 optimizer = 'apollo'
-rank, basis_every, scale = 128, 200, 1.0
+rank, scale = 128, 1.0
+basis, basis_every = 'random', 200

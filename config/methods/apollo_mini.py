@@ -1,3 +1,4 @@
 # APOLLO-Mini: one random direction says how Adam would scale a whole matrix: no state. Rates: not searched.
 optimizer = 'apollo'
-rank, basis_every, scale = 1, 200, 128 ** 0.5
+rank, scale = 1, 128 ** 0.5
+basis, basis_every = 'random', 200

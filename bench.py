@@ -131,6 +131,7 @@ DROP_IN = dict(**BASES, **PLAIN)
 FIRA = dict(DROP_IN, optimizer='fira')
 APOLLO = dict(BASES, optimizer='apollo', basis='random')
 LAYER = dict(**BASES, **ONE, factors='basis', merge_every=1, basis='sketch')
+MUON_INSIDE = dict(LAYER, optimizer='muon', scale=1.0)
 GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 LOCAL = dict(ranks=4, sync='merge', merge_every=10)
 
@@ -154,11 +155,12 @@ SCREENING = {
                         rank=(16, 32, 128), seed=(1, 2)), dict(learning_rate=1e-2, basis='svd')]),
     'GaLore': (dict(LAYER, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
     'Fira': (dict(FIRA, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
-    **{name: (shared, [{}, *one_by_one(learning_rate=rates)]) for name, shared, rates in (
+    **{name: (shared, [{}, *one_by_one(learning_rate=others)]) for name, shared, others in (
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2)),
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (1e-3, 4e-3)),
-        ('Muon', dict(optimizer='muon', learning_rate=2e-3), (1e-3, 4e-3)))},
+        ('Muon', dict(optimizer='muon', learning_rate=2e-3), (1e-3, 4e-3)),
+        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=4e-3), (2e-3, 8e-3)))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
                         basis_every=(100,)), dict(merge_every=50, learning_rate=1e-2)]),

@@ -139,10 +139,10 @@ def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
           beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
 
-def turn_moments(M, V, C, left):
-    """Moments in the old basis as seen from the new one, C = new^T old (r, r): C M and (C * C) V, exact if
-    coordinates are uncorrelated. M, V: (r, n), or (m, r) if not `left`, or stacked."""
-    return (C @ M, C.square() @ V) if left else (M @ C.mT, V @ C.square().mT)
+def turn_moments(moments, C, left):
+    """Moments M, V, or M alone, in the old basis as seen from the new one, C = new^T old (r, r): C M and
+    (C * C) V, exact if coordinates are uncorrelated. They are (r, n), or (m, r) if not `left`, or stacked."""
+    return [turn @ x if left else x @ turn.mT for x, turn in zip(moments, (C, C.square()))]
 
 
 # -----------------------------------------------------------------------------
@@ -184,10 +184,11 @@ def decode(code, top, levels, power):
     return part.mul_(top[:, None]).flatten()[:len(code)]
 
 
-def new_moments(state, like, bits, whole=None):
+def new_moments(state, like, bits, whole=None, keys=tuple(EIGHT_BITS)):
     """Moments of zero for numbers like `like`, a shard of `whole`, or all of it. bits: None (its dtype), 32,
-    16, or 8 (of a whole below 16 blocks 32)."""
-    for key, (_, _, dtype) in EIGHT_BITS.items():
+    16, or 8 (of a whole below 16 blocks 32). keys: both moments, or the first alone."""
+    for key in keys:
+        dtype = EIGHT_BITS[key][2]
         if bits == 8 and (like if whole is None else whole).numel() >= 16 * BLOCK:
             state[key] = torch.zeros(like.shape, dtype=dtype, device=like.device)
             state[key + '_top'] = torch.zeros(-(-like.numel() // BLOCK), device=like.device)
@@ -198,12 +199,14 @@ def new_moments(state, like, bits, whole=None):
 
 
 def read_moments(state, numbers=EVERY):
-    """First and second moment, flat, in float32 or wider, or a chunk of them that starts with a block."""
+    """First and second moment, if there is one, flat, in float32 or wider, or a chunk of them that starts
+    with a block."""
+    keys = [key for key in EIGHT_BITS if key in state]
     if 'exp_avg_top' not in state:
-        return [state[key].view(-1)[numbers].to(wide(state[key])) for key in EIGHT_BITS]
+        return [state[key].view(-1)[numbers].to(wide(state[key])) for key in keys]
     blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
-    return [decode(state[key].view(-1)[numbers], state[key + '_top'][blocks], levels, power)
-            for key, (levels, power, _) in EIGHT_BITS.items()]
+    return [decode(state[key].view(-1)[numbers], state[key + '_top'][blocks], *EIGHT_BITS[key][:2])
+            for key in keys]
 
 
 def write_moments(state, moments, key, numbers=EVERY, first=0):
@@ -272,7 +275,7 @@ def adaptive_rate(R, U, state, group, dim):
 
 
 def limited(phi, norm, state):
-    """phi, lowered so that `norm`, of what it multiplies, grows by at most 1.01 a step (Fira, section 4.3)."""
+    """phi, lowered so that `norm`, of what it multiplies, grows by at most 1.01 a step (Fira)."""
     if 'rest_norm' in state:
         limiter = (norm / (state['rest_norm'] + 1e-8)).clamp_min(1.01) / 1.01
         norm, phi = norm / limiter, phi / limiter
@@ -304,9 +307,10 @@ def fira(G, R, U, state, group):
 
 def apollo(G, R, U, state, group):
     """
-    APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random projection, only says by
-    how much Adam would scale G. W moves along scale phi G, phi = |N_col| / |R_col|, limited as in `fira`; with
-    rank 1 one phi for all of W (APOLLO-Mini). Their scale is the square of this one. Returns minus the move.
+    APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random projection, only says
+    by how much Adam would scale G. W moves along scale phi G, phi = |N_col| / |R_col|, limited as in `fira`;
+    with rank 1 one phi is that of all of W (APOLLO-Mini). Their scale is the square of this one. Returns
+    minus the move.
     """
     lines = None if group['rank'] == 1 else 0 if sides(G.shape, group['proj_type'])[0] else 1
     phi, c = adaptive_rate(R, U, state, group, lines)
@@ -315,26 +319,22 @@ def apollo(G, R, U, state, group):
     return G * (phi * (-c * group['scale'])).to(G.dtype)
 
 
-def momentum_of(G, state, group):
-    """The average of gradients that a rule keeps, zero at first, in float32 or wider: a copy, where it is kept
-    in fewer bits."""
-    if 'momentum' not in state:
-        dtype = {None: G.dtype, 16: torch.bfloat16}.get(group['state_bits'], wide(G))
-        state['momentum'] = torch.zeros_like(G, dtype=dtype)
-    return state['momentum'].to(wide(G))
+def average_of(G, state, group):
+    """The average of gradients that a rule keeps, zero at first, like G, in float32 or wider."""
+    if 'exp_avg' not in state:
+        new_moments(state, G, group['state_bits'], keys=('exp_avg',))
+    return read_moments(state)[0].view(G.shape)
 
 
 def column_normalised(G, state, group, key):
     """
-    SCALE (Glentis et al. 2025, arXiv 2506.16659, and its authors' code): the gradient, of which each output's
-    numbers have mean square 1; of an embedding (group's `dim` 0) each coordinate's. Without state, but for the
-    output layer, where the group's `momentum` averages gradients first. Returns minus the move.
+    SCALE (Glentis et al. 2025, arXiv 2506.16659, and its authors' code): the gradient, each output's numbers
+    with a mean square of 1; of an embedding (the group's `dim` is 0) each coordinate's. Without state, but
+    for the output layer, where the group's `momentum` averages gradients first. Returns minus the move.
     """
     if group['momentum']:
-        M = momentum_of(G, state, group).lerp_(G.to(wide(G)), 1 - group['momentum'])
-        if M is not state['momentum']:
-            round_(state['momentum'], M, key)
-        G = M
+        G = average_of(G, state, group).lerp_(G.to(wide(G)), 1 - group['momentum'])
+        write_moments(state, [G], key)
     size = torch.linalg.vector_norm(G, dim=group['dim'], keepdim=True, dtype=wide(G))
     return G / -(size / math.sqrt(G.shape[group['dim']])).clamp_min(1e-8).to(G.dtype)
 
@@ -343,14 +343,14 @@ def orthogonalised(G, state, group, key):
     """
     Muon (Jordan et al. 2024) with the rate of Moonlight (Liu et al. 2025, arXiv 2502.16982), by torch: the
     averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
-    rates go. Returns minus the move.
+    rates go. G (m, n), or (heads, m, n), each on its own. Returns minus the move.
     """
-    M, move = momentum_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
-    muon([move], [G.to(wide(G))], [M], lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True,
-              ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5, eps=1e-7,
-              adjust_lr_fn='match_rms_adamw', has_complex=False)
-    if M is not state['momentum']:
-        round_(state['momentum'], M, key)
+    M, move = average_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
+    lists = ([*x.view(-1, *G.shape[-2:])] for x in (move, G.to(wide(G)), M))
+    muon(*lists, lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True,
+         ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5, eps=1e-7, adjust_lr_fn='match_rms_adamw',
+         has_complex=False)  # torch's own defaults
+    write_moments(state, [M], key)
     return move
 
 
@@ -427,7 +427,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
         if group['rule'] == 'apollo' and group['basis'] != 'random':
-            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set basis='random'")
+            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
+                             "basis='random'")
         if RULES[group['rule']] and group['proj_type'] == 'full':
             raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' is two: "
                              "set 'std'")
@@ -502,22 +503,23 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for (_, age), tensors in fused.items():
             fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
 
+    def _bases(self, W, state, group):
+        """The bases (P, Q) of a step, new ones where they are due."""
+        left, right = sides(W.shape, group['proj_type'])
+        rank, (period, since) = min(group['rank'], *W.shape), divmod(state['step'], group['update_proj_gap'])
+        if group['rule'] == 'apollo':  # drawn again in each step: it takes no memory
+            drawn = gaussian(W.shape[0 if left else 1], rank, W, self._seed(W, period))
+            return on_its_side(drawn.div_(math.sqrt(rank)), left)
+        if since == 0:
+            new = bases_of(W.grad, rank, left, right, group['basis'], (state.get('P'), state.get('Q')),
+                           self._seed(W, state['step']))
+            state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
+        return state.get('P'), state.get('Q')
+
     def _galore(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says, in place."""
-        G, left_right, rule = W.grad, sides(W.shape, group['proj_type']), RULES[group['rule']]
-        rank, (due, since) = min(group['rank'], *W.shape), divmod(state.get('step', 0), group['update_proj_gap'])
-        if not state:
-            state['step'] = 0
-        if rule is apollo:  # drawn again in each step, so that it takes no memory
-            rows = W.shape[0 if left_right[0] else 1]
-            drawn = gaussian(rows, rank, G, self._seed(W, due)).div_(math.sqrt(rank))
-            P, Q = on_its_side(drawn, left_right[0])
-        else:
-            if since == 0:
-                new = bases_of(G, rank, *left_right, group['basis'], (state.get('P'), state.get('Q')),
-                               self._seed(W, state['step']))
-                state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
-            P, Q = state.get('P'), state.get('Q')
+        state.setdefault('step', 0)
+        G, rule, (P, Q) = W.grad, RULES[group['rule']], self._bases(W, state, group)
         R = project(G, P, Q)
         if 'exp_avg' not in state:
             new_moments(state, R, group['state_bits'])
@@ -571,7 +573,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes
     straight into W; merged every T steps (GaLoLTE), into the factor, and after a merge first moments are
-    averaged over heads and ranks. Groups are those of `param_groups`; scale multiplies lr inside a basis;
+    averaged over heads and ranks. With rule='muon' the step is Muon's (`orthogonalised`), of one moment; it
+    is that of the whole matrix P R. Groups are those of `param_groups`; scale multiplies lr inside a basis;
     state_bits, per_layer: see GaLoreAdamW. A basis is taken anew every basis_every steps, the blocks of a
     model in turns, and the moments turn with it:
 
@@ -586,7 +589,9 @@ class LowRankAdamW(GaLoreAdamW):
     """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
-                 basis='sketch', basis_every=200, state_bits=None, seed=0, per_layer=False):
+                 basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False):
+        if rule not in ('galore', 'muon'):
+            raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
         if basis not in BASES or not basis_every >= 1:
             raise ValueError(f'{basis=} must be one of {BASES}, {basis_every=} at least 1')
         found = {name: layer for name, layer in named_layers(model).items()
@@ -606,7 +611,7 @@ class LowRankAdamW(GaLoreAdamW):
                               leave={layer.trained for layer in self.layers.values()})
         if inside:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
             groups.append({'params': [p for _, p in inside], 'param_names': [name for name, _ in inside],
-                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'basis': True,
+                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
                            'state_bits': state_bits})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
                          own=own_heads(model))
@@ -623,10 +628,9 @@ class LowRankAdamW(GaLoreAdamW):
             T = layer.merge_every
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
             if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own heads drift apart
-                M, V = read_moments(state)
-                M = M.view(local(p).shape)
+                M = read_moments(state)[0].view(local(p).shape)
                 M.copy_(mean(M.mean(0), layer.workers))
-                write_moments(state, (M, V), self._seed(p, state['step'], 1))
+                write_moments(state, [M], self._seed(p, state['step'], 1))
                 self.may_leave = False
             if self.basis in ('power', 'svd'):
                 if left == 0 or not state['bases']:
@@ -654,10 +658,10 @@ class LowRankAdamW(GaLoreAdamW):
         self.may_leave = False
         new = same(new.contiguous())  # to the last bit, as merges leave it out: devices may round differently
         if 'exp_avg' in state:
-            M, V = (x.view(local(p).shape) for x in read_moments(state))
-            C = new.to(M.dtype).mT @ layer.basis.to(M.dtype)
-            M, V = turn_moments(M, V, C, layer.left and layer.mine is None)
-            write_moments(state, (M, V), self._seed(p, state['step'], 2))
+            moments = [x.view(local(p).shape) for x in read_moments(state)]
+            C = new.to(moments[0].dtype).mT @ layer.basis.to(moments[0].dtype)
+            turned = turn_moments(moments, C, layer.left and layer.mine is None)
+            write_moments(state, turned, self._seed(p, state['step'], 2))
         layer.basis.copy_(new)
         state['bases'] += 1
 
@@ -704,7 +708,7 @@ class LowRankAdamW(GaLoreAdamW):
         super()._complete(p)
 
     def _update(self, params, group):
-        if not group.get('basis'):
+        if 'inside' not in group:
             return super()._update(params, group)
         keep = 1.0 - group['lr'] * group['weight_decay']
         for p in params:
@@ -713,13 +717,17 @@ class LowRankAdamW(GaLoreAdamW):
             if not state.get('bases'):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward '
                                  'pass; where it was called, the first gradient is not finite')
-            if 'exp_avg' not in state:
+            if 'exp_avg' not in state and group['inside'] == 'galore':
                 new_moments(state, local(p), group['state_bits'], p)
             state['step'] += 1
             alpha, key = group['lr'] * group['scale'] * keep, self._seed(p, state['step'], 0)
             how = group['betas'], group['eps'], group['correct_bias'], key
-            if layer.zero:
+            U = None
+            if group['inside'] == 'muon':
+                U = orthogonalised(p.grad, state, group, key).to(p.dtype)
+            elif layer.zero:
                 U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
+            if layer.zero:
                 P, Q = on_its_side(layer.basis, layer.left)
                 if layer.mine is None:
                     U = U[0]
@@ -731,7 +739,10 @@ class LowRankAdamW(GaLoreAdamW):
                     round_(W, W.float() * keep, key + 1, first)
                 elif keep != 1:
                     W.mul_(keep)
-                step_(local(p), local(p.grad), state, alpha, keep, *how, first_here(p))
+                if U is None:
+                    step_(local(p), local(p.grad), state, alpha, keep, *how, first_here(p))
+                else:
+                    round_(p, p.to(wide(p)).mul_(keep).add_(U, alpha=alpha), key + 2)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""
@@ -749,9 +760,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
     With a rank, or rule='muon', the matrices of attention and MLP (weights of nn.Linear below a module of
-    lowrank.KINDS) follow the rule, with rule='scale' all linear and embedding layers'; it says how many of how
-    many. Others are plain; matrices get weight_decay, vectors and what the model's own no_weight_decay() names
-    (timm) none. `param_names` goes along. leave: parameters to leave out.
+    lowrank.KINDS) follow the rule, with rule='scale' all linear and embedding layers'; it says how many of
+    how many. Others are plain; matrices get weight_decay, vectors and what the model's own no_weight_decay()
+    names (timm) none. `param_names` goes along. leave: parameters to leave out.
     ValueError: no matrix for the rule; factors that are always zero, on which only LowRankAdamW steps.
     """
     linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -795,9 +806,10 @@ def make_optimizer(model, settings):
     s = settings
     common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
                   per_layer=s['per_layer'])
-    if s['optimizer'] == 'adamw':
+    if s['optimizer'] == 'adamw' or s['lowrank']:
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
-                            basis_every=s['basis_every'], state_bits=s['state_bits'], **common)
+                            basis_every=s['basis_every'], state_bits=s['state_bits'],
+                            rule='muon' if s['optimizer'] == 'muon' else 'galore', **common)
     groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
                           rule=s['optimizer'], state_bits=s['state_bits'])
     return GaLoreAdamW(groups, **common)

@@ -312,7 +312,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, "(here 'adamw', 'step', True)"),
     ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "(here 'fira', 'step', False)"),
-    ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'), ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
+    ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
+    ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
     ('gpt', '--optimizer=apollo --basis=power', 1, "set basis='random'"),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "(here 'adamw', 'merge', False)"),
     ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2,
@@ -881,7 +882,8 @@ class Textbook:
         if s.optimizer in ('galore', 'fira', 'apollo'):
             self.inside = [name for name, p in plain.named_parameters()
                            if p.dim() == 2 and ('attn' in name or 'mlp' in name)]
-        self.moments, self.bases, self.sketches, self.rests, self.averages, self.draws = {}, {}, {}, {}, {}, []
+        self.moments, self.bases, self.sketches, self.draws = {}, {}, {}, []
+        self.rests, self.averages = {}, {}  # Fira's and APOLLO's, SCALE's
         self.draw_heads()
 
     def draw_heads(self):
@@ -1287,6 +1289,23 @@ def test_muon_is_torchs(dtype, tolerance):
         close(ours.to(wanted.dtype), wanted, tolerance)
 
 
+@pytest.mark.parametrize('shape', SHAPES)
+def test_muon_in_a_basis_of_all_directions_is_muon(shape):
+    linear, theirs = nn.Linear(*shape[::-1], bias=False), nn.Parameter(torch.zeros(shape))
+    nn.init.zeros_(linear.weight)
+    net = lowrank.MHLoRALinear(linear, rank=min(shape), factors='basis', merge_every=1)
+    ours = galore.LowRankAdamW(net, lr=0.01, weight_decay=0.1, scale=1.0, rule='muon', basis_every=3)
+    muon = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
+    for step in range(8):  # the moment turns with its basis
+        x, y = (normal(5, 5, k, seed=step + i, dtype=torch.float32) for i, k in enumerate(shape[::-1]))
+        ours.begin(step)
+        (net(x) * y).sum().backward()
+        theirs.grad = y.flatten(0, 1).T @ x.flatten(0, 1)
+        ours.step(), muon.step()
+        ours.zero_grad()
+    close(net.weight, theirs, 0.03 * theirs.abs().max().item())  # it rounds to bfloat16 inside
+
+
 def test_a_rank_is_clamped_and_said_once():
     W = nn.Parameter(torch.zeros(6, 9))
     with pytest.warns(UserWarning, match=r'rank 99 .* h.0.mlp.weight \(6, 9\)'):
@@ -1339,7 +1358,7 @@ def test_a_step_needs_no_value_of_the_device_and_no_other_device():
         G = torch.ones(shape, device='meta')
         P, Q = galore.bases_of(G, 3, left, not left)
         R, C = galore.project(G, P, Q), torch.ones(3, 3, device='meta')
-        M, V = galore.turn_moments(R, R.square(), C, left)
+        M, V = galore.turn_moments([R, R.square()], C, left)
         galore.add_back_(G, M, P, Q, 0.1)
         state = dict(step=1, rest_norm=M.norm(), **({'P': P} if left else {'Q': Q}))
         assert galore.fira(G, R, V, state, group).shape == shape
@@ -1569,8 +1588,9 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(params=[nn.Parameter(torch.zeros(6))]), 'is no matrix'), (dict(state_bits=4), 'state_bits=4'),
         (dict(rule='fira', proj_type='full'), 'one-sided'), (dict(rule='muon'), "rule='muon'"),
         (dict(rule='apollo', basis='svd'), "basis='random'"))),
-    (lambda: galore.GaLoreAdamW([dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira')]), 'without a rank'),
-    (lambda: galore.GaLoreAdamW([dict(params=[nn.Parameter(torch.zeros(6))], rule='muon')]), 'is no matrix'),
+    *((lambda group=group: galore.GaLoreAdamW([group]), said) for group, said in (
+        (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira'), 'without a rank'),
+        (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'))),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4')]
 DATA = [  # a reader, its words, what is said; or the words of a command of prepare.py
     (prepare.Tokens, 'c4 train 8', "'c4' is not there: run '.* prepare.py c4"),
@@ -1854,7 +1874,7 @@ def seen(script, data, step, settings):
 
 WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing is rounded away
     *(f'{script} {name}' + ' --state_bits=None' * (name == 'galore_lean')
-      for script in SCRIPTS for name in ALONE if name != 'muon'),  # it rounds to bfloat16 inside
+      for script in SCRIPTS for name in ALONE if 'muon' not in name),  # it rounds to bfloat16 inside
     *(f'{words} --dataset=answers' for words in ('gpt full', 'gpt lte', 'llama galore', 'llama galolte')),
     'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',

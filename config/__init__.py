@@ -252,8 +252,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      'batch_size={batch_size} does not split over {ranks} ranks: set a multiple'),
     # heads
     (lambda s: s.lowrank and s.alpha <= 0, 'alpha={alpha} leaves heads without effect: set it above 0'),
-    (lambda s: s.lowrank and s.optimizer != 'adamw',
-     "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw'"),
+    (lambda s: s.lowrank and s.optimizer != 'adamw' and (s.factors != 'basis' or s.optimizer != 'muon'),
+     "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw' (in a basis "
+     "'muon', too)"),
     (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
      'merge_reset=True needs merges, and rewarm_iters={rewarm_iters} an end before the next one: set '
      'merge_every={merge_every} above that, or merge_reset=False'),

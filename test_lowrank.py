@@ -324,9 +324,9 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/methods/lte.py config/methods/galore.py', 1, 'lte and galore are two methods'),
     ('gpt', 'config/llama_60m.py', 1, "'config/llama_60m.py' is one of train_llama.py"),
     ('llama', 'config/vit_quickstart.py', 1, 'is one of train_vit.py'),
-    ('llama', 'config/llama_60m.py config/methods/lte.py', 1,
-     "learning_rate in config/llama_60m.py is given for full, galore, galore_lean, fira, lora, relora, "
-     "and not for the method 'lte'"),
+    ('llama', 'config/llama_1b.py config/methods/lte.py', 1,
+     "learning_rate in config/llama_1b.py is given for full, galore, galore_lean, and not for the method "
+     "'lte'"),
     ('gpt', '{run} {other}', 1, 'set batch_size to two values, 8 and 4'),
     ('gpt', '{run} {m_mine}', 1,
      "set seed to two values, 3 and 4: leave one out, or let the file of the run say seed = {'mine': ...}"),
@@ -1020,8 +1020,19 @@ class Textbook:
             self.renew_basis(t, name, G)
             gradient = self.bases[name][0].T @ G @ self.bases[name][1]
         M, V, age = self.moments.get(key, (0, 0, 0))
-        self.moments[key] = M, V, age = b * M + (1 - b) * gradient, c * V + (1 - c) * gradient ** 2, age + 1
         W = self.heads[worker][name][factor[0]][factor[1]] if factor else self.W[worker][name]
+        if s.optimizer == 'muon' and ('attn' in name or 'mlp' in name) and W.dim() == 2:
+            X = nn.Parameter(torch.zeros_like(gradient))
+            muon = torch.optim.Muon([X], lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw')
+            X.grad, muon.state[X]['momentum_buffer'] = gradient, M + torch.zeros_like(gradient)
+            muon.step()
+            self.moments[key] = muon.state[X]['momentum_buffer'], torch.zeros_like(gradient), 0
+            P, Q = self.bases.get(name, (eye(W.shape[0]), eye(W.shape[1])))
+            W = (1 - lr * s.weight_decay) * W
+            move = lr * (s.scale * P @ X.detach() @ Q.T if name in self.inside else X.detach())
+            self.place(name, worker, W + move * (1 - lr * s.weight_decay * (name in self.inside)))
+            return
+        self.moments[key] = M, V, age = b * M + (1 - b) * gradient, c * V + (1 - c) * gradient ** 2, age + 1
         if name in self.inside:  # as in galore-torch: eps before the correction, decay after the update
             P, Q = self.bases[name]
             N = M / (V.sqrt() + 1e-6)
@@ -1047,12 +1058,15 @@ class Textbook:
             M, V = M / (1 - b ** age), V / (1 - c ** age)
             if factor or W.dim() > 1 and name not in ('pos_embed', 'cls_token'):
                 W = W - lr * s.weight_decay * W
-            W = W - lr * M / (V.sqrt() + (1e-8 if s.optimizer == 'adamw' else 1e-6))
+            W = W - lr * M / (V.sqrt() + (1e-8 if s.optimizer == 'adamw' or s.lowrank else 1e-6))
         if factor:
             self.heads[worker][name][factor[0]][factor[1]] = W
         else:
-            for other in [worker] if name in self.layers else range(worker, self.workers, self.replicas):
-                self.W[other][name] = W
+            self.place(name, worker, W)
+
+    def place(self, name, worker, W):
+        for other in [worker] if name in self.layers else range(worker, self.workers, self.replicas):
+            self.W[other][name] = W
 
     def merge(self):
         """Weights are averaged over workers, in a basis first moments too; heads begin anew, or go on."""
@@ -1798,7 +1812,8 @@ REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} |
 MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
-    'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
+    'gpt_muons': 'galolte --optimizer=muon', 'gpt_logit': 'mhlora --lowrank=attn,logit',
+    'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 MORE |= {  # 13 images are tested
@@ -1874,11 +1889,12 @@ def seen(script, data, step, settings):
 
 WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing is rounded away
     *(f'{script} {name}' + ' --state_bits=None' * (name == 'galore_lean')
-      for script in SCRIPTS for name in ALONE if 'muon' not in name),  # it rounds to bfloat16 inside
+      for script in SCRIPTS for name in ALONE),
     *(f'{words} --dataset=answers' for words in ('gpt full', 'gpt lte', 'llama galore', 'llama galolte')),
     'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
-    'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt fira --per_layer=True --grad_clip=0',
+    'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
+    'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
     'llama galore --basis=random', 'llama galore --basis_every=8', 'llama fira --basis=svd',
     'llama lora --grad_clip=0', 'llama galore --grad_clip=0',

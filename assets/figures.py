@@ -308,28 +308,47 @@ def method_rows():
             yield f'[`{name[:-3]}`](config/methods/{name})', file.readline().removeprefix('# ').strip()
 
 
+def mean_and_range(found):
+    spread = f'{min(found):.3f} to {max(found):.3f}; {len(found)}' if len(found) > 1 else 'one seed'
+    return f'{statistics.mean(found):.3f} ({spread})'
+
+
 def quality_rows():
     """The finalists, each at its best rate."""
     times = seconds_of_steps('quality')
     for name, (mine, *_) in groups('quality').items():
-        first, found = mine[0], losses(mine)
-        wire = sent('quality', first).get('wire')
-        spread = f'{min(found):.3f} to {max(found):.3f}; {len(found)}' if len(found) > 1 else 'one seed'
+        first, wire = mine[0], sent('quality', mine[0]).get('wire')
         yield (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
                f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
                f"{times[name] / times['full rank']:.2f}" if name in times else '',
-               f'{statistics.mean(found):.3f} ({spread})')
+               mean_and_range(losses(mine)))
+
+
+def other_rates(name, best):
+    """Losses of the trainings that differ from `best` in their rate alone, in words."""
+    rates = {}
+    for cell in trained(name):
+        s, mine = ({**cell['settings'], 'seed': 0} for cell in (cell, best))
+        if cell['method'] == best['method'] and s | {'learning_rate': 0} == mine | {'learning_rate': 0} \
+                and s != mine:
+            rates[s['learning_rate']] = cell['val_loss']
+    return ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items()))
 
 
 def rate_rows():
-    """The finalists' other rates, but for a seed all that they differ in."""
+    """The finalists' other rates."""
     for name, (mine, *_) in groups('quality').items():
-        rates = {cell['settings']['learning_rate']: cell['val_loss'] for cell in trained('quality')
-                 if cell['method'] == name}
-        del rates[mine[0]['settings']['learning_rate']]
-        if rates:
-            yield name, ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}"
-                                  for lr, loss in sorted(rates.items()))
+        if words := other_rates('quality', mine[0]):
+            yield name, words
+
+
+def rival_rows():
+    """Methods of one worker in the screening, by their loss."""
+    found = [mine for mine, *_ in groups('screening').values() if 'split' not in mine[0]['settings']
+             and 'ranks' not in mine[0]['settings']]
+    for mine in sorted(found, key=lambda cells: statistics.mean(losses(cells))):
+        yield (label(mine[0]), f'{all_state(mine[0]) / 1e6:.1f} MB', mean_and_range(losses(mine)),
+               other_rates('screening', mine[0]))
 
 
 def renew_tables():
@@ -341,6 +360,8 @@ def renew_tables():
                                       'validation loss: mean (range; seeds)'), quality_rows(),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
+    renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),
+          rival_rows())
     renew('README.md', 'rates', ('method', 'validation loss at other learning rates, one seed'), rate_rows())
 
 

@@ -159,8 +159,8 @@ SCREENING = {
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2)),
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (1e-3, 4e-3)),
-        ('Muon', dict(optimizer='muon', learning_rate=2e-3), (1e-3, 4e-3)),
-        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=4e-3), (2e-3, 8e-3)))},
+        ('Muon', dict(optimizer='muon', learning_rate=2e-3), (1e-3, 4e-3, 8e-3)),
+        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2)))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
                         basis_every=(100,)), dict(merge_every=50, learning_rate=1e-2)]),

@@ -7,6 +7,7 @@ $ torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2.py config/me
 Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
 """
 
+import functools
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
 from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers,
-                     shard)
+                     shard, write)
 from model import GPT, GPTConfig, fill
 
 
@@ -106,17 +107,31 @@ def build(settings, where, vocabulary, checkpoint=None):
                               n_embd=s.n_embd, bias=s.bias)
         else:
             shape, loaded = read_for(settings, GPTConfig)
-        model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
-        if loaded is not None:
-            fill(model, loaded, s.init_from)
-    model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
+        with torch.device('meta'):
+            plain, model = (GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
+                            for _ in range(2))
+        for part in plain.modules() if s.init_from == 'scratch' else ():
+            for x in part.parameters(recurse=False):  # torch draws in vain: a seed gives what GPT(shape) is
+                if not isinstance(part, torch.nn.LayerNorm):
+                    x = torch.empty_like(x, device='cpu')
+                    x.normal_() if isinstance(part, torch.nn.Embedding) else x.uniform_()
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
-    put_layers(model, settings, where.rank, where.ranks)
+    model.to(getattr(torch, s.param_dtype))
+    layers = put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
         shard(model, where.device)
+    else:
+        model.to_empty(device=where.device)
+    model.tie()
+    if not checkpoint:  # one by one: nobody ever holds more than the part of the model that is to stay
+        with config.built_from(s.init_from):
+            fill(plain, plain.drawn(device='cpu') if loaded is None else loaded, s.init_from,
+                 functools.partial(write, model))
+        for layer in layers:
+            layer.start()
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

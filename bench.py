@@ -423,7 +423,8 @@ class Watch(TorchDispatchMode):
             self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how != 'averaged']))
             return out
         for x in tree_leaves(out):
-            if not torch.is_tensor(x) or lowrank.is_sharded(x):  # that is a shell around this rank's part
+            # a sharded one is a shell around this rank's part
+            if not torch.is_tensor(x) or lowrank.is_sharded(x) or x.device.type == 'meta':
                 continue
             if x.untyped_storage()._cdata not in self.alive:
                 storage = x.untyped_storage()

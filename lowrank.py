@@ -659,7 +659,8 @@ def shard(model, device):
     rank's rows alone, whose values are then to be set: see `write`, MHLoRALinear.start.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
-    each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
+    each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases. ValueError: a
+    weight is shared by two blocks, or by one and the rest.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -669,8 +670,16 @@ def shard(model, device):
         move(device=device)
         return
     left_alone = own_heads(model) | {layer.trained for layer in layers if layer.zero}
+    blocks = list(dict.fromkeys(model.blocks))
+    inside = {module for block in blocks for module in block.modules()}
+    rest = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+    parts = [rest, *(set(block.parameters()) for block in blocks)]
+    for name, p in model.named_parameters():
+        if sum(p in part for part in parts) > 1:
+            raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which are sharded '
+                             'one by one: set shard=False, or untie it')
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for module in (*model.blocks, model):
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
     move(device=device)
     for layer in layers:

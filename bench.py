@@ -589,7 +589,8 @@ def peaks(settings, ranks):
             watch.start()
             step()
             note('step')
-        bases = [layer.basis for layer in lowrank.lowrank_layers(run.model) if layer.factors == 'basis']
+        bases = [lowrank.local(layer.basis) for layer in lowrank.lowrank_layers(run.model)
+                 if layer.factors == 'basis']
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
                 for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()

@@ -326,12 +326,14 @@ class MHLoRALinear(nn.Module):
     def start(self):
         """What a layer begins with: heads as drawn, all else zero. Of one on the meta device, after
         `to_empty`."""
-        for x in self.buffers():
-            x.zero_()
-        if self.factors != 'basis':
+        if self.factors == 'basis':
+            local(self.basis).zero_()
+            if not self.zero:
+                local(self.trained).zero_()
+        else:
             self.reset_heads()
-        elif not self.zero:
-            local(self.trained).zero_()
+            for x in self.buffers():  # heads at the last merge
+                x.zero_()
 
     @torch.no_grad()
     def reset_heads(self, generator=None):
@@ -440,7 +442,7 @@ class MHLoRALinear(nn.Module):
         sketch.grad (m, r), or (n, r)."""
         self.sketch = None
         if wanted:
-            zero = self.basis.new_zeros((), dtype=wide(self.basis))
+            zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
             self.sketch = zero.expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
@@ -659,8 +661,8 @@ def shard(model, device):
     rank's rows alone, whose values are then to be set: see `write`, MHLoRALinear.start.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
-    each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases. ValueError: a
-    weight is shared by two blocks, or by one and the rest.
+    each rank steps on its own rows of W. GaLore's bases are gathered with W; GaLoLTE's, and heads that
+    differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one and the rest.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -678,6 +680,10 @@ def shard(model, device):
         if sum(p in part for part in parts) > 1:
             raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which are sharded '
                              'one by one: set shard=False, or untie it')
+    for layer in layers:
+        if layer.zero:  # its basis is gathered with W
+            basis = layer._buffers.pop('basis')
+            layer.register_parameter('basis', nn.Parameter(basis, requires_grad=False))
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
@@ -1078,9 +1084,10 @@ def count_parameters(model):
     other); of heads that are split over ranks this rank's. Weights that GaLore moves count as trainable."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     heads, galore = heads_of(model), [layer for layer in lowrank_layers(model) if layer.zero]
-    zeros, moved = {layer.trained for layer in galore}, {x.weight for x in galore if x.trained.requires_grad}
+    moved = {layer.weight for layer in galore if layer.trained.requires_grad}
+    skip = {x for layer in galore for x in (layer.trained, layer.basis)}  # in shards a basis is a parameter
     for name, p in model.named_parameters():  # a tied weight comes once, under its first name
-        if p not in zeros:
+        if p not in skip:
             trainable = p.requires_grad or p in moved
             counts['total'] += p.numel()
             counts['trainable' if trainable else 'frozen'] += p.numel()

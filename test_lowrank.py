@@ -3347,8 +3347,8 @@ def shards_of_a_block_that_is_called_twice():
             lowrank.clip_gradients(net, 0.1)
             optimizer.step()
             optimizer.zero_grad()
-    for name, p in two.named_parameters():
-        close(lowrank.whole(p), one.get_parameter(name), 1e-12)
+    for name, x in two.state_dict().items():
+        close(lowrank.whole(x), one.state_dict()[name], 1e-12)
     lowrank.check_training(two, optimizers[1])
     for place in ('blocks.1.mlp', 'out'):
         tied = Twice()
@@ -3513,9 +3513,9 @@ def test_no_byte_is_sent_in_silence(spawned):
         logs = logged(spawned / name, 'sync_bytes')
         for k in range(2, steps + 1, 2):
             assert logs[k] == sum(put[k - 2:k]) // 2, name
-    for name, share in (('gpt_full', 0.52), ('gpt_galore', 0.7)):  # of a rank; bases stay whole
+    for name, share in (('gpt_full', 0.52), ('gpt_galore', 0.52)):
         held, whole = (logged(spawned / run, 'optimizer_state_bytes')[8] for run in (f'{name}_shard', name))
-        assert held < share * whole
+        assert held < share * whole, (name, held, whole)
     # 2 heads of rank 3 without those of the last merge, or the product where that is less; 8 bytes a number
     weights = saved(spawned / 'gpt_full')['model']
     shapes = [W.shape for name, W in weights.items() if '.h.' in name and W.dim() > 1]

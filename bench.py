@@ -431,7 +431,8 @@ class Watch(TorchDispatchMode):
             self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how != 'averaged']))
             return out
         for x in tree_leaves(out):
-            if not torch.is_tensor(x) or lowrank.is_sharded(x):  # that is a shell around this rank's part
+            # a sharded one is a shell around this rank's part
+            if not torch.is_tensor(x) or lowrank.is_sharded(x) or x.device.type == 'meta':
                 continue
             if x.untyped_storage()._cdata not in self.alive:
                 storage = x.untyped_storage()
@@ -596,7 +597,8 @@ def peaks(settings, ranks):
             watch.start()
             step()
             note('step')
-        bases = [layer.basis for layer in lowrank.lowrank_layers(run.model) if layer.factors == 'basis']
+        bases = [lowrank.local(layer.basis) for layer in lowrank.lowrank_layers(run.model)
+                 if layer.factors == 'basis']
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
                 for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()

@@ -22,7 +22,7 @@ from torch.optim._muon import muon
 from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, first_here, is_sharded, local, lowrank_layers, mean, named_layers,
-                     own_heads, place, round_, rows_here, same, shard_of, stepped, wide)
+                     own_heads, place, round_, rows_here, same, shard_of, stepped, whole, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -485,10 +485,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """torch.optim.AdamW: eps after the bias correction, decay before the update."""
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
         fused = {}  # dtype and age: fused kernels take lists of one dtype
-        for whole in params:
-            state, p, grad = self.state[whole], local(whole), local(whole.grad)
+        for given in params:
+            state, p, grad = self.state[given], local(given), local(given.grad)
             if not state:
-                new_moments(state, p, group['state_bits'], whole)
+                new_moments(state, p, group['state_bits'], given)
                 state['step'] = 0
             state['step'] += 1
             age, root = math.inf, 1.0
@@ -499,7 +499,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 fused.setdefault((p.dtype, age), []).append(tensors)
             else:
                 step_(p, grad, state, lr, 1 - lr * decay, betas, eps * root, group['correct_bias'],
-                      self._seed(whole, state['step'], 0), first_here(whole))
+                      self._seed(given, state['step'], 0), first_here(given))
         for (_, age), tensors in fused.items():
             fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
 
@@ -643,7 +643,7 @@ class LowRankAdamW(GaLoreAdamW):
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
                 Y = mean(layer.sketch.grad)
                 ok = Y.isfinite().all() & Y.any()
-                self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), layer.basis))
+                self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), whole(layer.basis)))
             inside = self.basis == 'sketch' and (left or self.basis_every) <= WINDOW
             if left == 0 or not inside:  # a resumed run may have another basis, or other windows
                 layer.ask_sketch(False)
@@ -659,10 +659,10 @@ class LowRankAdamW(GaLoreAdamW):
         new = same(new.contiguous())  # to the last bit, as merges leave it out: devices may round differently
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]
-            C = new.to(moments[0].dtype).mT @ layer.basis.to(moments[0].dtype)
+            C = new.to(moments[0].dtype).mT @ whole(layer.basis).to(moments[0].dtype)
             turned = turn_moments(moments, C, layer.left and layer.mine is None)
             write_moments(state, turned, self._seed(p, state['step'], 2))
-        layer.basis.copy_(new)
+        local(layer.basis).copy_(new[rows_here(layer.basis)])
         state['bases'] += 1
 
     def _from_whole(self, p):
@@ -672,7 +672,7 @@ class LowRankAdamW(GaLoreAdamW):
         if G is None:
             return
         layer.ask_whole(False)
-        shared, old = mean(G.mean(0)), layer.basis if state['bases'] else None
+        shared, old = mean(G.mean(0)), whole(layer.basis) if state['bases'] else None
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return
@@ -683,7 +683,7 @@ class LowRankAdamW(GaLoreAdamW):
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
-        R = project(G, *on_its_side(layer.basis, layer.left)).contiguous()
+        R = project(G, *on_its_side(whole(layer.basis), layer.left)).contiguous()
         if layer.mine is not None:
             R = layer.sharded(layer.rows_of(R))
         elif is_sharded(p):
@@ -728,11 +728,11 @@ class LowRankAdamW(GaLoreAdamW):
             elif layer.zero:
                 U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
             if layer.zero:
-                P, Q = on_its_side(layer.basis, layer.left)
+                P, Q = on_its_side(local(layer.basis) if layer.left else whole(layer.basis), layer.left)
                 if layer.mine is None:
                     U = U[0]
-                elif layer.left:
-                    U, P = layer.all_of(U)[0], P[rows_here(layer.weight)]
+                elif layer.left:  # W and P have rows of the same ranks
+                    U = layer.all_of(U)[0]
                 add_back_(W, U, P, Q, alpha, keep, key + 1, first)
             else:
                 if keep != 1 and W.dtype == torch.bfloat16:
@@ -747,7 +747,7 @@ class LowRankAdamW(GaLoreAdamW):
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""
         more = [x for layer in self.layers.values() for x in (layer.basis, layer.sketch) if x is not None]
-        return super().state_bytes() + sum(x.nbytes for x in more)
+        return super().state_bytes() + sum(local(x).nbytes for x in more)
 
 
 # -----------------------------------------------------------------------------

@@ -268,20 +268,21 @@ class MHLoRALinear(nn.Module):
         self.evaluating = False
         shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
         if factors == 'basis':
-            self.register_buffer('basis', self.weight.new_zeros(min(m, n), self.rank))
+            self.register_buffer('basis', self.weight.new_empty(min(m, n), self.rank))
             name, shape, other = ('A', shape_A, 'B') if self.left else ('B', shape_B, 'A')
             if merge_every == 1:
                 self.zero, self.zeros = name, zeros or Zeros()
-            factor = self.zeros.view(shape, self.weight) if self.zero else self.weight.new_zeros(shape)
+            factor = self.zeros.view(shape, self.weight) if self.zero else self.weight.new_empty(shape)
             self.register_parameter(name, nn.Parameter(factor))
             self.register_parameter(other, None)
         else:
             self.A = nn.Parameter(self.weight.new_empty(shape_A), requires_grad=factors == 'both')
             self.B = nn.Parameter(self.weight.new_empty(shape_B))
-            self.reset_heads()
         if not self.reset:
-            self.register_buffer('A_merged', torch.zeros_like(self.A))
-            self.register_buffer('B_merged', torch.zeros_like(self.B))
+            self.register_buffer('A_merged', torch.empty_like(self.A))
+            self.register_buffer('B_merged', torch.empty_like(self.B))
+        if not self.weight.is_meta:
+            self.start()
 
     def extra_repr(self):
         return (f'{self.in_features} -> {self.out_features}, heads={self.heads}, rank={self.rank}, '
@@ -320,6 +321,19 @@ class MHLoRALinear(nn.Module):
         super().__setstate__(state)
         with self._without_zero():
             pass
+
+    @torch.no_grad()
+    def start(self):
+        """What a layer begins with: heads as drawn, all else zero. Of one on the meta device, after
+        `to_empty`."""
+        if self.factors == 'basis':
+            local(self.basis).zero_()
+            if not self.zero:
+                local(self.trained).zero_()
+        else:
+            self.reset_heads()
+            for x in self.buffers():  # heads at the last merge
+                x.zero_()
 
     @torch.no_grad()
     def reset_heads(self, generator=None):
@@ -428,7 +442,7 @@ class MHLoRALinear(nn.Module):
         sketch.grad (m, r), or (n, r)."""
         self.sketch = None
         if wanted:
-            zero = self.basis.new_zeros((), dtype=wide(self.basis))
+            zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
             self.sketch = zero.expand(self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
@@ -643,27 +657,52 @@ def shard(model, device):
     """
     Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves it from
     the CPU to this rank's device; parameters of a block are there in whole while it computes. To be called
-    before an optimizer is built. Alone it only moves the model.
+    before an optimizer is built. Alone it only moves the model. One on the meta device gets memory for this
+    rank's rows alone, whose values are then to be set: see `write`, MHLoRALinear.start.
 
     W is frozen: it is gathered, and its gradient never formed. What is reduced is the projected gradient, and
-    each rank steps on its own rows of W. Heads that differ by rank stay whole, as do bases.
+    each rank steps on its own rows of W. GaLore's bases are gathered with W; GaLoLTE's, and heads that
+    differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one and the rest.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    layers, move = lowrank_layers(model), model.to_empty if next(model.parameters()).is_meta else model.to
     if place()[1] == 1:
         print('one process holds all: shard=True does nothing')
-        model.to(device)
+        move(device=device)
         return
-    layers = lowrank_layers(model)
     left_alone = own_heads(model) | {layer.trained for layer in layers if layer.zero}
+    blocks = list(dict.fromkeys(model.blocks))
+    inside = {module for block in blocks for module in block.modules()}
+    rest = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+    parts = [rest, *(set(block.parameters()) for block in blocks)]
+    for name, p in model.named_parameters():
+        if sum(p in part for part in parts) > 1:
+            raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which are sharded '
+                             'one by one: set shard=False, or untie it')
+    for layer in layers:
+        if layer.zero:  # its basis is gathered with W
+            basis = layer._buffers.pop('basis')
+            layer.register_parameter('basis', nn.Parameter(basis, requires_grad=False))
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for module in (*model.blocks, model):
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
-    for p in own_heads(model):
-        p.data = p.data.to(device)
+    move(device=device)
     for layer in layers:
         if layer.zero:
             layer.shard()
+
+
+@torch.no_grad()
+def write(model, name, x):
+    """Writes the parameter x that had a name before `apply_mhlora` where it is now, of shards this rank's
+    rows."""
+    name, _, key = name.rpartition('.')
+    module = model.get_submodule(name)
+    parts = [module.q, module.k, module.v] if isinstance(module, QKV) else [module]
+    for part, rows in zip(parts, x.chunk(len(parts))):
+        p = getattr(part, key)
+        local(p).copy_(rows[rows_here(p)])
 
 
 # -----------------------------------------------------------------------------
@@ -897,11 +936,14 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
 
 def put_layers(model, settings, worker=0, workers=1):
-    """Puts the low-rank layers that a script's settings ask for into a model, see `apply_mhlora`."""
-    if settings['lowrank']:
-        keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
-        apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys},
-                     worker=worker, workers=workers)
+    """Puts the low-rank layers that a script's settings ask for into a model, see `apply_mhlora`, and returns
+    them, each once, in the order in which their heads are drawn."""
+    if not settings['lowrank']:
+        return []
+    keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
+    names = apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys},
+                         worker=worker, workers=workers)
+    return list(dict.fromkeys(map(model.get_submodule, names)))
 
 
 def named_layers(model):
@@ -1042,9 +1084,10 @@ def count_parameters(model):
     other); of heads that are split over ranks this rank's. Weights that GaLore moves count as trainable."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     heads, galore = heads_of(model), [layer for layer in lowrank_layers(model) if layer.zero]
-    zeros, moved = {layer.trained for layer in galore}, {x.weight for x in galore if x.trained.requires_grad}
+    moved = {layer.weight for layer in galore if layer.trained.requires_grad}
+    skip = {x for layer in galore for x in (layer.trained, layer.basis)}  # in shards a basis is a parameter
     for name, p in model.named_parameters():  # a tied weight comes once, under its first name
-        if p not in zeros:
+        if p not in skip:
             trainable = p.requires_grad or p in moved
             counts['total'] += p.numel()
             counts['trainable' if trainable else 'frozen'] += p.numel()

@@ -73,8 +73,9 @@ class LanguageModel(nn.Module):
     """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`, `lm_head`."""
 
     def tie(self):
-        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two."""
-        if self.config.tied:
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two. One
+        of another kind, with heads, stays apart."""
+        if self.config.tied and type(self.lm_head) is nn.Linear:
             self.lm_head.weight = self.embedding.weight
 
     @torch.no_grad()
@@ -82,13 +83,22 @@ class LanguageModel(nn.Module):
         """Matrices normal with deviation 0.02, norms one, biases zero."""
         self.tie()
         for name, parameter in self.named_parameters():
-            if name.endswith('bias'):
-                nn.init.zeros_(parameter)
-            elif parameter.dim() == 1:
-                nn.init.ones_(parameter)
-            else:  # GPT-2's residual stream sums 2 L projections (its section 2.3)
-                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
-                nn.init.normal_(parameter, std=0.02 / shrink)
+            self.draw_(name, parameter)
+
+    def draw_(self, name, x):
+        """What `init_weights` makes of the parameter of that name, in place; returns it."""
+        if name.endswith('bias'):
+            return nn.init.zeros_(x)
+        if x.dim() == 1:
+            return nn.init.ones_(x)
+        # GPT-2's residual stream sums 2 L projections (its section 2.3)
+        shrink = math.sqrt(2 * self.config.n_layer) if name.endswith('c_proj.weight') else 1.0
+        return nn.init.normal_(x, std=0.02 / shrink)
+
+    def drawn(self, **how):
+        """Yields (name, tensor), what `init_weights` draws, with that dtype and device."""
+        for name, parameter in self.named_parameters():
+            yield name, self.draw_(name, torch.empty_like(parameter, **how))
 
     def through_blocks(self, x, *more):
         """x (batch, time, width) after all blocks, which in training may recompute their activations."""
@@ -548,11 +558,18 @@ def from_nanogpt(checkpoint):
 
 
 @torch.no_grad()
-def fill(model, tensors, source):
-    """Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
-    Returns the model. ValueError: the two do not go together."""
+def fill(model, tensors, source, write=None):
+    """
+    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
+    Returns the model. ValueError: the two do not go together.
+
+    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its names.
+    """
     model.tie()
-    wanted = dict(model.named_parameters())  # a tied weight comes once, under its first name
+    write = write or (lambda name, x: model.get_parameter(name).copy_(x))
+    wanted, names = dict(model.named_parameters()), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     for name, x in tensors:
         parameter = wanted.pop(name, None)
         if parameter is None:
@@ -562,7 +579,8 @@ def fill(model, tensors, source):
             raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
                              f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
                              'its configuration')
-        parameter.copy_(x)
+        for name in names[parameter]:
+            write(name, x)
     if wanted:
         raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")
     return model

@@ -7,6 +7,7 @@ $ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b.py con
 Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
 """
 
+import functools
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -85,7 +86,7 @@ import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
 from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers,
-                     shard)
+                     shard, write)
 from model import SIZES, Llama, LlamaConfig, fill
 
 
@@ -112,20 +113,25 @@ def build(settings, where, vocabulary, checkpoint=None):
         else:
             shape, loaded = read_for(settings, LlamaConfig)
         with torch.device('meta'):
-            model = Llama(replace(shape, checkpointing=s.checkpointing))
-        # filled where and as it stays: 7B in bfloat16 never exist in float32
-        model.to(getattr(torch, s.param_dtype)).to_empty(device='cpu' if s.shard else where.device)
-        if loaded is None:
-            model.init_weights()
-        else:
-            fill(model, loaded, s.init_from)
+            plain, model = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
-    put_layers(model, settings, where.rank, where.ranks)
+    model.to(getattr(torch, s.param_dtype))
+    layers = put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
         shard(model, where.device)
+    else:
+        model.to_empty(device=where.device)
+    model.tie()
+    if not checkpoint:  # one by one: nobody ever holds more than the part of the model that is to stay
+        if loaded is None:
+            loaded = plain.drawn(device=where.device, dtype=getattr(torch, s.param_dtype))
+        with config.built_from(s.init_from):
+            fill(plain, loaded, s.init_from, functools.partial(write, model))
+        for layer in layers:
+            layer.start()
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

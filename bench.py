@@ -159,9 +159,9 @@ SCREENING = {
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2)),
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (1e-3, 4e-3)),
-        ('Muon', dict(optimizer='muon', learning_rate=2e-3), (1e-3, 4e-3, 8e-3)),
-        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2)),
-        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=4e-3), (8e-3,)))},
+        ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
+        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
+        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
                         basis_every=(100,)), dict(merge_every=50, learning_rate=1e-2)]),
@@ -184,9 +184,9 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'MHLoRA': (dict(FOUR, rank=24, alpha=96.0), rates(5e-4, 2.5e-4, 1e-3, 2e-3)),
     'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
     'Fira': (dict(FIRA, rank=96), rates(1e-2, 2e-2, 5e-3)),
-    'Muon': (dict(optimizer='muon'), rates(2e-3, 1e-3, 4e-3)),
-    'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(4e-3, 8e-3)),
-    'GaLoLTE, Muon': (dict(GALOLTE_MUON, rank=96), rates(4e-3, 8e-3)),
+    'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
+    'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
+    'GaLoLTE, Muon': (dict(GALOLTE_MUON, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),

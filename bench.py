@@ -394,7 +394,8 @@ def vocabulary(s):
 
 
 # words in the names of torch's collectives; what they send: see `on_the_wire`
-COLLECTIVES = dict(scatter='scattered', alltoall='scattered', gather='gathered', broadcast='broadcast')
+COLLECTIVES = dict(scatter='scattered', alltoall='scattered', allgather='gathered', gather='scattered',
+                   broadcast='broadcast')
 
 
 class Watch(TorchDispatchMode):

@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, first_here, is_sharded, local,
-                     lowrank_layers, mean, named_layers, own_heads, place, round_, rows_here, same, shard_of,
-                     stepped, wide)
+                     lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here, same,
+                     shard_of, stepped, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -548,7 +548,8 @@ class LowRankAdamW(GaLoreAdamW):
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.basis, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
-                Y = self._mean(layer, layer.sketch.grad.mT, 4).mT
+                Y = layer.sketch.grad
+                Y = mean_at(self._owner(p), Y.mT, layer.workers).mT if self._coded(layer) else mean(Y.mean(0))
                 ok = Y.isfinite().all() & Y.any()
                 self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), layer.basis))
             inside = self.basis == 'sketch' and (left or self.basis_every) <= WINDOW
@@ -562,6 +563,10 @@ class LowRankAdamW(GaLoreAdamW):
     def _coded(self, layer):
         """Whether averages of a layer are sent in few bits."""
         return layer.split and self.sync_bits < 32
+
+    def _owner(self, p):
+        """The rank that takes the bases of a layer, where few bits are sent."""
+        return self.order[p] % self.layers[p].workers
 
     def parts(self, layer):
         """Into how many parts the sketch of a layer is cut: what is rounded is that of single heads, to be
@@ -580,7 +585,7 @@ class LowRankAdamW(GaLoreAdamW):
         layer, state = self.layers[p], self.state[p]
         self.may_leave = False
         # to the last bit, as merges leave it out: devices may round differently
-        new = coded_same(new.mT, 8).mT.contiguous() if self._coded(layer) else same(new.contiguous())
+        new = coded_same(self._owner(p), new.mT, 8).mT if self._coded(layer) else same(new.contiguous())
         if 'exp_avg' in state:
             M, V = (x.view(local(p).shape) for x in read_moments(state))
             C = new.to(M.dtype).mT @ layer.basis.to(M.dtype)

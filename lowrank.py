@@ -569,11 +569,11 @@ def parts_of(x):
     return [part[:length] for part, length in zip(gather(F.pad(x, (0, max(lengths) - len(x)))), lengths)]
 
 
-def same(x):
-    """The tensor of rank 0 on all ranks, in place, to the last bit; alone, the tensor itself."""
+def same(x, owner=0):
+    """The tensor of one rank on all ranks, in place, to the last bit; alone, the tensor itself."""
     if place()[1] > 1:
         traffic['bytes'] += x.nbytes
-        dist.broadcast(x, 0)
+        dist.broadcast(x, owner)
     return x
 
 
@@ -695,9 +695,26 @@ def coded_mean(x, bits, workers=1, error=None):
     return decode(codes_of_mean, dtype).flatten()[:numbers].view(x.shape[1:])
 
 
-def coded_same(x, bits):
-    """The tensor x of rank 0 on all ranks, as its codes say, to the last bit."""
-    codes = same(encode(in_blocks(x.flatten(), (1,)), bits))
+@torch.no_grad()
+def mean_at(owner, x, workers):
+    """The average (...) of x (heads, ...) over the heads of so many ranks at one of them; elsewhere it means
+    nothing. Rounded to 6 bits, and what is left to 6 more: large directions of a sketch would hide others."""
+    mine, numbers, dtype = len(x), x[0].numel(), wide(x)
+    value = in_blocks(x.reshape(mine, numbers).to(dtype), (mine,))  # (mine, blocks, 64)
+    codes = encode(value, 6)
+    codes = torch.stack([codes, encode(value - decode(codes, dtype), 6)], 1)  # (mine, 2, blocks, bytes)
+    if workers > 1:
+        traffic['bytes'] += codes.nbytes * (workers - 1) / workers  # owners take turns
+        parts = codes.new_empty(workers, *codes.shape)
+        dist.gather(codes, list(parts) if place()[0] == owner else None, owner)
+        codes = in_global_order(parts) if place()[0] == owner else codes
+    average = sum(decode(part, dtype).sum(0) for part in codes).div_(len(codes))
+    return average.flatten()[:numbers].view(x.shape[1:])
+
+
+def coded_same(owner, x, bits):
+    """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
+    codes = same(encode(in_blocks(x.flatten(), (1,)), bits), owner)
     return decode(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
 
 

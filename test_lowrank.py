@@ -3365,6 +3365,9 @@ def few_bits_are_the_same_on_any_number_of_ranks():
         wanted = lowrank.coded_mean(x, 2, error=error)
         got = lowrank.coded_mean(x[rank::ranks], 2, ranks, here)
         assert torch.equal(got, wanted) and torch.equal(here, error[rank::ranks])
+        got, wanted = lowrank.mean_at(1, x[rank::ranks], ranks), lowrank.mean_at(0, x, 1)
+        assert rank != 1 or torch.equal(got, wanted) and (got - x.mean(0)).norm() < 3e-3 * got.norm()
+        assert torch.equal(lowrank.coded_same(1, got, 8), lowrank.coded_same(1, wanted, 8))
     if rank == 1:
         here[0, 6, 32] = math.inf
     got = lowrank.coded_mean(x[rank::ranks], 8, ranks, here)
@@ -3390,6 +3393,7 @@ def ranks_send_what_is_counted():
             (lambda: lowrank.mean(x), 1, 0), (lambda: lowrank.gather(x), 1, 0),
             (lambda: lowrank.exchanged(x), 1, 0), (lambda: lowrank.coded_mean(x[None], 8, ranks), 1, 0),
             (lambda: net(torch.ones(512)).sum().backward(), 1, 2 * 2**20 * 3 / 4),
+            (lambda: lowrank.mean_at(1, x[None], ranks), 1, 0),
             (lambda: lowrank.mean_slice(x), 2, 0),  # gloo does all of an all_reduce
             (lambda: lowrank.same(x), 3 / 4, 0)):  # a ring's last one sends nothing, of gloo's tree several
         before, counted = count(), counted - lowrank.traffic['bytes']

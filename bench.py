@@ -405,6 +405,11 @@ def vocabulary(s):
     return 32000 if 'size' in s else 50257
 
 
+# words in the names of torch's collectives; what they send: see `on_the_wire`
+COLLECTIVES = dict(scatter='scattered', alltoall='scattered', allgather='gathered', gather='scattered',
+                   broadcast='broadcast')
+
+
 class Watch(TorchDispatchMode):
     """
     Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`), and
@@ -418,7 +423,7 @@ class Watch(TorchDispatchMode):
 
     def start(self):
         self.peak = 0
-        self.sent = dict(averaged=0, gathered=0, scattered=0)
+        self.sent = dict(averaged=0, gathered=0, scattered=0, broadcast=0)
 
     def remove(self, key, size, _):
         self.now -= size
@@ -431,8 +436,8 @@ class Watch(TorchDispatchMode):
         self.fake.fake_tensor_converter.tensor_memo.clear()  # Module.to bears no weak references
         if function.namespace == 'c10d':
             name = function.name()
-            how = 'scattered' if 'scatter' in name else 'gathered' if 'gather' in name else 'averaged'
-            self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how != 'averaged']))
+            how = next((how for word, how in COLLECTIVES.items() if word in name), 'averaged')
+            self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how in ('gathered', 'scattered')]))
             return out
         for x in tree_leaves(out):
             # a sharded one is a shell around this rank's part
@@ -448,6 +453,12 @@ class Watch(TorchDispatchMode):
             now = sum(x.nbytes() for x in [ref() for ref in self.alive.values()] if x is not None)
         self.peak = max(self.peak, now)
         return out
+
+
+def on_the_wire(sent, ranks):
+    """Bytes that each of so many ranks sends by a ring, of what it has put into collectives, see `Watch`."""
+    return ((2 * sent['averaged'] + sent['scattered']) * (ranks - 1) / ranks + sent['gathered'] * (ranks - 1)
+            + sent['broadcast'])
 
 
 @contextlib.contextmanager
@@ -573,7 +584,7 @@ def fake_ranks(ranks):
 
 def planned(settings, ranks=1):
     """Peak bytes of two training steps on one of so many ranks by category, without computing anything, and
-    bytes that it puts into collectives for a micro-batch; steps of two micro-batches where they are more, as
+    bytes that it sends for a micro-batch, by a ring; steps of two micro-batches where they are more, as
     gradients are held from the second on. Sketches of blocks with a later turn are left out."""
     found = of_depth(functools.partial(peaks, ranks=ranks), settings)
     # each of the two is linear in the depth, and the larger of them is not
@@ -607,7 +618,7 @@ def peaks(settings, ranks):
                 for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
         return dict(weights=weights, state=state, **most,
-                    sent=sum(watch.sent.values()) / s['gradient_accumulation_steps'])
+                    sent=on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps'])
 
 
 def of_depth(measure, settings, shallow=5):
@@ -718,16 +729,15 @@ def plan(words, budget, ranks=1):
 
 
 def sent(settings, workers, steps):
-    """(bytes that one of so many workers puts into collectives in each step, {'averaged', 'gathered'}; those
-    of its optimizer's state but for the moments of its own heads)."""
+    """(bytes that one of so many workers sends in each step, by a ring; those of its optimizer's state, but
+    for what it keeps of its own heads)."""
     with fake_ranks(workers), watched() as watch:
         run, step = stepper(settings, workers)
         counts = []
         for _ in range(steps):
             watch.start()
             step()
-            by_ddp = 0 if settings['shard'] else run.ddp_bytes
-            counts.append(dict(watch.sent, averaged=watch.sent['averaged'] + by_ddp))
+            counts.append(on_the_wire(watch.sent, workers) + (0 if settings['shard'] else run.ddp_bytes))
     own = lowrank.own_heads(run.model)
     mine = [x for p in own for x in run.optimizer.state[p].values() if torch.is_tensor(x)]
     return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in mine)
@@ -735,28 +745,23 @@ def sent(settings, workers, steps):
 
 def sent_a_step(settings, workers):
     """
-    Bytes of one of so many workers: put into collectives a step (averaged, gathered; what is broadcast counts
-    as averaged), on the wire, and `shared`, of the optimizer's state what is not of its own heads. A ring
-    sends twice what is averaged, and what is gathered once for every other worker. Counted in short periods:
-    a merge every three steps, a new basis of each layer every twelve; the last step has ended all sketches.
+    Bytes of one of so many workers: `wire`, what it sends a step by a ring, and `shared`, of the optimizer's
+    state what is not of its own heads. Counted in short periods: a merge every three steps, a new basis of
+    each layer every twelve; the last step has ended all sketches.
     """
     T, every = settings['merge_every'], settings['basis_every']
     short = {**settings, 'merge_every': min(T, 3), 'basis_every': 12, 'batch_size': workers}
     counts, shared = sent(short, workers, 25)
-    found = dict(shared=shared)
-    for key in ('averaged', 'gathered'):
-        put = [count[key] for count in counts[-12:]]
-        step, period = put[3], sum(put[2:5])  # from one merge to the next, without new bases
-        found[key] = step + (period - 3 * step) / max(T, 1) + (sum(put) - 4 * period) / every
-    found['wire'] = 2 * found['averaged'] * (workers - 1) / workers + found['gathered'] * (workers - 1)
-    return found
+    put = counts[-12:]
+    step, period = put[3], sum(put[2:5])  # from one merge to the next, without new bases
+    return dict(shared=shared, wire=step + (period - 3 * step) / max(T, 1) + (sum(put) - 4 * period) / every)
 
 
 def communication(options):
     def measure(about, settings):
         found = of_depth(functools.partial(sent_a_step, workers=about['workers']), settings, 1)
         return {key: round(x) for key, x in found.items()}
-    measure_all('communication', communication_cells(), options.only, measure, 'averaged', 'gathered', 'wire')
+    measure_all('communication', communication_cells(), options.only, measure, 'shared', 'wire')
 
 
 def readme(options):

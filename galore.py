@@ -21,8 +21,9 @@ from torch import nn
 from torch.optim._muon import muon
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, first_here, is_sharded, local, lowrank_layers, mean, named_layers,
-                     own_heads, place, round_, rows_here, same, shard_of, stepped, whole, wide)
+from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, first_here, is_sharded, local,
+                     lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here, same,
+                     shard_of, stepped, whole, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -487,7 +488,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         fused = {}  # dtype and age: fused kernels take lists of one dtype
         for given in params:
             state, p, grad = self.state[given], local(given), local(given.grad)
-            if not state:
+            if 'step' not in state:
                 new_moments(state, p, group['state_bits'], given)
                 state['step'] = 0
             state['step'] += 1
@@ -589,7 +590,8 @@ class LowRankAdamW(GaLoreAdamW):
     """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
-                 basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False):
+                 basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False,
+                 sync_bits=32):
         if rule not in ('galore', 'muon'):
             raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
         if basis not in BASES or not basis_every >= 1:
@@ -605,7 +607,7 @@ class LowRankAdamW(GaLoreAdamW):
                                  'are taken at merges, set one')
             self.layers[layer.stepped] = layer
             self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
-        self.basis, self.basis_every, self.waiting = basis, basis_every, set()
+        self.basis, self.basis_every, self.sync_bits, self.waiting = basis, basis_every, sync_bits, set()
         inside = [(name, p) for p, name in stepped(model).items() if p in self.layers]
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.trained for layer in self.layers.values()})
@@ -629,7 +631,8 @@ class LowRankAdamW(GaLoreAdamW):
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
             if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own heads drift apart
                 M = read_moments(state)[0].view(local(p).shape)
-                M.copy_(mean(M.mean(0), layer.workers))
+                rows = layer.by_direction(M)
+                rows.copy_(self._mean(layer, rows, 3, layer.workers))
                 write_moments(state, [M], self._seed(p, state['step'], 1))
                 self.may_leave = False
             if self.basis in ('power', 'svd'):
@@ -641,27 +644,52 @@ class LowRankAdamW(GaLoreAdamW):
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.basis, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
-                Y = mean(layer.sketch.grad)
+                Y = layer.sketch.grad
+                Y = mean_at(self._owner(p), Y.mT, layer.workers).mT if self._coded(layer) else mean(Y.mean(0))
                 ok = Y.isfinite().all() & Y.any()
                 self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), whole(layer.basis)))
             inside = self.basis == 'sketch' and (left or self.basis_every) <= WINDOW
             if left == 0 or not inside:  # a resumed run may have another basis, or other windows
                 layer.ask_sketch(False)
             if inside and layer.sketch is None:
-                layer.ask_sketch()
+                layer.ask_sketch(parts=self.parts(layer))
             if layer.sketch is not None or layer.whole is not None:
                 self.may_leave = False
+
+    def _coded(self, layer):
+        """Whether averages of a layer are sent in few bits."""
+        return layer.split and self.sync_bits < 32
+
+    def _owner(self, p):
+        """The rank that takes the bases of a layer, where few bits are sent."""
+        return self.order[p] % self.layers[p].workers
+
+    def parts(self, layer):
+        """Into how many parts the sketch of a layer is cut: what is rounded is that of single heads, to be
+        the same on any number of ranks."""
+        return len(layer.trained) if self._coded(layer) else 1
+
+    def _mean(self, layer, x, least, workers=None):
+        """The average of x (heads, ...) over these and ranks (None: all); where few bits are sent, in so many
+        at least."""
+        if self._coded(layer):
+            return coded_mean(x, max(self.sync_bits, least), layer.workers)
+        return mean(x.mean(0), workers)
 
     def _set_basis(self, p, new):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, and its moments as seen from there."""
         layer, state = self.layers[p], self.state[p]
         self.may_leave = False
-        new = same(new.contiguous())  # to the last bit, as merges leave it out: devices may round differently
+        # to the last bit, as merges leave it out: devices may round differently
+        new = coded_same(self._owner(p), new.mT, 8).mT if self._coded(layer) else same(new.contiguous())
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]
             C = new.to(moments[0].dtype).mT @ whole(layer.basis).to(moments[0].dtype)
             turned = turn_moments(moments, C, layer.left and layer.mine is None)
             write_moments(state, turned, self._seed(p, state['step'], 2))
+            if 'error' in state:  # of merges: it turns as the first moments do
+                E = layer.by_direction(state['error'])
+                E.copy_(C.to(E.dtype) @ E)
         local(layer.basis).copy_(new[rows_here(layer.basis)])
         state['bases'] += 1
 
@@ -672,7 +700,7 @@ class LowRankAdamW(GaLoreAdamW):
         if G is None:
             return
         layer.ask_whole(False)
-        shared, old = mean(G.mean(0)), whole(layer.basis) if state['bases'] else None
+        shared, old = self._mean(layer, G, 8), whole(layer.basis) if state['bases'] else None
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return
@@ -809,7 +837,8 @@ def make_optimizer(model, settings):
     if s['optimizer'] == 'adamw' or s['lowrank']:
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
                             basis_every=s['basis_every'], state_bits=s['state_bits'],
-                            rule='muon' if s['optimizer'] == 'muon' else 'galore', **common)
+                            rule='muon' if s['optimizer'] == 'muon' else 'galore',
+                            sync_bits=s['sync_bits'], **common)
     groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
                           rule=s['optimizer'], state_bits=s['state_bits'])
     return GaLoreAdamW(groups, **common)

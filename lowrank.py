@@ -91,8 +91,8 @@ class LowRankProduct(torch.autograd.Function):
     gain multiplies the gradients of A, B, whole: the mean loss has 1 / groups of that of each part's mean.
     zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
     whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
-    sketch (m, r) or (n, r): another one; its .grad becomes the `second_moment` of the sequences' gradients,
-    with the basis B where A is trained, and of their transposes, with A^T, where B is.
+    sketch (parts, m, r) or (parts, n, r): another one; its .grad becomes the `second_moment` of the gradients
+    of sequences, with the basis B where A is trained, and of their transposes, with A^T, where B is.
     W gets no gradient, and there are no second derivatives (torch raises).
 
     Operations per token, forward and backward, R = groups r: 4 m n + 4 R (m + n) with both factors trained,
@@ -114,6 +114,7 @@ class LowRankProduct(torch.autograd.Function):
         keeps_x = trains_A or whole is not None or sketch is not None
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
         ctx.groups, ctx.scale, ctx.gain, ctx.zero = groups, scale, gain, zero
+        ctx.parts = 1 if sketch is None else len(sketch)
         return y.view(*x.shape[:-1], len(W))
 
     @staticmethod
@@ -138,9 +139,9 @@ class LowRankProduct(torch.autograd.Function):
             db = dflat.sum(0)
         sequences = len(dy) if dy.dim() > 1 else 1
         if needs_sketch and needs_A:
-            dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences)  # (m, r)
+            dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences, ctx.parts)  # (parts, m, r)
         elif needs_sketch:
-            dsketch = second_moment(x, dflat, z.flatten(0, 1), sequences)  # (n, r)
+            dsketch = second_moment(x, dflat, z.flatten(0, 1), sequences, ctx.parts)  # (parts, n, r)
         if needs_whole:
             dwhole = torch.bmm(d.mT, x.view(groups, time, n)).mul_(ctx.gain)  # (groups, m, n)
         if needs_A:
@@ -152,14 +153,15 @@ class LowRankProduct(torch.autograd.Function):
         return dx, None, db, dA, dB, dwhole, dsketch, None, None, None
 
 
-def second_moment(a, b, z, sequences):
+def second_moment(a, b, z, sequences, parts=1):
     """
     The sum over sequences of G_s G_s^T P / |G_s^T P|, where G_s = a_s^T b_s is what each adds to a gradient.
 
     a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one
     sequence after the other. It is one step of subspace iteration towards the directions in which the
     gradients of single sequences lie, and the same however sequences are spread over micro-batches and ranks.
-    No G_s is formed. Returns (m, r); zeros where it is not finite.
+    No G_s is formed. Returns (parts, m, r), of so many parts of the batch, each as if its mean loss were the
+    loss; zeros where it is not finite.
     """
     time, rank = len(z) // max(sequences, 1), z.shape[1]
     b, z = b.view(sequences, time, b.shape[1]), z.view(sequences, time, rank)
@@ -171,7 +173,8 @@ def second_moment(a, b, z, sequences):
     else:
         v = torch.bmm(unit, torch.bmm(unit.mT, z))
     size = (z.to(wide(b)) * v).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s^T P| / norm
-    Y = a.mT @ (v / size * norm).to(v.dtype).flatten(0, 1)
+    v = (v / size * (norm * parts)).to(v.dtype).view(parts, -1, rank)
+    Y = a.view(parts, -1, a.shape[1]).mT @ v
     return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part alone
 
 
@@ -352,6 +355,11 @@ class MHLoRALinear(nn.Module):
         """With factors='basis': the factor that is trained, A of a wide matrix, B of a tall or square one."""
         return self.A if self.left else self.B
 
+    def by_direction(self, x):
+        """What is like the trained factor as rows, one for each direction of the basis (..., r, n or m), or
+        back."""
+        return x if self.left else x.mT
+
     def of_heads(self):
         """{name: tensor} of what each head has of its own: A and B, and their values at the last merge."""
         named = {name: getattr(self, name, None) for name in ('A', 'B', 'A_merged', 'B_merged')}
@@ -437,13 +445,13 @@ class MHLoRALinear(nn.Module):
         shape = len(self.trained), *self.weight.shape
         self.whole = local(self.weight).new_zeros(()).expand(shape).requires_grad_() if wanted else None
 
-    def ask_sketch(self, wanted=True):
+    def ask_sketch(self, wanted=True, parts=1):
         """From now on (False: no longer) backward passes add up the `second_moment` of gradients in
-        sketch.grad (m, r), or (n, r)."""
+        sketch.grad (parts, m, r), or (parts, n, r): in all, or of each of this rank's heads."""
         self.sketch = None
         if wanted:
             zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
-            self.sketch = zero.expand(self.basis.shape).requires_grad_()
+            self.sketch = zero.expand(parts, *self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
     def averaged(self):
@@ -475,15 +483,18 @@ class MHLoRALinear(nn.Module):
         return self.workers > 1 and gathered > 2 * product
 
     @torch.no_grad()
-    def merged_weight(self):
+    def merged_weight(self, factor=None):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider;
-        of a sharded W this rank's rows. Every rank takes part, and gets the same bits."""
+        of a sharded W this rank's rows. Every rank takes part, and gets the same bits. factor: the mean of
+        what is trained in a basis, if it is known."""
         dtype, rows = wide(self.weight), rows_here(self.weight)
         weight = local(self.weight).to(dtype)
         if self.zero:
             return weight
         if self.factors == 'basis':
-            factor, basis = mean(whole(self.trained).to(dtype).mean(0), self.workers), self.basis.to(dtype)
+            if factor is None:
+                factor = mean(whole(self.trained).to(dtype).mean(0), self.workers)
+            basis = self.basis.to(dtype)
             B, A = (basis, factor) if self.left else (factor, basis.mT)
             return torch.addmm(weight, B[rows], A)
         if self.sends_products:
@@ -495,11 +506,16 @@ class MHLoRALinear(nn.Module):
             return torch.addmm(weight, B[rows].to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
-    def merge(self, generator, key):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B."""
+    def merge(self, generator, key, bits=32, state=None):
+        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B. bits,
+        state: see lowrank.merge."""
+        factor = None
         if self.zero:
             return
-        round_(local(self.weight), self.merged_weight(), key, first_here(self.weight))
+        if bits < 32 and self.split and self.factors == 'basis':
+            factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
+            factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
+        round_(local(self.weight), self.merged_weight(factor), key, first_here(self.weight))
         if self.factors == 'basis':
             local(self.trained).zero_()
         elif self.reset:
@@ -510,9 +526,9 @@ class MHLoRALinear(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# ranks: the three collectives of ours; nccl takes contiguous tensors only
+# ranks: the collectives of ours; nccl takes contiguous tensors only
 
-traffic = {'bytes': 0}  # what this process has put into them so far; DDP's are not in it
+traffic = {'bytes': 0}  # what this process has sent in them so far, by a ring; DDP's are not in it
 
 
 def place():
@@ -524,7 +540,7 @@ def mean(x, workers=None):
     """The average of a tensor over ranks (workers, None: all), in place; alone, the tensor itself."""
     workers = place()[1] if workers is None else workers
     if workers > 1:
-        traffic['bytes'] += x.numel() * x.element_size()
+        traffic['bytes'] += 2 * x.nbytes * (workers - 1) / workers
         dist.all_reduce(x)  # gloo has no average
         x.div_(workers)
     return x
@@ -536,7 +552,7 @@ def gather(x):
     if ranks == 1:
         return x.detach()[None]
     x = x.detach().contiguous()
-    traffic['bytes'] += x.numel() * x.element_size()
+    traffic['bytes'] += x.nbytes * (ranks - 1)
     gathered = x.new_empty(ranks, *x.shape)
     dist.all_gather(list(gathered), x)
     return gathered
@@ -546,7 +562,7 @@ def mean_slice(x):
     """This rank's rows (see `rows_here`) of the average of x (rows, ...) over ranks."""
     ranks, size = dist.get_world_size(), -(-len(x) // dist.get_world_size())
     padded = F.pad(x, (0, 0, 0, size * ranks - len(x))).contiguous()
-    traffic['bytes'] += padded.numel() * padded.element_size()
+    traffic['bytes'] += padded.nbytes * (ranks - 1) / ranks
     part = padded.new_empty(size, *padded.shape[1:])
     # its name from torch 2.13 on, and before
     getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)(part, padded)
@@ -567,12 +583,20 @@ def parts_of(x):
     return [part[:length] for part, length in zip(gather(F.pad(x, (0, max(lengths) - len(x)))), lengths)]
 
 
-def same(x):
-    """The tensor of rank 0 on all ranks, in place, to the last bit; alone, the tensor itself."""
+def same(x, owner=0):
+    """The tensor of one rank on all ranks, in place, to the last bit; alone, the tensor itself."""
     if place()[1] > 1:
-        traffic['bytes'] += x.numel() * x.element_size()
-        dist.broadcast(x, 0)
+        traffic['bytes'] += x.nbytes
+        dist.broadcast(x, owner)
     return x
+
+
+def exchanged(x):
+    """Of x (ranks, ...) rank k gets the k-th part: what came from all of them, (ranks, ...)."""
+    traffic['bytes'] += x.nbytes * (len(x) - 1) / len(x)
+    x, parts = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(parts, x)
+    return parts
 
 
 def in_global_order(x):
@@ -610,6 +634,109 @@ def replica_parameters(model):
 def averaged_copy(p):
     """A copy of a parameter, averaged over ranks, in float32 or wider."""
     return mean(p.detach().to(wide(p), copy=True))
+
+
+# -----------------------------------------------------------------------------
+# few bits
+
+BLOCK = 64  # numbers that share a step, of 16 bits
+
+
+def encode(x, bits):
+    """
+    x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the step. A number
+    is one of 2^bits odd multiples of half a step, and the step has least squares for them: what is left is
+    orthogonal, and smaller than x. A block with inf or NaN becomes NaN.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send numbers as they are')
+    half, tiny = 2 ** (bits - 1), torch.finfo(x.dtype).tiny
+    if bits == 2:  # nearly the best one for Gaussian numbers; with more bits the largest decides
+        step = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8
+    else:
+        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True) / half
+    level = (x / step.clamp_min_(tiny)).floor_().clamp_(-half, half - 1).add_(0.5)
+    step = (x * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
+    words = level.add_(half - 0.5).long().unflatten(-1, (8, 8))  # eight numbers take `bits` bytes
+    words <<= bits * torch.arange(8, device=x.device)
+    packed = words.sum(-1, keepdim=True).view(torch.uint8)[..., :bits]  # (..., 8, bits)
+    return torch.cat([packed.flatten(-2), step.to(torch.bfloat16).view(torch.uint8)], -1)
+
+
+def decode(codes, dtype):
+    """The numbers (..., 64) that `encode` made into codes."""
+    bits = codes.shape[-1] // 8
+    packed, step = codes.split([8 * bits, 2], -1)
+    words = F.pad(packed.reshape(-1, bits), (0, 8 - bits)).view(torch.int64)  # (8 blocks, 1)
+    level = words >> bits * torch.arange(8, device=codes.device) & 2**bits - 1  # (8 blocks, 8)
+    level = level.view(*codes.shape[:-1], BLOCK).to(dtype).sub_(2 ** (bits - 1) - 0.5)
+    return level.mul_(step.contiguous().view(torch.bfloat16))
+
+
+def in_blocks(x, shape):
+    """The numbers of x, with zeros after them, (*shape, blocks, 64)."""
+    return F.pad(x, (0, -x.shape[-1] % (BLOCK * shape[-1]))).view(*shape, -1, BLOCK)
+
+
+@torch.no_grad()
+def coded_mean(x, bits, workers=1, error=None):
+    """
+    The average (...) of x (heads, ...) over the heads of so many ranks, sent in `bits` bits a number, by a
+    ring's bytes: the rank of the h-th head averages the h-th slice. All ranks get the same bits, whatever the
+    number of ranks; NaN where there is one.
+
+    error (heads, ...): what was left of each head's earlier numbers, to be sent with these, and what is left
+    now (error feedback, Seide et al., 2014). The owner of a slice adds what is left of its average.
+    """
+    mine, numbers, dtype = len(x), x[0].numel(), wide(x)
+    heads, rank = mine * workers, place()[0] if workers > 1 else 0
+    value = x.to(dtype) if error is None else x + error
+    value = in_blocks(value.reshape(mine, numbers), (mine, heads))  # (mine, heads, blocks, 64)
+    codes = sent = encode(value, bits)
+    if workers > 1:
+        sent = sent.unflatten(1, (mine, workers)).permute(2, 0, 1, 3, 4)  # (ranks, heads, slices of it, ...)
+        sent = in_global_order(exchanged(sent))  # (all heads, my slices, blocks, bytes)
+    average = sum(decode(part, dtype) for part in sent).div_(heads)  # always in the same order
+    codes_of_mean = encode(average, bits)
+    if error is not None:
+        value -= decode(codes, dtype)
+        average -= decode(codes_of_mean, dtype)
+        for i, left in enumerate(average):
+            value[i, i * workers + rank].add_(left, alpha=heads)
+        error.copy_(value.view(mine, -1)[:, :numbers].view(error.shape))
+    if workers > 1:
+        codes_of_mean = in_global_order(gather(codes_of_mean))
+    return decode(codes_of_mean, dtype).flatten()[:numbers].view(x.shape[1:])
+
+
+@torch.no_grad()
+def mean_at(owner, x, workers):
+    """The average (...) of x (heads, ...) over the heads of so many ranks at one of them; elsewhere it means
+    nothing. Rounded to 6 bits, and what is left to 6 more: large directions of a sketch would hide others."""
+    mine, numbers, dtype = len(x), x[0].numel(), wide(x)
+    value = in_blocks(x.reshape(mine, numbers).to(dtype), (mine,))  # (mine, blocks, 64)
+    codes = encode(value, 6)
+    codes = torch.stack([codes, encode(value - decode(codes, dtype), 6)], 1)  # (mine, 2, blocks, bytes)
+    if workers > 1:
+        traffic['bytes'] += codes.nbytes * (workers - 1) / workers  # owners take turns
+        parts = codes.new_empty(workers, *codes.shape)
+        dist.gather(codes, list(parts) if place()[0] == owner else None, owner)
+        codes = in_global_order(parts) if place()[0] == owner else codes
+    average = sum(decode(part, dtype).sum(0) for part in codes).div_(len(codes))
+    return average.flatten()[:numbers].view(x.shape[1:])
+
+
+def coded_same(owner, x, bits):
+    """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
+    codes = same(encode(in_blocks(x.flatten(), (1,)), bits), owner)
+    return decode(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
+
+
+def error_of(p, state):
+    """What is left of a parameter, in an optimizer's state; zeros at first."""
+    if 'error' not in state[p]:
+        state[p]['error'] = torch.zeros_like(p, dtype=wide(p))
+    return state[p]['error']
 
 
 # -----------------------------------------------------------------------------
@@ -718,7 +845,7 @@ def gather_state(model, optimizer=None, replicas=None):
     what is evaluated. With an optimizer of galore.py also
     optimizer: {name of a parameter: its state}, moments of heads in the same order, of replicas (ranks, ...);
     replicas: {name: (ranks, ...)};
-    sketches: {name of a layer that is at one: (ranks, ...), or None}.
+    sketches: {name of a layer that is at one: (parts of all ranks, ...), or None}.
     """
     replicas, heads = replicas or {}, own_heads(model)
     slices = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
@@ -749,7 +876,8 @@ def gather_state(model, optimizer=None, replicas=None):
                                          for key, x in values.items()}
                               for p, values in optimizer.state.items()}
         found['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
-        found['sketches'] = {name: None if layer.sketch.grad is None else kept(gather(layer.sketch.grad))
+        found['sketches'] = {name: None if layer.sketch.grad is None else
+                             kept(in_global_order(gather(layer.sketch.grad)))
                              for name, layer in named_layers(model).items() if layer.sketch is not None}
     return found
 
@@ -811,9 +939,10 @@ def load_state(model, optimizer, checkpoint, replicas=None):
             optimizer.state[p][key] = x
     for name, sums in checkpoint['sketches'].items():
         layer = model.get_submodule(name)
-        layer.ask_sketch()
-        if sums is not None:  # on another number of ranks each takes the average: a sketch is a sum
-            part = sums[rank] if len(sums) == ranks else sums.mean(0)
+        layer.ask_sketch(parts=optimizer.parts(layer))
+        if sums is not None:  # of other parts each takes the average: a sketch is a sum
+            part = sums[rank::ranks] if len(sums) == ranks * len(layer.sketch) else sums.mean(0).expand_as(
+                layer.sketch)
             layer.sketch.grad = part.to(layer.sketch, copy=True)
 
 
@@ -966,14 +1095,27 @@ _merges = itertools.count()  # those without a generator; ranks merge alike
 
 
 @torch.no_grad()
-def merge(model, generator=None, replicas=None):
-    """Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
-    `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding."""
+def merge(model, generator=None, replicas=None, bits=32, state=None):
+    """
+    Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
+    `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
+
+    bits: what is averaged is sent in, of a number (see `coded_mean`); then state, an optimizer's, keeps what
+    they leave, and of replicas the values that all ranks have in common. Their first merge is in full, as
+    there are none yet.
+    """
     seed = next(_merges) if generator is None else generator.initial_seed()
     for i, layer in enumerate(lowrank_layers(model)):
-        layer.merge(generator, hash((seed, i)))
+        layer.merge(generator, hash((seed, i)), bits, state)
     for i, p in enumerate((replicas or {}).values()):
-        round_(p, averaged_copy(p), hash((seed, -1, i)))
+        if bits < 32 and 'common' in state[p]:
+            change, error = p.to(wide(p)) - state[p]['common'], error_of(p, state)
+            new = coded_mean(change[None], bits, place()[1], error[None]).add_(state[p]['common'])
+        else:
+            new = averaged_copy(p)
+        round_(p, new, hash((seed, -1, i)))
+        if bits < 32:
+            state[p]['common'] = p.detach().clone()
 
 
 @contextlib.contextmanager

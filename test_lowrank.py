@@ -272,7 +272,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/nowhere.py', 1, 'nowhere.py'),
     *((SCRIPT_OF[key], f'--{key}={least - 1}', 1, f'set at least {least}')
       for key, least in config.LEAST.items() if key in SCRIPT_OF),
-    *((SCRIPT_OF[key], f"--{key}={'nonsense' if key != 'state_bits' else 12}", 1, 'is not known: set one of')
+    *((SCRIPT_OF[key], f"--{key}={12 if '_bits' in key else 'nonsense'}", 1, 'is not known: set one of')
       for key in config.CHOICES),
     # what has no effect
     ('gpt', '--heads=4', 1, 'heads=4 on the command line has no effect: there are no low-rank layers'),
@@ -305,6 +305,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--sync=merge --merge_every=5', 1, 'torchrun'), ('gpt', '--sync=merge', 2, 'set merge_every'),
     ('gpt', '--lowrank=attn --sync=merge --merge_every=2 --merge_reset=True', 2, 'split=True'),
     ('gpt', '--sync=merge --merge_every=5 --optimizer=galore --basis=svd', 2, 'other bases'),
+    ('gpt', f'{BASIS}--merge_every=1 --sync_bits=4', 1, 'sync_bits=4 on the command line has no effect'),
+    ('gpt', f'{FILES["lte"]} --sync_bits=2', 1, "merges of factors='both' gather all"),
     ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('vit', f'{SPLIT}--heads=2 --merge_every=2 --adapter=a', 1, 'an adapter'),
@@ -1808,11 +1810,14 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
 
 RUNS = {f'{script}_{name}': name for script in SCRIPTS for name in METHODS}
 REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} | {
-    'gpt_replicas': 'lte --sync=merge'}
+    'gpt_replicas': 'lte --sync=merge', 'gpt_local_8': 'local_adamw --sync_bits=8',
+    'gpt_few': 'galolte --sync=merge --sync_bits=2'}
 MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
-    'gpt_muons': 'galolte --optimizer=muon', 'gpt_logit': 'mhlora --lowrank=attn,logit',
+    'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
+    'vit_bits': 'galolte --sync_bits=4', 'gpt_muons': 'galolte --optimizer=muon --sync_bits=4',
+    'gpt_logit': 'mhlora --lowrank=attn,logit',
     'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
@@ -1841,10 +1846,11 @@ RUNS |= MORE | REPLICAS | ONE_PROCESS
 ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean')}
 ALIKE |= {'gpt_half', 'gpt_one_head', 'vit_few', 'vit_head',  # are there for their shards
-          'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard'}
+          'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
+          'vit_bits'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
-FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_galore_shard']  # and on four
+FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power']  # where two stop and go on, too
 
 
@@ -3311,6 +3317,41 @@ def test_a_run_that_is_killed_goes_on_bit_for_bit(root, tmp_path, name):
 
 
 # -----------------------------------------------------------------------------
+# averages in few bits
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+def test_what_few_bits_leave_is_sent_later_and_does_not_grow(bits):
+    error, sent, meant, drawn = torch.zeros(4, 9, 33, dtype=double), 0, 0, []
+    for step in range(100):
+        x = normal(4, 9, 33, seed=step) * normal(9, 33, seed=1) ** 3  # spikes
+        sent, meant = sent + lowrank.coded_mean(x, bits, error=error), meant + x.mean(0)
+        close(sent + error.mean(0), meant, 1e-9)
+        drawn.append(((sent - meant).norm() / x.mean(0).norm()).item())
+    assert max(drawn[50:]) < 1.3 * max(drawn[:50]) < {2: 6, 3: 2, 4: 1, 8: 0.05}[bits]
+    one = lowrank.coded_mean(x, bits)
+    assert one.shape == x.shape[1:] and not lowrank.coded_mean(0 * x, bits).any()
+
+
+def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of_what_is_none():
+    for bits, off in {2: 0.12, 3: 0.04, 4: 0.0095, 8: 4e-5}.items():
+        x = normal(2000, lowrank.BLOCK)
+        codes = lowrank.encode(x, bits)
+        assert codes.shape == (2000, 8 * bits + 2) and codes.dtype == torch.uint8
+        assert (lowrank.decode(codes, double) - x).square().mean() < off
+        for part in (x, x**9, F.one_hot(torch.arange(lowrank.BLOCK)).double(), 0 * x):
+            left = part - lowrank.decode(lowrank.encode(part, bits), double)
+            assert (left.norm(dim=1) <= 0.96 * part.norm(dim=1)).all()
+        for odd in (math.nan, math.inf, -math.inf):
+            x[3, 5] = odd
+            got = lowrank.decode(lowrank.encode(x, bits), double)
+            assert got[3].isnan().all() and got.isnan().sum() == lowrank.BLOCK
+    for bits in (1, 16):
+        with pytest.raises(ValueError, match=f'bits={bits} does not fit'):
+            lowrank.coded_mean(x[None], bits)
+
+
+# -----------------------------------------------------------------------------
 # several ranks: one spawn for all, which runs beside the tests above
 
 
@@ -3329,6 +3370,8 @@ def several_ranks(root, out, me, port):
     dist.destroy_process_group = lambda: dist.barrier()
     for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
         run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
+    few_bits_are_the_same_on_any_number_of_ranks()
+    ranks_send_what_is_counted()
     time.sleep(0.1)
     end()
     if me > 1:
@@ -3363,6 +3406,7 @@ def several_ranks(root, out, me, port):
         run('gpt_full', root, f'{out}/differ', f'--seed={me}')
     assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
     all_ranks_hold_the_same_bits(root, f'{out}/bits')
+    few_bits_are_the_same_on_any_number_of_ranks()
     all_ranks_skip_a_step_that_overflows_on_one()
     shards_of_a_block_that_is_called_twice()
     shards_begin_with_the_bits_of_one_process(root, f'{out}/begin')
@@ -3373,16 +3417,63 @@ def several_ranks(root, out, me, port):
 def all_ranks_hold_the_same_bits(root, out):
     """Of all that is not each one's own, after merges that send factors, and products."""
     for name, dtype, rank in (('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
-                              ('reset', 'bfloat16', 16), ('galolte', 'bfloat16', 8)):
+                              ('reset', 'bfloat16', 16), ('galolte', 'bfloat16', 8), ('bits', 'bfloat16', 8),
+                              ('few', 'float32', 8)):
         which, *words = RUNS[f'gpt_{name}'].split()
         words += [f'--rank={rank}', f'--dtype={dtype}', f'--param_dtype={dtype}']
         mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
         for step in range(6):
             train_gpt.train_step(mine, step, lambda _: data.batch(8, step, rows=mine.rows))
         layers, own = lowrank.lowrank_layers(mine.model), lowrank.own_heads(mine.model)
-        assert name == 'galolte' or {layer.sends_products for layer in layers} == {rank > 2}
+        assert layers[0].factors == 'basis' or {layer.sends_products for layer in layers} == {rank > 2}
         for x in (*mine.model.parameters(), *mine.model.buffers()):
             assert x in own or torch.equal(*lowrank.gather(x)), name
+
+
+def few_bits_are_the_same_on_any_number_of_ranks():
+    rank, ranks = lowrank.place()
+    here, error = torch.zeros(4 // ranks, 7, 33), torch.zeros(4, 7, 33)
+    for step in range(5):
+        x = normal(4, 7, 33, seed=step, dtype=torch.float32)
+        wanted = lowrank.coded_mean(x, 2, error=error)
+        got = lowrank.coded_mean(x[rank::ranks], 2, ranks, here)
+        assert torch.equal(got, wanted) and torch.equal(here, error[rank::ranks])
+        got, wanted = lowrank.mean_at(1, x[rank::ranks], ranks), lowrank.mean_at(0, x, 1)
+        assert rank != 1 or torch.equal(got, wanted) and (got - x.mean(0)).norm() < 3e-3 * got.norm()
+        assert torch.equal(lowrank.coded_same(1, got, 8), lowrank.coded_same(1, wanted, 8))
+    if rank == 1:
+        here[0, 6, 32] = math.inf
+    got = lowrank.coded_mean(x[rank::ranks], 8, ranks, here)
+    assert got.isfinite()[0].all() and got[6, 32].isnan()
+
+
+def ranks_send_what_is_counted():
+    """A megabyte each; what the kernel says that the sockets of this process have sent."""
+    (rank, ranks), x = lowrank.place(), torch.ones(4, 2**16)
+
+    def count():
+        torch.distributed.barrier()
+        total = 0
+        for name in os.listdir('/proc/self/fd'):
+            path = f'/proc/self/fd/{name}'
+            if os.path.lexists(path) and os.readlink(path).startswith('socket'):
+                with socket.socket(fileno=os.dup(int(name))) as one, contextlib.suppress(OSError):  # no TCP
+                    info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
+                    total += struct.unpack_from('Q', info, 200)[0]  # tcpi_bytes_sent
+        return total
+    net = nn.parallel.DistributedDataParallel(nn.Linear(512, 512, False))
+    for call, share, counted in (
+            (lambda: lowrank.mean(x), 1, 0), (lambda: lowrank.gather(x), 1, 0),
+            (lambda: lowrank.exchanged(x), 1, 0), (lambda: lowrank.coded_mean(x[None], 8, ranks), 1, 0),
+            (lambda: net(torch.ones(512)).sum().backward(), 1, 2 * 2**20 * 3 / 4),
+            (lambda: lowrank.mean_at(1, x[None], ranks), 1, 0),
+            (lambda: lowrank.mean_slice(x), 2, 0),  # gloo does all of an all_reduce
+            (lambda: lowrank.same(x), 3 / 4, 0)):  # a ring's last one sends nothing, of gloo's tree several
+        before, counted = count(), counted - lowrank.traffic['bytes']
+        call()
+        counted += lowrank.traffic['bytes']
+        sent = lowrank.mean(torch.tensor(float(count() - before)))
+        assert sent.item() == pytest.approx(share * counted, rel=0.03)
 
 
 class Twice(nn.Module):
@@ -3546,7 +3637,7 @@ def test_shards_of_one_process_are_none(root, tmp_path, capsys, script):
     assert same_state(*states)
 
 
-@pytest.mark.parametrize('name', REPLICAS)
+@pytest.mark.parametrize('name', [name for name in REPLICAS if name != 'gpt_few'])
 def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, name):
     state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name].split()
     words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
@@ -3557,7 +3648,7 @@ def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, 
         book.step(step, seen(script, data, step, run.settings))
     for key, Ws in state['replicas'].items():
         for rank, W in enumerate(Ws):
-            close(W, book.W[rank][key], 1e-9)
+            close(W, book.W[rank][key], 3e-3 if name == 'gpt_local_8' else 1e-9)
     for worker, heads in enumerate(book.heads):
         for key, ((A, B, _, _),) in heads.items():
             close(state['model'][key], book.W[worker][key], 1e-9)
@@ -3570,14 +3661,13 @@ def test_no_byte_is_sent_in_silence(spawned):
     words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
     assert len(start(sample, words)[0]) == 4
     # what torch's collectives get is what the log tells; older fake tensors know no collectives
-    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'galolte_shard'
+    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'few', 'galolte_shard'
     for name in [f'gpt_{name}' for name in names] if torch.__version__ >= (2, 13) else ():
         steps = 4 if 'shard' in name else 8  # those are slow
         put, _ = bench.sent(saved(spawned / name)['settings'], 2, steps)
-        put = [sum(step.values()) for step in put]
         logs = logged(spawned / name, 'sync_bytes')
         for k in range(2, steps + 1, 2):
-            assert logs[k] == sum(put[k - 2:k]) // 2, name
+            assert logs[k] == round(sum(put[k - 2:k]) / 2), name
     for name, share in (('gpt_full', 0.52), ('gpt_galore', 0.52)):
         held, whole = (logged(spawned / run, 'optimizer_state_bytes')[8] for run in (f'{name}_shard', name))
         assert held < share * whole, (name, held, whole)

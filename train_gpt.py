@@ -51,6 +51,7 @@ merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
+sync_bits = 32  # of a number averaged at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
 # optimizer
 optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale', 'muon'
 basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
@@ -158,7 +159,8 @@ def train_step(run, step, batch):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if s.merge_every and (step + 1) % s.merge_every == 0:
-        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas)
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas, bits=s.sync_bits,
+              state=run.optimizer.state)
         if s.merge_reset:
             drop_moments(run.model, run.optimizer)
     return total, norm

@@ -221,8 +221,9 @@ LEAST = dict.fromkeys((
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
-    optimizer=('adamw', 'galore', 'fira', 'apollo', 'scale', 'muon'), basis=('sketch', 'power', 'svd', 'random'),
-    state_bits=(None, 32, 16, 8), dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
+    optimizer=('adamw', 'galore', 'fira', 'apollo', 'scale', 'muon'),
+    basis=('sketch', 'power', 'svd', 'random'), state_bits=(None, 32, 16, 8), sync_bits=(32, 8, 4, 2),
+    dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
     param_dtype=('float32', 'bfloat16', 'float64'), augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
 PROJECTS = 'galore', 'fira', 'apollo'  # optimizers of full gradients that have a rank
@@ -235,6 +236,8 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
+    ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
+     "merges average nothing: set split=True and several heads, or sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
@@ -282,6 +285,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
     (lambda s: s.sync == 'merge' and s.optimizer != 'adamw',
      "sync='merge' averages weights, and each rank would have other bases: set optimizer='adamw'"),
+    (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
+     'sync_bits={sync_bits} is for averages, and merges of factors={factors!r} gather all of them: set '
+     "sync_bits=32, or factors='basis'"),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
@@ -406,9 +412,9 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as
     attributes; model, shape (what it is built from), optimizer; replicas (see lowrank.replica_parameters);
-    scaler; net (the model, compiled or under DDP) and ddp_bytes (that DDP reduces a step); rows (of a
-    micro-batch, that this rank trains on); heads (how many are split, over all ranks, or 1); saved (the step
-    of the last checkpoint, or None). Goes on from a checkpoint, if there is one.
+    scaler; net (the model, compiled or under DDP) and ddp_bytes (that DDP or FSDP2 sends a step, by a ring);
+    rows (of a micro-batch, that this rank trains on); heads (how many are split, over all ranks, or 1); saved
+    (the step of the last checkpoint, or None). Goes on from a checkpoint, if there is one.
     """
     import torch
 
@@ -434,14 +440,14 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
     if any(map(is_sharded, model.parameters())):  # both passes gather what ranks hold; gradients are reduced
-        parts = [(local(p).nbytes, p.requires_grad) for p in model.parameters() if is_sharded(p)]
-        ddp_bytes = s.gradient_accumulation_steps * sum((2 + where.ranks * trains) * x for x, trains in parts)
+        parts = sum((2 + p.requires_grad) * local(p).nbytes for p in model.parameters() if is_sharded(p))
+        ddp_bytes = s.gradient_accumulation_steps * (where.ranks - 1) * parts
     elif where.ranks > 1 and carried:
         keep_out_of_ddp(model, {*outside, *model.buffers()})  # buffers are equal, or own: none has to be sent
         device_ids = [torch.device(where.device).index] if where.device_type == 'cuda' else None
         # with the buckets as gradients there is no second copy of them
         net = torch.nn.parallel.DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
-        ddp_bytes = carried
+        ddp_bytes = 2 * carried * (where.ranks - 1) / where.ranks
     # of this rank's heads, each has its rows together: the layer cuts the batch into equal parts
     heads = s.heads if s.lowrank and s.split else 1
     rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
@@ -821,8 +827,8 @@ def refuse_non_finite(run, step, what):
 MAY_CHANGE = set("""
     out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
-    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard device dtype
-    compile wandb_log""".split())
+    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard sync_bits device
+    dtype compile wandb_log""".split())
 
 
 def need_same(settings, checkpoint):
@@ -934,7 +940,8 @@ class Meter:
         dt = (time.perf_counter() - self.clock) / self.steps
         record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * dt, f'{self.unit}_per_s': self.items / dt,
                   'peak_memory_bytes': peak_memory_bytes(run.device), 'gradient_norm': norm,
-                  'sync_bytes': run.ddp_bytes + sent // self.steps, 'trainable_parameters': self.trainable,
+                  'sync_bytes': round(run.ddp_bytes + sent / self.steps),
+                  'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
         if run.scaler.is_enabled():  # it skips steps whose gradients are not finite and lowers its scale
             record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())

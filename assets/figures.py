@@ -313,10 +313,11 @@ def mean_and_range(found):
     return f'{statistics.mean(found):.3f} ({spread})'
 
 
-def quality_rows():
-    """The finalists, each at its best rate."""
-    times = seconds_of_steps('quality')
-    for name, (mine, *_) in groups('quality').items():
+def quality_rows(names=None):
+    """The finalists, or those of some names, each at its best rate, by their loss."""
+    times, found = seconds_of_steps('quality'), groups('quality')
+    for name in sorted(names or found, key=lambda name: statistics.mean(losses(found[name][0]))):
+        mine = found[name][0]
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
         yield (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
                f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
@@ -356,8 +357,11 @@ def renew_tables():
           method_rows())
     cells = trained('quality')
     dates, machines, torches = (sorted({cell[key] for cell in cells}) for key in ('date', 'machine', 'torch'))
-    renew('../README.md', 'quality', ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
-                                      'validation loss: mean (range; seeds)'), quality_rows(),
+    head = ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
+            'validation loss: mean (range; seeds)')
+    renew('README.md', 'quality', head, quality_rows())
+    renew('../README.md', 'quality', head, quality_rows(
+        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon', 'MHLoRA', 'LTE')),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),

@@ -1,0 +1,7 @@
+# GaLoLTE on slow links: what merges average is sent in 2 bits a number, all else too; torchrun only. As galolte.
+lowrank = 'attn,mlp'
+heads, rank = 4, 64
+factors, split = 'basis', True
+merge_every = 10
+basis, basis_every, scale = 'sketch', 50, 0.25
+sync, sync_bits = 'merge', 2

@@ -161,10 +161,11 @@ SCREENING = {
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (1e-3, 4e-3)),
         ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
-        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)))},
+        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)),
+        ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64, learning_rate=8e-3), ()))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
-                        basis_every=(100,)), dict(merge_every=50, learning_rate=1e-2)]),
+                        basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2)]),
     'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),

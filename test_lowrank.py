@@ -1824,7 +1824,7 @@ MORE |= {  # 13 images are tested
     'gpt_half': 'galore --param_dtype=float32 --dtype=float16', 'vit_few': 'full --batch_size=12',
     'gpt_one_head': 'galore --merge_every=3 --basis=power', 'vit_head': 'galore --train=classifier'}
 IN_SHARDS = [*(f'gpt_{name}' for name in (
-    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'half', 'one_head')),
+    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head')),
     'llama_galore', 'llama_power', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS

@@ -18,7 +18,6 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim._muon import muon
 from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, first_here, is_sharded, local,
@@ -347,10 +346,12 @@ def orthogonalised(G, state, group, key):
     rates go. G (m, n), or (heads, m, n), each on its own. Returns minus the move.
     """
     M, move = average_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
-    lists = ([*x.view(-1, *G.shape[-2:])] for x in (move, G.to(wide(G)), M))
-    muon(*lists, lr=1.0, weight_decay=0.0, momentum=0.95, nesterov=True,
-         ns_coefficients=(3.4445, -4.7750, 2.0315), ns_steps=5, eps=1e-7, adjust_lr_fn='match_rms_adamw',
-         has_complex=False)  # torch's own defaults
+    moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, G.to(wide(G)), M))
+    moves = [nn.Parameter(x) for x in moves]
+    optimizer = torch.optim.Muon(moves, lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw')
+    for p, grad, average in zip(moves, grads, averages):
+        p.grad, optimizer.state[p]['momentum_buffer'] = grad, average
+    optimizer.step()
     write_moments(state, [M], key)
     return move
 

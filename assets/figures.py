@@ -11,6 +11,7 @@ import os
 import statistics
 import sys
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
@@ -205,7 +206,7 @@ def draw_quality():
     found, times = groups('quality'), seconds_of_steps('quality')
     with picture('quality', (11, 4.4), (1, 3), 4, sharey=True) as ((by_step, by_time, by_bytes),):
         for number, (name, (mine, *_)) in enumerate(found.items()):
-            color, steps = f'C{number}', mine[0]['curve']['step']
+            color, steps = colormaps['tab20'].colors[(2 * number) % 19], mine[0]['curve']['step']
             curves = [cell['curve']['val_loss'] for cell in mine]
             band(by_step, steps, curves, color)
             if name in times:
@@ -213,7 +214,7 @@ def draw_quality():
             mean, trained = statistics.mean(losses(mine)), mine[0]['trainable_parameters'] / 1e6
             seeds = f"{len(mine)} seed{'s' * (len(mine) > 1)}"
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
-                              fmt='os^vDP*Xph'[number], capsize=3,
+                              fmt='os^vDP*Xph<>'[number], capsize=3,
                               label=f'{name} ({trained:.1f}M trained, {seeds})')
         shown = [loss for mine, *_ in found.values() for cell in mine
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]

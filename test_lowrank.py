@@ -1810,13 +1810,13 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
 
 RUNS = {f'{script}_{name}': name for script in SCRIPTS for name in METHODS}
 REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} | {
-    'gpt_replicas': 'lte --sync=merge', 'gpt_local_8': 'local_adamw --sync_bits=8'}
+    'gpt_replicas': 'lte --sync=merge', 'gpt_local_8': 'local_adamw --sync_bits=8',
+    'gpt_muons': 'galolte --optimizer=muon --sync=merge', 'gpt_local_muon': 'local_adamw --optimizer=muon'}
 MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
     'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
-    'vit_bits': 'galolte --sync_bits=4', 'gpt_muons': 'galolte --optimizer=muon --sync_bits=4',
-    'gpt_logit': 'mhlora --lowrank=attn,logit',
+    'vit_bits': 'galolte --sync_bits=4', 'gpt_logit': 'mhlora --lowrank=attn,logit',
     'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
@@ -3418,7 +3418,7 @@ def all_ranks_hold_the_same_bits(root, out):
     """Of all that is not each one's own, after merges that send factors, and products."""
     for name, dtype, rank in (('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
                               ('reset', 'bfloat16', 16), ('galolte', 'bfloat16', 8), ('bits', 'bfloat16', 8),
-                              ('few', 'float32', 8)):
+                              ('galolte_2bit', 'float32', 8)):
         which, *words = RUNS[f'gpt_{name}'].split()
         words += [f'--rank={rank}', f'--dtype={dtype}', f'--param_dtype={dtype}']
         mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
@@ -3637,7 +3637,7 @@ def test_shards_of_one_process_are_none(root, tmp_path, capsys, script):
     assert same_state(*states)
 
 
-@pytest.mark.parametrize('name', [name for name in REPLICAS if '2bit' not in name])
+@pytest.mark.parametrize('name', [name for name, words in REPLICAS.items() if 'galolte' not in words])
 def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, name):
     state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name].split()
     words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
@@ -3661,7 +3661,7 @@ def test_no_byte_is_sent_in_silence(spawned):
     words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
     assert len(start(sample, words)[0]) == 4
     # what torch's collectives get is what the log tells; older fake tensors know no collectives
-    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'few', 'galolte_shard'
+    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'galolte_2bit', 'galolte_shard'
     for name in [f'gpt_{name}' for name in names] if torch.__version__ >= (2, 13) else ():
         steps = 4 if 'shard' in name else 8  # those are slow
         put, _ = bench.sent(saved(spawned / name)['settings'], 2, steps)

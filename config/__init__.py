@@ -283,7 +283,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
      "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
      "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
-    (lambda s: s.sync == 'merge' and s.optimizer != 'adamw',
+    (lambda s: s.sync == 'merge' and s.optimizer in ('galore', 'fira'),
      "sync='merge' averages weights, and each rank would have other bases: set optimizer='adamw'"),
     (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
      'sync_bits={sync_bits} is for averages, and merges of factors={factors!r} gather all of them: set '

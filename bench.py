@@ -268,7 +268,7 @@ def memory_cells():
 
 def sending(model, name, settings):
     """What a training on four workers is called in assets/communication.jsonl."""
-    keys = 'rank', 'merge_every', 'basis', 'basis_every'
+    keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_bits'
     what = {key: settings[key] for key in keys if key in settings}
     return dict(model=model, method=name, workers=4, **what)
 

@@ -142,6 +142,11 @@ def band(axes, x, curves, color, label=None):
     axes.plot(x, list(map(statistics.mean, values)), color=color, lw=1.5, label=label)
 
 
+def look(number):
+    """The color and the marker of one of at most 15 methods."""
+    return colormaps['tab20'].colors[2 * number % 19], 'os^vDP*Xph<>dH8'[number]
+
+
 def bars(middle, values):
     """How far the least and the largest of values are from the middle, as errorbar wants them."""
     return [[middle - min(values)], [max(values) - middle]]
@@ -206,7 +211,7 @@ def draw_quality():
     found, times = groups('quality'), seconds_of_steps('quality')
     with picture('quality', (11, 4.4), (1, 3), 4, sharey=True) as ((by_step, by_time, by_bytes),):
         for number, (name, (mine, *_)) in enumerate(found.items()):
-            color, steps = colormaps['tab20'].colors[(2 * number) % 19], mine[0]['curve']['step']
+            (color, marker), steps = look(number), mine[0]['curve']['step']
             curves = [cell['curve']['val_loss'] for cell in mine]
             band(by_step, steps, curves, color)
             if name in times:
@@ -214,7 +219,7 @@ def draw_quality():
             mean, trained = statistics.mean(losses(mine)), mine[0]['trainable_parameters'] / 1e6
             seeds = f"{len(mine)} seed{'s' * (len(mine) > 1)}"
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
-                              fmt='os^vDP*Xph<>'[number], capsize=3,
+                              fmt=marker, capsize=3,
                               label=f'{name} ({trained:.1f}M trained, {seeds})')
         shown = [loss for mine, *_ in found.values() for cell in mine
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
@@ -239,7 +244,7 @@ def draw_frontier():
     with picture('frontier', (8.5, 4.2), columns=0) as ((axes,),):
         for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
             points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
-            color, style = f'C{number}', 'osD^vP*Xph'[number]
+            color, style = look(number)
             axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name)
             for x, y, what in points if len(points) > 1 else ():
                 axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
@@ -362,7 +367,7 @@ def renew_tables():
             'validation loss: mean (range; seeds)')
     renew('README.md', 'quality', head, quality_rows())
     renew('../README.md', 'quality', head, quality_rows(
-        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon', 'MHLoRA', 'LTE')),
+        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'LTE')),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),

@@ -1,4 +1,4 @@
-# GaLoLTE on slow links: what merges average is sent in 2 bits a number, all else too; torchrun only. As galolte.
+# GaLoLTE on slow links: merges average all that trains, in 2 bits a number; torchrun only. Rates: as galolte.
 lowrank = 'attn,mlp'
 heads, rank = 4, 64
 factors, split = 'basis', True

@@ -1,2 +1,2 @@
-# SCALE: gradients with rows of length one, momentum on the output layer alone: no state. Rates: not searched.
+# SCALE: gradients with rows of length one, momentum on the output layer alone. Rate: 2e-3 (not searched).
 optimizer = 'scale'

@@ -321,9 +321,9 @@ def apollo(G, R, U, state, group):
 
 def average_of(G, state, group):
     """The average of gradients that a rule keeps, zero at first, like G, in float32 or wider."""
-    if 'exp_avg' not in state:
-        new_moments(state, G, group['state_bits'], keys=('exp_avg',))
-    return read_moments(state)[0].view(G.shape)
+    if 'exp_avg' not in state:  # flat views are taken of it
+        new_moments(state, G.contiguous(), group['state_bits'], keys=('exp_avg',))
+    return read_moments(state)[0].view(G.shape).to(wide(G))
 
 
 def column_normalised(G, state, group, key):
@@ -789,9 +789,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
     With a rank, or rule='muon', the matrices of attention and MLP (weights of nn.Linear below a module of
-    lowrank.KINDS) follow the rule, with rule='scale' all linear and embedding layers'; it says how many of
-    how many. Others are plain; matrices get weight_decay, vectors and what the model's own no_weight_decay()
-    names (timm) none. `param_names` goes along. leave: parameters to leave out.
+    lowrank.KINDS) follow the rule, with rule='scale' those of the output and of embeddings, too; it says how
+    many of how many. Others are plain; matrices get weight_decay, vectors and what the model's own
+    no_weight_decay() names (timm) none. `param_names` goes along. leave: parameters to leave out.
     ValueError: no matrix for the rule; factors that are always zero, on which only LowRankAdamW steps.
     """
     linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -817,8 +817,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         part.append((name, p))
     if (rank > 0 or rule in WHOLE) and not ruled:
         below = ', '.join(KINDS['attn'] + KINDS['mlp'])
-        raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: set rank=0 and '
-                         "rule='galore', or name your modules in lowrank.KINDS")
+        raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take AdamW '
+                         '(rank=0), or name your modules in lowrank.KINDS')
     if ruled and place()[0] == 0:
         found, others = len(ruled + outputs + embeddings), sum(p.dim() == 2 for _, p in matrices)
         print(f'{rule} on {found} of {found + others} matrices')

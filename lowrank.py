@@ -1105,6 +1105,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     there are none yet.
     """
     seed = next(_merges) if generator is None else generator.initial_seed()
+    if bits == 32:  # what a run with few bits left is old when it comes back to them
+        for kept in (state or {}).values():
+            kept.pop('error', None), kept.pop('common', None)
     for i, layer in enumerate(lowrank_layers(model)):
         layer.merge(generator, hash((seed, i)), bits, state)
     for i, p in enumerate((replicas or {}).values()):

@@ -1322,6 +1322,30 @@ def test_muon_in_a_basis_of_all_directions_is_muon(shape):
     close(net.weight, theirs, 0.03 * theirs.abs().max().item())  # it rounds to bfloat16 inside
 
 
+def test_a_merge_in_full_forgets_what_few_bits_left():
+    p = nn.Parameter(normal(64, 64))
+    state = {p: {'step': 1}}
+    for bits in (2, 2, 32):
+        lowrank.merge(nn.Module(), replicas={'p': p}, bits=bits, state=state)
+        assert ('common' in state[p]) == (bits == 2)
+        with torch.no_grad():
+            p += 1
+    assert state[p] == {'step': 1}
+
+
+@pytest.mark.parametrize('rule', galore.WHOLE)
+def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
+    grads = normal(3, 1, 64, 80)
+    ends = []
+    for bits, transposed in ((None, False), (None, True), (16, False), (8, False)):
+        W = nn.Parameter(torch.zeros(80, 64).T.double() if transposed else torch.zeros(64, 80, dtype=double))
+        group = dict(params=[W], rule=rule, state_bits=bits, momentum=0.9)
+        ends += follow(galore.GaLoreAdamW([group], lr=0.01), [W], grads)
+    close(ends[0], ends[1])
+    for end in ends[2:]:
+        close(end, ends[0], 0.2 * ends[0].abs().max().item())
+
+
 def test_a_rank_is_clamped_and_said_once():
     W = nn.Parameter(torch.zeros(6, 9))
     with pytest.warns(UserWarning, match=r'rank 99 .* h.0.mlp.weight \(6, 9\)'):

@@ -55,7 +55,8 @@ rewarm_iters = 0  # steps in which the learning rate climbs again after a merge 
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 sync_bits = 32  # of a number averaged at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
 # optimizer
-optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale', 'muon'
+optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
+#                      in a basis, too, beside AdamW on what is in none
 basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis

@@ -284,7 +284,8 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
      "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
     (lambda s: s.sync == 'merge' and s.optimizer in ('galore', 'fira'),
-     "sync='merge' averages weights, and each rank would have other bases: set optimizer='adamw'"),
+     "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
+     "{optimizer!r}, such as 'adamw'"),
     (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
      'sync_bits={sync_bits} is for averages, and merges of factors={factors!r} gather all of them: set '
      "sync_bits=32, or factors='basis'"),

@@ -285,6 +285,10 @@ def communication_cells(workers=32):
     cells += [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
               for model in ('screening', 'quality') for about, settings in TRAININGS[model]
               if about['method'] not in ('MHLoRA', 'ReLoRA')]
+    few = {f'GaLoLTE, {bits} bits': {'sync_bits': bits} for bits in (32, 8, 4, 2)}
+    for sync in ('merge', 'step'):
+        base = {**FINAL, **GALOLTE, 'rank': 96, 'sync': sync, 'dtype': 'float32'}
+        cells += named(base, few, model='quality', workers=4, sync=sync)
     return {title(cell[0]): cell for cell in cells}.values()  # whatever the rate and the seed
 
 

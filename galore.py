@@ -328,7 +328,7 @@ def average_of(G, state, group):
 
 def column_normalised(G, state, group, key):
     """
-    SCALE (Glentis et al. 2025, arXiv 2506.16659, and its authors' code): the gradient, each output's numbers
+    SCALE (Glentis et al. 2025, arXiv 2506.16659): the gradient, each output's numbers
     with a mean square of 1; of an embedding (the group's `dim` is 0) each coordinate's. Without state, but
     for the output layer, where the group's `momentum` averages gradients first. Returns minus the move.
     """
@@ -343,7 +343,8 @@ def orthogonalised(G, state, group, key):
     """
     Muon (Jordan et al. 2024) with the rate of Moonlight (Liu et al. 2025, arXiv 2502.16982), by torch: the
     averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
-    rates go. G (m, n), or (heads, m, n), each on its own. Returns minus the move.
+    rates go. Its momentum is torch's 0.95, whatever the group's betas. G (m, n), or (heads, m, n), each on
+    its own. Returns minus the move.
     """
     M, move = average_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
     moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, G.to(wide(G)), M))
@@ -411,11 +412,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
                                  'without rank and rule')
         if 'rank' not in group:
-            group.setdefault('dim', 1)
-            group.setdefault('momentum', 0.0)
-            if group.get('rule', 'muon') not in WHOLE:
-                raise ValueError(f"rule={group['rule']!r} without a rank is not one of "
-                                 f"{', '.join(map(repr, WHOLE))}")
+            if 'rule' in group:
+                group.setdefault('dim', 1)
+                group.setdefault('momentum', 0.0)
+                if group['rule'] not in WHOLE:
+                    raise ValueError(f"rule={group['rule']!r} without a rank is not one of "
+                                     f"{', '.join(map(repr, WHOLE))}")
             return
         galore_torch = dict(update_proj_gap=200, scale=0.25, proj_type='std')
         own = dict(basis='random' if group.get('rule') == 'apollo' else 'svd', rule='galore')

@@ -59,7 +59,7 @@ def round_(out, x, key, first=0):
         out.copy_(x)
         return
     flat, x, table = out.reshape(-1), x.reshape(-1), _random_bits(out.device)
-    piece = 2**16 if out.device.type == 'cpu' else BLOCK_OF_BITS  # on a CPU what stays in its cache
+    piece = 2**18 if out.device.type == 'cpu' else BLOCK_OF_BITS  # on a CPU what stays in its cache
     begin, end = first, first + len(flat)
     while begin < end:
         stop = min(end, (begin // piece + 1) * piece)

@@ -133,7 +133,9 @@ APOLLO = dict(BASES, optimizer='apollo', basis='random')
 LAYER = dict(**BASES, **ONE, factors='basis', merge_every=1, basis='sketch')
 GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 MUON_INSIDE, GALOLTE_MUON = (dict(those, optimizer='muon', scale=1.0) for those in (LAYER, GALOLTE))
-LOCAL = dict(ranks=4, sync='merge', merge_every=10)
+OWN = dict(ranks=4, sync='merge')  # each worker has all that trains without heads for itself
+LOCAL = dict(OWN, merge_every=10)
+SLOW_LINKS = dict(GALOLTE_MUON, **OWN, sync_bits=2)  # config/methods/galolte_2bit.py
 
 
 def one_by_one(**values):
@@ -165,7 +167,8 @@ SCREENING = {
         ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64, learning_rate=8e-3), ()))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
-                        basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2)]),
+                        basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2),
+        OWN, dict(OWN, sync_bits=2, learning_rate=5e-3, scale=1.0)]),
     'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
@@ -188,6 +191,10 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
     'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'GaLoLTE, Muon': (dict(GALOLTE_MUON, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
+    'GaLoLTE, 2 bits': (dict(GALOLTE, **OWN, sync_bits=2, rank=96), rates(1.4e-2)[:1]),
+    'GaLoLTE, Muon, 2 bits': (dict(SLOW_LINKS, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
+    'GaLoLTE, Muon, 2 bits, rarely': (
+        dict(SLOW_LINKS, rank=96, merge_every=50, basis_every=100), rates(8e-3, 4e-3, 1.6e-2)),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
@@ -489,7 +496,8 @@ def train(options):
                 jobs=options.jobs)
     if name in ('quality', 'convergence'):
         torch.set_num_threads(1)
-        methods = {about['method']: settings for about, settings in cells if 'ranks' not in settings}
+        # of several workers, what all of them compute
+        methods = {about['method']: {**settings, 'sync': 'step'} for about, settings in cells}
         time_steps(f'{name}_time', named({}, methods), options, 10)
 
 

@@ -1835,7 +1835,7 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
 RUNS = {f'{script}_{name}': name for script in SCRIPTS for name in METHODS}
 REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} | {
     'gpt_replicas': 'lte --sync=merge', 'gpt_local_8': 'local_adamw --sync_bits=8',
-    'gpt_muons': 'galolte --optimizer=muon --sync=merge', 'gpt_local_muon': 'local_adamw --optimizer=muon'}
+    'gpt_local_muon': 'local_adamw --optimizer=muon'}
 MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',

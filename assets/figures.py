@@ -256,6 +256,25 @@ def draw_frontier():
         axes.legend(fontsize=8)
 
 
+def draw_links():
+    """Validation loss of the finalists against what each of four workers sends, and against time where a step
+    takes a quarter of one process's, and what is sent goes over a link of so many bits a second after it."""
+    found, times = groups('quality'), seconds_of_steps('quality')
+    with picture('links', (11, 4.4), (1, 3), 4, sharey=True) as ((by_bytes, *by_link),):
+        for number, (name, (mine, *_)) in enumerate(found.items()):
+            wire, (color, marker), ends = sent('quality', mine[0]).get('wire'), look(number), losses(mine)
+            if not wire or name not in times:
+                continue
+            curves, middle = [cell['curve']['val_loss'] for cell in mine], statistics.mean(ends)
+            by_bytes.errorbar(wire / 1e6, middle, bars(middle, ends), color=color, fmt=marker, capsize=3)
+            for axes, link, words in zip(by_link, (1e9, 1e8), ('1 Gbit/s', '100 Mbit/s')):
+                seconds = times[name] / 4 + 8 * wire / link
+                band(axes, [step * seconds for step in mine[0]['curve']['step']], curves, color, name)
+                axes.set(title=words, xlabel='computed and sent, s', xscale='log', xlim=(20, None))
+        by_bytes.set(xlabel='MB that each of four workers sends a step (ring)', xscale='log',
+                     ylabel='validation loss (nats a byte)', ylim=(None, 2.4))
+
+
 def draw_convergence():
     """Loss and accuracy of the adaptation, each method at its best rate, against epochs and time."""
     times, epoch = seconds_of_steps('convergence'), 1078 / ADAPT['batch_size']
@@ -377,6 +396,7 @@ def renew_tables():
 
 if __name__ == '__main__':
     draw_method()
-    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_convergence, draw_layers):
+    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_convergence,
+                 draw_layers):
         draw()
     renew_tables()

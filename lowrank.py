@@ -577,12 +577,6 @@ def whole_of(part, rows):
     return gather(padded).flatten(0, 1)[:rows]
 
 
-def parts_of(x):
-    """The tensors x (numbers,) of all ranks, which may have other lengths."""
-    lengths = gather(torch.tensor([len(x)], device=x.device)).flatten().tolist()
-    return [part[:length] for part, length in zip(gather(F.pad(x, (0, max(lengths) - len(x)))), lengths)]
-
-
 def same(x, owner=0):
     """The tensor of one rank on all ranks, in place, to the last bit; alone, the tensor itself."""
     if place()[1] > 1:
@@ -836,50 +830,85 @@ def write(model, name, x):
 # checkpoints over ranks
 
 
+class Parts:
+    """
+    A tensor of a checkpoint that ranks have written in parts, each into a file of its own. It is sliced like
+    the whole tensor (rows, ...), and no other parts are read than those that hold the slice.
+
+    order: 'rows', cut as by `rows_here`, or 'heads', see `in_global_order`
+    rows: of the whole tensor; parts: one of each rank, memory-mapped, or None where its file is not open
+    """
+
+    def __init__(self, order, rows, parts):
+        self.order, self.rows, self.parts = order, rows, parts
+
+    def __len__(self):
+        return self.rows
+
+    def __getitem__(self, rows):
+        if self.order == 'heads':
+            if rows.step == len(self.parts):  # as many ranks as before
+                return self.parts[rows.start]
+            return in_global_order(torch.stack(self.parts))[rows]
+        size, (start, stop, _) = -(-self.rows // len(self.parts)), rows.indices(self.rows)
+        found = [part[max(start - k * size, 0):stop - k * size] for k, part in enumerate(self.parts)
+                 if max(start, k * size) < min(stop, (k + 1) * size)]
+        found = found or [next(part for part in self.parts if part is not None)[:0]]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
 @torch.no_grad()
 def gather_state(model, optimizer=None, replicas=None):
     """
-    What a checkpoint holds, as a dict; every rank takes part, and rank 0 gets all of it.
+    What a checkpoint holds, two dicts; every rank takes part.
 
-    model: the state dict with the heads of all ranks in global order, A (H, r, n), and replicas averaged:
-    what is evaluated. With an optimizer of galore.py also
+    The first is for rank 0, which alone gets all of it. model: the state dict with the heads of all ranks in
+    global order, A (H, r, n), and replicas averaged: what is evaluated. With an optimizer of galore.py also
     optimizer: {name of a parameter: its state}, moments of heads in the same order, of replicas (ranks, ...);
     replicas: {name: (ranks, ...)};
     sketches: {name of a layer that is at one: (parts of all ranks, ...), or None}.
+
+    The second is each rank's own, {place in the first: tensor}, and empty without shards. In shards nothing
+    is gathered: what differs by rank is there, and in the first in its place (order, rows), see `Parts`;
+    of moments of 8 bits, whose blocks are those of a shard, the order of tops is 'blocks'.
     """
-    replicas, heads = replicas or {}, own_heads(model)
-    slices = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
+    replicas, heads, own, (rank, ranks) = replicas or {}, own_heads(model), {}, place()
+    sharded = any(map(is_sharded, model.parameters()))
 
     def kept(x):  # on the device one tensor at a time
-        return x.cpu() if place()[0] == 0 else None
+        return x.cpu() if rank == 0 else None
 
-    def gathered(x, p, key=''):
+    def apart(x, order, rows, *where):
+        padded = x.untyped_storage().nbytes() > 2 * x.nbytes  # torch writes the zeros behind it, too
+        own['/'.join(where)] = x.clone() if padded else x
+        return order, rows
+
+    def gathered(x, p, *where):
         """x of all ranks, where the parameter or buffer p is each one's own, or a shard."""
+        if is_sharded(p):
+            return apart(local(x), 'blocks' if where[-1].endswith('_top') else 'rows', len(p), *where)
         if p in heads:
-            return kept(in_global_order(gather(x)))
-        if p in averages:
-            return kept(gather(x))
-        if not is_sharded(p):
-            return x
-        if key.endswith('_top'):
-            return [kept(part) for part in parts_of(x)]  # of the blocks of each rank's shard
-        return kept(slices[p].all_of(x) if p in slices else whole_of(local(x), len(p)))
+            return of_heads(x, *where)
+        return kept(gather(x)) if p in averages else x
+
+    def of_heads(x, *where):
+        return apart(x, 'heads', len(x) * ranks, *where) if sharded else kept(in_global_order(gather(x)))
 
     averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
     state = model.state_dict()
     for name, p in model.state_dict(keep_vars=True).items():
-        state[name] = averages[p] if p in averages else gathered(state[name], p)
+        state[name] = averages[p] if p in averages else gathered(state[name], p, 'model', name)
     found = {'edition': EDITION, 'model': state}
     if optimizer is not None:
         names = stepped(model)
-        found['optimizer'] = {names[p]: {key: gathered(x, p, key) if torch.is_tensor(x) and x.dim() else x
-                                         for key, x in values.items()}
-                              for p, values in optimizer.state.items()}
+        found['optimizer'] = {names[p]: {
+            key: gathered(x, p, 'optimizer', names[p], key) if torch.is_tensor(x) and x.dim() else x
+            for key, x in values.items()} for p, values in optimizer.state.items()}
         found['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
         found['sketches'] = {name: None if layer.sketch.grad is None else
-                             kept(in_global_order(gather(layer.sketch.grad)))
+                             of_heads(layer.sketch.grad, 'sketches', name)
                              for name, layer in named_layers(model).items() if layer.sketch is not None}
-    return found
+    return found, own
 
 
 def stepped(model):
@@ -891,25 +920,33 @@ def stepped(model):
     return names
 
 
+def whole_weights(checkpoint):
+    """The 'model' of a checkpoint, {name: tensor}, where some may be `Parts`."""
+    return {name: x[:] if isinstance(x, Parts) else x for name, x in checkpoint['model'].items()}
+
+
 @torch.no_grad()
 def load_weights(model, weights):
-    """Loads the 'model' of `gather_state`, of split heads this rank's own, and returns {name: which slice}.
+    """Loads the 'model' of a checkpoint, of split heads this rank's own, and returns {name: which slice}.
     RuntimeError: they are of another model."""
     parts = {f'{name}.{key}': slice(layer.worker, None, layer.workers)
              for name, layer in named_layers(model).items() if layer.workers > 1 for key in layer.of_heads()}
-    mine = {name: x[parts[name]] if name in parts else x for name, x in weights.items()}
+    mine = dict(weights)
     for name, p in model.state_dict().items():
-        if is_sharded(p) and name in mine and mine[name].shape == p.shape:
-            local(p).copy_(mine[name][rows_here(p)])
-            mine[name] = p  # loaded
+        x = weights.get(name)
+        if x is not None and (name in parts or is_sharded(p) or isinstance(x, Parts)):
+            mine[name] = x[parts.get(name, rows_here(p))]
+            if mine[name].shape == local(p).shape and (name in parts or len(x) == len(p)):
+                local(p).copy_(mine[name])
+                mine[name] = p  # loaded
     model.load_state_dict(mine)
     return parts
 
 
 @torch.no_grad()
 def load_state(model, optimizer, checkpoint, replicas=None):
-    """Loads what `gather_state` gave, each rank its own part, and leaves the checkpoint as it is. Heads may
-    come from another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    """Loads a checkpoint, each rank its own part, and leaves it as it is. Heads and rows may come from
+    another number of ranks; replicas may not, as each rank has its own (ValueError)."""
     replicas, parts, (rank, ranks) = replicas or {}, load_weights(model, checkpoint['model']), place()
     for name, p in replicas.items():
         saved = checkpoint['replicas'].get(name, ())
@@ -918,31 +955,35 @@ def load_state(model, optimizer, checkpoint, replicas=None):
                              f'parameters, and here are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
     named = {name: p for p, name in stepped(model).items()}
-    slices = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
+    layers = {layer.stepped: layer for layer in lowrank_layers(model)}
     if lost := sorted(checkpoint['optimizer'].keys() - named.keys()):
         raise ValueError('the optimizer of the checkpoint is that of another model: it has a state of '
                          f'{lost[0]}')
     for name, state in checkpoint['optimizer'].items():
         p = named[name]
         for key, x in state.items():
-            shards = len(x) if isinstance(x, list) else 1
-            if key.endswith('_top') and shards != (ranks if is_sharded(p) else 1):
-                raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as many '
-                                 'ranks as before, and with the same shard')
-            if isinstance(x, list):
-                x = x[rank].to(p.device, copy=True)
-            elif torch.is_tensor(x):
-                x = x[parts[name]] if name in parts else x[rank] if name in replicas and x.dim() else x
-                if x.dim():
-                    x = slices[p].rows_of(x) if p in slices else x[rows_here(p)]
+            if key.endswith('_top'):
+                of_ranks = x if isinstance(x, list) else [x]
+                if len(of_ranks) != (ranks if is_sharded(p) else 1):
+                    raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as '
+                                     'many ranks as before, and with the same shard')
+                x = of_ranks[rank if is_sharded(p) else 0]
+            elif isinstance(x, Parts):
+                x = x[parts.get(name, rows_here(p))]
+                if x.dim() < p.dim():  # rows of R^T or of R, see MHLoRALinear.shard
+                    x = (x.mT.contiguous() if layers[p].left else x)[None]
+            elif torch.is_tensor(x) and x.dim():
+                x = x[parts[name]] if name in parts else x[rank] if name in replicas else x
+                x = layers[p].rows_of(x) if x.dim() > p.dim() else x[rows_here(p)]
+            if torch.is_tensor(x):
                 x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
             optimizer.state[p][key] = x
     for name, sums in checkpoint['sketches'].items():
         layer = model.get_submodule(name)
         layer.ask_sketch(parts=optimizer.parts(layer))
         if sums is not None:  # of other parts each takes the average: a sketch is a sum
-            part = sums[rank::ranks] if len(sums) == ranks * len(layer.sketch) else sums.mean(0).expand_as(
-                layer.sketch)
+            same_parts = len(sums) == ranks * len(layer.sketch)
+            part = sums[rank::ranks] if same_parts else sums[:].mean(0).expand_as(layer.sketch)
             layer.sketch.grad = part.to(layer.sketch, copy=True)
 
 

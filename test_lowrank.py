@@ -101,7 +101,12 @@ def tiny(script, root, out, *words):
 
 
 def saved(out, name='ckpt.pt'):
-    return config.load_checkpoint(f'{out}/{name}')
+    """A checkpoint, what ranks have saved in parts as one."""
+    def joined(x):
+        if isinstance(x, dict):
+            return {key: joined(value) for key, value in x.items()}
+        return x[:] if isinstance(x, lowrank.Parts) else x
+    return joined(config.load_checkpoint(f'{out}/{name}'))
 
 
 def train(script, root, out, *words):
@@ -557,7 +562,7 @@ def readers(root, tmp_path_factory):
 
     def resumed(path):
         run, _ = built('gpt', root, folder / 'gpt', *words, checkpoint=config.load_checkpoint(path))
-        return lowrank.gather_state(run.model, run.optimizer)
+        return lowrank.gather_state(run.model, run.optimizer)[0]
 
     def adapted(path):
         vit = tiny_vit()
@@ -1875,7 +1880,7 @@ ALIKE |= {'gpt_half', 'gpt_one_head', 'vit_few', 'vit_head',  # are there for th
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
-RESUMED = [*REPLICAS, *FOUR, 'gpt_power']  # where two stop and go on, too
+RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
 
 
 def run(name, root, out, *words):
@@ -3393,7 +3398,8 @@ def several_ranks(root, out, me, port):
     dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)
     dist.destroy_process_group = lambda: dist.barrier()
     for name in (*FOUR, 'gpt_local_adamw', 'gpt_replicas'):
-        run(name, root, f'{out}/{name}_four', f'--max_iters={8 if name in FOUR else 1}')
+        steps = 4 if name.endswith('_shard') else 8 if name in FOUR else 1
+        run(name, root, f'{out}/{name}_four', f'--max_iters={steps}')
     few_bits_are_the_same_on_any_number_of_ranks()
     ranks_send_what_is_counted()
     time.sleep(0.1)
@@ -3417,6 +3423,8 @@ def several_ranks(root, out, me, port):
         if name in RESUMED:
             run(name, root, f'{out}/{name}_again', '--max_iters=4')
             run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
+    for more in (['--max_iters=6', '--shard=False'], ['--max_iters=8']):
+        run('gpt_galore_shard', root, f'{out}/gpt_galore_shard_four', '--init_from=resume', *more)
     for name in ('gpt_local_adamw', 'gpt_replicas'):
         with pytest.raises(SystemExit):  # says: as many as before
             run(name, root, f'{out}/{name}_four', '--init_from=resume')
@@ -3434,6 +3442,7 @@ def several_ranks(root, out, me, port):
     all_ranks_skip_a_step_that_overflows_on_one()
     shards_of_a_block_that_is_called_twice()
     shards_begin_with_the_bits_of_one_process(root, f'{out}/begin')
+    ranks_save_their_own_rows(root, out / 'rows')
     no_rank_saves_what_is_not_finite_on_one(root, out)
     end()
 
@@ -3543,10 +3552,56 @@ def shards_begin_with_the_bits_of_one_process(root, out):
                                  ('gpt', 'lte', '--param_dtype=float32'),
                                  ('llama', 'galolte', '--param_dtype=bfloat16')):
         dtype = [word.replace('param_', '') for word in words if 'dtype' in word]
-        shards, one = (lowrank.gather_state(built(script, root, out, *method(name), *words, *dtype, *more,
-                                                  ranks=2)[0].model)['model']
-                       for more in (['--shard=True'], []))
-        assert int(os.environ['RANK']) or same_state(shards, one)
+        (shards, own), (one, none) = (lowrank.gather_state(
+            built(script, root, out, *method(name), *words, *dtype, *more, ranks=2)[0].model)
+            for more in (['--shard=True'], []))
+        assert own and not none
+        for key, x in one['model'].items():
+            part = shards['model'][key]
+            if torch.is_tensor(part):
+                assert torch.equal(part, x)
+            elif x is not None:  # of heads one rank alone has gathered all
+                rank, here = lowrank.place()[0], lowrank.rows_here(x, 2)
+                wanted = x[rank::2] if part[0] == 'heads' else x[here]
+                assert part[1] == len(x) and torch.equal(own[f'model/{key}'], wanted)
+
+
+def ranks_save_their_own_rows(root, out):
+    words = [*method('galore', '--state_bits=8', '--rank=64', '--n_embd=64', '--n_mlp=96', '--shard=True')]
+    mine, data = built('llama', root, out, *words, ranks=2)
+    out.mkdir(exist_ok=True)
+    for step in range(2):
+        train_llama.train_step(mine, step, lambda micro_step: data.batch(8, step, rows=mine.rows))
+    write, limits = config.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(step):
+        config.save(mine, 'ckpt.pt', dict(step=step, best_val_loss=0.0), resumable=True)
+        torch.distributed.barrier()
+
+    def killed(path, checkpoint):
+        if path.endswith('ckpt.pt'):
+            raise KeyboardInterrupt
+        write(path, checkpoint)
+    save(1)
+    first = files_of(out)
+    assert len(first) == 3 and max(map(len, first.values())) < 0.6 * sum(map(len, first.values()))
+    if mine.rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    with pytest.raises(OSError, match='File too large.*ckpt.pt.2.*.1'):  # on every rank
+        save(2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torch.distributed.barrier()
+    assert files_of(out) == first
+    torch.distributed.barrier()
+    with mock.patch.object(config, 'save_checkpoint', killed), contextlib.suppress(KeyboardInterrupt):
+        config.save(mine, 'ckpt.pt', dict(step=1, best_val_loss=0.0), resumable=True)  # between the two
+    torch.distributed.barrier()
+    assert first.items() < files_of(out).items() and len(files_of(out)) == 5
+    again, _ = built('llama', root, out, *words, '--init_from=resume', ranks=2,
+                     checkpoint=config.load_checkpoint(f'{out}/ckpt.pt', True))
+    assert same_state(*(lowrank.gather_state(one.model, one.optimizer) for one in (mine, again)))
+    save(2)
+    assert len(files_of(out)) == 3 and first.keys() & files_of(out).keys() == {'ckpt.pt'}
 
 
 def a_run_in_shards_loses_a_rank(root, out):
@@ -3649,6 +3704,73 @@ def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name
         if name.startswith('vit_melo'):
             for key, x in safetensors.torch.load_file(alone / 'adapter.safetensors').items():
                 close(safetensors.torch.load_file(other / 'adapter.safetensors')[key], x, tolerance)
+
+
+def test_rows_and_heads_of_any_number_of_ranks_are_those_of_the_whole():
+    for rows, before, now in itertools.product((1, 2, 5, 12), (2, 3, 4), (1, 2, 4)):
+        x, size = normal(rows, 3), -(-rows // before)
+        parts = lowrank.Parts('rows', rows, [x[k * size:(k + 1) * size] for k in range(before)])
+        for rank in range(now):
+            with mock.patch('torch.distributed.get_rank', lambda: rank):
+                here = lowrank.rows_here(x, now)
+            assert torch.equal(parts[here], x[here]) and len(parts) == len(parts[:]) == rows
+            if now == before:  # its own file is open
+                own = [part if k == rank else None for k, part in enumerate(parts.parts)]
+                assert torch.equal(lowrank.Parts('rows', rows, own)[here], x[here])
+        if rows % before == 0 == rows % now:
+            heads = lowrank.Parts('heads', rows, [x[k::before] for k in range(before)])
+            assert all(torch.equal(heads[rank::now], x[rank::now]) for rank in range(now))
+
+
+@pytest.mark.parametrize('damage, said', [
+    (None, 'is missing'), (cut(0, -99), 'is truncated'), (cut(0, 200), 'is damaged'),
+    (holding(b''), 'is damaged'), (flipped(0.5), 'checksum'), ('another', 'of another save'),
+    ('rank', 'of another save')])
+def test_a_file_of_a_rank_is_refused_by_name(root, spawned, tmp_path, damage, said):
+    out, rows = shutil.copytree(spawned / 'gpt_full_shard', tmp_path / 'a'), spawned / 'rows'
+    first, second = sorted(out.glob('ckpt.pt.*.?'))
+    whole = second.read_bytes()
+    if callable(damage):
+        second.write_bytes(damage(whole))
+    else:
+        second.unlink()
+    if isinstance(damage, str):
+        shutil.copy(first if damage == 'rank' else sorted(rows.glob('ckpt.pt.*.?'))[1], second)
+    with pytest.raises((ValueError, OSError), match=said) as refusal:
+        saved(out)
+    names_it(refusal.value, second)
+    for rank, mine in enumerate((first, second)):  # who reads it
+        with mock.patch('lowrank.place', lambda: (rank, 2)):
+            with pytest.raises((ValueError, OSError)) if rank else contextlib.nullcontext():
+                config.load_checkpoint(f'{out}/ckpt.pt', shard=True)
+            if damage is not None and not rank and said == 'checksum':
+                config.load_checkpoint(f'{out}/ckpt.pt')  # the other one reads the checksums of that file
+
+
+def test_an_index_is_read_like_a_whole_file(root, runs, spawned, tmp_path, capsys):
+    idx, out = tokens_of(2, 8), shutil.copytree(spawned / 'gpt_galore_shard', tmp_path / 'a')
+    alone = loaded(runs('gpt_galore', 8) / 'best.pt')[0](idx)
+    close(loaded(out / 'best.pt')[0](idx), alone, 1e-9)
+    words = [f'--out_dir={out}', '--num_samples=1', '--max_new_tokens=9', '--device=cpu']
+    texts = [start(sample, [*words, f'--out_dir={one}']) for one in (out, runs('gpt_galore', 8))]
+    assert texts[0] == texts[1]
+    start(export, [f'--out_dir={out}', f'--to={tmp_path}/hf', '--dtype=float64'])
+    close(loaded(tmp_path / 'hf')[0](idx), alone, 1e-9)
+    shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
+    ours, theirs = (train_vit.read_weights(f'{one}/best.pt', shape, ['normal', 'pneumonia'])[1]
+                    for one in (spawned / 'vit_galore_shard', runs('vit_galore', 8)))
+    for key, x in theirs.items():
+        close(ours[key], x, 1e-9)
+    left = [out / f'ckpt.pt.4.0123456789ab.0{end}' for end in ('', '.tmp')]
+    for path in (*left, out / 'ckpt.pt.old'):
+        path.write_bytes(b'')
+    config.start_run({**saved(out)['settings'], 'init_from': 'resume', 'out_dir': str(out)}, 8)
+    assert (out / 'ckpt.pt.old').exists() and not any(path.exists() for path in left)
+    assert same_state(saved(out), saved(spawned / 'gpt_galore_shard'))
+    words = method('galore', '--state_bits=8', '--rank=64', '--n_embd=64', '--n_mlp=96')
+    with pytest.raises(ValueError, match='on as many ranks as before'):
+        built('llama', root, spawned / 'rows', *words, checkpoint=config.load_checkpoint(
+            f'{spawned}/rows/ckpt.pt'))
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

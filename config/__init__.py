@@ -536,25 +536,75 @@ def save_checkpoint(path, checkpoint):
 
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable, the
-    rest of the state. Every rank takes part. What is not finite is never written over what is."""
+    rest of the state. Every rank takes part: in shards each writes what is its own into a file beside, and
+    rank 0, when all have, out_dir/name, which names them. What is not finite is never written over what is.
+    """
     from lowrank import gather_state, not_finite
-    optimizer = run.optimizer if resumable else None
+    optimizer, path = run.optimizer if resumable else None, f'{run.s.out_dir}/{name}'
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
-    whole = gather_state(run.model, optimizer, run.replicas)
+    found, own = gather_state(run.model, optimizer, run.replicas)
+    files = save_beside(path, about['step'], own) if own else []
     if resumable:
-        whole['scaler'] = run.scaler.state_dict()
+        found['scaler'] = run.scaler.state_dict()
         run.saved = about['step']
     if run.rank == 0:
-        whole.update(settings=run.settings, model_config=run.shape, **about)
-        save_checkpoint(f'{run.s.out_dir}/{name}', whole)
+        found.update(settings=run.settings, model_config=run.shape, **about)
+        save_checkpoint(path, {**found, 'files': files} if files else found)
+        remove_others(path)
+
+
+def files_of_ranks(path):
+    """The paths of all files that `save_beside` has written beside path, of any save."""
+    folder, name = os.path.split(path)
+    wanted = re.compile(re.escape(name) + r'\.\d+\.[0-9a-f]{12}\.\d+(\.tmp)?')
+    return [os.path.join(folder, file) for file in os.listdir(folder) if wanted.fullmatch(file)]
+
+
+def remove_others(path):
+    """Removes those of `files_of_ranks` that path does not name: of the save before, or of a killed one."""
+    if there := files_of_ranks(path):
+        named = load_tensors(path, check=False).get('files', []) if os.path.exists(path) else []
+        for file in there:
+            if os.path.basename(file) not in named:
+                os.remove(file)
+
+
+def save_beside(path, step, own):
+    """
+    Every rank writes a dict of tensors beside path; returns the names of the files when all are on the disk.
+
+    A name has the step, a number drawn for this save, and the rank, and a file holds its own name: none of
+    another save is taken for it. OSError on every rank: one of them could not write, and no file is left.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from lowrank import place, same
+    rank, ranks = place()
+    number = same(torch.tensor(int.from_bytes(os.urandom(6)))).item()  # rank 0's, and no seed's
+    paths = [f'{path}.{step}.{number:012x}.{i}' for i in range(ranks)]
+    names, failed, all_ranks = list(map(os.path.basename, paths)), None, [None] * ranks
+    try:
+        save_checkpoint(paths[rank], {'file': names[rank], **own})
+    except OSError as error:
+        failed = error.errno, error.strerror, error.filename
+    dist.all_gather_object(all_ranks, failed)
+    if failed := next(filter(None, all_ranks), None):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(paths[rank])
+        raise OSError(*failed)
+    if rank == 0 and (lost := [file for file in paths if not os.path.exists(file)]):
+        raise OSError(errno.ENOENT, 'rank 0 does not see it: is out_dir on a disk of all ranks?', lost[0])
+    return names
 
 
 class NotOurs(ValueError):
     """A file that may well be whole, and is no checkpoint of this project."""
 
 
-def load_tensors(path):
-    """Tensors and plain types of torch.save, on the CPU, memory-mapped. ValueError, FileNotFoundError."""
+def load_tensors(path, check=True):
+    """Tensors and plain types of torch.save, on the CPU, memory-mapped. check: read all of it, to compare its
+    checksums. ValueError, FileNotFoundError."""
     import torch
     if not os.path.isfile(path):
         there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
@@ -564,7 +614,7 @@ def load_tensors(path):
         zipped = file.read(2) == b'PK'
     try:
         with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
-            if damaged := file.testzip():
+            if check and (damaged := file.testzip()):
                 raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
@@ -580,11 +630,13 @@ def load_tensors(path):
 
 PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
 RESUMABLE = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict}
-SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list}
+SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list,
+        'files': list}
 
 
-def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote, see `load_tensors`; ValueError for what another program wrote."""
+def load_checkpoint(path, shard=False):
+    """Reads what `save` wrote, see `load_tensors`; ValueError for what another program wrote. What ranks have
+    written beside it is there as `join_files` puts it, for a model that is in shards or not."""
     from lowrank import EDITION
     whole = load_tensors(path)
     if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
@@ -605,7 +657,42 @@ def load_checkpoint(path):
     if odd or whole['step'] < 0:
         raise ValueError(f"'{path}' was not written by a run of ours (no {(odd or ['step from 0'])[0]}): "
                          'restore it or train anew')
+    if files := whole.pop('files', None):
+        join_files(path, whole, files, shard)
     return whole
+
+
+def join_files(path, whole, files, shard):
+    """Puts what ranks have saved in files beside path into its place in a checkpoint, as lowrank.Parts (of
+    blocks as lists). shard: as many ranks as have saved open each its own file alone; else all are opened,
+    and each rank reads the checksums of its share. ValueError, FileNotFoundError: one is not of that save."""
+    from lowrank import Parts, place
+    (rank, ranks), parts = place(), []
+    for i, name in enumerate(files):
+        beside = os.path.join(os.path.dirname(path), os.path.basename(str(name)))
+        if shard and len(files) == ranks and i != rank:
+            parts.append(None)
+            continue
+        if not os.path.isfile(beside):
+            raise FileNotFoundError(f"'{beside}' is missing, and '{path}' is not whole without it: restore "
+                                    'it or train anew')
+        try:
+            parts.append(load_tensors(beside, check=i % ranks == rank))
+        except NotOurs as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(parts[i], dict) or parts[i].get('file') != name:
+            raise ValueError(f"'{beside}' is of another save than '{path}': restore it or train anew")
+
+    def joined(x, where):
+        if isinstance(x, dict):
+            return {key: joined(value, f'{where}/{key}') for key, value in x.items()}
+        if not isinstance(x, tuple):
+            return x
+        of_ranks = [part and part[where] for part in parts]
+        return of_ranks if x[0] == 'blocks' else Parts(*x, of_ranks)
+    with built_from(path):
+        for key in {'model', 'optimizer', 'sketches'} & whole.keys():
+            whole[key] = joined(whole[key], key)
 
 
 @contextlib.contextmanager
@@ -728,7 +815,7 @@ def open_run(settings, where, data):
         dist.barrier()
     if settings['init_from'] != 'resume':
         return None
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, settings['shard'])
     changed = need_same(settings, checkpoint)
     if checkpoint.get('data', data) != data:
         raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began with: it was "
@@ -766,6 +853,8 @@ def _claim_folder(settings):
         if os.path.isdir(os.path.join(out_dir, name)):
             refuse(f'holds {name}, which is a folder, and a file is to be written there')
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
+    held += [os.path.basename(file) for name in RUN_FILES[:2]
+             for file in files_of_ranks(os.path.join(out_dir, name))]
     if not held or settings['init_from'] == 'resume':
         return
     try:
@@ -782,7 +871,8 @@ def _claim_folder(settings):
 
 def start_run(settings, step):
     """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a
-    resumed one lines that a crash logged after it are dropped; a fresh one removes the old files."""
+    resumed one what a crash left is dropped: lines logged after it, files of a save that was not whole; a
+    fresh one removes the old files."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
@@ -796,9 +886,11 @@ def start_run(settings, step):
             raise ValueError('wandb_log=True needs wandb: pip install wandb, or set it to False') from None
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
     if settings['init_from'] != 'resume':
-        for path in held:
-            os.remove(path)
-    elif paths['log.jsonl'] in held:
+        while held:
+            os.remove(held.pop(0))
+    for name in RUN_FILES[:2]:
+        remove_others(paths[name])
+    if paths['log.jsonl'] in held:
         ends = step >= settings['max_iters']  # what is logged again of this step
         again = ['val_loss'] * (ends or step % settings['eval_interval'] == 0) + ['test_loss'] * ends
         with open(paths['log.jsonl'], 'rb') as file:

@@ -675,7 +675,7 @@ def join_files(path, whole, files, shard):
             continue
         if not os.path.isfile(beside):
             raise FileNotFoundError(f"'{beside}' is missing, and '{path}' is not whole without it: restore "
-                                    'it or train anew')
+                                    'it or train anew, or, if a run is just saving there, try again')
         try:
             parts.append(load_tensors(beside, check=i % ranks == rank))
         except NotOurs as error:

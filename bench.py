@@ -167,8 +167,9 @@ SCREENING = {
         ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64, learning_rate=8e-3), ()))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
-                        basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2),
-        OWN, dict(OWN, sync_bits=2, learning_rate=5e-3, scale=1.0)]),
+                        basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2)]),
+    "GaLoLTE, sync='merge'": (dict(GALOLTE, **OWN, rank=64), [
+        dict(learning_rate=2e-2), dict(sync_bits=2, learning_rate=5e-3, scale=1.0)]),
     'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
@@ -275,9 +276,9 @@ def memory_cells():
 
 def sending(model, name, settings):
     """What a training on four workers is called in assets/communication.jsonl."""
-    keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_bits'
+    keys = 'rank', 'merge_every', 'basis', 'basis_every'
     what = {key: settings[key] for key in keys if key in settings}
-    return dict(model=model, method=name, workers=4, **what)
+    return dict(model=model, method=name, workers=4, **what, sync_bits=settings.get('sync_bits', 32))
 
 
 def communication_cells(workers=32):

@@ -67,7 +67,8 @@ def draw_method():
 def label(cell):
     """A training's method and what it sets, in a few words."""
     forms = dict(heads='H = {}', rank='r = {}', alpha='alpha = {:g}', merge_every='T = {}', basis='{} bases',
-                 sync_bits='{} bits on the wire', basis_every='every {}', beta2='beta2 {:g}', ranks='{} workers', learning_rate='lr {:g}')
+                 sync_bits='{} bits on the wire', basis_every='every {}', beta2='beta2 {:g}',
+                 ranks='{} workers', learning_rate='lr {:g}')
     s = cell['settings']
     return ', '.join([cell['method'], *(form.format(s[key]) for key, form in forms.items() if key in s)])
 
@@ -112,8 +113,15 @@ def all_state(cell):
     s = cell['settings']
     if s.get('merge_reset'):
         return 8 * cell['trainable_parameters']
-    several = s.get('split') or 'ranks' in s
-    return cell['optimizer_state_bytes'] + (3 * sent('quality', cell)['shared'] if several else 0)
+    if 'ranks' in s:
+        return 4 * cell['optimizer_state_bytes']
+    return cell['optimizer_state_bytes'] + (3 * sent('quality', cell)['shared'] if s.get('split') else 0)
+
+
+def all_trained(cell):
+    """Millions of parameters that train, heads of all workers."""
+    s = cell['settings']
+    return cell['trainable_parameters'] / 1e6 * (4 if 'ranks' in s and s.get('split') else 1)
 
 
 # -----------------------------------------------------------------------------
@@ -216,7 +224,7 @@ def draw_quality():
             band(by_step, steps, curves, color)
             if name in times:
                 band(by_time, [step * times[name] for step in steps], curves, color)
-            mean, trained = statistics.mean(losses(mine)), mine[0]['trainable_parameters'] / 1e6
+            mean, trained = statistics.mean(losses(mine)), all_trained(mine[0])
             seeds = f"{len(mine)} seed{'s' * (len(mine) > 1)}"
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
                               fmt=marker, capsize=3,
@@ -344,8 +352,8 @@ def quality_rows(names=None):
     for name in sorted(names or found, key=lambda name: statistics.mean(losses(found[name][0]))):
         mine = found[name][0]
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
-        yield (label(first), f"{first['trainable_parameters'] / 1e6:.1f}M",
-               f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.1f} MB' if wire else '',
+        yield (label(first), f'{all_trained(first):.1f}M',
+               f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.3g} MB' if wire else '',
                f"{times[name] / times['full rank']:.2f}" if name in times else '',
                mean_and_range(losses(mine)))
 
@@ -386,7 +394,7 @@ def renew_tables():
             'validation loss: mean (range; seeds)')
     renew('README.md', 'quality', head, quality_rows())
     renew('../README.md', 'quality', head, quality_rows(
-        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'LTE')),
+        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits', 'LTE')),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),

@@ -1878,7 +1878,9 @@ ALIKE |= {'gpt_half', 'gpt_one_head', 'vit_few', 'vit_head',  # are there for th
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
           'vit_bits'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
-SEVERAL = [name for name in CHOSEN if name not in ONE_PROCESS]  # on two ranks, too
+AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of fira and lora
+    'gpt_apollo', 'gpt_apollo_mini', 'gpt_scale', 'gpt_lora_fa'}
+SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]  # on two ranks, too
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
 

@@ -835,26 +835,21 @@ class Parts:
     A tensor of a checkpoint that ranks have written in parts, each into a file of its own. It is sliced like
     the whole tensor (rows, ...), and no other parts are read than those that hold the slice.
 
-    order: 'rows', cut as by `rows_here`, or 'heads', see `in_global_order`
-    rows: of the whole tensor; parts: one of each rank, memory-mapped, or None where its file is not open
+    order: 'rows', cut as by `rows_here`, or 'heads', see `in_global_order`; parts: of all ranks, mapped
     """
 
-    def __init__(self, order, rows, parts):
-        self.order, self.rows, self.parts = order, rows, parts
+    def __init__(self, order, parts):
+        self.order, self.parts = order, parts
 
     def __len__(self):
-        return self.rows
+        return sum(map(len, self.parts))
 
     def __getitem__(self, rows):
+        here, size, ranks = range(len(self))[rows], len(self.parts[0]), len(self.parts)
         if self.order == 'heads':
-            if rows.step == len(self.parts):  # as many ranks as before
-                return self.parts[rows.start]
-            return in_global_order(torch.stack(self.parts))[rows]
-        size, (start, stop, _) = -(-self.rows // len(self.parts)), rows.indices(self.rows)
-        found = [part[max(start - k * size, 0):stop - k * size] for k, part in enumerate(self.parts)
-                 if max(start, k * size) < min(stop, (k + 1) * size)]
-        found = found or [next(part for part in self.parts if part is not None)[:0]]
-        return torch.cat(found) if len(found) > 1 else found[0]
+            return torch.stack([self.parts[head % ranks][head // ranks] for head in here])
+        return torch.cat([part[max(here.start - k * size, 0):max(here.stop - k * size, 0)]
+                          for k, part in enumerate(self.parts)])
 
 
 @torch.no_grad()
@@ -869,30 +864,30 @@ def gather_state(model, optimizer=None, replicas=None):
     sketches: {name of a layer that is at one: (parts of all ranks, ...), or None}.
 
     The second is each rank's own, {place in the first: tensor}, and empty without shards. In shards nothing
-    is gathered: what differs by rank is there, and in the first in its place (order, rows), see `Parts`;
-    of moments of 8 bits, whose blocks are those of a shard, the order of tops is 'blocks'.
+    is gathered: what differs by rank is there, and in the first its order as a tuple of one, see `Parts`; of
+    moments of 8 bits, whose blocks are those of a shard, the order of tops is 'blocks'.
     """
-    replicas, heads, own, (rank, ranks) = replicas or {}, own_heads(model), {}, place()
+    replicas, heads, own = replicas or {}, own_heads(model), {}
     sharded = any(map(is_sharded, model.parameters()))
 
     def kept(x):  # on the device one tensor at a time
-        return x.cpu() if rank == 0 else None
+        return x.cpu() if place()[0] == 0 else None
 
-    def apart(x, order, rows, *where):
+    def apart(x, order, *where):
         padded = x.untyped_storage().nbytes() > 2 * x.nbytes  # torch writes the zeros behind it, too
         own['/'.join(where)] = x.clone() if padded else x
-        return order, rows
+        return order,
 
     def gathered(x, p, *where):
         """x of all ranks, where the parameter or buffer p is each one's own, or a shard."""
         if is_sharded(p):
-            return apart(local(x), 'blocks' if where[-1].endswith('_top') else 'rows', len(p), *where)
+            return apart(local(x), 'blocks' if where[-1].endswith('_top') else 'rows', *where)
         if p in heads:
             return of_heads(x, *where)
         return kept(gather(x)) if p in averages else x
 
     def of_heads(x, *where):
-        return apart(x, 'heads', len(x) * ranks, *where) if sharded else kept(in_global_order(gather(x)))
+        return apart(x, 'heads', *where) if sharded else kept(in_global_order(gather(x)))
 
     averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
     state = model.state_dict()
@@ -962,12 +957,12 @@ def load_state(model, optimizer, checkpoint, replicas=None):
     for name, state in checkpoint['optimizer'].items():
         p = named[name]
         for key, x in state.items():
-            if key.endswith('_top'):
-                of_ranks = x if isinstance(x, list) else [x]
-                if len(of_ranks) != (ranks if is_sharded(p) else 1):
-                    raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as '
-                                     'many ranks as before, and with the same shard')
-                x = of_ranks[rank if is_sharded(p) else 0]
+            shards = len(x) if isinstance(x, list) else 1
+            if key.endswith('_top') and shards != (ranks if is_sharded(p) else 1):
+                raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as many '
+                                 'ranks as before, and with the same shard')
+            if isinstance(x, list):
+                x = x[rank]
             elif isinstance(x, Parts):
                 x = x[parts.get(name, rows_here(p))]
                 if x.dim() < p.dim():  # rows of R^T or of R, see MHLoRALinear.shard

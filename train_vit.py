@@ -380,7 +380,7 @@ def test(run, data):
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
     if not run.s.eval_only and os.path.exists(best):
-        load_weights(run.model, config.load_checkpoint(best, run.s.shard)['model'])
+        load_weights(run.model, config.load_checkpoint(best)['model'])
     record, matrix = evaluate(run, data, 'test')
     if record and run.rank == 0:
         shares = zip(data.classes, record['test_acc_by_class'])

@@ -573,29 +573,27 @@ def save_beside(path, step, own):
     """
     Every rank writes a dict of tensors beside path; returns the names of the files when all are on the disk.
 
-    A name has the step, a number drawn for this save, and the rank, and a file holds its own name: none of
+    A name has the step, a number drawn for the file, and the rank, and a file holds its own name: none of
     another save is taken for it. OSError on every rank: one of them could not write, and no file is left.
     """
-    import torch
     import torch.distributed as dist
 
-    from lowrank import place, same
+    from lowrank import place
     rank, ranks = place()
-    number = same(torch.tensor(int.from_bytes(os.urandom(6)))).item()  # rank 0's, and no seed's
-    paths = [f'{path}.{step}.{number:012x}.{i}' for i in range(ranks)]
-    names, failed, all_ranks = list(map(os.path.basename, paths)), None, [None] * ranks
+    mine, failed, all_ranks = f'{path}.{step}.{os.urandom(6).hex()}.{rank}', None, [None] * ranks
     try:
-        save_checkpoint(paths[rank], {'file': names[rank], **own})
+        save_checkpoint(mine, {'file': os.path.basename(mine), **own})
     except OSError as error:
         failed = error.errno, error.strerror, error.filename
-    dist.all_gather_object(all_ranks, failed)
-    if failed := next(filter(None, all_ranks), None):
+    dist.all_gather_object(all_ranks, (mine, failed))
+    paths, failures = zip(*all_ranks)
+    if any(failures):
         with contextlib.suppress(FileNotFoundError):
-            os.remove(paths[rank])
-        raise OSError(*failed)
+            os.remove(mine)
+        raise OSError(*next(filter(None, failures)))
     if rank == 0 and (lost := [file for file in paths if not os.path.exists(file)]):
         raise OSError(errno.ENOENT, 'rank 0 does not see it: is out_dir on a disk of all ranks?', lost[0])
-    return names
+    return list(map(os.path.basename, paths))
 
 
 class NotOurs(ValueError):
@@ -634,9 +632,9 @@ SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer':
         'files': list}
 
 
-def load_checkpoint(path, shard=False):
-    """Reads what `save` wrote, see `load_tensors`; ValueError for what another program wrote. What ranks have
-    written beside it is there as `join_files` puts it, for a model that is in shards or not."""
+def load_checkpoint(path):
+    """Reads what `save` wrote, see `load_tensors` and `join_files`; ValueError for what another program
+    wrote."""
     from lowrank import EDITION
     whole = load_tensors(path)
     if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
@@ -658,21 +656,18 @@ def load_checkpoint(path, shard=False):
         raise ValueError(f"'{path}' was not written by a run of ours (no {(odd or ['step from 0'])[0]}): "
                          'restore it or train anew')
     if files := whole.pop('files', None):
-        join_files(path, whole, files, shard)
+        join_files(path, whole, files)
     return whole
 
 
-def join_files(path, whole, files, shard):
+def join_files(path, whole, files):
     """Puts what ranks have saved in files beside path into its place in a checkpoint, as lowrank.Parts (of
-    blocks as lists). shard: as many ranks as have saved open each its own file alone; else all are opened,
-    and each rank reads the checksums of its share. ValueError, FileNotFoundError: one is not of that save."""
+    blocks as lists). Each rank reads the checksums of its share of the files. ValueError, FileNotFoundError:
+    one is not of that save."""
     from lowrank import Parts, place
     (rank, ranks), parts = place(), []
     for i, name in enumerate(files):
         beside = os.path.join(os.path.dirname(path), os.path.basename(str(name)))
-        if shard and len(files) == ranks and i != rank:
-            parts.append(None)
-            continue
         if not os.path.isfile(beside):
             raise FileNotFoundError(f"'{beside}' is missing, and '{path}' is not whole without it: restore "
                                     'it or train anew, or, if a run is just saving there, try again')
@@ -688,7 +683,7 @@ def join_files(path, whole, files, shard):
             return {key: joined(value, f'{where}/{key}') for key, value in x.items()}
         if not isinstance(x, tuple):
             return x
-        of_ranks = [part and part[where] for part in parts]
+        of_ranks = [part[where] for part in parts]
         return of_ranks if x[0] == 'blocks' else Parts(*x, of_ranks)
     with built_from(path):
         for key in {'model', 'optimizer', 'sketches'} & whole.keys():
@@ -815,7 +810,7 @@ def open_run(settings, where, data):
         dist.barrier()
     if settings['init_from'] != 'resume':
         return None
-    checkpoint = load_checkpoint(path, settings['shard'])
+    checkpoint = load_checkpoint(path)
     changed = need_same(settings, checkpoint)
     if checkpoint.get('data', data) != data:
         raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began with: it was "
@@ -885,12 +880,11 @@ def start_run(settings, step):
         except ImportError:
             raise ValueError('wandb_log=True needs wandb: pip install wandb, or set it to False') from None
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
-    if settings['init_from'] != 'resume':
-        while held:
-            os.remove(held.pop(0))
-    for name in RUN_FILES[:2]:
-        remove_others(paths[name])
-    if paths['log.jsonl'] in held:
+    for path in paths.values():  # config.json is the last: where it is, the rest is known as ours
+        if settings['init_from'] != 'resume' and path in held:
+            os.remove(path)
+        remove_others(path)
+    if os.path.exists(paths['log.jsonl']):
         ends = step >= settings['max_iters']  # what is logged again of this step
         again = ['val_loss'] * (ends or step % settings['eval_interval'] == 0) + ['test_loss'] * ends
         with open(paths['log.jsonl'], 'rb') as file:

@@ -2283,7 +2283,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         refused(capsys, lambda: train(script, root, held[script], *words), *needles)
     for script, weights, needle in (
             ('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
-            ('gpt', tmp_path / 'gpt2', 'transformer.x')):
+            ('gpt', tmp_path / 'gpt2', 'transformer.x'), ('gpt', held['gpt'] / 'best.pt', 'would replace')):
         words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():

@@ -862,6 +862,9 @@ def _claim_folder(settings):
     if held[0] in RUN_FILES[:3] and not settings['overwrite']:
         go_on = ', go on with it by --init_from=resume' * (held[0] == 'ckpt.pt')
         refuse(f'already holds a run ({held[0]})', f'{go_on}, or replace it by --overwrite=True')
+    for name, source in itertools.product(held, (settings['init_from'], settings.get('adapter', ''))):
+        if os.path.exists(source) and os.path.samefile(source, os.path.join(out_dir, name)):
+            refuse(f'holds {name}, from which this run begins, and which it would replace')
 
 
 def start_run(settings, step):

@@ -1,4 +1,4 @@
-# GaLoLTE with Muon on slow links: merges average all that trains, in 2 bits a number; torchrun only. Best rate: 8e-3.
+# GaLoLTE with Muon on slow links: merges average all that trains, in 2 bits a number; torchrun only. Rate: 8e-3 (not searched).
 lowrank = 'attn,mlp'
 heads, rank = 4, 64
 factors, split = 'basis', True

@@ -175,7 +175,9 @@ SCREENING = {
         *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
     'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
         {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3)),
-        dict(rank=40, alpha=40.0, learning_rate=4e-3)]),  # GaLoLTE's memory
+        dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
+        *(dict(alpha=alpha, learning_rate=rate)
+          for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3)))]),
     'ReLoRA': (dict(RELORA, rank=64, alpha=64.0, learning_rate=2e-3), [
         {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3))]),
     'local AdamW': (dict(LOCAL, learning_rate=2e-3), [

@@ -1,2 +1,2 @@
-# SCALE: gradients whose rows are made equally large, momentum on the output layer alone. Rate: 2e-3 (not searched).
+# SCALE: gradients whose rows are made equally large, momentum on the output layer alone. Rate: 1e-3 (of two).
 optimizer = 'scale'

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, first_here, is_sharded, local,
                      lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here, same,
-                     shard_of, stepped, whole, wide)
+                     shard_of, stepped, whole, whole_of, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -714,12 +714,8 @@ class LowRankAdamW(GaLoreAdamW):
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
-        R = project(G, *on_its_side(whole(layer.basis), layer.left)).contiguous()
-        if layer.mine is not None:
-            R = layer.sharded(layer.rows_of(R))
-        elif is_sharded(p):
-            R = shard_of(R[rows_here(p)], R.shape, p.device_mesh)
-        p.grad = R
+        R = layer.rows_of(project(G, *on_its_side(whole(layer.basis), layer.left)))
+        p.grad = shard_of(R, p.shape, p.device_mesh) if is_sharded(p) else R
 
     @torch.no_grad()
     def take_bases(self):
@@ -763,7 +759,7 @@ class LowRankAdamW(GaLoreAdamW):
                 if layer.mine is None:
                     U = U[0]
                 elif layer.left:  # W and P have rows of the same ranks
-                    U = layer.all_of(U)[0]
+                    U = whole_of(U, len(p)).mT.contiguous()
                 add_back_(W, U, P, Q, alpha, keep, key + 1, first)
             else:
                 if keep != 1 and W.dtype == torch.bfloat16:

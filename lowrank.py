@@ -377,29 +377,21 @@ class MHLoRALinear(nn.Module):
             pass  # the weight may be on another device now
         if not self.trained.requires_grad:
             return
-        long, self.mesh = max(self.trained.shape[1:]), self.weight.device_mesh
+        long = max(self.trained.shape[1:])
         rows = rows_here(range(long), dist.get_world_size())
         zeros = self.zeros.view((rows.stop - rows.start, self.rank), self.basis)
-        self.mine = shard_of(zeros, (long, self.rank), self.mesh).requires_grad_()
+        self.mine = shard_of(zeros, (long, self.rank), self.weight.device_mesh).requires_grad_()
         self.trained.register_post_accumulate_grad_hook(self._scatter)
 
-    def sharded(self, rows):
-        """The DTensor like mine of which this rank holds `rows`."""
-        return shard_of(rows, self.mine.shape, self.mesh)
-
     def rows_of(self, R):
-        """This rank's rows (rows, r) of R (1, r, n) or (1, m, r), or of a moment of it."""
-        return (R[0].mT if self.left else R[0])[rows_here(self.mine)].contiguous()
-
-    def all_of(self, rows):
-        """R (1, r, n) or (1, m, r), of which each rank holds `rows` (rows, r)."""
-        R = whole_of(rows, len(self.mine))
-        return (R.mT.contiguous() if self.left else R)[None]
+        """What this rank holds of R, or of a moment of it, (heads, r, n) or (heads, m, r)."""
+        R = R if self.mine is None else self.by_direction(R[0]).mT
+        return R[rows_here(self.stepped)].contiguous()
 
     def _scatter(self, factor):
-        rows = mean_slice(factor.grad[0].mT if self.left else factor.grad[0])
+        rows = mean_slice(self.by_direction(factor.grad[0]).mT)
         if self.mine.grad is None:
-            self.mine.grad = self.sharded(rows)
+            self.mine.grad = shard_of(rows, self.mine.shape, self.mine.device_mesh)
         else:
             local(self.mine.grad).add_(rows)
         factor.grad = None
@@ -966,7 +958,7 @@ def load_state(model, optimizer, checkpoint, replicas=None):
             elif isinstance(x, Parts):
                 x = x[parts.get(name, rows_here(p))]
                 if x.dim() < p.dim():  # rows of R^T or of R, see MHLoRALinear.shard
-                    x = (x.mT.contiguous() if layers[p].left else x)[None]
+                    x = layers[p].by_direction(x.mT)[None].contiguous()
             elif torch.is_tensor(x) and x.dim():
                 x = x[parts[name]] if name in parts else x[rank] if name in replicas else x
                 x = layers[p].rows_of(x) if x.dim() > p.dim() else x[rows_here(p)]

@@ -429,8 +429,8 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
         with built_from(source):
             if checkpoint:
                 load_state(model, optimizer, checkpoint, replicas)
-            if checkpoint and scaler.is_enabled() and checkpoint['scaler']:
-                scaler.load_state_dict(checkpoint['scaler'])
+                if checkpoint['scaler']:  # empty of a run without float16
+                    scaler.load_state_dict(checkpoint['scaler'])
             if what := not_finite(model, optimizer if checkpoint else None):
                 raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
     if s.compile:  # block by block: their code is one, compiled once, and a block steps when it is done
@@ -536,20 +536,18 @@ def save_checkpoint(path, checkpoint):
 
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable, the
-    rest of the state. Every rank takes part: in shards each writes what is its own into a file beside, and
-    rank 0, when all have, out_dir/name, which names them. What is not finite is never written over what is.
-    """
+    rest of the state. Every rank takes part: in shards each writes what is its own into a file beside it, and
+    rank 0, when all have, out_dir/name, which names them. What is not finite is never written."""
     from lowrank import gather_state, not_finite
     optimizer, path = run.optimizer if resumable else None, f'{run.s.out_dir}/{name}'
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
     found, own = gather_state(run.model, optimizer, run.replicas)
-    files = save_beside(path, about['step'], own) if own else []
+    files = {'files': save_beside(path, about['step'], own)} if own else {}
     if resumable:
         found['scaler'] = run.scaler.state_dict()
         run.saved = about['step']
     if run.rank == 0:
-        found.update(settings=run.settings, model_config=run.shape, **about)
-        save_checkpoint(path, {**found, 'files': files} if files else found)
+        save_checkpoint(path, dict(found, settings=run.settings, model_config=run.shape, **about, **files))
         remove_others(path)
 
 

@@ -295,9 +295,9 @@ def fira(G, R, U, state, group):
     the move (m, n). By Pythagoras |(G - alpha P R)_col|^2 = |G_col|^2 - (2 alpha - alpha^2) |R_col|^2.
     """
     left, alpha = 'P' in state, group['scale']
-    lines = 0 if left else 1
-    phi, c = adaptive_rate(R, U, state, group, lines)  # (1, n) or (m, 1)
-    g, r = (torch.linalg.vector_norm(x, dim=lines, keepdim=True, dtype=wide(G)) for x in (G, R))
+    dim = 0 if left else 1
+    phi, c = adaptive_rate(R, U, state, group, dim)  # (1, n) or (m, 1)
+    g, r = (torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(G)) for x in (G, R))
     rest = (g.square() - (2 * alpha - alpha**2) * r.square()).clamp_min(0)
     phi = (limited(phi, (rest * phi.square()).sum().sqrt(), state) * c).to(G.dtype)
     inside = torch.addcmul(U, R, phi)  # -(alpha P N + phi (G - alpha P R)) = alpha P (U + phi R) - phi G
@@ -312,10 +312,10 @@ def apollo(G, R, U, state, group):
     with rank 1 one phi is that of all of W (APOLLO-Mini). Their scale is the square of this one. Returns
     minus the move.
     """
-    lines = None if group['rank'] == 1 else 0 if sides(G.shape, group['proj_type'])[0] else 1
-    phi, c = adaptive_rate(R, U, state, group, lines)
-    lines = torch.linalg.vector_norm(G, dim=lines, keepdim=True, dtype=wide(G))
-    phi = limited(phi, torch.linalg.vector_norm(lines * phi), state)
+    dim = None if group['rank'] == 1 else 0 if sides(G.shape, group['proj_type'])[0] else 1
+    phi, c = adaptive_rate(R, U, state, group, dim)
+    norms = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide(G))
+    phi = limited(phi, torch.linalg.vector_norm(norms * phi), state)
     return G * (phi * (-c * group['scale'])).to(G.dtype)
 
 
@@ -328,9 +328,9 @@ def average_of(G, state, group):
 
 def column_normalised(G, state, group, key):
     """
-    SCALE (Glentis et al. 2025, arXiv 2506.16659): the gradient, each output's numbers
-    with a mean square of 1; of an embedding (the group's `dim` is 0) each coordinate's. Without state, but
-    for the output layer, where the group's `momentum` averages gradients first. Returns minus the move.
+    SCALE (Glentis et al. 2025, arXiv 2506.16659): the gradient, each output's numbers with a mean square of
+    1; of an embedding (the group's `dim` is 0) each coordinate's. Without state, but for the output layer,
+    where the group's `momentum` averages gradients first. Returns minus the move.
     """
     if group['momentum']:
         G = average_of(G, state, group).lerp_(G.to(wide(G)), 1 - group['momentum'])
@@ -579,8 +579,9 @@ class LowRankAdamW(GaLoreAdamW):
     straight into W; merged every T steps (GaLoLTE), into the factor, and after a merge first moments are
     averaged over heads and ranks. With rule='muon' the step is Muon's (`orthogonalised`), of one moment; it
     is that of the whole matrix P R. Groups are those of `param_groups`; scale multiplies lr inside a basis;
-    state_bits, per_layer: see GaLoreAdamW. A basis is taken anew every basis_every steps, the blocks of a
-    model in turns, and the moments turn with it:
+    state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below 32, what is averaged of split heads
+    is sent in few bits. A basis is taken anew every basis_every steps, the blocks of a model in turns, and
+    the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
@@ -611,11 +612,11 @@ class LowRankAdamW(GaLoreAdamW):
             self.layers[layer.stepped] = layer
             self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
         self.basis, self.basis_every, self.sync_bits, self.waiting = basis, basis_every, sync_bits, set()
-        inside = [(name, p) for p, name in stepped(model).items() if p in self.layers]
+        names = stepped(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.trained for layer in self.layers.values()})
-        if inside:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
-            groups.append({'params': [p for _, p in inside], 'param_names': [name for name, _ in inside],
+        if found:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
+            groups.append({'params': [*self.layers], 'param_names': [names[p] for p in self.layers],
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
                            'state_bits': state_bits})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
@@ -673,8 +674,8 @@ class LowRankAdamW(GaLoreAdamW):
         return len(layer.trained) if self._coded(layer) else 1
 
     def _mean(self, layer, x, least, workers=None):
-        """The average of x (heads, ...) over these and ranks (None: all); where few bits are sent, in so many
-        at least."""
+        """The average of x (heads, ...) over heads and so many ranks (None: all); where few bits are sent, in
+        no fewer than `least`."""
         if self._coded(layer):
             return coded_mean(x, max(self.sync_bits, least), layer.workers)
         return mean(x.mean(0), workers)

@@ -551,7 +551,7 @@ def gather(x):
 
 
 def mean_slice(x):
-    """This rank's rows (see `rows_here`) of the average of x (rows, ...) over ranks."""
+    """This rank's rows (see `rows_here`) of the average of x (rows, columns) over ranks."""
     ranks, size = dist.get_world_size(), -(-len(x) // dist.get_world_size())
     padded = F.pad(x, (0, 0, 0, size * ranks - len(x))).contiguous()
     traffic['bytes'] += padded.nbytes * (ranks - 1) / ranks
@@ -719,7 +719,7 @@ def coded_same(owner, x, bits):
 
 
 def error_of(p, state):
-    """What is left of a parameter, in an optimizer's state; zeros at first."""
+    """What few bits have left of a parameter's averages, in an optimizer's state; zeros at first."""
     if 'error' not in state[p]:
         state[p]['error'] = torch.zeros_like(p, dtype=wide(p))
     return state[p]['error']
@@ -852,12 +852,12 @@ def gather_state(model, optimizer=None, replicas=None):
     The first is for rank 0, which alone gets all of it. model: the state dict with the heads of all ranks in
     global order, A (H, r, n), and replicas averaged: what is evaluated. With an optimizer of galore.py also
     optimizer: {name of a parameter: its state}, moments of heads in the same order, of replicas (ranks, ...);
-    replicas: {name: (ranks, ...)};
-    sketches: {name of a layer that is at one: (parts of all ranks, ...), or None}.
+    replicas: {name: (ranks, ...)}; sketches: {name of a layer that is at one: (parts of all ranks, ...), or
+    None before its first gradient}.
 
     The second is each rank's own, {place in the first: tensor}, and empty without shards. In shards nothing
-    is gathered: what differs by rank is there, and in the first its order as a tuple of one, see `Parts`; of
-    moments of 8 bits, whose blocks are those of a shard, the order of tops is 'blocks'.
+    is gathered: what differs by rank is there, and in the first its order as a tuple of one, see `Parts`.
+    Moments of 8 bits have blocks that begin anew in each shard: the order of their tops is 'blocks'.
     """
     replicas, heads, own = replicas or {}, own_heads(model), {}
     sharded = any(map(is_sharded, model.parameters()))
@@ -871,7 +871,7 @@ def gather_state(model, optimizer=None, replicas=None):
         return order,
 
     def gathered(x, p, *where):
-        """x of all ranks, where the parameter or buffer p is each one's own, or a shard."""
+        """x of all ranks, if the parameter or buffer p, whose it is, differs by rank."""
         if is_sharded(p):
             return apart(local(x), 'blocks' if where[-1].endswith('_top') else 'rows', *where)
         if p in heads:
@@ -891,7 +891,7 @@ def gather_state(model, optimizer=None, replicas=None):
         found['optimizer'] = {names[p]: {
             key: gathered(x, p, 'optimizer', names[p], key) if torch.is_tensor(x) and x.dim() else x
             for key, x in values.items()} for p, values in optimizer.state.items()}
-        found['replicas'] = {name: gathered(p, p) for name, p in replicas.items()}
+        found['replicas'] = {name: kept(gather(p)) for name, p in replicas.items()}
         found['sketches'] = {name: None if layer.sketch.grad is None else
                              of_heads(layer.sketch.grad, 'sketches', name)
                              for name, layer in named_layers(model).items() if layer.sketch is not None}
@@ -1128,9 +1128,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
     `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
 
-    bits: what is averaged is sent in, of a number (see `coded_mean`); then state, an optimizer's, keeps what
-    they leave, and of replicas the values that all ranks have in common. Their first merge is in full, as
-    there are none yet.
+    bits: of a number that is sent to be averaged, in a basis or of replicas (see `coded_mean`). Below 32
+    `state`, an optimizer's, keeps what they leave, and of replicas the values that all ranks have in common,
+    those of the merge before: so the first merge of replicas is in full.
     """
     seed = next(_merges) if generator is None else generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them

@@ -654,7 +654,7 @@ class LowRankAdamW(GaLoreAdamW):
                 self._set_basis(p, torch.where(ok, orthonormal(Y).to(layer.basis.dtype), whole(layer.basis)))
             inside = self.basis == 'sketch' and (left or self.basis_every) <= WINDOW
             if left == 0 or not inside:  # a resumed run may have another basis, or other windows
-                layer.ask_sketch(False)
+                layer.sketch = None
             if inside and layer.sketch is None:
                 layer.ask_sketch(parts=self.parts(layer))
             if layer.sketch is not None or layer.whole is not None:
@@ -703,7 +703,7 @@ class LowRankAdamW(GaLoreAdamW):
         G = layer.whole.grad
         if G is None:
             return
-        layer.ask_whole(False)
+        layer.whole = None
         shared, old = self._mean(layer, G, 8), whole(layer.basis) if state['bases'] else None
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)

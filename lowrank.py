@@ -431,19 +431,17 @@ class MHLoRALinear(nn.Module):
         return LowRankProduct.apply(x, self.weight, self.bias, A, B, self.whole, self.sketch, scale, gain,
                                     self.zero is not None)
 
-    def ask_whole(self, wanted=True):
-        """From now on (False: no longer) backward passes leave the gradient of W from each head in whole.grad
+    def ask_whole(self):
+        """Until `whole` is None again backward passes leave the gradient of W from each head in whole.grad
         (heads, m, n)."""
-        shape = len(self.trained), *self.weight.shape
-        self.whole = local(self.weight).new_zeros(()).expand(shape).requires_grad_() if wanted else None
+        zero = local(self.weight).new_zeros(())
+        self.whole = zero.expand(len(self.trained), *self.weight.shape).requires_grad_()
 
-    def ask_sketch(self, wanted=True, parts=1):
-        """From now on (False: no longer) backward passes add up the `second_moment` of gradients in
-        sketch.grad (parts, m, r), or (parts, n, r): in all, or of each of this rank's heads."""
-        self.sketch = None
-        if wanted:
-            zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
-            self.sketch = zero.expand(parts, *self.basis.shape).requires_grad_()
+    def ask_sketch(self, parts=1):
+        """Until `sketch` is None again backward passes add up the `second_moment` of gradients in sketch.grad
+        (parts, m, r), or (parts, n, r): in all, or of each of this rank's heads."""
+        zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
+        self.sketch = zero.expand(parts, *self.basis.shape).requires_grad_()
 
     @contextlib.contextmanager
     def averaged(self):

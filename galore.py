@@ -275,7 +275,7 @@ def adaptive_rate(R, U, state, group, dim):
 
 
 def limited(phi, norm, state):
-    """phi, lowered so that `norm`, of what it multiplies, grows by at most 1.01 a step (Fira)."""
+    """phi, lowered so that `norm`, of phi times what it scales, grows by a factor of at most 1.01 a step."""
     if 'rest_norm' in state:
         limiter = (norm / (state['rest_norm'] + 1e-8)).clamp_min(1.01) / 1.01
         norm, phi = norm / limiter, phi / limiter
@@ -684,7 +684,7 @@ class LowRankAdamW(GaLoreAdamW):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, and its moments as seen from there."""
         layer, state = self.layers[p], self.state[p]
         self.may_leave = False
-        # to the last bit, as merges leave it out: devices may round differently
+        # one rank's, as devices may round differently and merges never send a basis
         new = coded_same(self._owner(p), new.mT, 8).mT if self._coded(layer) else same(new.contiguous())
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]

@@ -499,9 +499,9 @@ class MHLoRALinear(nn.Module):
     def merge(self, generator, key, bits=32, state=None):
         """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B. bits,
         state: see lowrank.merge."""
-        factor = None
         if self.zero:
             return
+        factor = None
         if bits < 32 and self.split and self.factors == 'basis':
             factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
             factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
@@ -629,8 +629,8 @@ BLOCK = 64  # numbers that share a step, of 16 bits
 def encode(x, bits):
     """
     x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the step. A number
-    is one of 2^bits odd multiples of half a step, and the step has least squares for them: what is left is
-    orthogonal, and smaller than x. A block with inf or NaN becomes NaN.
+    is one of 2^bits odd multiples of half a step, and the step is that of least squares: what is left is
+    orthogonal to what is sent, and smaller than x. A block with inf or NaN becomes NaN.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send numbers as they are')
@@ -665,12 +665,12 @@ def in_blocks(x, shape):
 @torch.no_grad()
 def coded_mean(x, bits, workers=1, error=None):
     """
-    The average (...) of x (heads, ...) over the heads of so many ranks, sent in `bits` bits a number, by a
-    ring's bytes: the rank of the h-th head averages the h-th slice. All ranks get the same bits, whatever the
-    number of ranks; NaN where there is one.
+    The average (...) of x (heads, ...) over the heads of so many ranks, sent in `bits` bits a number. The
+    rank of the h-th head averages the h-th slice, so that no more numbers travel than in a ring. All ranks
+    get the same bits, whatever the number of ranks; NaN where there is one.
 
-    error (heads, ...): what was left of each head's earlier numbers, to be sent with these, and what is left
-    now (error feedback, Seide et al., 2014). The owner of a slice adds what is left of its average.
+    error (heads, ...): what was left of each head's earlier numbers is sent with these, and replaced by what
+    is left now (error feedback, Seide et al., 2014). The owner of a slice adds what is left of its average.
     """
     mine, numbers, dtype = len(x), x[0].numel(), wide(x)
     heads, rank = mine * workers, place()[0] if workers > 1 else 0

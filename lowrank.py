@@ -578,8 +578,8 @@ def same(x, owner=0):
 def exchanged(x):
     """Of x (ranks, ...) rank k gets the k-th part: what came from all of them, (ranks, ...)."""
     traffic['bytes'] += x.nbytes * (len(x) - 1) / len(x)
-    x, parts = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(parts, x)
+    parts = x.new_empty(x.shape)
+    dist.all_to_all_single(parts, x.contiguous())
     return parts
 
 

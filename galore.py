@@ -704,7 +704,8 @@ class LowRankAdamW(GaLoreAdamW):
         if G is None:
             return
         layer.whole = None
-        shared, old = self._mean(layer, G, 8), whole(layer.basis) if state['bases'] else None
+        shared = self._mean(layer, G, 8)  # in few bits float32 or wider
+        old = whole(layer.basis).to(shared.dtype) if state['bases'] else None
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return

@@ -657,9 +657,9 @@ def decode(codes, dtype):
     return level.mul_(step.contiguous().view(torch.bfloat16))
 
 
-def in_blocks(x, shape):
-    """The numbers of x, with zeros after them, (*shape, blocks, 64)."""
-    return F.pad(x, (0, -x.shape[-1] % (BLOCK * shape[-1]))).view(*shape, -1, BLOCK)
+def in_blocks(x, slices=1):
+    """The numbers of x (..., numbers), with zeros after them, (..., slices, blocks, 64)."""
+    return F.pad(x, (0, -x.shape[-1] % (BLOCK * slices))).unflatten(-1, (slices, -1, BLOCK))
 
 
 @torch.no_grad()
@@ -675,7 +675,7 @@ def coded_mean(x, bits, workers=1, error=None):
     mine, numbers, dtype = len(x), x[0].numel(), wide(x)
     heads, rank = mine * workers, place()[0] if workers > 1 else 0
     value = x.to(dtype) if error is None else x + error
-    value = in_blocks(value.reshape(mine, numbers), (mine, heads))  # (mine, heads, blocks, 64)
+    value = in_blocks(value.reshape(mine, numbers), heads)  # (mine, heads, blocks, 64)
     codes = sent = encode(value, bits)
     if workers > 1:
         sent = sent.unflatten(1, (mine, workers)).permute(2, 0, 1, 3, 4)  # (ranks, heads, slices of it, ...)
@@ -698,9 +698,9 @@ def mean_at(owner, x, workers):
     """The average (...) of x (heads, ...) over the heads of so many ranks at one of them; elsewhere it means
     nothing. Rounded to 6 bits, and what is left to 6 more: large directions of a sketch would hide others."""
     mine, numbers, dtype = len(x), x[0].numel(), wide(x)
-    value = in_blocks(x.reshape(mine, numbers).to(dtype), (mine,))  # (mine, blocks, 64)
+    value = in_blocks(x.reshape(mine, numbers).to(dtype))  # (mine, 1, blocks, 64)
     codes = encode(value, 6)
-    codes = torch.stack([codes, encode(value - decode(codes, dtype), 6)], 1)  # (mine, 2, blocks, bytes)
+    codes = torch.stack([codes, encode(value - decode(codes, dtype), 6)], 1)  # (mine, 2, 1, blocks, bytes)
     if workers > 1:
         traffic['bytes'] += codes.nbytes * (workers - 1) / workers  # owners take turns
         parts = codes.new_empty(workers, *codes.shape)
@@ -712,7 +712,7 @@ def mean_at(owner, x, workers):
 
 def coded_same(owner, x, bits):
     """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
-    codes = same(encode(in_blocks(x.flatten(), (1,)), bits), owner)
+    codes = same(encode(in_blocks(x.flatten()), bits), owner)
     return decode(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
 
 

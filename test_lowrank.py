@@ -1863,6 +1863,7 @@ ONE_PROCESS = {
     'llama_bfloat16': 'fira --basis=svd --param_dtype=bfloat16 --dtype=bfloat16',
     'llama_leaner': f"{MORE['llama_lean']} --param_dtype=bfloat16 --dtype=bfloat16 --checkpointing=True",
     'llama_checkpointing': 'galore --basis=svd --checkpointing=True',
+    'gpt_few_power': 'galolte --basis=power --sync_bits=4 --param_dtype=bfloat16 --dtype=bfloat16',
     'llama_16': 'galore --basis=random --state_bits=16',
     'llama_dropin': 'full --optimizer=galore --basis=svd --rank=3 --basis_every=3 '
                     '--per_layer=True --grad_clip=0',

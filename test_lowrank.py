@@ -3824,9 +3824,9 @@ def test_no_byte_is_sent_in_silence(spawned):
     words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
     assert len(start(sample, words)[0]) == 4
     # what torch's collectives get is what the log tells; older fake tensors know no collectives
-    names = 'lte', 'replicas', 'local_adamw', 'galolte', 'galolte_2bit', 'galolte_shard'
+    names = 'replicas', 'local_adamw', 'galolte', 'galolte_2bit', 'galolte_shard'
     for name in [f'gpt_{name}' for name in names] if torch.__version__ >= (2, 13) else ():
-        steps = 4 if 'shard' in name else 8  # those are slow
+        steps = 8 if name in ('gpt_galolte', 'gpt_galolte_2bit') else 4  # the others' merges are alike
         put, _ = bench.sent(saved(spawned / name)['settings'], 2, steps)
         logs = logged(spawned / name, 'sync_bytes')
         for k in range(2, steps + 1, 2):

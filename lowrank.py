@@ -1124,22 +1124,18 @@ _merges = itertools.count()  # those without a generator; ranks merge alike
 def merge(model, generator=None, replicas=None, bits=32, state=None):
     """
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
-    `replicas` ({name: parameter}) over ranks, beside layers in a basis their first moments in `state`, an
-    optimizer's, too (those of heads: see galore.LowRankAdamW). generator: of new heads; its seed is also that
-    of rounding.
+    `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
 
     bits: of a number that is sent to be averaged, in a basis or of replicas (see `coded_mean`). Below 32
-    `state` keeps what they leave, and of replicas the values that all ranks have in common,
+    `state`, an optimizer's, keeps what they leave, and of replicas the values that all ranks have in common,
     those of the merge before: so the first merge of replicas is in full.
     """
     seed = next(_merges) if generator is None else generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them
         for kept in (state or {}).values():
             kept.pop('error', None), kept.pop('common', None)
-    layers = lowrank_layers(model)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(lowrank_layers(model)):
         layer.merge(generator, hash((seed, i)), bits, state)
-    in_basis = any(layer.factors == 'basis' for layer in layers)
     for i, p in enumerate((replicas or {}).values()):
         if bits < 32 and 'common' in state[p]:
             change, error = p.to(wide(p)) - state[p]['common'], error_of(p, state)
@@ -1149,10 +1145,6 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
         round_(p, new, hash((seed, -1, i)))
         if bits < 32:
             state[p]['common'] = p.detach().clone()
-        M = (state or {}).get(p, {}).get('exp_avg')
-        if in_basis and M is not None:
-            new = coded_mean(M[None], max(bits, 3), place()[1]) if bits < 32 else averaged_copy(M)
-            round_(M, new, hash((seed, -2, i)))
 
 
 @contextlib.contextmanager

@@ -67,8 +67,7 @@ def draw_method():
 def label(cell):
     """A training's method and what it sets, in a few words."""
     forms = dict(heads='H = {}', rank='r = {}', alpha='alpha = {:g}', merge_every='T = {}', basis='{} bases',
-                 sync_bits='{} bits on the wire', basis_every='every {}', beta2='beta2 {:g}',
-                 ranks='{} workers', learning_rate='lr {:g}')
+                 basis_every='every {}', beta2='beta2 {:g}', ranks='{} workers', learning_rate='lr {:g}')
     s = cell['settings']
     return ', '.join([cell['method'], *(form.format(s[key]) for key, form in forms.items() if key in s)])
 
@@ -257,7 +256,7 @@ def draw_frontier():
             for x, y, what in points if len(points) > 1 else ():
                 axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
         axes.set_xscale('log')
-        axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
         axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
                  ylabel='validation loss (nats a byte)')
@@ -273,14 +272,20 @@ def draw_links():
             wire, (color, marker), ends = sent('quality', mine[0]).get('wire'), look(number), losses(mine)
             if not wire or name not in times:
                 continue
-            curves, middle = [cell['curve']['val_loss'] for cell in mine], statistics.mean(ends)
+            middle, curves = statistics.mean(ends), [cell['curve']['val_loss'][1:] for cell in mine]
             by_bytes.errorbar(wire / 1e6, middle, bars(middle, ends), color=color, fmt=marker, capsize=3)
-            for axes, link, words in zip(by_link, (1e9, 1e8), ('1 Gbit/s', '100 Mbit/s')):
+            for axes, link in zip(by_link, (1e9, 1e8)):
                 seconds = times[name] / 4 + 8 * wire / link
-                band(axes, [step * seconds for step in mine[0]['curve']['step']], curves, color, name)
-                axes.set(title=words, xlabel='computed and sent, s', xscale='log', xlim=(20, None))
-        by_bytes.set(xlabel='MB that each of four workers sends a step (ring)', xscale='log',
-                     ylabel='validation loss (nats a byte)', ylim=(None, 2.4))
+                band(axes, [step * seconds for step in mine[0]['curve']['step'][1:]], curves, color, name)
+        by_bytes.set(xlabel='MB that each of four workers sends a step (ring)',
+                     ylabel='validation loss (nats a byte)', ylim=(1.3, 2.4))
+        for axes, title in zip(by_link, ('links of 1 Gbit/s', 'links of 100 Mbit/s')):
+            axes.set(title=title, xlabel='computed and sent, s')
+        for axes, ticks in ((by_bytes, [0.1, 1, 10, 100]), (by_link[0], [30, 100, 300, 600]),
+                            (by_link[1], [30, 100, 300, 1000, 3000])):
+            axes.set_xscale('log')
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.minorticks_off()
 
 
 def draw_convergence():

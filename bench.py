@@ -197,7 +197,8 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, 2 bits': (dict(GALOLTE, **OWN, sync_bits=2, rank=96), rates(1.4e-2)[:1]),
     'GaLoLTE, Muon, 2 bits': (dict(SLOW_LINKS, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'GaLoLTE, Muon, 2 bits, rarely': (
-        dict(SLOW_LINKS, rank=96, merge_every=50, basis_every=100), rates(8e-3, 4e-3, 1.6e-2)),
+        dict(SLOW_LINKS, rank=96, basis_every=100, learning_rate=8e-3, seed=1337),
+        one_by_one(merge_every=(20, 50))),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),

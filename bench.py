@@ -160,7 +160,7 @@ SCREENING = {
     **{name: (shared, [{}, *one_by_one(learning_rate=others)]) for name, shared, others in (
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2)),
-        ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (1e-3, 4e-3)),
+        ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3, 4e-3)),
         ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
         ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)),

@@ -198,7 +198,7 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, Muon, 2 bits': (dict(SLOW_LINKS, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'GaLoLTE, Muon, 2 bits, rarely': (
         dict(SLOW_LINKS, rank=96, basis_every=100, learning_rate=8e-3, seed=1337),
-        one_by_one(merge_every=(20, 50))),
+        one_by_one(merge_every=(50, 20))),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),

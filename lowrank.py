@@ -825,7 +825,8 @@ class Parts:
     A tensor of a checkpoint that ranks have written in parts, each into a file of its own. It is sliced like
     the whole tensor (rows, ...), and no other parts are read than those that hold the slice.
 
-    order: 'rows', cut as by `rows_here`, or 'heads', see `in_global_order`; parts: of all ranks, mapped
+    order: 'rows', cut as by `rows_here` and sliced without a step, or 'heads', see `in_global_order`; parts:
+    of all ranks, mapped
     """
 
     def __init__(self, order, parts):

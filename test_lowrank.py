@@ -1845,8 +1845,8 @@ MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
     'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
-    'vit_bits': 'galolte --sync_bits=4', 'gpt_logit': 'mhlora --lowrank=attn,logit',
-    'gpt_relogit': 'relora --lowrank=attn,logit',
+    'vit_bits': 'galolte --sync_bits=4', 'gpt_muons': 'galolte --optimizer=muon --sync_bits=4',
+    'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 MORE |= {  # 13 images are tested

@@ -157,8 +157,9 @@ EVERY = slice(0, 2**62)  # numbers
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time; a CPU has a cache to stay in
 
 
-def raised(x, power):
-    return x.square() if power == 2 else x.square().square_()
+def in_blocks(x):
+    """Numbers (numbers,), with zeros after them, (blocks, BLOCK)."""
+    return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
 
 
 def encode(x, age, levels, power, dtype):
@@ -166,21 +167,26 @@ def encode(x, age, levels, power, dtype):
     top ((l + 1)^power - l^power) / levels^power, and right on average: x goes up or down by a threshold that
     runs through (0, 1) with `age`. To the nearest level a second moment would not decay, by 0.1% a step. Its
     codes are at least 1: the update divides by the root."""
-    blocks = F.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
-    top = torch.linalg.vector_norm(blocks, ord=math.inf, dim=1, keepdim=True)  # (blocks, 1)
-    part = blocks.abs().div_(top.clamp_min(torch.finfo(x.dtype).tiny))  # in [0, 1]
-    low = (part.sqrt() if power == 2 else part.sqrt().sqrt_()).mul_(levels).floor_().clamp_(max=levels - 1)
-    below, above = raised(low / levels, power), raised((low + 1).div_(levels), power)
+    blocks = in_blocks(x)
+    size = blocks.abs()
+    top = size.amax(1, keepdim=True)  # (blocks, 1)
+    size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)
     threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
-    code = low.add_(part.sub_(below) > above.sub_(below).mul_(threshold))
-    code = code.mul_(blocks.sign()) if dtype == torch.int8 else code.clamp_(min=1)
+    low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
+    if power == 2:
+        below, gap = low, torch.addcmul(threshold, low, 2 * threshold)  # (l + 1)^2 - l^2 = 2 l + 1
+    else:  # (l + 1)^4 - l^4 = (2 l^2 + 2 l + 1) (2 l + 1)
+        below, gap = low.square(), (2 * low).add_(1)
+        gap.mul_(torch.add(gap, below, alpha=2)).mul_(threshold)
+    code = low.add_(size.addcmul_(below, below, value=-1).gt_(gap))
+    code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
     return code.to(dtype).flatten()[:len(x)], top.flatten()
 
 
 def decode(code, top, levels, power):
     """The numbers (numbers,), float32, that `encode` made into code (numbers,) and top (blocks,)."""
-    part = F.pad(code.float(), (0, -len(code) % BLOCK)).view(-1, BLOCK) / levels
-    part = part * part.abs() if power == 2 else raised(part, power)
+    part = in_blocks(code / levels)
+    part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
     return part.mul_(top[:, None]).flatten()[:len(code)]
 
 

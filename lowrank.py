@@ -390,11 +390,16 @@ class MHLoRALinear(nn.Module):
 
     def _scatter(self, factor):
         rows = mean_slice(self.by_direction(factor.grad[0]).mT)
+        factor.grad = None  # while the sum runs the backward pass goes on, with the next layer
+        _finish_sum()
+        _running.append((self, rows))
+        torch.autograd.Variable._execution_engine.queue_callback(_finish_sum)  # of the last layer; as FSDP does
+
+    def _take(self, rows):
         if self.mine.grad is None:
             self.mine.grad = shard_of(rows, self.mine.shape, self.mine.device_mesh)
         else:
             local(self.mine.grad).add_(rows)
-        factor.grad = None
 
     def pairs(self):
         """A (heads, r, n), B (heads, m, r) of this rank's heads; 2 r instead of r where what merges put into
@@ -549,15 +554,30 @@ def gather(x):
 
 
 def mean_slice(x):
-    """This rank's rows (see `rows_here`) of the average of x (rows, columns) over ranks."""
+    """Begins the average of x (rows, columns) over ranks. Returns a function that waits for it, and gives
+    this rank's rows of it, see `rows_here`."""
     ranks, size = dist.get_world_size(), -(-len(x) // dist.get_world_size())
     padded = F.pad(x, (0, 0, 0, size * ranks - len(x))).contiguous()
     traffic['bytes'] += padded.nbytes * (ranks - 1) / ranks
-    part = padded.new_empty(size, *padded.shape[1:])
+    part, here = padded.new_empty(size, *padded.shape[1:]), rows_here(x, ranks)
     # its name from torch 2.13 on, and before
-    getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)(part, padded)
-    here = rows_here(x, ranks)
-    return part[:here.stop - here.start].div_(ranks)
+    begin = getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)
+    work = begin(part, padded, async_op=True)
+
+    def rows():
+        work.wait()
+        return part[:here.stop - here.start].div_(ranks)
+    return rows
+
+
+_running = []  # a layer, and its rows to come
+
+
+def _finish_sum():
+    """Gives a layer its rows of the sum that runs, if one does."""
+    while _running:
+        layer, rows = _running.pop()
+        layer._take(rows())
 
 
 def whole_of(part, rows):

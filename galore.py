@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, first_here, is_sharded, local,
+from lowrank import (BLOCK_OF_BITS, KINDS, Parts, coded_mean, coded_same, first_here, is_sharded, local,
                      lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here, same,
                      shard_of, stepped, whole, whole_of, wide)
 
@@ -557,6 +557,23 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
         return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
+
+    def decoded(self, state):
+        """A parameter's saved state with moments of 8 bits in float32: blocks may have been those of shards."""
+        found = {key: x for key, x in state.items() if not key.endswith('_top')}
+        for key in EIGHT_BITS.keys() & state.keys():
+            codes, tops = state[key], state[key + '_top']
+            parts = [decode(code.flatten(), top, *EIGHT_BITS[key][:2]).view(code.shape)
+                     for code, top in (zip(codes.parts, tops) if isinstance(tops, list) else [(codes, tops)])]
+            found[key] = Parts('rows', parts) if isinstance(tops, list) else parts[0]
+        return found
+
+    def encode_(self, p):
+        """What `decoded` gave, in 8 bits, in the blocks of what is here of a parameter."""
+        state = self.state[p]
+        moments = {key: state.pop(key) for key in EIGHT_BITS if key in state}
+        new_moments(state, local(p), 8, p, tuple(moments))
+        write_moments(state, moments.values(), 0)
 
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps the dtype that it has."""

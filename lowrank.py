@@ -952,7 +952,8 @@ def load_weights(model, weights):
 @torch.no_grad()
 def load_state(model, optimizer, checkpoint, replicas=None):
     """Loads a checkpoint, each rank its own part, and leaves it as it is. Heads and rows may come from
-    another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    another number of ranks, and moments of 8 bits then get new blocks; replicas may not, as each rank has its
+    own (ValueError)."""
     replicas, parts, (rank, ranks) = replicas or {}, load_weights(model, checkpoint['model']), place()
     for name, p in replicas.items():
         saved = checkpoint['replicas'].get(name, ())
@@ -966,12 +967,9 @@ def load_state(model, optimizer, checkpoint, replicas=None):
         raise ValueError('the optimizer of the checkpoint is that of another model: it has a state of '
                          f'{lost[0]}')
     for name, state in checkpoint['optimizer'].items():
-        p = named[name]
-        for key, x in state.items():
-            shards = len(x) if isinstance(x, list) else 1
-            if key.endswith('_top') and shards != (ranks if is_sharded(p) else 1):
-                raise ValueError('moments of 8 bits are saved by the blocks of each shard: resume on as many '
-                                 'ranks as before, and with the same shard')
+        p, tops = named[name], state.get('exp_avg_top', ())
+        recut = len(tops) and (len(tops) if isinstance(tops, list) else 1) != (ranks if is_sharded(p) else 1)
+        for key, x in (optimizer.decoded(state) if recut else state).items():
             if isinstance(x, list):
                 x = x[rank]
             elif isinstance(x, Parts):
@@ -984,6 +982,8 @@ def load_state(model, optimizer, checkpoint, replicas=None):
             if torch.is_tensor(x):
                 x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
             optimizer.state[p][key] = x
+        if recut:
+            optimizer.encode_(p)
     for name, sums in checkpoint['sketches'].items():
         layer = model.get_submodule(name)
         layer.ask_sketch(parts=optimizer.parts(layer))

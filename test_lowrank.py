@@ -1851,10 +1851,11 @@ MORE = {  # methods with other settings
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 MORE |= {  # 13 images are tested
     'gpt_half': 'galore --param_dtype=float32 --dtype=float16', 'vit_few': 'full --batch_size=12',
-    'gpt_one_head': 'galore --merge_every=3 --basis=power', 'vit_head': 'galore --train=classifier'}
+    'gpt_one_head': 'galore --merge_every=3 --basis=power', 'vit_head': 'galore --train=classifier',
+    'llama_leans': 'galore --state_bits=8 --rank=64 --n_embd=64 --n_mlp=96'}
 IN_SHARDS = [*(f'gpt_{name}' for name in (
     'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head')),
-    'llama_galore', 'llama_power', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
+    'llama_galore', 'llama_power', 'llama_leans', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS
 ONE_PROCESS = {
@@ -1875,7 +1876,7 @@ RUNS |= MORE | REPLICAS | ONE_PROCESS
 ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean', 'galore_muon', 'muon',
                       'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
-ALIKE |= {'gpt_half', 'gpt_one_head', 'vit_few', 'vit_head',  # are there for their shards
+ALIKE |= {'gpt_half', 'gpt_one_head', 'llama_leans', 'vit_few', 'vit_head',  # are there for their shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
           'vit_bits'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
@@ -3710,9 +3711,12 @@ def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name
     go_on(name, root, spawned / f'{name}_on', tmp_path / 'on', 8)  # one, two, one
     alone = runs(name.removesuffix('_shard'), 8)
     whole = saved(alone)['model']
-    tolerance = 1e-3 if 'lean' in name else 1e-2 if 'half' in name else 1e-9
+    # blocks of 8 bits are other ones in shards: weights differ by up to 0.0022
+    tolerance = 4e-3 if 'leans' in name else 1e-3 if 'lean' in name else 1e-2 if 'half' in name else 1e-9
     for other in (spawned / name, tmp_path / 'on', *[spawned / f'{name}_four'] * (name in FOUR)):
         for key, value in saved(other)['model'].items():
+            if 'leans' in name and key.endswith('basis'):  # of all of a layer's directions: any will do
+                continue
             torch.testing.assert_close(value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
         for key in ('val_loss', 'train_loss', 'test_loss', 'val_auc', 'test_auc'):
             wanted, got = logged(alone, key), logged(other, key)
@@ -3780,10 +3784,20 @@ def test_an_index_is_read_like_a_whole_file(root, runs, spawned, tmp_path, capsy
     config.start_run({**saved(out)['settings'], 'init_from': 'resume', 'out_dir': str(out)}, 8)
     assert (out / 'ckpt.pt.old').exists() and not any(path.exists() for path in left)
     assert same_state(saved(out), saved(spawned / 'gpt_galore_shard'))
-    words = method('galore', '--state_bits=8', '--rank=64', '--n_embd=64', '--n_mlp=96')
-    with pytest.raises(ValueError, match='on as many ranks as before'):
-        built('llama', root, spawned / 'rows', *words, checkpoint=config.load_checkpoint(
-            f'{spawned}/rows/ckpt.pt'))
+    kept = config.load_checkpoint(f'{spawned}/rows/ckpt.pt')  # moments of 8 bits get other blocks
+    mine = built('llama', root, spawned / 'rows', *method(*RUNS['llama_leans'].split()), checkpoint=kept)[0]
+    layers = {layer.stepped: layer for layer in lowrank.lowrank_layers(mine.model)}
+    named, off = {name: p for p, name in lowrank.stepped(mine.model).items()}, []
+    for name, was in kept['optimizer'].items():
+        p = named[name]
+        for key, kind in galore.EIGHT_BITS.items() if 'exp_avg_top' in was else ():
+            meant = torch.cat([galore.decode(codes.flatten(), tops, *kind[:2]).view(codes.shape)
+                               for codes, tops in zip(was[key].parts, was[key + '_top'])])
+            x = galore.decode(mine.optimizer.state[p][key].flatten(),
+                              mine.optimizer.state[p][key + '_top'], *kind[:2]).view(p.shape)
+            x = layers[p].by_direction(x[0]).mT if p in layers else x
+            off.append((x - meant).abs().max() / meant.abs().max())
+    assert 0 < max(off) < 0.016 and len(off) > 4  # a level of the largest
     removed, settings = [], {**saved(out)['settings'], 'init_from': 'scratch', 'out_dir': str(out)}
     with mock.patch.object(os, 'remove', lambda path: (removed.append(path), os.unlink(path))):
         config.start_run(settings, 0)  # a kill leaves a folder that is known as ours

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, Parts, coded_mean, coded_same, first_here, is_sharded, local,
-                     lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here, same,
-                     shard_of, stepped, whole, whole_of, wide)
+from lowrank import (BLOCK_OF_BITS, KINDS, Parts, coded_mean, coded_same, finish_sum, first_here, is_sharded,
+                     local, lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here,
+                     same, shard_of, stepped, whole, whole_of, wide)
 
 BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -157,7 +157,7 @@ EVERY = slice(0, 2**62)  # numbers
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time; a CPU has a cache to stay in
 
 
-def in_blocks(x):
+def by_block(x):
     """Numbers (numbers,), with zeros after them, (blocks, BLOCK)."""
     return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
 
@@ -167,25 +167,25 @@ def encode(x, age, levels, power, dtype):
     top ((l + 1)^power - l^power) / levels^power, and right on average: x goes up or down by a threshold that
     runs through (0, 1) with `age`. To the nearest level a second moment would not decay, by 0.1% a step. Its
     codes are at least 1: the update divides by the root."""
-    blocks = in_blocks(x)
+    blocks = by_block(x)
     size = blocks.abs()
     top = size.amax(1, keepdim=True)  # (blocks, 1)
-    size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)
+    size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)  # that of level l is l^power
     threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
     low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
-    if power == 2:
-        below, gap = low, torch.addcmul(threshold, low, 2 * threshold)  # (l + 1)^2 - l^2 = 2 l + 1
-    else:  # (l + 1)^4 - l^4 = (2 l^2 + 2 l + 1) (2 l + 1)
-        below, gap = low.square(), (2 * low).add_(1)
-        gap.mul_(torch.add(gap, below, alpha=2)).mul_(threshold)
-    code = low.add_(size.addcmul_(below, below, value=-1).gt_(gap))
+    if power == 2:  # what lies between l^power and (l + 1)^power, times the threshold: 2 l + 1,
+        root, part = low, torch.addcmul(threshold, low, 2 * threshold)
+    else:  # or (2 l + 1) (2 l^2 + 2 l + 1)
+        root, part = low.square(), (2 * low).add_(1)
+        part.mul_(torch.add(part, root, alpha=2)).mul_(threshold)
+    code = low.add_(size.addcmul_(root, root, value=-1).gt_(part))
     code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
     return code.to(dtype).flatten()[:len(x)], top.flatten()
 
 
 def decode(code, top, levels, power):
     """The numbers (numbers,), float32, that `encode` made into code (numbers,) and top (blocks,)."""
-    part = in_blocks(code / levels)
+    part = by_block(code.float().div_(levels))
     part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
     return part.mul_(top[:, None]).flatten()[:len(code)]
 
@@ -558,8 +558,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Bytes of all tensors in the state, bases included."""
         return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
 
-    def decoded(self, state):
-        """A parameter's saved state with moments of 8 bits in float32: blocks may have been those of shards."""
+    @staticmethod
+    def decoded(state):
+        """The state of a parameter in a checkpoint, with moments of 8 bits in float32: those of shards have
+        blocks of their own."""
         found = {key: x for key, x in state.items() if not key.endswith('_top')}
         for key in EIGHT_BITS.keys() & state.keys():
             codes, tops = state[key], state[key + '_top']
@@ -569,11 +571,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return found
 
     def encode_(self, p):
-        """What `decoded` gave, in 8 bits, in the blocks of what is here of a parameter."""
+        """Moments of a parameter that `decoded` gave, in 8 bits, by the blocks of what is here of it."""
         state = self.state[p]
-        moments = {key: state.pop(key) for key in EIGHT_BITS if key in state}
+        moments = {key: state.pop(key).flatten() for key in EIGHT_BITS if key in state}
         new_moments(state, local(p), 8, p, tuple(moments))
-        write_moments(state, moments.values(), 0)
+        for i in range(0, local(p).numel(), CHUNK):
+            where = slice(i, i + CHUNK)
+            write_moments(state, [x[where] for x in moments.values()], 0, where)
 
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps the dtype that it has."""
@@ -650,6 +654,8 @@ class LowRankAdamW(GaLoreAdamW):
         """See GaLoreAdamW. Takes due bases from sketches, starts sketches, or asks for whole gradients."""
         super().begin(step, micro_step, micro_steps)
         self.may_leave = micro_step == 0 or self.may_leave
+        if micro_step == 0:
+            finish_sum(drop=True)
         for p, layer in self.layers.items() if micro_step == 0 else ():
             state = self.state[p]
             if not state:

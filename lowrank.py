@@ -372,7 +372,8 @@ class MHLoRALinear(nn.Module):
 
     def shard(self):
         """To be called when FSDP2 has sharded W. From now on a backward pass adds this rank's rows of the
-        mean projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those it holds of W."""
+        mean projected gradient to mine.grad, a DTensor: of R^T (n, r), or of R (m, r) those it holds of W.
+        They are there when the pass has ended."""
         with self._without_zero():
             pass  # the weight may be on another device now
         if not self.trained.requires_grad:
@@ -390,10 +391,11 @@ class MHLoRALinear(nn.Module):
 
     def _scatter(self, factor):
         rows = mean_slice(self.by_direction(factor.grad[0]).mT)
-        factor.grad = None  # while the sum runs the backward pass goes on, with the next layer
-        _finish_sum()
+        factor.grad = None
+        finish_sum()  # that of the layer before; this one runs while the next layer computes
         _running.append((self, rows))
-        torch.autograd.Variable._execution_engine.queue_callback(_finish_sum)  # of the last layer; as FSDP does
+        # at the end of the pass, for its last layer: FSDP ends its own sums so, too
+        torch.autograd.Variable._execution_engine.queue_callback(finish_sum)
 
     def _take(self, rows):
         if self.mine.grad is None:
@@ -570,14 +572,15 @@ def mean_slice(x):
     return rows
 
 
-_running = []  # a layer, and its rows to come
+_running = []  # of a backward pass: the layer whose sum runs, and what waits for its rows; one at most
 
 
-def _finish_sum():
-    """Gives a layer its rows of the sum that runs, if one does."""
+def finish_sum(drop=False):
+    """Waits for the sum that runs, if one does, and gives its layer the rows, or drops them: where a pass has
+    failed they are left from it."""
     while _running:
         layer, rows = _running.pop()
-        layer._take(rows())
+        rows() if drop else layer._take(rows())
 
 
 def whole_of(part, rows):
@@ -846,7 +849,7 @@ class Parts:
     the whole tensor (rows, ...), and no other parts are read than those that hold the slice.
 
     order: 'rows', cut as by `rows_here` and sliced without a step, or 'heads', see `in_global_order`; parts:
-    of all ranks, mapped
+    of all ranks, mapped from their files (but moments of 8 bits that are decoded).
     """
 
     def __init__(self, order, parts):

@@ -199,6 +199,9 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, Muon, 2 bits, rarely': (
         dict(SLOW_LINKS, rank=96, basis_every=100, learning_rate=8e-3, seed=1337),
         one_by_one(merge_every=(50, 20))),
+    'GaLoLTE, Muon, 2 bits, moments apart': (
+        dict(SLOW_LINKS, rank=96, learning_rate=8e-3, seed=1337, sync_moments=False),
+        [dict(basis_every=100), dict(merge_every=20, basis_every=200)]),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
@@ -279,7 +282,7 @@ def memory_cells():
 
 def sending(model, name, settings):
     """What a training on four workers is called in assets/communication.jsonl."""
-    keys = 'rank', 'merge_every', 'basis', 'basis_every'
+    keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_moments'
     what = {key: settings[key] for key in keys if key in settings}
     return dict(model=model, method=name, workers=4, **what, sync_bits=settings.get('sync_bits', 32))
 

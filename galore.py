@@ -603,12 +603,12 @@ class LowRankAdamW(GaLoreAdamW):
     AdamW for all that a model trains, and GaLore for its layers with factors='basis' (lowrank.MHLoRALinear).
 
     The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes
-    straight into W; merged every T steps (GaLoLTE), into the factor, and after a merge first moments are
-    averaged over heads and ranks. With rule='muon' the step is Muon's (`orthogonalised`), of one moment; it
-    is that of the whole matrix P R. Groups are those of `param_groups`; scale multiplies lr inside a basis;
-    state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below 32, what is averaged of split heads
-    is sent in few bits. A basis is taken anew every basis_every steps, the blocks of a model in turns, and
-    the moments turn with it:
+    straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is set first
+    moments are averaged over heads and ranks after a merge, so that heads drift apart less. With rule='muon'
+    the step is Muon's (`orthogonalised`), of one moment; it is that of the whole matrix P R. Groups are those
+    of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW. sync_bits:
+    where it is below 32, what is averaged of split heads is sent in few bits. A basis is taken anew every
+    basis_every steps, the blocks of a model in turns, and the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
@@ -622,7 +622,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False,
-                 sync_bits=32):
+                 sync_bits=32, sync_moments=True):
         if rule not in ('galore', 'muon'):
             raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
         if basis not in BASES or not basis_every >= 1:
@@ -638,7 +638,8 @@ class LowRankAdamW(GaLoreAdamW):
                                  'are taken at merges, set one')
             self.layers[layer.stepped] = layer
             self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
-        self.basis, self.basis_every, self.sync_bits, self.waiting = basis, basis_every, sync_bits, set()
+        self.basis, self.basis_every, self.waiting = basis, basis_every, set()
+        self.sync_bits, self.sync_moments = sync_bits, sync_moments
         names = stepped(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.trained for layer in self.layers.values()})
@@ -662,7 +663,7 @@ class LowRankAdamW(GaLoreAdamW):
                 state.update(step=0, bases=0)
             T = layer.merge_every
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
-            if T > 1 and step % T == 0 and 'exp_avg' in state:  # with momentum of their own heads drift apart
+            if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 M = read_moments(state)[0].view(local(p).shape)
                 rows = layer.by_direction(M)
                 rows.copy_(self._mean(layer, rows, 3, layer.workers))
@@ -868,7 +869,7 @@ def make_optimizer(model, settings):
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
                             basis_every=s['basis_every'], state_bits=s['state_bits'],
                             rule='muon' if s['optimizer'] == 'muon' else 'galore',
-                            sync_bits=s['sync_bits'], **common)
+                            sync_bits=s['sync_bits'], sync_moments=s['sync_moments'], **common)
     groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
                           rule=s['optimizer'], state_bits=s['state_bits'])
     return GaLoreAdamW(groups, **common)

@@ -311,6 +311,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--lowrank=attn --sync=merge --merge_every=2 --merge_reset=True', 2, 'split=True'),
     ('gpt', '--sync=merge --merge_every=5 --optimizer=galore --basis=svd', 2, 'other bases'),
     ('gpt', f'{BASIS}--merge_every=1 --sync_bits=4', 1, 'sync_bits=4 on the command line has no effect'),
+    ('gpt', f'{BASIS}--merge_every=1 --sync_moments=False', 1, 'no heads have moments to average'),
     ('gpt', f'{FILES["lte"]} --sync_bits=2', 1, "merges of factors='both' gather all"),
     ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
@@ -1080,7 +1081,7 @@ class Textbook:
         mean = self.merged()
         for W in self.W:
             W.update({name: mean[name] for name in (mean if self.s.sync == 'merge' else self.layers)})
-        for name in self.inside:
+        for name in self.inside if self.s.sync_moments else ():
             M = sum(self.moments[name, worker][0] for worker in range(self.workers)) / self.workers
             for worker in range(self.workers):
                 self.moments[name, worker] = M, *self.moments[name, worker][1:]
@@ -1845,7 +1846,8 @@ MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
     'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
-    'vit_bits': 'galolte --sync_bits=4', 'gpt_muons': 'galolte --optimizer=muon --sync_bits=4',
+    'vit_bits': 'galolte --sync_bits=4',
+    'gpt_muons': 'galolte --optimizer=muon --sync_bits=4 --sync_moments=False',
     'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
     'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
@@ -1933,6 +1935,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
+    'gpt galolte --sync_moments=False', 'gpt galolte --optimizer=muon --sync_moments=False',
     'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
     'llama galore --basis=random', 'llama galore --basis_every=8', 'llama fira --basis=svd',

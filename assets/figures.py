@@ -67,7 +67,8 @@ def draw_method():
 def label(cell):
     """A training's method and what it sets, in a few words."""
     forms = dict(heads='H = {}', rank='r = {}', alpha='alpha = {:g}', merge_every='T = {}', basis='{} bases',
-                 basis_every='every {}', beta2='beta2 {:g}', ranks='{} workers', learning_rate='lr {:g}')
+                 basis_every='every {}', sync_moments='moments of their own', beta2='beta2 {:g}',
+                 ranks='{} workers', learning_rate='lr {:g}')
     s = cell['settings']
     return ', '.join([cell['method'], *(form.format(s[key]) for key, form in forms.items() if key in s)])
 

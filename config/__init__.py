@@ -237,6 +237,8 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
+    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1,
+     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1"),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: set split=True and several heads, or sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
@@ -916,8 +918,8 @@ def refuse_non_finite(run, step, what):
 MAY_CHANGE = set("""
     out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
-    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard sync_bits device
-    dtype compile wandb_log""".split())
+    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard sync_moments
+    sync_bits device dtype compile wandb_log""".split())
 
 
 def need_same(settings, checkpoint):

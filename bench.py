@@ -136,6 +136,7 @@ MUON_INSIDE, GALOLTE_MUON = (dict(those, optimizer='muon', scale=1.0) for those 
 OWN = dict(ranks=4, sync='merge')  # each worker has all that trains without heads for itself
 LOCAL = dict(OWN, merge_every=10)
 SLOW_LINKS = dict(GALOLTE_MUON, **OWN, sync_bits=2)  # config/methods/galolte_2bit.py
+APART = dict(SLOW_LINKS, sync_moments=False)
 
 
 def one_by_one(**values):
@@ -157,17 +158,26 @@ SCREENING = {
                         rank=(16, 32, 128), seed=(1, 2)), dict(learning_rate=1e-2, basis='svd')]),
     'GaLore': (dict(LAYER, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
     'Fira': (dict(FIRA, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
-    **{name: (shared, [{}, *one_by_one(learning_rate=others)]) for name, shared, others in (
+    # at the last rate, if one follows, three seeds
+    **{name: (shared, [{}, *one_by_one(learning_rate=others), *(
+        dict(learning_rate=rate, seed=seed) for rate in best for seed in (1, 2))])
+       for name, shared, others, *best in (
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
-        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2)),
-        ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3, 4e-3)),
+        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2), 5e-3),
+        ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3, 4e-3), 5e-4),
         ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
+        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=4e-3), (2e-3, 8e-3), 4e-3),
+        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64, learning_rate=8e-3),
+         (4e-3, 1.6e-2), 8e-3),
         ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)),
         ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64, learning_rate=8e-3), ()))},
     'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(basis=('power',), learning_rate=(3e-2,), merge_every=(5, 50), grad_clip=(0.0,),
                         basis_every=(100,), sync_bits=(4, 2)), dict(merge_every=50, learning_rate=1e-2)]),
+    'GaLoLTE, Muon, on workers': (
+        dict(SLOW_LINKS, rank=64, basis_every=100, learning_rate=8e-3),
+        [dict(merge_every=T, sync_bits=bits) for T in (2, 10, 50) for bits in (32, 4, 2)]),
     "GaLoLTE, sync='merge'": (dict(GALOLTE, **OWN, rank=64), [
         dict(learning_rate=2e-2), dict(sync_bits=2, learning_rate=5e-3, scale=1.0)]),
     'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
@@ -192,16 +202,16 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
     'Fira': (dict(FIRA, rank=96), rates(1e-2, 2e-2, 5e-3)),
     'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
-    'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
+    'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(4e-3, 2e-3, 8e-3, 1.6e-2)),
     'GaLoLTE, Muon': (dict(GALOLTE_MUON, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'GaLoLTE, 2 bits': (dict(GALOLTE, **OWN, sync_bits=2, rank=96), rates(1.4e-2)[:1]),
     'GaLoLTE, Muon, 2 bits': (dict(SLOW_LINKS, rank=96), rates(8e-3, 4e-3, 1.6e-2)),
     'GaLoLTE, Muon, 2 bits, rarely': (
         dict(SLOW_LINKS, rank=96, basis_every=100, learning_rate=8e-3, seed=1337),
         one_by_one(merge_every=(50, 20))),
-    'GaLoLTE, Muon, 2 bits, moments apart': (
-        dict(SLOW_LINKS, rank=96, learning_rate=8e-3, seed=1337, sync_moments=False),
-        [dict(basis_every=100), dict(merge_every=20, basis_every=200)]),
+    'GaLoLTE, Muon, 2 bits, moments apart': (dict(APART, rank=96, basis_every=100), rates(8e-3, 4e-3)),
+    'GaLoLTE, Muon, 2 bits, moments apart, rarely': (
+        dict(APART, rank=96, merge_every=20, basis_every=200), rates(8e-3, 4e-3)),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),

@@ -349,17 +349,20 @@ def orthogonalised(G, state, group, key):
     """
     Muon (Jordan et al. 2024) with the rate of Moonlight (Liu et al. 2025, arXiv 2502.16982), by torch: the
     averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
-    rates go. Its momentum is torch's 0.95, whatever the group's betas. G (m, n), or (heads, m, n), each on
-    its own. Returns minus the move.
+    rates go. The group's momentum, not its betas, averages; without one no state is kept. G (m, n), or
+    (heads, m, n), each on its own. Returns minus the move.
     """
-    M, move = average_of(G, state, group), torch.zeros_like(G, dtype=wide(G))
-    moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, G.to(wide(G)), M))
+    momentum, move, grad = group['momentum'], torch.zeros_like(G, dtype=wide(G)), G.to(wide(G))
+    M = average_of(G, state, group) if momentum else grad
+    moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, grad, M))
     moves = [nn.Parameter(x) for x in moves]
-    optimizer = torch.optim.Muon(moves, lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw')
+    optimizer = torch.optim.Muon(moves, lr=1.0, weight_decay=0.0, momentum=momentum,
+                                 adjust_lr_fn='match_rms_adamw')
     for p, grad, average in zip(moves, grads, averages):
         p.grad, optimizer.state[p]['momentum_buffer'] = grad, average
     optimizer.step()
-    write_moments(state, [M], key)
+    if momentum:
+        write_moments(state, [M], key)
     return move
 
 
@@ -412,6 +415,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(self._complete)
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
+        if not 0 <= group.get('momentum', 0) < 1:
+            raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
         names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
         for name, p in zip(names, group['params']):
             if p.dim() != 2 and {'rank', 'rule'} & group.keys():
@@ -420,7 +425,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if 'rank' not in group:
             if 'rule' in group:
                 group.setdefault('dim', 1)
-                group.setdefault('momentum', 0.0)
+                group.setdefault('momentum', 0.95 if group['rule'] == 'muon' else 0.0)
                 if group['rule'] not in WHOLE:
                     raise ValueError(f"rule={group['rule']!r} without a rank is not one of "
                                      f"{', '.join(map(repr, WHOLE))}")
@@ -605,10 +610,10 @@ class LowRankAdamW(GaLoreAdamW):
     The leaf of such a layer brings the projected gradient R. Merged every step, Adam's step on it goes
     straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is set first
     moments are averaged over heads and ranks after a merge, so that heads drift apart less. With rule='muon'
-    the step is Muon's (`orthogonalised`), of one moment; it is that of the whole matrix P R. Groups are those
-    of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW. sync_bits:
-    where it is below 32, what is averaged of split heads is sent in few bits. A basis is taken anew every
-    basis_every steps, the blocks of a model in turns, and the moments turn with it:
+    the step is Muon's (`orthogonalised`, with `momentum`); it is that of the whole matrix P R. Groups are
+    those of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW.
+    sync_bits: where it is below 32, what is averaged of split heads is sent in few bits. A basis is taken
+    anew every basis_every steps, the blocks of a model in turns, and the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
@@ -622,7 +627,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False,
-                 sync_bits=32, sync_moments=True):
+                 sync_bits=32, sync_moments=True, momentum=0.95):
         if rule not in ('galore', 'muon'):
             raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
         if basis not in BASES or not basis_every >= 1:
@@ -646,7 +651,7 @@ class LowRankAdamW(GaLoreAdamW):
         if found:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
             groups.append({'params': [*self.layers], 'param_names': [names[p] for p in self.layers],
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
-                           'state_bits': state_bits})
+                           'state_bits': state_bits, 'momentum': momentum})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
                          own=own_heads(model))
 
@@ -814,7 +819,7 @@ class LowRankAdamW(GaLoreAdamW):
 
 
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
-                 proj_type='std', state_bits=None, leave=()):
+                 proj_type='std', state_bits=None, momentum=0.95, leave=()):
     """
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
 
@@ -853,7 +858,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         found, others = len(ruled + outputs + embeddings), sum(p.dim() == 2 for _, p in matrices)
         print(f'{rule} on {found} of {found + others} matrices')
     keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
-    keys = dict(rule=rule) if rule in WHOLE else keys
+    keys = {'scale': dict(rule=rule), 'muon': dict(rule=rule, momentum=momentum)}.get(rule, keys)
     parts = ((ruled, weight_decay, keys), (outputs, weight_decay, dict(keys, momentum=0.9)),
              (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, {}), (vectors, 0.0, {}))
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
@@ -869,7 +874,8 @@ def make_optimizer(model, settings):
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
                             basis_every=s['basis_every'], state_bits=s['state_bits'],
                             rule='muon' if s['optimizer'] == 'muon' else 'galore',
-                            sync_bits=s['sync_bits'], sync_moments=s['sync_moments'], **common)
+                            sync_bits=s['sync_bits'], sync_moments=s['sync_moments'],
+                            momentum=s['momentum'], **common)
     groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
-                          rule=s['optimizer'], state_bits=s['state_bits'])
+                          rule=s['optimizer'], state_bits=s['state_bits'], momentum=s['momentum'])
     return GaLoreAdamW(groups, **common)

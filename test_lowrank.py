@@ -321,6 +321,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, "(here 'adamw', 'step', True)"),
     ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "(here 'fira', 'step', False)"),
     ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
+    ('gpt', '--momentum=0', 1, "it is Muon's"), ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
     ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
     ('gpt', '--optimizer=apollo --basis=power', 1, "set basis='random'"),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "(here 'adamw', 'merge', False)"),
@@ -1031,7 +1032,8 @@ class Textbook:
         W = self.heads[worker][name][factor[0]][factor[1]] if factor else self.W[worker][name]
         if s.optimizer == 'muon' and ('attn' in name or 'mlp' in name) and W.dim() == 2:
             X = nn.Parameter(torch.zeros_like(gradient))
-            muon = torch.optim.Muon([X], lr=1.0, weight_decay=0.0, adjust_lr_fn='match_rms_adamw')
+            muon = torch.optim.Muon([X], lr=1.0, weight_decay=0.0, momentum=s.momentum,
+                                    adjust_lr_fn='match_rms_adamw')
             X.grad, muon.state[X]['momentum_buffer'] = gradient, M + torch.zeros_like(gradient)
             muon.step()
             self.moments[key] = muon.state[X]['momentum_buffer'], torch.zeros_like(gradient), 0
@@ -1300,15 +1302,19 @@ def test_the_drop_in_resumes_bit_for_bit_from_torchs_state_dict(setting, dtype):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(double, 1e-14), (torch.bfloat16, 0.03)])
-def test_muon_is_torchs(dtype, tolerance):
+@pytest.mark.parametrize('momentum', [None, 0.8, 0.0])
+def test_muon_is_torchs(dtype, tolerance, momentum):
+    own = {} if momentum is None else {'momentum': momentum}
     for shape in SHAPES:
         W, theirs = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Parameter(torch.ones(shape))
         grads, hyper = normal(6, 1, *shape, dtype=dtype), dict(lr=0.01, weight_decay=0.1)
-        ours, = follow(galore.GaLoreAdamW([dict(params=[W], rule='muon')], **hyper), [W], grads)
+        optimizer = galore.GaLoreAdamW([dict(params=[W], rule='muon', **own)], **hyper)
+        ours, = follow(optimizer, [W], grads)
         theirs.data = theirs.data.to(torch.promote_types(dtype, torch.float32))
-        wanted, = follow(torch.optim.Muon([theirs], adjust_lr_fn='match_rms_adamw', **hyper), [theirs],
+        wanted, = follow(torch.optim.Muon([theirs], adjust_lr_fn='match_rms_adamw', **own, **hyper), [theirs],
                          grads.to(theirs.dtype))
         close(ours.to(wanted.dtype), wanted, tolerance)
+        assert (optimizer.state_bytes() == 0) == (momentum == 0)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -1636,7 +1642,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(rule='apollo', basis='svd'), "basis='random'"))),
     *((lambda group=group: galore.GaLoreAdamW([group]), said) for group, said in (
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira'), 'without a rank'),
-        (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'))),
+        (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
+        (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0), 'momentum=1.0'))),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4')]
 DATA = [  # a reader, its words, what is said; or the words of a command of prepare.py
     (prepare.Tokens, 'c4 train 8', "'c4' is not there: run '.* prepare.py c4"),
@@ -1877,7 +1884,7 @@ RUNS |= MORE | REPLICAS | ONE_PROCESS
 # the three scripts share what saves and what ranks do: those that GPT stands for are run where SLOW=1
 ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean', 'galore_muon', 'muon',
-                      'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
+                      'muon_stateless', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
 ALIKE |= {'gpt_half', 'gpt_one_head', 'llama_leans', 'vit_few', 'vit_head',  # are there for their shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
           'vit_bits'}
@@ -1936,6 +1943,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
     'gpt galolte --sync_moments=False', 'gpt galolte --optimizer=muon --sync_moments=False',
+    'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
     'llama galore --basis=random', 'llama galore --basis_every=8', 'llama fira --basis=svd',

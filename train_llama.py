@@ -61,6 +61,7 @@ optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'a
 basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
+momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
 shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip

@@ -400,7 +400,7 @@ def renew_tables():
             'validation loss: mean (range; seeds)')
     renew('README.md', 'quality', head, quality_rows())
     renew('../README.md', 'quality', head, quality_rows(
-        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits', 'LTE')),
+        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits, moments apart', 'LTE')),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),

@@ -217,7 +217,7 @@ LEAST = dict.fromkeys((
     'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads',
     'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
         'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
-        'merge_every', 'scale', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
+        'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
@@ -237,20 +237,23 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1,
-     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1"),
+    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
+     and (s.optimizer != 'muon' or s.momentum),
+     "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and of Muon "
+     'a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: set split=True and several heads, or sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
+    ('momentum', lambda s: s.optimizer == 'muon', "it is Muon's: set optimizer='muon'"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # what makes no sense together; after EFFECT there are layers to factors, split and merge_reset
-    (lambda s: max(s.dropout, s.beta1, s.beta2) >= 1,
-     'dropout={dropout}, beta1={beta1} and beta2={beta2} have to be below 1: lower them'),
+    (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
+     'dropout={dropout}, beta1={beta1}, beta2={beta2} and momentum={momentum} have to be below 1: lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits beside float32'),

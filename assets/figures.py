@@ -151,8 +151,8 @@ def band(axes, x, curves, color, label=None):
 
 
 def look(number):
-    """The color and the marker of one of at most 15 methods."""
-    return colormaps['tab20'].colors[2 * number % 19], 'os^vDP*Xph<>dH8'[number]
+    """The color and the marker of one of at most 19 methods."""
+    return colormaps['tab20'].colors[2 * number % 19], 'os^vDP*Xph<>dH81234'[number]
 
 
 def bars(middle, values):
@@ -224,11 +224,9 @@ def draw_quality():
             band(by_step, steps, curves, color)
             if name in times:
                 band(by_time, [step * times[name] for step in steps], curves, color)
-            mean, trained = statistics.mean(losses(mine)), all_trained(mine[0])
-            seeds = f"{len(mine)} seed{'s' * (len(mine) > 1)}"
+            mean = statistics.mean(losses(mine))
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
-                              fmt=marker, capsize=3,
-                              label=f'{name} ({trained:.1f}M trained, {seeds})')
+                              fmt=marker, capsize=3, label=f"{name} ({len(mine)} seed{'s' * (len(mine) > 1)})")
         shown = [loss for mine, *_ in found.values() for cell in mine
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),

@@ -135,8 +135,8 @@ GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
 MUON_INSIDE, GALOLTE_MUON = (dict(those, optimizer='muon', scale=1.0) for those in (LAYER, GALOLTE))
 OWN = dict(ranks=4, sync='merge')  # each worker has all that trains without heads for itself
 LOCAL = dict(OWN, merge_every=10)
-SLOW_LINKS = dict(GALOLTE_MUON, **OWN, sync_bits=2)  # config/methods/galolte_2bit.py
-APART = dict(SLOW_LINKS, sync_moments=False)
+SLOW_LINKS = dict(GALOLTE_MUON, **OWN, sync_bits=2)
+APART = dict(SLOW_LINKS, sync_moments=False)  # config/methods/galolte_2bit.py
 
 
 def one_by_one(**values):

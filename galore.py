@@ -353,6 +353,8 @@ def orthogonalised(G, state, group, key):
     (heads, m, n), each on its own. Returns minus the move.
     """
     momentum, move, grad = group['momentum'], torch.zeros_like(G, dtype=wide(G)), G.to(wide(G))
+    if not momentum:  # that of a run which has had one is dropped
+        state.pop('exp_avg', None), state.pop('exp_avg_top', None)
     M = average_of(G, state, group) if momentum else grad
     moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, grad, M))
     moves = [nn.Parameter(x) for x in moves]
@@ -382,7 +384,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there: `rank`,
     `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see `sides`); our own,
     all optional: `basis` (see `bases_of`), `rule` (a key of RULES). Groups without `rank` follow
-    torch.optim.AdamW, or a `rule` of WHOLE. Any group: `state_bits` (see `new_moments`).
+    torch.optim.AdamW, or a `rule` of WHOLE, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see
+    `new_moments`).
 
     per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over ranks
     (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay out of DDP
@@ -613,7 +616,9 @@ class LowRankAdamW(GaLoreAdamW):
     the step is Muon's (`orthogonalised`, with `momentum`); it is that of the whole matrix P R. Groups are
     those of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW.
     sync_bits: where it is below 32, what is averaged of split heads is sent in few bits. A basis is taken
-    anew every basis_every steps, the blocks of a model in turns, and the moments turn with it:
+    anew every basis_every steps, the blocks of a model in turns, and the moments turn with it. momentum: of
+    Muon alone, 0 keeps no moment.
+
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
@@ -721,14 +726,15 @@ class LowRankAdamW(GaLoreAdamW):
         self.may_leave = False
         # one rank's, as devices may round differently and merges never send a basis
         new = coded_same(self._owner(p), new.mT, 8).mT if self._coded(layer) else same(new.contiguous())
+        if {'exp_avg', 'error'} & state.keys():
+            C = new.to(wide(new)).mT @ whole(layer.basis).to(wide(new))
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]
-            C = new.to(moments[0].dtype).mT @ whole(layer.basis).to(moments[0].dtype)
-            turned = turn_moments(moments, C, layer.left and layer.mine is None)
+            turned = turn_moments(moments, C.to(moments[0].dtype), layer.left and layer.mine is None)
             write_moments(state, turned, self._seed(p, state['step'], 2))
-            if 'error' in state:  # of merges: it turns as the first moments do
-                E = layer.by_direction(state['error'])
-                E.copy_(C.to(E.dtype) @ E)
+        if 'error' in state:  # of merges: it turns as the first moments do
+            E = layer.by_direction(state['error'])
+            E.copy_(C.to(E.dtype) @ E)
         local(layer.basis).copy_(new[rows_here(layer.basis)])
         state['bases'] += 1
 

@@ -321,7 +321,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, "(here 'adamw', 'step', True)"),
     ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "(here 'fira', 'step', False)"),
     ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
-    ('gpt', '--momentum=0', 1, "it is Muon's"), ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
+    ('gpt', '--momentum=0', 1, "it is Muon's"),
+    ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
     ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
     ('gpt', '--optimizer=apollo --basis=power', 1, "set basis='random'"),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "(here 'adamw', 'merge', False)"),
@@ -1332,6 +1333,23 @@ def test_muon_in_a_basis_of_all_directions_is_muon(shape):
         ours.step(), muon.step()
         ours.zero_grad()
     close(net.weight, theirs, 0.03 * theirs.abs().max().item())  # it rounds to bfloat16 inside
+
+
+@pytest.mark.parametrize('rule, momentum', [('galore', 0.95), ('muon', 0.95), ('muon', 0.0)])
+def test_what_few_bits_left_turns_with_the_basis(rule, momentum):
+    net = lowrank.MHLoRALinear(nn.Linear(12, 8), 2, 4, factors='basis', split=True, merge_every=2)
+    optimizer = galore.LowRankAdamW(net, rule=rule, basis='random', basis_every=4, sync_bits=2,
+                                    momentum=momentum)
+    for step in range(4):
+        optimizer.begin(step)
+        net(normal(4, 12, seed=step, dtype=torch.float32)).square().sum().backward()
+        optimizer.step()
+        if step % 2:
+            lowrank.merge(net, bits=2, state=optimizer.state)
+    basis, error = net.basis.clone(), optimizer.state[net.trained]['error'].clone()
+    optimizer.begin(4)
+    assert error.any() and not torch.equal(basis, net.basis)
+    close(optimizer.state[net.trained]['error'], net.basis.T @ basis @ error, 1e-6)
 
 
 def test_a_merge_in_full_forgets_what_few_bits_left():

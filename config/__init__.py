@@ -217,7 +217,8 @@ LEAST = dict.fromkeys((
     'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads',
     'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
         'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
-        'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
+        'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k',
+        'temperature'), 0)
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
@@ -237,10 +238,8 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
-     and (s.optimizer != 'muon' or s.momentum),
-     "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and of Muon "
-     'a momentum'),
+    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1,
+     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1"),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: set split=True and several heads, or sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
@@ -253,7 +252,7 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
 
 CHECKS = (  # what makes no sense together; after EFFECT there are layers to factors, split and merge_reset
     (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
-     'dropout={dropout}, beta1={beta1}, beta2={beta2} and momentum={momentum} have to be below 1: lower them'),
+     'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits beside float32'),
@@ -921,8 +920,8 @@ def refuse_non_finite(run, step, what):
 MAY_CHANGE = set("""
     out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
-    rewarm_iters weight_decay beta1 beta2 grad_clip basis basis_every scale per_layer shard sync_moments
-    sync_bits device dtype compile wandb_log""".split())
+    rewarm_iters weight_decay beta1 beta2 momentum grad_clip basis basis_every scale per_layer shard
+    sync_moments sync_bits device dtype compile wandb_log""".split())
 
 
 def need_same(settings, checkpoint):

@@ -226,7 +226,8 @@ def draw_quality():
                 band(by_time, [step * times[name] for step in steps], curves, color)
             mean = statistics.mean(losses(mine))
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
-                              fmt=marker, capsize=3, label=f"{name} ({len(mine)} seed{'s' * (len(mine) > 1)})")
+                              fmt=marker, capsize=3,
+                              label=f"{name} ({len(mine)} seed{'s' * (len(mine) > 1)})")
         shown = [loss for mine, *_ in found.values() for cell in mine
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
@@ -238,16 +239,17 @@ def draw_quality():
 
 
 def draw_frontier():
-    """Validation loss of the screening against bytes on the wire, each method's best for each rank or T."""
+    """Validation loss of the screening against bytes on the wire, each method's best by rank, T and bits."""
     best, known = {}, ('', 'first edition: running sketch, shared bases')  # sent what today's code sends
     for cell in kept('screening'):
         s = cell['settings']
         bytes_, edition = sent('screening', cell).get('wire'), s.get('superseded', '')
         if bytes_ and cell['val_loss'] and 'seed' not in s and edition in known:
             what = f"T={s['merge_every']}" if 'merge_every' in s else f"r={s['rank']}" if 'rank' in s else ''
+            what += f", {s['sync_bits']} bits" if 'sync_bits' in s else ''
             key = cell['method'] + ' (first edition)' * bool(edition), bytes_, what
             best[key] = min(best.get(key, 9.0), cell['val_loss'])
-    with picture('frontier', (8.5, 4.2), columns=0) as ((axes,),):
+    with picture('frontier', (8.5, 5), columns=4) as ((axes,),):
         for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
             points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
             color, style = look(number)
@@ -255,11 +257,10 @@ def draw_frontier():
             for x, y, what in points if len(points) > 1 else ():
                 axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
         axes.set_xscale('log')
-        axes.set_xticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
-        axes.set(xlabel='MB that each of four workers puts on the wire a step (float32, ring)',
+        axes.set(xlabel='MB that each of four workers puts on the wire a step (ring; 32 bits a number or as said)',
                  ylabel='validation loss (nats a byte)')
-        axes.legend(fontsize=8)
 
 
 def draw_links():
@@ -397,8 +398,9 @@ def renew_tables():
     head = ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
             'validation loss: mean (range; seeds)')
     renew('README.md', 'quality', head, quality_rows())
-    renew('../README.md', 'quality', head, quality_rows(
-        ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits, moments apart', 'LTE')),
+    first = ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits, moments apart',
+             'LTE')
+    renew('../README.md', 'quality', head, quality_rows(first),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),

@@ -353,8 +353,9 @@ def orthogonalised(G, state, group, key):
     (heads, m, n), each on its own. Returns minus the move.
     """
     momentum, move, grad = group['momentum'], torch.zeros_like(G, dtype=wide(G)), G.to(wide(G))
-    if not momentum:  # that of a run which has had one is dropped
-        state.pop('exp_avg', None), state.pop('exp_avg_top', None)
+    if not momentum:  # a run may have had one before it was resumed
+        for name in ('exp_avg', 'exp_avg_top'):
+            state.pop(name, None)
     M = average_of(G, state, group) if momentum else grad
     moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, grad, M))
     moves = [nn.Parameter(x) for x in moves]
@@ -615,10 +616,9 @@ class LowRankAdamW(GaLoreAdamW):
     moments are averaged over heads and ranks after a merge, so that heads drift apart less. With rule='muon'
     the step is Muon's (`orthogonalised`, with `momentum`); it is that of the whole matrix P R. Groups are
     those of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW.
-    sync_bits: where it is below 32, what is averaged of split heads is sent in few bits. A basis is taken
-    anew every basis_every steps, the blocks of a model in turns, and the moments turn with it. momentum: of
-    Muon alone, 0 keeps no moment.
-
+    sync_bits: where it is below 32, what is averaged of split heads is sent in few bits. momentum: of Muon
+    alone, 0 keeps no moment. A basis is taken anew every basis_every steps, the blocks of a model in turns,
+    and the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.

@@ -1960,7 +1960,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
-    'gpt galolte --sync_moments=False', 'gpt galolte --optimizer=muon --sync_moments=False',
+    'llama galolte --sync_moments=False', 'vit galolte --optimizer=muon --sync_moments=False',
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',

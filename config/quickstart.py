@@ -10,7 +10,7 @@ lowrank = {'mhlora': 'attn'}  # the MLP stays at full rank
 rank = {'mhlora': 8, 'lte': 8, 'lora': 32, 'lora_fa': 32, 'relora': 32, 'galore': 32, 'galore_lean': 32, 'galolte': 32,
         'galore_muon': 32, 'galolte_2bit': 32, 'fira': 32, 'apollo': 32}
 alpha = {'mhlora': 32.0, 'lte': 8.0, 'lora': 32.0, 'lora_fa': 32.0, 'relora': 32.0}
-basis_every = dict.fromkeys(('galore', 'galore_lean', 'galore_muon', 'galolte', 'galolte_2bit', 'fira', 'apollo',
+basis_every = dict.fromkeys(('galore', 'galore_lean', 'galore_muon', 'galolte', 'fira', 'apollo',
                              'apollo_mini'), 50) | {'galolte_2bit': 100}
 # rates and beta2 but mhlora's are those of 3.3M parameters, not searched here
 learning_rate = {'full': 2e-3, 'local_adamw': 2e-3, 'lora': 4e-3, 'lora_fa': 4e-3, 'mhlora': 2e-3, 'lte': 4e-3,

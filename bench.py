@@ -42,6 +42,7 @@ BENCHES = {
     'communication': 'bytes that each worker puts into collectives, and on the wire, a step',
     'screening': 'validation loss of each method on a small GPT, one setting changed at a time',
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
+    'english': 'the same for a small LLaMA on English, some methods',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
     'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
@@ -108,10 +109,14 @@ def named(base, methods, **about):
 
 # Trainings, {method: (its settings, [changes, each a training])}. First settings that they share.
 # A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources:
-SCREEN = {**train_gpt.defaults, **dict(
+SMALL = dict(
     dataset='stdlib', vocab_size=257, block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256,
     max_iters=600, warmup_iters=60, eval_interval=600, eval_iters=40, log_interval=100, beta2=0.99,
-    weight_decay=0.0, device='cpu', dtype='bfloat16')}
+    weight_decay=0.0, grad_clip=1.0, device='cpu', dtype='bfloat16')
+SCREEN = {**train_gpt.defaults, **SMALL}
+# The same of a LLaMA of 3.3M, on English: a dictionary, see assets/README.md
+ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
+           'gradient_accumulation_steps': 1}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -167,7 +172,8 @@ SCREENING = {
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3, 4e-3), 5e-4),
         ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
-        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=4e-3), (2e-3, 8e-3), 4e-3),
+        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=8e-3), (4e-3, 1.6e-2),
+         8e-3, 4e-3),
         ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64, learning_rate=8e-3),
          (4e-3, 1.6e-2), 8e-3),
         ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)),
@@ -212,7 +218,21 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, Muon, 2 bits, moments apart': (dict(APART, rank=96, basis_every=100), rates(8e-3, 4e-3)),
     'GaLoLTE, Muon, 2 bits, moments apart, rarely': (
         dict(APART, rank=96, merge_every=20, basis_every=200), rates(8e-3, 4e-3)),
-    'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3))}
+    'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3)),
+    'Muon, no momentum': (dict(optimizer='muon', momentum=0.0), rates(8e-3, 4e-3, 1.6e-2)),
+    **{f'{name}, 16 bits': ({**shared, 'param_dtype': 'bfloat16'}, rates(rate)) for name, shared, rate in (
+        ('full rank', {}, 1e-3), ('GaLore', dict(LAYER, rank=96), 5e-3),
+        ('LTE', dict(SPLIT, rank=24, alpha=24.0), 2e-3))}}
+ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
+    ('full rank', {}, 2e-3, 1e-3, 4e-3),
+    ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
+    ('Muon', dict(optimizer='muon'), 8e-3, 4e-3, 1.6e-2),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
+    ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), 8e-3, 4e-3, 1.6e-2),
+    ('LTE', dict(SPLIT, rank=16, alpha=16.0), 4e-3, 2e-3, 8e-3),
+    ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
+    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2),
+    ('LTE, 16 bits', dict(SPLIT, rank=16, alpha=16.0, param_dtype='bfloat16'), 4e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -226,7 +246,8 @@ TRAININGS = {
     bench: [(dict(method=name, settings={**shared, **change}), {**base, **shared, **change})
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
-                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
+                                 ('english', ENGLISH, ON_ENGLISH), ('convergence', ADAPT, ADAPTING),
+                                 ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
@@ -521,12 +542,13 @@ def train(options):
 def train_one(about, settings):
     """What is kept of a training: losses, of images accuracies too, numbers of parameters, bytes. Where it
     did not run it says why and gives None; where it diverged there is no loss."""
+    script = 'llama' if 'size' in settings else 'vit' if 'img_size' in settings else 'gpt'
     with tempfile.TemporaryDirectory() as folder:
         settings = {**settings, 'out_dir': folder}
         ranks = settings.pop('ranks', 1)
         torchrun = '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'
         ran = subprocess.run([sys.executable, *(torchrun if ranks > 1 else ()),
-                              'train_vit.py' if 'img_size' in settings else 'train_gpt.py',
+                              f'train_{script}.py',
                               *(f'--{key}={x}' for key, x in settings.items())], cwd=HERE, text=True,
                              capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         records = read_lines(f'{folder}/log.jsonl')

@@ -646,10 +646,10 @@ def averaged_copy(p):
 # -----------------------------------------------------------------------------
 # few bits
 
-BLOCK = 64  # numbers that share a step, of 16 bits
+PACK = 64  # numbers that share a step, of 16 bits
 
 
-def encode(x, bits):
+def pack(x, bits):
     """
     x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the step. A number
     is one of 2^bits odd multiples of half a step, and the step is that of least squares: what is left is
@@ -670,19 +670,19 @@ def encode(x, bits):
     return torch.cat([packed.flatten(-2), step.to(torch.bfloat16).view(torch.uint8)], -1)
 
 
-def decode(codes, dtype):
-    """The numbers (..., 64) that `encode` made into codes."""
+def unpack(codes, dtype):
+    """The numbers (..., 64) that `pack` made into codes."""
     bits = codes.shape[-1] // 8
     packed, step = codes.split([8 * bits, 2], -1)
     words = F.pad(packed.reshape(-1, bits), (0, 8 - bits)).view(torch.int64)  # (8 blocks, 1)
     level = words >> bits * torch.arange(8, device=codes.device) & 2**bits - 1  # (8 blocks, 8)
-    level = level.view(*codes.shape[:-1], BLOCK).to(dtype).sub_(2 ** (bits - 1) - 0.5)
+    level = level.view(*codes.shape[:-1], PACK).to(dtype).sub_(2 ** (bits - 1) - 0.5)
     return level.mul_(step.contiguous().view(torch.bfloat16))
 
 
 def in_blocks(x, slices=1):
     """The numbers of x (..., numbers), with zeros after them, (..., slices, blocks, 64)."""
-    return F.pad(x, (0, -x.shape[-1] % (BLOCK * slices))).unflatten(-1, (slices, -1, BLOCK))
+    return F.pad(x, (0, -x.shape[-1] % (PACK * slices))).unflatten(-1, (slices, -1, PACK))
 
 
 @torch.no_grad()
@@ -699,21 +699,21 @@ def coded_mean(x, bits, workers=1, error=None):
     heads, rank = mine * workers, place()[0] if workers > 1 else 0
     value = x.to(dtype) if error is None else x + error
     value = in_blocks(value.reshape(mine, numbers), heads)  # (mine, heads, blocks, 64)
-    codes = sent = encode(value, bits)
+    codes = sent = pack(value, bits)
     if workers > 1:
         sent = sent.unflatten(1, (mine, workers)).permute(2, 0, 1, 3, 4)  # (ranks, heads, slices of it, ...)
         sent = in_global_order(exchanged(sent))  # (all heads, my slices, blocks, bytes)
-    average = sum(decode(part, dtype) for part in sent).div_(heads)  # always in the same order
-    codes_of_mean = encode(average, bits)
+    average = sum(unpack(part, dtype) for part in sent).div_(heads)  # always in the same order
+    codes_of_mean = pack(average, bits)
     if error is not None:
-        value -= decode(codes, dtype)
-        average -= decode(codes_of_mean, dtype)
+        value -= unpack(codes, dtype)
+        average -= unpack(codes_of_mean, dtype)
         for i, left in enumerate(average):
             value[i, i * workers + rank].add_(left, alpha=heads)
         error.copy_(value.view(mine, -1)[:, :numbers].view(error.shape))
     if workers > 1:
         codes_of_mean = in_global_order(gather(codes_of_mean))
-    return decode(codes_of_mean, dtype).flatten()[:numbers].view(x.shape[1:])
+    return unpack(codes_of_mean, dtype).flatten()[:numbers].view(x.shape[1:])
 
 
 @torch.no_grad()
@@ -722,21 +722,21 @@ def mean_at(owner, x, workers):
     nothing. Rounded to 6 bits, and what is left to 6 more: large directions of a sketch would hide others."""
     mine, numbers, dtype = len(x), x[0].numel(), wide(x)
     value = in_blocks(x.reshape(mine, numbers).to(dtype))  # (mine, 1, blocks, 64)
-    codes = encode(value, 6)
-    codes = torch.stack([codes, encode(value - decode(codes, dtype), 6)], 1)  # (mine, 2, 1, blocks, bytes)
+    codes = pack(value, 6)
+    codes = torch.stack([codes, pack(value - unpack(codes, dtype), 6)], 1)  # (mine, 2, 1, blocks, bytes)
     if workers > 1:
         traffic['bytes'] += codes.nbytes * (workers - 1) / workers  # owners take turns
         parts = codes.new_empty(workers, *codes.shape)
         dist.gather(codes, list(parts) if place()[0] == owner else None, owner)
         codes = in_global_order(parts) if place()[0] == owner else codes
-    average = sum(decode(part, dtype).sum(0) for part in codes).div_(len(codes))
+    average = sum(unpack(part, dtype).sum(0) for part in codes).div_(len(codes))
     return average.flatten()[:numbers].view(x.shape[1:])
 
 
 def coded_same(owner, x, bits):
     """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
-    codes = same(encode(in_blocks(x.flatten()), bits), owner)
-    return decode(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
+    codes = same(pack(in_blocks(x.flatten()), bits), owner)
+    return unpack(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
 
 
 def error_of(p, state):

@@ -3397,17 +3397,17 @@ def test_what_few_bits_leave_is_sent_later_and_does_not_grow(bits):
 
 def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of_what_is_none():
     for bits, off in {2: 0.12, 3: 0.04, 4: 0.0095, 8: 4e-5}.items():
-        x = normal(2000, lowrank.BLOCK)
-        codes = lowrank.encode(x, bits)
+        x = normal(2000, lowrank.PACK)
+        codes = lowrank.pack(x, bits)
         assert codes.shape == (2000, 8 * bits + 2) and codes.dtype == torch.uint8
-        assert (lowrank.decode(codes, double) - x).square().mean() < off
-        for part in (x, x**9, F.one_hot(torch.arange(lowrank.BLOCK)).double(), 0 * x):
-            left = part - lowrank.decode(lowrank.encode(part, bits), double)
+        assert (lowrank.unpack(codes, double) - x).square().mean() < off
+        for part in (x, x**9, F.one_hot(torch.arange(lowrank.PACK)).double(), 0 * x):
+            left = part - lowrank.unpack(lowrank.pack(part, bits), double)
             assert (left.norm(dim=1) <= 0.96 * part.norm(dim=1)).all()
         for odd in (math.nan, math.inf, -math.inf):
             x[3, 5] = odd
-            got = lowrank.decode(lowrank.encode(x, bits), double)
-            assert got[3].isnan().all() and got.isnan().sum() == lowrank.BLOCK
+            got = lowrank.unpack(lowrank.pack(x, bits), double)
+            assert got[3].isnan().all() and got.isnan().sum() == lowrank.PACK
     for bits in (1, 16):
         with pytest.raises(ValueError, match=f'bits={bits} does not fit'):
             lowrank.coded_mean(x[None], bits)

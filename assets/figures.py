@@ -259,7 +259,7 @@ def draw_frontier():
         axes.set_xscale('log')
         axes.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
         axes.minorticks_off()
-        axes.set(xlabel='MB that each of four workers puts on the wire a step (ring; 32 bits a number or as said)',
+        axes.set(xlabel='MB that each of four workers sends a step (ring; 32 bits a number or as said)',
                  ylabel='validation loss (nats a byte)')
 
 

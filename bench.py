@@ -42,6 +42,8 @@ BENCHES = {
     'communication': 'bytes that each worker puts into collectives, and on the wire, a step',
     'screening': 'validation loss of each method on a small GPT, one setting changed at a time',
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
+    'sixteen': 'the same with weights in bfloat16, for three methods',
+    'trends': 'validation loss of four methods by the size of a GPT',
     'english': 'the same for a small LLaMA on English, some methods',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
@@ -170,10 +172,13 @@ SCREENING = {
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2), 5e-3),
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3, 4e-3), 5e-4),
-        ('Muon', dict(optimizer='muon', learning_rate=4e-3), (1e-3, 2e-3, 8e-3)),
+        ('Muon', dict(optimizer='muon', learning_rate=8e-3), (1e-3, 2e-3, 4e-3, 1.6e-2), 8e-3),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2, 3.2e-2)),
-        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=8e-3), (4e-3, 1.6e-2),
-         8e-3, 4e-3),
+        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=1.6e-2),
+         (4e-3, 8e-3, 3.2e-2), 1.6e-2, 8e-3, 4e-3),
+        ('Muon, no momentum, 8 bits',
+         dict(optimizer='muon', momentum=0.0, state_bits=8, learning_rate=8e-3), ()),
+        ('Muon, lean', dict(method('muon_lean'), learning_rate=1.6e-2), (8e-3, 3.2e-2), 1.6e-2),
         ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64, learning_rate=8e-3),
          (4e-3, 1.6e-2), 8e-3),
         ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3, 1.6e-2)),
@@ -196,6 +201,8 @@ SCREENING = {
           for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3)))]),
     'ReLoRA': (dict(RELORA, rank=64, alpha=64.0, learning_rate=2e-3), [
         {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3))]),
+    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, learning_rate=8e-3), [
+        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1.6e-2))]),
     'local AdamW': (dict(LOCAL, learning_rate=2e-3), [
         {}, *one_by_one(learning_rate=(4e-3, 1e-3), merge_every=(1, 50))])}
 FINALISTS = {  # ranks are a quarter of the width in all
@@ -219,20 +226,37 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, Muon, 2 bits, moments apart, rarely': (
         dict(APART, rank=96, merge_every=20, basis_every=200), rates(8e-3, 4e-3)),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3)),
-    'Muon, no momentum': (dict(optimizer='muon', momentum=0.0), rates(8e-3, 4e-3, 1.6e-2)),
-    **{f'{name}, 16 bits': ({**shared, 'param_dtype': 'bfloat16'}, rates(rate)) for name, shared, rate in (
-        ('full rank', {}, 1e-3), ('GaLore', dict(LAYER, rank=96), 5e-3),
-        ('LTE', dict(SPLIT, rank=24, alpha=24.0), 2e-3))}}
+    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, seed=1337), [
+        dict(merge_every=T, learning_rate=rate) for T, rate in ((50, 4e-3), (10, 4e-3), (100, 4e-3), (50, 8e-3))]),
+    'Muon, lean': (method('muon_lean'), rates(8e-3, 4e-3, 1.6e-2))}
+SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
+           for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
 ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
     ('full rank', {}, 2e-3, 1e-3, 4e-3),
     ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 4e-3, 1.6e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
-    ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), 8e-3, 4e-3, 1.6e-2),
+    ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
     ('LTE', dict(SPLIT, rank=16, alpha=16.0), 4e-3, 2e-3, 8e-3),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2),
     ('LTE, 16 bits', dict(SPLIT, rank=16, alpha=16.0, param_dtype='bfloat16'), 4e-3))}
+# Two sizes below, trained as the finalists are: losses against the size
+SMALLER = dict(n_layer=4, n_head=4, n_embd=144), dict(n_layer=4, n_head=4, n_embd=256)
+
+
+def by_size(shared, *rates_of):
+    """Trainings of each of SMALLER at some learning rates; a basis has a quarter of the width."""
+    ranks = [dict(rank=size['n_embd'] // 4) if 'lowrank' in shared else {} for size in SMALLER]
+    return shared, [dict(**size, **rank, learning_rate=rate)
+                    for size, rank, those in zip(SMALLER, ranks, rates_of) for rate in those]
+
+
+TRENDS = {
+    'full rank': by_size({}, (2e-3, 4e-3), (1e-3, 2e-3)),
+    'GaLore': by_size(LAYER, (1e-2, 2e-2), (5e-3, 1e-2)),
+    'Muon': by_size(dict(optimizer='muon'), (8e-3, 1.6e-2), (4e-3, 8e-3)),
+    'GaLore, Muon': by_size(MUON_INSIDE, (8e-3, 1.6e-2), (4e-3, 8e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -246,8 +270,9 @@ TRAININGS = {
     bench: [(dict(method=name, settings={**shared, **change}), {**base, **shared, **change})
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
-                                 ('english', ENGLISH, ON_ENGLISH), ('convergence', ADAPT, ADAPTING),
-                                 ('layers', LAYERS, HEADS_ON))}
+                                 ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
+                                 ('trends', FINAL, TRENDS),
+                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
@@ -303,6 +328,7 @@ def memory_cells():
             'GaLore': method('galore', rank=r),
             'GaLore, per layer': method('galore', rank=r, per_layer=True),
             'the same, 8 bits, checkpointing': method('galore_lean', rank=r // 2, checkpointing=True),
+            'Muon, lean, checkpointing': method('muon_lean', checkpointing=True),
             'MHLoRA, 4 heads': method('mhlora'),
             # a worker with one head; how often it merges does not matter, so that three steps have a merge
             'LTE, a worker': method('lte', heads=1, rank=64, merge_every=2),

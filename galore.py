@@ -349,8 +349,9 @@ def orthogonalised(G, state, group, key):
     """
     Muon (Jordan et al. 2024) with the rate of Moonlight (Liu et al. 2025, arXiv 2502.16982), by torch: the
     averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
-    rates go. The group's momentum, not its betas, averages; without one no state is kept. G (m, n), or
-    (heads, m, n), each on its own. Returns minus the move.
+    rates go. The group's momentum, not its betas, averages; without one no state is kept (as in SWAN, Ma et
+    al. 2025, arXiv 2412.13148, which scales rows first). G (m, n), or (heads, m, n), each on its own. Returns
+    minus the move.
     """
     momentum, move, grad = group['momentum'], torch.zeros_like(G, dtype=wide(G)), G.to(wide(G))
     if not momentum:  # a run may have had one before it was resumed

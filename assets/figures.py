@@ -7,6 +7,7 @@ $ python assets/figures.py
 import contextlib
 import glob
 import json
+import math
 import os
 import statistics
 import sys
@@ -308,6 +309,26 @@ def draw_convergence():
         plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
 
 
+def draw_trends():
+    """Validation loss against the size of a GPT, each method at the best of its rates there."""
+    with picture('trends', (6.4, 4.4)) as ((axes,),):
+        for number, name in enumerate(dict.fromkeys(cell['method'] for cell in trained('trends'))):
+            ends, best = {}, {}
+            for cell in trained('trends') + groups('quality')[name][0]:
+                if cell['method'] == name and cell['val_loss'] is not None:
+                    key = cell['trainable_parameters'] / 1e6, cell['settings']['learning_rate']
+                    ends.setdefault(key, []).append(cell['val_loss'])
+            for (size, _), values in ends.items():
+                best[size] = min(best.get(size, math.inf), statistics.mean(values))
+            color, marker = look(number)
+            axes.plot(*zip(*sorted(best.items())), marker=marker, color=color, label=name)
+        axes.set_xscale('log')
+        axes.set_xticks(ticks := [1, 3, 10], list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set(xlabel='parameters, millions', ylabel='validation loss (nats a byte)',
+                 title='1,000 steps of 1,024 bytes')
+
+
 def draw_layers():
     """Validation loss against trainable parameters; bars from the least to the largest of seeds."""
     with picture('layers', (6.4, 4.2), columns=0) as ((axes,),):
@@ -381,13 +402,27 @@ def rate_rows():
             yield name, words
 
 
-def rival_rows():
-    """Methods of one worker in the screening, by their loss."""
-    found = [mine for mine, *_ in groups('screening').values() if 'split' not in mine[0]['settings']
+def rival_rows(name):
+    """Methods of one worker in a bench, by their loss."""
+    found = [mine for mine, *_ in groups(name).values() if 'split' not in mine[0]['settings']
              and 'ranks' not in mine[0]['settings']]
     for mine in sorted(found, key=lambda cells: statistics.mean(losses(cells))):
         yield (label(mine[0]), f'{all_state(mine[0]) / 1e6:.1f} MB', mean_and_range(losses(mine)),
-               other_rates('screening', mine[0]))
+               other_rates(name, mine[0]))
+
+
+def sixteen_rows():
+    """Weights in bfloat16 against float32, of equal settings and seed."""
+    for name, (mine, *_) in groups('sixteen').items():
+        pairs = []
+        for cell in mine:
+            settings = {key: x for key, x in cell['settings'].items() if key != 'param_dtype'}
+            pairs += [(cell['val_loss'], other['val_loss'])
+                      for other in kept('quality', method=name, settings=settings)]
+        less = [sixteen - full for sixteen, full in pairs]
+        error = f'{statistics.stdev(less) / len(less)**0.5:.4f}' if len(less) > 1 else ''
+        yield (name, *(', '.join(f'{x:.3f}' for x in those) for those in zip(*pairs)),
+               f'{statistics.mean(less):+.4f}', error)
 
 
 def renew_tables():
@@ -404,13 +439,17 @@ def renew_tables():
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),
-          rival_rows())
+          rival_rows('screening'))
+    renew('README.md', 'english', ('method', 'optimizer state', 'loss', 'at other rates'),
+          rival_rows('english'))
+    renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),
+          sixteen_rows())
     renew('README.md', 'rates', ('method', 'validation loss at other learning rates, one seed'), rate_rows())
 
 
 if __name__ == '__main__':
     draw_method()
-    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_convergence,
-                 draw_layers):
+    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_trends,
+                 draw_convergence, draw_layers):
         draw()
     renew_tables()

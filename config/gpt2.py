@@ -12,6 +12,6 @@ merge_every = {'relora': 500}
 rewarm_iters = {'relora': 25}
 learning_rate = {'full': 6e-4, 'local_adamw': 6e-4, 'lora': 6e-4, 'lora_fa': 6e-4, 'mhlora': 6e-4,
                  'lte': 2e-4, 'relora': 1e-3, 'galore': 5e-3, 'galore_lean': 5e-3, 'galolte': 1e-2,
-                 'galolte_2bit': 2e-3, 'fira': 5e-3, 'muon': 1e-3, 'muon_stateless': 1e-3,
+                 'galolte_2bit': 2e-3, 'fira': 5e-3, 'muon': 1e-3, 'local_muon': 1e-3, 'muon_lean': 2e-3,
                  'galore_muon': 2e-3, 'apollo': 5e-3, 'apollo_mini': 5e-3, 'scale': 1e-3}
 beta2 = dict.fromkeys(learning_rate, 0.95) | dict.fromkeys((*_galore, 'apollo_mini'), 0.999)

@@ -43,8 +43,7 @@ BENCHES = {
     'screening': 'validation loss of each method on a small GPT, one setting changed at a time',
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
     'sixteen': 'the same with weights in bfloat16, for three methods',
-    'trends': 'validation loss of four methods by the size of a GPT',
-    'english': 'the same for a small LLaMA on English, some methods',
+    'english': 'validation loss of some methods on a small LLaMA and English text',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
     'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
@@ -226,8 +225,8 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'GaLoLTE, Muon, 2 bits, moments apart, rarely': (
         dict(APART, rank=96, merge_every=20, basis_every=200), rates(8e-3, 4e-3)),
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3)),
-    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, seed=1337), [
-        dict(merge_every=T, learning_rate=rate) for T, rate in ((50, 4e-3), (10, 4e-3), (100, 4e-3), (50, 8e-3))]),
+    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, learning_rate=4e-3, seed=1337),
+                           one_by_one(merge_every=(10, 50))),
     'Muon, lean': (method('muon_lean'), rates(8e-3, 4e-3, 1.6e-2))}
 SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
            for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
@@ -237,26 +236,8 @@ ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for n
     ('Muon', dict(optimizer='muon'), 8e-3, 4e-3, 1.6e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
     ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
-    ('LTE', dict(SPLIT, rank=16, alpha=16.0), 4e-3, 2e-3, 8e-3),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
-    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2),
-    ('LTE, 16 bits', dict(SPLIT, rank=16, alpha=16.0, param_dtype='bfloat16'), 4e-3))}
-# Two sizes below, trained as the finalists are: losses against the size
-SMALLER = dict(n_layer=4, n_head=4, n_embd=144), dict(n_layer=4, n_head=4, n_embd=256)
-
-
-def by_size(shared, *rates_of):
-    """Trainings of each of SMALLER at some learning rates; a basis has a quarter of the width."""
-    ranks = [dict(rank=size['n_embd'] // 4) if 'lowrank' in shared else {} for size in SMALLER]
-    return shared, [dict(**size, **rank, learning_rate=rate)
-                    for size, rank, those in zip(SMALLER, ranks, rates_of) for rate in those]
-
-
-TRENDS = {
-    'full rank': by_size({}, (2e-3, 4e-3), (1e-3, 2e-3)),
-    'GaLore': by_size(LAYER, (1e-2, 2e-2), (5e-3, 1e-2)),
-    'Muon': by_size(dict(optimizer='muon'), (8e-3, 1.6e-2), (4e-3, 8e-3)),
-    'GaLore, Muon': by_size(MUON_INSIDE, (8e-3, 1.6e-2), (4e-3, 8e-3))}
+    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -271,7 +252,6 @@ TRAININGS = {
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
                                  ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
-                                 ('trends', FINAL, TRENDS),
                                  ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}

@@ -7,7 +7,6 @@ $ python assets/figures.py
 import contextlib
 import glob
 import json
-import math
 import os
 import statistics
 import sys
@@ -152,8 +151,9 @@ def band(axes, x, curves, color, label=None):
 
 
 def look(number):
-    """The color and the marker of one of at most 19 methods."""
-    return colormaps['tab20'].colors[2 * number % 19], 'os^vDP*Xph<>dH81234'[number]
+    """The color and the marker of a method: 19 of each, then other pairs of them."""
+    markers = 'os^vDP*Xph<>dH81234'
+    return colormaps['tab20'].colors[2 * number % 19], markers[(number + number // 19) % 19]
 
 
 def bars(middle, values):
@@ -235,7 +235,7 @@ def draw_quality():
                     ylim=(min(shown) - 0.02, max(shown) + 0.02))
         by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
         by_bytes.set(xlabel="optimizer state, MB (all workers')", xscale='log')
-        by_bytes.set_xticks(ticks := [20, 50, 100, 200, 400], list(map(str, ticks)))
+        by_bytes.set_xticks(ticks := [0.5, 2, 10, 50, 400], list(map(str, ticks)))
         by_bytes.minorticks_off()
 
 
@@ -254,7 +254,7 @@ def draw_frontier():
         for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
             points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
             color, style = look(number)
-            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name)
+            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name, ms=8, mew=2)
             for x, y, what in points if len(points) > 1 else ():
                 axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
         axes.set_xscale('log')
@@ -309,26 +309,6 @@ def draw_convergence():
         plots[1, 1].set(xlabel='training, s (one CPU thread)', xlim=0)
 
 
-def draw_trends():
-    """Validation loss against the size of a GPT, each method at the best of its rates there."""
-    with picture('trends', (6.4, 4.4)) as ((axes,),):
-        for number, name in enumerate(dict.fromkeys(cell['method'] for cell in trained('trends'))):
-            ends, best = {}, {}
-            for cell in trained('trends') + groups('quality')[name][0]:
-                if cell['method'] == name and cell['val_loss'] is not None:
-                    key = cell['trainable_parameters'] / 1e6, cell['settings']['learning_rate']
-                    ends.setdefault(key, []).append(cell['val_loss'])
-            for (size, _), values in ends.items():
-                best[size] = min(best.get(size, math.inf), statistics.mean(values))
-            color, marker = look(number)
-            axes.plot(*zip(*sorted(best.items())), marker=marker, color=color, label=name)
-        axes.set_xscale('log')
-        axes.set_xticks(ticks := [1, 3, 10], list(map(str, ticks)))
-        axes.minorticks_off()
-        axes.set(xlabel='parameters, millions', ylabel='validation loss (nats a byte)',
-                 title='1,000 steps of 1,024 bytes')
-
-
 def draw_layers():
     """Validation loss against trainable parameters; bars from the least to the largest of seeds."""
     with picture('layers', (6.4, 4.2), columns=0) as ((axes,),):
@@ -379,20 +359,21 @@ def quality_rows(names=None):
         mine = found[name][0]
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
         yield (label(first), f'{all_trained(first):.1f}M',
-               f'{all_state(first) / 1e6:.0f} MB', f'{wire / 1e6:.3g} MB' if wire else '',
+               f'{all_state(first) / 1e6:.3g} MB', f'{wire / 1e6:.3g} MB' if wire else '',
                f"{times[name] / times['full rank']:.2f}" if name in times else '',
                mean_and_range(losses(mine)))
 
 
 def other_rates(name, best):
-    """Losses of the trainings that differ from `best` in their rate alone, in words."""
+    """Mean losses of the trainings that differ from `best` in their rate alone, in words."""
     rates = {}
     for cell in trained(name):
         s, mine = ({**cell['settings'], 'seed': 0} for cell in (cell, best))
         if cell['method'] == best['method'] and s | {'learning_rate': 0} == mine | {'learning_rate': 0} \
                 and s != mine:
-            rates[s['learning_rate']] = cell['val_loss']
-    return ', '.join(f"{lr:g}: {f'{loss:.3f}' if loss else 'diverged'}" for lr, loss in sorted(rates.items()))
+            rates.setdefault(s['learning_rate'], []).append(cell['val_loss'])
+    return ', '.join(f"{lr:g}: {'diverged' if None in those else f'{statistics.mean(those):.3f}'}"
+                     for lr, those in sorted(rates.items()))
 
 
 def rate_rows():
@@ -419,6 +400,9 @@ def sixteen_rows():
             settings = {key: x for key, x in cell['settings'].items() if key != 'param_dtype'}
             pairs += [(cell['val_loss'], other['val_loss'])
                       for other in kept('quality', method=name, settings=settings)]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            continue
         less = [sixteen - full for sixteen, full in pairs]
         error = f'{statistics.stdev(less) / len(less)**0.5:.4f}' if len(less) > 1 else ''
         yield (name, *(', '.join(f'{x:.3f}' for x in those) for those in zip(*pairs)),
@@ -433,8 +417,8 @@ def renew_tables():
     head = ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
             'validation loss: mean (range; seeds)')
     renew('README.md', 'quality', head, quality_rows())
-    first = ('full rank', 'Muon', 'GaLore', 'GaLore, Muon', 'GaLoLTE', 'GaLoLTE, Muon, 2 bits, moments apart',
-             'LTE')
+    first = ('full rank', 'Muon', 'Muon, lean', 'GaLore', 'GaLore, Muon',
+             'GaLoLTE, Muon, 2 bits, moments apart', 'LTE')
     renew('../README.md', 'quality', head, quality_rows(first),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
@@ -444,12 +428,12 @@ def renew_tables():
           rival_rows('english'))
     renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),
           sixteen_rows())
-    renew('README.md', 'rates', ('method', 'validation loss at other learning rates, one seed'), rate_rows())
+    renew('README.md', 'rates', ('method', 'validation loss at other learning rates'), rate_rows())
 
 
 if __name__ == '__main__':
     draw_method()
-    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_trends,
-                 draw_convergence, draw_layers):
+    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_convergence,
+                 draw_layers):
         draw()
     renew_tables()

@@ -438,6 +438,9 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
                     scaler.load_state_dict(checkpoint['scaler'])
             if what := not_finite(model, optimizer if checkpoint else None):
                 raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
+    if s.sync_bits < 32 and not checkpoint:  # ranks begin alike, so that merges send changes from the first on
+        for p in replicas.values():
+            optimizer.state[p]['common'] = p.detach().clone()
     if s.compile:  # block by block: their code is one, compiled once, and a block steps when it is done
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)

@@ -11,6 +11,6 @@ basis_every = dict.fromkeys([*rank, 'apollo_mini'], 50)
 # rates are those of a GPT of 3.3M parameters, not searched here
 learning_rate = {'full': 2e-3, 'local_adamw': 2e-3, 'lora': 4e-3, 'lora_fa': 4e-3, 'mhlora': 2e-3,
                  'lte': 4e-3, 'relora': 4e-3, 'galore': 2e-2, 'galore_lean': 2e-2, 'galolte': 2e-2,
-                 'fira': 1e-2, 'muon': 4e-3, 'local_muon': 4e-3, 'muon_lean': 1.6e-2, 'galore_muon': 8e-3,
+                 'fira': 1e-2, 'muon': 8e-3, 'local_muon': 8e-3, 'muon_lean': 1.6e-2, 'galore_muon': 8e-3,
                  'apollo': 2e-2, 'apollo_mini': 1e-2, 'scale': 1e-3}
 device, dtype = 'cpu', 'float32'

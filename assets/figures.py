@@ -151,9 +151,8 @@ def band(axes, x, curves, color, label=None):
 
 
 def look(number):
-    """The color and the marker of a method: 19 of each, then other pairs of them."""
-    markers = 'os^vDP*Xph<>dH81234'
-    return colormaps['tab20'].colors[2 * number % 19], markers[(number + number // 19) % 19]
+    """The color and the marker of a method; of 19 and 15, so that their pairs differ."""
+    return colormaps['tab20'].colors[2 * number % 19], 'os^vDP*Xph<>dH8'[number % 15]
 
 
 def bars(middle, values):
@@ -254,7 +253,7 @@ def draw_frontier():
         for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
             points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
             color, style = look(number)
-            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name, ms=8, mew=2)
+            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name)
             for x, y, what in points if len(points) > 1 else ():
                 axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
         axes.set_xscale('log')

@@ -227,7 +227,7 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3)),
     'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, learning_rate=4e-3, seed=1337),
                            one_by_one(merge_every=(10, 50))),
-    'Muon, lean': (method('muon_lean'), rates(8e-3, 4e-3, 1.6e-2))}
+    'Muon, lean': (method('muon_lean'), rates(1.6e-2, 8e-3, 3.2e-2))}
 SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
            for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
 ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (

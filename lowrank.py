@@ -1151,7 +1151,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
 
     bits: of a number that is sent to be averaged, in a basis or of replicas (see `coded_mean`). Below 32
-    `state`, an optimizer's, keeps what they leave, and of replicas the values that all ranks have in `common`,
+    `state`, an optimizer's, has what they leave, and of replicas the values that all ranks have in `common`,
     those of the merge before; where it has none a replica is sent in full.
     """
     seed = next(_merges) if generator is None else generator.initial_seed()

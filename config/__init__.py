@@ -438,7 +438,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
                     scaler.load_state_dict(checkpoint['scaler'])
             if what := not_finite(model, optimizer if checkpoint else None):
                 raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
-    if s.sync_bits < 32 and not checkpoint:  # ranks begin alike, so that merges send changes from the first on
+    if s.sync_bits < 32 and not checkpoint:  # ranks begin alike, so merges send changes from the first on
         for p in replicas.values():
             optimizer.state[p]['common'] = p.detach().clone()
     if s.compile:  # block by block: their code is one, compiled once, and a block steps when it is done

@@ -1,4 +1,4 @@
-# GaLoLTE with Muon on slow links: merges average what trains, not its moments, in 2 bits a number; torchrun only. Best rate so far: 4e-3.
+# GaLoLTE with Muon: merges average what trains in 2 bits, and no moments; torchrun only. Best rate: 4e-3.
 lowrank = 'attn,mlp'
 heads, rank = 4, 64
 factors, split = 'basis', True

@@ -1,4 +1,4 @@
-# Muon without momentum: attention and MLP have no state and step in the backward pass. Best rate so far: 1.6e-2.
+# Muon without momentum: attention and MLP have no state and step in the backward pass. Best rate: 1.6e-2.
 # With several micro-batches a step all gradients are kept, and it is not lean.
 optimizer = 'muon'
 momentum = 0.0

@@ -44,6 +44,7 @@ BENCHES = {
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
     'sixteen': 'the same with weights in bfloat16, for three methods',
     'english': 'validation loss of some methods on a small LLaMA and English text',
+    'longer': 'validation loss on the first one after four times as many steps',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
     'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
@@ -118,6 +119,8 @@ SCREEN = {**train_gpt.defaults, **SMALL}
 # The same of a LLaMA of 3.3M, on English: a dictionary, see assets/README.md
 ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
            'gradient_accumulation_steps': 1}
+# Four times as long:
+LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -234,6 +237,8 @@ ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for n
     ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
+FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those]) for name, *those in (
+    ('full rank', 2e-3, 1e-3), ('GaLore', 2e-2), ('GaLore, Muon', 8e-3), ('Muon, lean', 1.6e-2))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -248,7 +253,7 @@ TRAININGS = {
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
                                  ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
-                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
+                                 ('longer', LONGER, FOR_LONGER), ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',

@@ -423,8 +423,8 @@ def renew_tables():
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),
           rival_rows('screening'))
-    renew('README.md', 'english', ('method', 'optimizer state', 'loss', 'at other rates'),
-          rival_rows('english'))
+    for name in ('english', 'longer'):
+        renew('README.md', name, ('method', 'optimizer state', 'loss', 'at other rates'), rival_rows(name))
     renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),
           sixteen_rows())
     renew('README.md', 'rates', ('method', 'validation loss at other learning rates'), rate_rows())

@@ -306,12 +306,18 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
     (lambda s: s.optimizer == 'apollo' and s.basis != 'random',
      "APOLLO draws its bases, and basis={basis!r} does not: set basis='random'"),
-    (lambda s: s.per_layer and (s.grad_clip or s.dtype == 'float16' or s.sync == 'merge'),
-     'per_layer=True steps before there is a norm of all gradients, a GradScaler or a merge: set '
-     "grad_clip=0.0 (not {grad_clip}), sync='step' (not {sync!r}), and a dtype other than 'float16'"),
-    (lambda s: s.shard and (s.optimizer != 'adamw' or s.sync == 'merge' or s.per_layer),
-     'shard=True gives ranks parts of common weights and frees gradients as they come: set '
-     "optimizer='adamw', sync='step', per_layer=False (here {optimizer!r}, {sync!r}, {per_layer})"),
+    (lambda s: s.per_layer and s.grad_clip,
+     'per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0, not {grad_clip}'),
+    (lambda s: s.per_layer and s.dtype == 'float16',
+     "per_layer=True steps before a GradScaler has seen all gradients: set another dtype than 'float16'"),
+    (lambda s: s.per_layer and s.sync == 'merge',
+     "per_layer=True averages each gradient over ranks, and sync='merge' none: set sync='step'"),
+    (lambda s: s.shard and s.optimizer != 'adamw',
+     'shard=True frees whole gradients as they come, and optimizer={optimizer!r} wants them: set '
+     "optimizer='adamw', or shard=False"),
+    (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
+     "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' and "
+     'per_layer=False, or shard=False'),
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
      "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or shard=False"),
     (lambda s: s.eval_only and s.wandb_log, 'eval_only=True writes no run to wandb: set wandb_log=False'))

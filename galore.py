@@ -326,10 +326,12 @@ def apollo(G, R, U, state, group):
 
 
 def average_of(G, state, group):
-    """The average of gradients that a rule keeps, zero at first, like G, in float32 or wider."""
+    """The average of gradients that a rule keeps, zero at first, like what is here of G, in float32 or
+    wider."""
+    here = local(G)
     if 'exp_avg' not in state:  # flat views are taken of it
-        new_moments(state, G.contiguous(), group['state_bits'], keys=('exp_avg',))
-    return read_moments(state)[0].view(G.shape).to(wide(G))
+        new_moments(state, here.contiguous(), group['state_bits'], G, keys=('exp_avg',))
+    return read_moments(state)[0].view(here.shape).to(wide(here))
 
 
 def column_normalised(G, state, group, key):
@@ -351,22 +353,25 @@ def orthogonalised(G, state, group, key):
     averaged gradient with all singular values near 1, times 0.2 sqrt(max(m, n)), so that AdamW's learning
     rates go. The group's momentum, not its betas, averages; without one no state is kept (as in SWAN, Ma et
     al. 2025, arXiv 2412.13148, which scales rows first). G (m, n), or (heads, m, n), each on its own. Returns
-    minus the move.
+    minus the move; of a sharded G the move of all its rows.
     """
-    momentum, move, grad = group['momentum'], torch.zeros_like(G, dtype=wide(G)), G.to(wide(G))
-    if not momentum:  # a run may have had one before it was resumed
+    momentum, grad = group['momentum'], local(G).to(wide(G))
+    if momentum:
+        M = average_of(G, state, group).lerp_(grad, 1 - momentum)
+        write_moments(state, [M], key, first=first_here(G))
+        grad = grad.lerp(M, momentum)  # Nesterov's
+    else:  # a run may have had one before it was resumed
         for name in ('exp_avg', 'exp_avg_top'):
             state.pop(name, None)
-    M = average_of(G, state, group) if momentum else grad
-    moves, grads, averages = (x.view(-1, *G.shape[-2:]) for x in (move, grad, M))
-    moves = [nn.Parameter(x) for x in moves]
-    optimizer = torch.optim.Muon(moves, lr=1.0, weight_decay=0.0, momentum=momentum,
+    if is_sharded(G):  # torch's iterations are in bfloat16, too
+        grad = whole_of(grad.bfloat16(), len(G)).to(grad.dtype)
+    move = torch.zeros_like(grad)
+    moves = [nn.Parameter(x) for x in move.view(-1, *G.shape[-2:])]
+    optimizer = torch.optim.Muon(moves, lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False,
                                  adjust_lr_fn='match_rms_adamw')
-    for p, grad, average in zip(moves, grads, averages):
-        p.grad, optimizer.state[p]['momentum_buffer'] = grad, average
+    for p, grad in zip(moves, grad.view(-1, *G.shape[-2:])):
+        p.grad = optimizer.state[p]['momentum_buffer'] = grad
     optimizer.step()
-    if momentum:
-        write_moments(state, [M], key)
     return move
 
 
@@ -557,12 +562,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """W <- (1 - lr decay) W - lr times what a rule of WHOLE makes of the gradient, in place."""
         state['step'] = state.get('step', 0) + 1
         key = self._seed(W, state['step'], 0)
-        move = WHOLE[group['rule']](W.grad, state, group, key)
+        move = WHOLE[group['rule']](W.grad, state, group, key)[rows_here(W)]
         self._move(W, move, group['lr'], 1.0 - group['lr'] * group['weight_decay'], key + 1)
 
     def _move(self, W, move, alpha, keep, key):
-        """W <- keep W + alpha move (m, n), which is used up."""
-        round_(W, move.to(wide(W)).mul_(alpha).add_(W, alpha=keep), key)
+        """W <- keep W + alpha move, of the rows (m, n) that are here; the move is used up."""
+        here = local(W)
+        round_(here, move.to(wide(W)).mul_(alpha).add_(here, alpha=keep), key, first_here(W))
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
@@ -803,7 +809,9 @@ class LowRankAdamW(GaLoreAdamW):
                 if layer.mine is None:
                     U = U[0]
                 elif layer.left:  # W and P have rows of the same ranks
-                    U = whole_of(U, len(p)).mT.contiguous()
+                    U = (whole_of(U, len(p)) if group['inside'] == 'galore' else U).mT.contiguous()
+                elif group['inside'] == 'muon':
+                    U = U[rows_here(p)]
                 add_back_(W, U, P, Q, alpha, keep, key + 1, first)
             else:
                 if keep != 1 and W.dtype == torch.bfloat16:

@@ -319,7 +319,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--optimizer=fira', 1, "basis='power'"), ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, 'per_layer=False'),
-    ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "optimizer='fira' wants them"),
+    ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "optimizer='fira' projects"),
     ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
     ('gpt', '--momentum=0', 1, "it is Muon's"),
     ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
@@ -1881,7 +1881,7 @@ MORE |= {  # 13 images are tested
     'gpt_one_head': 'galore --merge_every=3 --basis=power', 'vit_head': 'galore --train=classifier',
     'llama_leans': 'galore --state_bits=8 --rank=64 --n_embd=64 --n_mlp=96'}
 IN_SHARDS = [*(f'gpt_{name}' for name in (
-    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head')),
+    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head', 'muon', 'galore_muon')),
     'llama_galore', 'llama_power', 'llama_leans', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS

@@ -312,9 +312,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "per_layer=True steps before a GradScaler has seen all gradients: set another dtype than 'float16'"),
     (lambda s: s.per_layer and s.sync == 'merge',
      "per_layer=True averages each gradient over ranks, and sync='merge' none: set sync='step'"),
-    (lambda s: s.shard and s.optimizer != 'adamw',
-     'shard=True frees whole gradients as they come, and optimizer={optimizer!r} wants them: set '
-     "optimizer='adamw', or shard=False"),
+    (lambda s: s.shard and s.optimizer not in ('adamw', 'muon'),
+     "optimizer={optimizer!r} projects whole gradients, of which ranks hold rows: set optimizer='adamw' or "
+     "'muon', or shard=False"),
     (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
      "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' and "
      'per_layer=False, or shard=False'),

@@ -1,4 +1,4 @@
-# LLaMA 1B on four cards of 12 GB, in shards: GaLore of rank 512 against full rank.
+# LLaMA 1B on four cards of 12 GB, in shards: GaLore of rank 512, or Muon, against full rank.
 # torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b_4gpu.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/llama_1b_4gpu'
@@ -8,6 +8,6 @@ shard = True
 param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
 block_size, batch_size, gradient_accumulation_steps = 256, 64, 8
 max_iters, warmup_iters, eval_interval = 5000, 500, 500
-rank = {'galore': 512}
-state_bits = {'galore': 8, 'full': None}
-learning_rate = {'full': 5e-4, 'galore': 0.01}
+rank = {'galore': 512, 'galore_muon': 512}
+state_bits = {'galore': 8, 'galore_muon': 8, 'muon': 8, 'full': None}
+learning_rate = {'full': 5e-4, 'galore': 0.01, 'galore_muon': 2e-3, 'muon': 1e-3}

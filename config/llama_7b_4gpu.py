@@ -1,7 +1,7 @@
-# LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, weights, gradients and moments in shards.
+# LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, or Muon, weights, gradients and moments in shards.
 # torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_7b_4gpu.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run. Planned: 9.6 GB a card with these 16 sequences each, 7.7 with 1, 11.8
-# with 33. No host holds a model at first; that of rank 0 holds a checkpoint, 19 GB, while it is saved
+# with 33 (muon.py --batch_size=32: 11.8). No host holds a whole model, or checkpoint
 out_dir = 'out/llama_7b_4gpu'
 dataset = 'c4'
 size = '7b'
@@ -9,6 +9,6 @@ shard = True
 param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
 block_size, batch_size, gradient_accumulation_steps = 256, 64, 8
 max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
-rank = {'galore': 1024}
-state_bits = {'galore': 8, 'full': None}
-learning_rate = {'full': 5e-4, 'galore': 0.005}
+rank = {'galore': 1024, 'galore_muon': 1024}
+state_bits = {'galore': 8, 'galore_muon': 8, 'muon': 8, 'full': None}
+learning_rate = {'full': 5e-4, 'galore': 0.005, 'galore_muon': 2e-3, 'muon': 1e-3}

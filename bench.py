@@ -230,15 +230,15 @@ FINALISTS = {  # ranks are a quarter of the width in all
 SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
            for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
 ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
-    ('full rank', {}, 2e-3, 1e-3, 4e-3),
+    ('full rank', {}, 2e-3, 5e-4, 1e-3),
     ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 4e-3, 1.6e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
     ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
-FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those]) for name, *those in (
-    ('full rank', 2e-3, 1e-3), ('GaLore', 2e-2), ('GaLore, Muon', 8e-3), ('Muon, lean', 1.6e-2))}
+FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those])
+              for name, *those in (('full rank', 2e-3, 1e-3), ('Muon, lean', 1.6e-2))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -253,7 +253,8 @@ TRAININGS = {
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
                                  ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
-                                 ('longer', LONGER, FOR_LONGER), ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
+                                 ('longer', LONGER, FOR_LONGER), ('convergence', ADAPT, ADAPTING),
+                                 ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',

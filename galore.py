@@ -821,7 +821,7 @@ class LowRankAdamW(GaLoreAdamW):
                 if U is None:
                     step_(local(p), local(p.grad), state, alpha, keep, *how, first_here(p))
                 else:
-                    round_(p, p.to(wide(p)).mul_(keep).add_(U, alpha=alpha), key + 2)
+                    self._move(p, U[rows_here(p)], alpha, keep, key + 2)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases and sketches included."""

@@ -319,7 +319,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--optimizer=fira', 1, "basis='power'"), ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, 'per_layer=False'),
-    ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "optimizer='fira' projects"),
+    ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "optimizer='fira' wants"),
     ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
     ('gpt', '--momentum=0', 1, "it is Muon's"),
     ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
@@ -1878,10 +1878,12 @@ MORE = {  # methods with other settings
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 MORE |= {  # 13 images are tested
     'gpt_half': 'galore --param_dtype=float32 --dtype=float16', 'vit_few': 'full --batch_size=12',
-    'gpt_one_head': 'galore --merge_every=3 --basis=power', 'vit_head': 'galore --train=classifier',
+    'gpt_one_head': 'galore --merge_every=3 --basis=power', 'gpt_one_muon': 'galore_muon --merge_every=3',
+    'vit_head': 'galore --train=classifier',
     'llama_leans': 'galore --state_bits=8 --rank=64 --n_embd=64 --n_mlp=96'}
 IN_SHARDS = [*(f'gpt_{name}' for name in (
-    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head', 'muon', 'galore_muon')),
+    'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head', 'one_muon',
+    'muon', 'muons', 'galore_muon')),
     'llama_galore', 'llama_power', 'llama_leans', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS
@@ -1903,15 +1905,15 @@ RUNS |= MORE | REPLICAS | ONE_PROCESS
 ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean', 'galore_muon', 'muon',
                       'muon_lean', 'local_muon', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
-ALIKE |= {'gpt_half', 'gpt_one_head', 'llama_leans', 'vit_few', 'vit_head',  # are there for their shards
+ALIKE |= {'gpt_half', 'gpt_one_head', 'gpt_one_muon', 'llama_leans', 'vit_few', 'vit_head',  # of shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
           'vit_bits'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of fira and lora
     'gpt_apollo', 'gpt_apollo_mini', 'gpt_scale', 'gpt_lora_fa'}
 SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]  # on two ranks, too
-WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # begun by one process, ended by another
-    'SLOW' in os.environ or re.search('_full|_galore$|lt|_shard|bits|muons', name))]  # others are alike on ranks
+WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # one process begins; others are alike
+    'SLOW' in os.environ or re.search('_full|_galore$|lt|shard', f'{RUNS[name]} {name}'))]
 FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
 RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
 
@@ -1971,7 +1973,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
-    'llama galore --basis=random', 'llama galore --basis_every=8', 'llama fira --basis=svd',
+    'llama galore --basis=random', 'llama galore --basis_every=7', 'llama fira --basis=svd',
     'llama lora --grad_clip=0', 'llama galore --grad_clip=0',
     'llama full --optimizer=galore --basis=svd --rank=3 --basis_every=3',
     'reused lte', 'reused galolte --basis=power', 'reused galore --basis=power --merge_every=2',

@@ -313,7 +313,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.per_layer and s.sync == 'merge',
      "per_layer=True averages each gradient over ranks, and sync='merge' none: set sync='step'"),
     (lambda s: s.shard and s.optimizer not in ('adamw', 'muon'),
-     "optimizer={optimizer!r} projects whole gradients, of which ranks hold rows: set optimizer='adamw' or "
+     "optimizer={optimizer!r} wants whole gradients, of which ranks hold rows: set optimizer='adamw' or "
      "'muon', or shard=False"),
     (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
      "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' and "

@@ -175,6 +175,7 @@ SCREENING = {
         ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2), 5e-3),
         ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3), 5e-4),
         ('Muon', dict(optimizer='muon', learning_rate=8e-3), (1e-3, 2e-3, 4e-3, 1.6e-2), 8e-3),
+        ('Muon, 8 bits', dict(optimizer='muon', state_bits=8, learning_rate=8e-3), ()),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2)),
         ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=1.6e-2),
          (4e-3, 8e-3), 8e-3, 4e-3),
@@ -232,7 +233,7 @@ SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate)
 ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
     ('full rank', {}, 2e-3, 5e-4, 1e-3),
     ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
-    ('Muon', dict(optimizer='muon'), 8e-3, 4e-3, 1.6e-2),
+    ('Muon', dict(optimizer='muon'), 8e-3, 2e-3, 4e-3),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
     ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),

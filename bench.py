@@ -239,7 +239,8 @@ ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for n
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
 FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those])
-              for name, *those in (('full rank', 2e-3, 1e-3), ('Muon, lean', 1.6e-2))}
+              for name, *those in (('full rank', 2e-3, 1e-3), ('GaLore', 2e-2), ('GaLore, Muon', 8e-3),
+                                   ('Muon, lean', 1.6e-2))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),

@@ -44,7 +44,7 @@ BENCHES = {
     'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
     'sixteen': 'the same with weights in bfloat16, for three methods',
     'english': 'validation loss of some methods on a small LLaMA and English text',
-    'longer': 'validation loss on the first one after four times as many steps',
+    'longer': 'validation loss of some methods on the small GPT after four times as many steps',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
     'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
@@ -119,7 +119,7 @@ SCREEN = {**train_gpt.defaults, **SMALL}
 # The same of a LLaMA of 3.3M, on English: a dictionary, see assets/README.md
 ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
            'gradient_accumulation_steps': 1}
-# Four times as long:
+# The GPT of 3.3M, four times as long:
 LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.

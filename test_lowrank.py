@@ -1884,7 +1884,8 @@ MORE |= {  # 13 images are tested
 IN_SHARDS = [*(f'gpt_{name}' for name in (
     'full', 'lora', 'relora', 'lte', 'galore', 'galolte', 'bits', 'half', 'one_head', 'one_muon',
     'muon', 'muons', 'galore_muon')),
-    'llama_galore', 'llama_power', 'llama_leans', 'vit_galore', 'vit_melo', 'vit_few', 'vit_head']
+    'llama_galore', 'llama_galore_muon', 'llama_power', 'llama_leans', 'vit_galore', 'vit_muon', 'vit_melo',
+    'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS
 ONE_PROCESS = {

@@ -10,4 +10,5 @@ block_size, batch_size, gradient_accumulation_steps = 256, 64, 8
 max_iters, warmup_iters, eval_interval = 5000, 500, 500
 rank = {'galore': 512, 'galore_muon': 512}
 state_bits = {'galore': 8, 'galore_muon': 8, 'muon': 8, 'full': None}
+# those of galore_muon and muon were not searched
 learning_rate = {'full': 5e-4, 'galore': 0.01, 'galore_muon': 2e-3, 'muon': 1e-3}

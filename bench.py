@@ -196,7 +196,7 @@ SCREENING = {
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
     'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3)),
+        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3), sync_bits=(4, 2)),
         dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
         *(dict(alpha=alpha, learning_rate=rate)
           for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3)))]),
@@ -214,6 +214,7 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'ReLoRA': (dict(RELORA, rank=96, alpha=96.0), rates(2e-3, 4e-3, 1e-3)),
     'MHLoRA': (dict(FOUR, rank=24, alpha=96.0), rates(5e-4, 2.5e-4, 1e-3, 2e-3)),
     'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
+    'LTE, 2 bits': (dict(SPLIT, **OWN, sync_bits=2, rank=24, alpha=24.0), rates(2e-3, 1e-3)),
     'Fira': (dict(FIRA, rank=96), rates(1e-2)[:1]),
     'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
     'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(4e-3, 2e-3, 8e-3, 1.6e-2)),
@@ -239,8 +240,9 @@ ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for n
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
 FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those])
-              for name, *those in (('full rank', 2e-3, 1e-3), ('GaLore', 2e-2), ('GaLore, Muon', 8e-3),
-                                   ('Muon, lean', 1.6e-2))}
+              for name, *those in (('full rank', 2e-3, 1e-3, 4e-3), ('GaLore', 2e-2, 1e-2),
+                                   ('Muon', 8e-3, 4e-3), ('GaLore, Muon', 8e-3, 4e-3),
+                                   ('Muon, lean', 1.6e-2, 8e-3))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),

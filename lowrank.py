@@ -284,6 +284,7 @@ class MHLoRALinear(nn.Module):
         if not self.reset:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
+        self.merged_of_all = {}  # what those two are of all ranks' heads, while merges send few bits
         if not self.weight.is_meta:
             self.start()
 
@@ -317,6 +318,7 @@ class MHLoRALinear(nn.Module):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
+        self.merged_of_all = {}
         with self._without_zero():
             super()._load_from_state_dict(*args, **kwargs)
 
@@ -335,8 +337,9 @@ class MHLoRALinear(nn.Module):
                 local(self.trained).zero_()
         else:
             self.reset_heads()
-            for x in self.buffers():  # heads at the last merge
-                x.zero_()
+            if not self.reset:  # what all ranks know
+                self.A_merged.copy_(self.A)
+                self.B_merged.zero_()
 
     @torch.no_grad()
     def reset_heads(self, generator=None):
@@ -479,11 +482,35 @@ class MHLoRALinear(nn.Module):
         gathered = self.workers * sum(x.numel() * x.element_size() for x in self.of_heads().values())
         return self.workers > 1 and gathered > 2 * product
 
+    def send_changes(self, bits):
+        """
+        Adds to A_merged and B_merged what A and B have moved, in `bits` bits a number. What rounding leaves
+        stays a part of A - A_merged: its head computes with it, and sends it the next time (error feedback).
+        Every rank takes part, and follows the heads of all in `merged_of_all`.
+        Returns A (H, 2 r, n), B (H, m, 2 r): the products of the new values less those of the old ones.
+        """
+        pairs, dtype = [], wide(self.weight)
+
+        def of_all(x):
+            return in_global_order(gather(x)) if self.workers > 1 else x.clone()
+        for key, factor, sign in (('A_merged', self.A, 1), ('B_merged', self.B, -1)):
+            merged = getattr(self, key)
+            if key not in self.merged_of_all:  # at first, and after a resume, in full
+                self.merged_of_all[key] = of_all(merged)
+            new = old = self.merged_of_all[key]
+            if factor.requires_grad:
+                codes = of_all(pack(in_blocks((factor.to(dtype) - merged).flatten(1)), bits))
+                change = unpack(codes, dtype).flatten(1)[:, :factor[0].numel()]
+                new = self.merged_of_all[key] = (old + change.view(old.shape)).to(old.dtype)
+                merged.copy_(new[self.worker::self.workers])
+            pairs.append((new.to(dtype), sign * old.to(dtype)))
+        return torch.cat(pairs[0], 1), torch.cat(pairs[1], 2)
+
     @torch.no_grad()
-    def merged_weight(self, factor=None):
+    def merged_weight(self, factor=None, pairs=None):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider;
         of a sharded W this rank's rows. Every rank takes part, and gets the same bits. factor: the mean of
-        what is trained in a basis, if it is known."""
+        what is trained in a basis, if it is known; pairs: those of all heads, see `send_changes`."""
         dtype, rows = wide(self.weight), rows_here(self.weight)
         weight = local(self.weight).to(dtype)
         if self.zero:
@@ -494,12 +521,12 @@ class MHLoRALinear(nn.Module):
             basis = self.basis.to(dtype)
             B, A = (basis, factor) if self.left else (factor, basis.mT)
             return torch.addmm(weight, B[rows], A)
-        if self.sends_products:
+        if pairs is None and self.sends_products:
             A, B = side_by_side(*self.pairs())
             product = mean(B.to(dtype) @ A.to(dtype), self.workers)[rows]  # of the heads of one rank
             return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
-        with self.averaged():
-            A, B = side_by_side(*map(whole, self.pairs()))
+        with contextlib.nullcontext() if pairs else self.averaged():
+            A, B = side_by_side(*map(whole, pairs or self.pairs()))
             return torch.addmm(weight, B[rows].to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
@@ -508,16 +535,21 @@ class MHLoRALinear(nn.Module):
         state: see lowrank.merge."""
         if self.zero:
             return
-        factor = None
+        factor = pairs = None
         if bits < 32 and self.split and self.factors == 'basis':
             factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
             factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
-        round_(local(self.weight), self.merged_weight(factor), key, first_here(self.weight))
+        elif bits < 32 and self.split and self.reset:
+            raise ValueError(f'{bits=} leave a rest in the heads, and merge_reset=True draws new ones: set 32')
+        elif bits < 32 and self.split:
+            pairs = self.send_changes(bits)
+        round_(local(self.weight), self.merged_weight(factor, pairs), key, first_here(self.weight))
         if self.factors == 'basis':
             local(self.trained).zero_()
         elif self.reset:
             self.reset_heads(generator)
-        else:
+        elif not pairs:
+            self.merged_of_all = {}
             self.A_merged.copy_(self.A)
             self.B_merged.copy_(self.B)
 
@@ -1150,9 +1182,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
     `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
 
-    bits: of a number that is sent to be averaged, in a basis or of replicas (see `coded_mean`). Below 32
-    `state`, an optimizer's, has what they leave, and of replicas the values that all ranks have in `common`,
-    those of the merge before; where it has none a replica is sent in full.
+    bits: of a number that split heads or replicas send (see `coded_mean`, MHLoRALinear.send_changes). Below
+    32 `state`, an optimizer's, has what they leave in a basis and of replicas, and of these the values that
+    all ranks have in `common`, those of the merge before; where it has none a replica is sent in full.
     """
     seed = next(_merges) if generator is None else generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them

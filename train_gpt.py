@@ -52,7 +52,7 @@ merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
 sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
 sync_moments = True  # average first moments, too, at merges in a basis; False: fewer bytes, heads drift apart
-sync_bits = 32  # of a number averaged at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
+sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
 # optimizer
 optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
 #                      in a basis, too, beside AdamW on what is in none

@@ -291,9 +291,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.sync == 'merge' and s.optimizer in ('galore', 'fira'),
      "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
      "{optimizer!r}, such as 'adamw'"),
-    (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
-     'sync_bits={sync_bits} is for averages, and merges of factors={factors!r} gather all of them: set '
-     "sync_bits=32, or factors='basis'"),
+    (lambda s: s.sync_bits < 32 and s.merge_reset,
+     'sync_bits={sync_bits} leaves a rest in the heads, and merge_reset=True draws new ones: set sync_bits=32 '
+     'or merge_reset=False'),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),

@@ -801,11 +801,12 @@ class LowRankAdamW(GaLoreAdamW):
             how = group['betas'], group['eps'], group['correct_bias'], key
             U = None
             if group['inside'] == 'muon':
-                U = orthogonalised(p.grad, state, group, key).to(p.dtype)
+                U = orthogonalised(p.grad, state, group, key)
             elif layer.zero:
                 U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
             if layer.zero:
                 P, Q = on_its_side(local(layer.basis) if layer.left else whole(layer.basis), layer.left)
+                U = U.to(p.dtype)
                 if layer.mine is None:
                     U = U[0]
                 elif layer.left:  # W and P have rows of the same ranks

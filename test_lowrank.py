@@ -312,6 +312,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--sync=merge --merge_every=5 --optimizer=galore --basis=svd', 2, 'other bases'),
     ('gpt', f'{BASIS}--merge_every=1 --sync_bits=4', 1, 'sync_bits=4 on the command line has no effect'),
     ('gpt', f'{BASIS}--merge_every=1 --sync_moments=False', 1, 'no heads have moments to average'),
+    ('gpt', f'{FILES["galolte"]} --optimizer=muon --momentum=0 --sync_moments=False', 1, 'a momentum'),
     ('gpt', f'{FILES["lte"]} --sync_bits=2 --merge_reset=True', 1, 'leaves a rest in the heads'),
     ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),

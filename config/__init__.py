@@ -238,8 +238,10 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1,
-     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1"),
+    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
+     and (s.optimizer != 'muon' or s.momentum),
+     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1, and with "
+     'Muon a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: set split=True and several heads, or sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,

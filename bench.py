@@ -759,7 +759,7 @@ def plan(words, budget, ranks=1):
     script = re.search(r'\btrain_(gpt|llama|vit)\b', text)
     if text and not script:
         config.fail(f"{' '.join(words)} does not say whose it is: write '# python train_gpt.py FILE' (or "
-                    'train_llama.py, train_vit.py) into its second line')
+                    'train_llama.py, train_vit.py) into its first lines')
     known = sys.modules[script[0] if script else 'train_gpt'].defaults
     for path in methods:
         try:

@@ -540,7 +540,7 @@ class MHLoRALinear(nn.Module):
             factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
             factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
         elif bits < 32 and self.split and self.reset:
-            raise ValueError(f'{bits=} leave a rest in the heads, and merge_reset=True draws new ones: set 32')
+            raise ValueError(f'{bits=} leave a rest in the heads, and merge_reset=True drops them: set 32')
         elif bits < 32 and self.split:
             pairs = self.send_changes(bits)
         round_(local(self.weight), self.merged_weight(factor, pairs), key, first_here(self.weight))

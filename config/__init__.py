@@ -240,7 +240,7 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
     ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
      and (s.optimizer != 'muon' or s.momentum),
-     "no heads have moments to average: set factors='basis', several heads, and merge_every above 1, and with "
+     "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and for "
      'Muon a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: set split=True and several heads, or sync='merge'"),
@@ -294,7 +294,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
      "{optimizer!r}, such as 'adamw'"),
     (lambda s: s.sync_bits < 32 and s.merge_reset,
-     'sync_bits={sync_bits} leaves a rest in the heads, and merge_reset=True draws new ones: set sync_bits=32 '
+     'sync_bits={sync_bits} leaves a rest in the heads, and merge_reset=True drops them: set sync_bits=32 '
      'or merge_reset=False'),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,

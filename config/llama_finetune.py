@@ -1,5 +1,5 @@
 # A model of the LLaMA family on one's own text, context 512.
-# python train_llama.py config/llama_finetune.py config/methods/lora.py --init_from=FOLDER_OR_HUB_NAME --dataset=mine
+# python train_llama.py config/llama_finetune.py config/methods/lora.py --init_from=FOLDER --dataset=mine
 # SmolLM2-135M, Vim's manual, 100 steps of 256 tokens: 3.60 to 2.70 (lora at 5e-4) and 2.80 (galore at 1e-3)
 # In 16 GiB 7B by lora, planned by bench.py memory: --param_dtype=bfloat16 --checkpointing=True --batch_size=3
 out_dir = 'out/llama_finetune'

@@ -45,6 +45,7 @@ BENCHES = {
     'sixteen': 'the same with weights in bfloat16, for three methods',
     'english': 'validation loss of some methods on a small LLaMA and English text',
     'longer': 'validation loss of some methods on the small GPT after four times as many steps',
+    'smaller': 'validation loss of some methods on a GPT of a third of its size',
     'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
     'layers': 'validation loss and trainable parameters by the layers that have heads',
     'readme': 'draws the pictures and renews the tables of README.md and assets/README.md'}
@@ -121,6 +122,8 @@ ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
            'gradient_accumulation_steps': 1}
 # The GPT of 3.3M, four times as long:
 LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
+# One of 1.1M:
+SMALLER = {**SCREEN, 'n_embd': 144}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -240,9 +243,15 @@ ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for n
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
     ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
 FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those])
-              for name, *those in (('full rank', 2e-3, 1e-3, 4e-3), ('GaLore', 2e-2, 1e-2),
-                                   ('Muon', 8e-3, 4e-3), ('GaLore, Muon', 8e-3, 4e-3),
-                                   ('Muon, lean', 1.6e-2, 8e-3))}
+              for name, *those in (('full rank', 2e-3, 1e-3, 4e-3), ('GaLore', 2e-2, 5e-3, 1e-2),
+                                   ('Muon', 8e-3, 2e-3, 4e-3), ('GaLore, Muon', 8e-3, 2e-3, 4e-3),
+                                   ('Muon, lean', 1.6e-2, 4e-3, 8e-3))}
+FOR_SMALLER = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
+    ('full rank', {}, 2e-3, 4e-3, 8e-3),
+    ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2),
+    ('Muon', dict(optimizer='muon'), 8e-3, 1.6e-2, 3.2e-2),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=36), 8e-3, 1.6e-2, 3.2e-2),
+    ('Muon, lean', method('muon_lean'), 1.6e-2, 3.2e-2, 6.4e-2))}
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -257,8 +266,8 @@ TRAININGS = {
             for name, (shared, changes) in methods.items() for change in changes]
     for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
                                  ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
-                                 ('longer', LONGER, FOR_LONGER), ('convergence', ADAPT, ADAPTING),
-                                 ('layers', LAYERS, HEADS_ON))}
+                                 ('longer', LONGER, FOR_LONGER), ('smaller', SMALLER, FOR_SMALLER),
+                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 # Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',

@@ -10,7 +10,7 @@ W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m
                       2403.03507; the duality: Torroba-Hennigen et al., 2025), merged every T steps GaLoLTE.
                       galore.py takes the bases.
     split             head h sees the h-th part of the batch only, y = W x + s (B_h A_h - B_h' A_h') x (LTE,
-                      Huh et al., arXiv 2402.16828); primes: values at the last merge
+                      Huh et al., arXiv 2402.16828); primes: what the last merge has sent of them
     merge             W <- W + (s / H) sum_h (B_h A_h - B_h' A_h')
 """
 
@@ -284,7 +284,7 @@ class MHLoRALinear(nn.Module):
         if not self.reset:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
-        self.merged_of_all = {}  # what those two are of all ranks' heads, while merges send few bits
+        self.merged_of_all = {}  # see `send_changes`
         if not self.weight.is_meta:
             self.start()
 
@@ -310,6 +310,7 @@ class MHLoRALinear(nn.Module):
                 self._parameters[self.zero] = factor
 
     def _apply(self, *args, **kwargs):
+        self.merged_of_all = {}
         with self._without_zero():
             return super()._apply(*args, **kwargs)
 
@@ -337,7 +338,8 @@ class MHLoRALinear(nn.Module):
                 local(self.trained).zero_()
         else:
             self.reset_heads()
-            if not self.reset:  # what all ranks know
+            self.merged_of_all = {}
+            if not self.reset:  # where B' is zero A' may be anything: from A on changes are small
                 self.A_merged.copy_(self.A)
                 self.B_merged.zero_()
 
@@ -477,7 +479,7 @@ class MHLoRALinear(nn.Module):
 
     @property
     def sends_products(self):
-        """Whether merges average products (m, n), which a ring sends twice, or gather all heads' factors."""
+        """Whether merges in full average products (m, n), which a ring sends twice, or gather all factors."""
         product = self.weight.numel() * wide(self.weight).itemsize
         gathered = self.workers * sum(x.numel() * x.element_size() for x in self.of_heads().values())
         return self.workers > 1 and gathered > 2 * product
@@ -486,69 +488,72 @@ class MHLoRALinear(nn.Module):
         """
         Adds to A_merged and B_merged what A and B have moved, in `bits` bits a number. What rounding leaves
         stays a part of A - A_merged: its head computes with it, and sends it the next time (error feedback).
-        Every rank takes part, and follows the heads of all in `merged_of_all`.
+        Every rank takes part, and keeps A_merged and B_merged of all heads, H r (m + n) numbers, in
+        `merged_of_all`; where it is empty, at first and after a load (on all ranks), they are sent in full.
         Returns A (H, 2 r, n), B (H, m, 2 r): the products of the new values less those of the old ones.
         """
-        pairs, dtype = [], wide(self.weight)
-
         def of_all(x):
             return in_global_order(gather(x)) if self.workers > 1 else x.clone()
-        for key, factor, sign in (('A_merged', self.A, 1), ('B_merged', self.B, -1)):
+
+        dtype, old, new = wide(self.weight), self.merged_of_all, {}
+        for key, factor in (('A_merged', self.A), ('B_merged', self.B)):
             merged = getattr(self, key)
-            if key not in self.merged_of_all:  # at first, and after a resume, in full
-                self.merged_of_all[key] = of_all(merged)
-            new = old = self.merged_of_all[key]
+            if key not in self.merged_of_all:
+                old = {**old, key: of_all(merged)}
+                if not factor.requires_grad:  # once is enough
+                    new[key] = of_all(factor.detach())
             if factor.requires_grad:
                 codes = of_all(pack(in_blocks((factor.to(dtype) - merged).flatten(1)), bits))
                 change = unpack(codes, dtype).flatten(1)[:, :factor[0].numel()]
-                new = self.merged_of_all[key] = (old + change.view(old.shape)).to(old.dtype)
-                merged.copy_(new[self.worker::self.workers])
-            pairs.append((new.to(dtype), sign * old.to(dtype)))
-        return torch.cat(pairs[0], 1), torch.cat(pairs[1], 2)
+                new[key] = (old[key] + change.view(old[key].shape)).to(merged.dtype)
+            new.setdefault(key, old[key])
+            merged.copy_(new[key][self.worker::self.workers])
+        self.merged_of_all = new
+        A, B = ([those[key].to(dtype) for those in (new, old)] for key in ('A_merged', 'B_merged'))
+        return torch.cat(A, 1), torch.cat([B[0], -B[1]], 2)
 
     @torch.no_grad()
-    def merged_weight(self, factor=None, pairs=None):
+    def merged_weight(self, sent=None):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider;
-        of a sharded W this rank's rows. Every rank takes part, and gets the same bits. factor: the mean of
-        what is trained in a basis, if it is known; pairs: those of all heads, see `send_changes`."""
+        of a sharded W this rank's rows. Every rank takes part, and gets the same bits. sent: what few bits
+        say of all heads, in a basis the mean of the trained factor, else what `send_changes` returns."""
         dtype, rows = wide(self.weight), rows_here(self.weight)
         weight = local(self.weight).to(dtype)
         if self.zero:
             return weight
         if self.factors == 'basis':
-            if factor is None:
-                factor = mean(whole(self.trained).to(dtype).mean(0), self.workers)
+            factor = mean(whole(self.trained).to(dtype).mean(0), self.workers) if sent is None else sent
             basis = self.basis.to(dtype)
             B, A = (basis, factor) if self.left else (factor, basis.mT)
             return torch.addmm(weight, B[rows], A)
-        if pairs is None and self.sends_products:
+        if sent is None and self.sends_products:
             A, B = side_by_side(*self.pairs())
             product = mean(B.to(dtype) @ A.to(dtype), self.workers)[rows]  # of the heads of one rank
             return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
-        with contextlib.nullcontext() if pairs else self.averaged():
-            A, B = side_by_side(*map(whole, pairs or self.pairs()))
+        with self.averaged() if sent is None else contextlib.nullcontext():
+            A, B = side_by_side(*map(whole, sent or self.pairs()))
             return torch.addmm(weight, B[rows].to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
     def merge(self, generator, key, bits=32, state=None):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B. bits,
-        state: see lowrank.merge."""
+        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B, or of them
+        what few bits have sent. bits, state: see lowrank.merge."""
         if self.zero:
             return
-        factor = pairs = None
+        sent = None
         if bits < 32 and self.split and self.factors == 'basis':
             factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
-            factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
+            sent = self.by_direction(coded_mean(factor, bits, self.workers, error))
         elif bits < 32 and self.split and self.reset:
             raise ValueError(f'{bits=} leave a rest in the heads, and merge_reset=True drops them: set 32')
         elif bits < 32 and self.split:
-            pairs = self.send_changes(bits)
-        round_(local(self.weight), self.merged_weight(factor, pairs), key, first_here(self.weight))
+            sent = self.send_changes(bits)
+        round_(local(self.weight), self.merged_weight(sent), key, first_here(self.weight))
         if self.factors == 'basis':
             local(self.trained).zero_()
         elif self.reset:
             self.reset_heads(generator)
-        elif not pairs:
+        elif sent is None:
             self.merged_of_all = {}
             self.A_merged.copy_(self.A)
             self.B_merged.copy_(self.B)

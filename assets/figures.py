@@ -423,7 +423,7 @@ def renew_tables():
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),
           rival_rows('screening'))
-    for name in ('english', 'longer'):
+    for name in ('english', 'longer', 'smaller'):
         renew('README.md', name, ('method', 'optimizer state', 'loss', 'at other rates'), rival_rows(name))
     renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),
           sixteen_rows())

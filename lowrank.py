@@ -536,8 +536,8 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, generator, key, bits=32, state=None):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B, or what few
-        bits have sent of them. bits, state: see lowrank.merge."""
+        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B, or what
+        few bits have sent of them. bits, state: see lowrank.merge."""
         if self.zero:
             return
         sent = None

@@ -1912,7 +1912,7 @@ ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
                       'muon_lean', 'local_muon', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
 ALIKE |= {'gpt_half', 'gpt_one_head', 'gpt_one_muon', 'llama_leans', 'vit_few', 'vit_head',  # of shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
-          'vit_bits'}
+          'vit_bits', 'vit_lte_bits', 'gpt_lte_bits_shard', 'gpt_few_replicas'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of fira and lora
     'gpt_apollo', 'gpt_apollo_mini', 'gpt_scale', 'gpt_lora_fa'}

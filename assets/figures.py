@@ -332,7 +332,9 @@ def renew(page, mark, head, rows, end=''):
     with open(f'{HERE}/{page}', encoding='utf-8') as file:
         text = file.read()
     lines = [f"| {' | '.join(row)} |" for row in (head, ['---'] * len(head), *rows)] + ['', end] * bool(end)
-    before, _, rest = text.partition(f'<!-- {mark} -->\n')
+    before, there, rest = text.partition(f'<!-- {mark} -->\n')
+    if not there:
+        raise ValueError(f'{page} has no line <!-- {mark} -->')
     after = rest.partition('<!-- end -->\n')[2]
     with open(f'{HERE}/{page}', 'w', encoding='utf-8') as file:
         file.write('\n'.join([f'{before}<!-- {mark} -->', *lines, '<!-- end -->', after]))

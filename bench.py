@@ -247,7 +247,7 @@ FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in 
                                    ('Muon', 8e-3, 2e-3, 4e-3), ('GaLore, Muon', 8e-3, 2e-3, 4e-3),
                                    ('Muon, lean', 1.6e-2, 4e-3, 8e-3))}
 FOR_SMALLER = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
-    ('full rank', {}, 2e-3, 4e-3, 8e-3),
+    ('full rank', {}, 2e-3, 1e-3, 4e-3),
     ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 1.6e-2, 3.2e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=36), 8e-3, 1.6e-2, 3.2e-2),

@@ -1919,8 +1919,8 @@ AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of f
 SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]  # on two ranks, too
 WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # one process begins; others are alike
     'SLOW' in os.environ or re.search('_full|_galore$|lt|shard', f'{RUNS[name]} {name}'))]
-FOUR = ['gpt_lte', 'gpt_lte_bits', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
-RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
+FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
+RESUMED = [*REPLICAS, *FOUR, 'gpt_lte_bits', 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
 
 
 def words_of(name, root, out):

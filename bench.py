@@ -162,6 +162,11 @@ def rates(best, *others):
     return [dict(learning_rate=rate, seed=seed) for rate, seed in pairs]
 
 
+def at_rates(*rows):
+    """Methods as below, of rows of a name, its settings and its learning rates."""
+    return {name: (shared, one_by_one(learning_rate=those)) for name, shared, *those in rows}
+
+
 SCREENING = {
     'full rank': (dict(learning_rate=2e-3), [  # 4e-3 needs clipping; seeds: how much is noise
         {}, *one_by_one(learning_rate=(1e-3, 4e-3), beta2=(0.999,), grad_clip=(0.0,), seed=(1, 2))]),
@@ -234,24 +239,26 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'Muon, lean': (method('muon_lean'), rates(1.6e-2, 8e-3, 3.2e-2))}
 SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
            for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
-ON_ENGLISH = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
+ON_ENGLISH = at_rates(
     ('full rank', {}, 2e-3, 5e-4, 1e-3),
     ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 2e-3, 4e-3),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
     ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
     ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
-    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))}
-FOR_LONGER = {name: (ON_ENGLISH[name][0], [dict(learning_rate=rate) for rate in those])
-              for name, *those in (('full rank', 2e-3, 1e-3, 4e-3), ('GaLore', 2e-2, 5e-3, 1e-2),
-                                   ('Muon', 8e-3, 2e-3, 4e-3), ('GaLore, Muon', 8e-3, 2e-3, 4e-3),
-                                   ('Muon, lean', 1.6e-2, 4e-3, 8e-3))}
-FOR_SMALLER = {name: (shared, [dict(learning_rate=rate) for rate in those]) for name, shared, *those in (
+    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))
+FOR_LONGER = at_rates(
+    ('full rank', {}, 2e-3, 1e-3, 4e-3),
+    ('GaLore', dict(LAYER, rank=64), 2e-2, 5e-3, 1e-2),
+    ('Muon', dict(optimizer='muon'), 8e-3, 2e-3, 4e-3),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 2e-3, 4e-3),
+    ('Muon, lean', method('muon_lean'), 1.6e-2, 4e-3, 8e-3))
+FOR_SMALLER = at_rates(
     ('full rank', {}, 2e-3, 1e-3, 4e-3),
     ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 1.6e-2, 3.2e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=36), 8e-3, 1.6e-2, 3.2e-2),
-    ('Muon, lean', method('muon_lean'), 1.6e-2, 3.2e-2, 6.4e-2))}
+    ('Muon, lean', method('muon_lean'), 1.6e-2, 3.2e-2, 6.4e-2))
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),

@@ -495,22 +495,21 @@ class MHLoRALinear(nn.Module):
         def of_all(x):
             return in_global_order(gather(x)) if self.workers > 1 else x.clone()
 
-        dtype, old, new = wide(self.weight), self.merged_of_all, {}
+        dtype, pairs = wide(self.weight), []
         for key, factor in (('A_merged', self.A), ('B_merged', self.B)):
-            merged = getattr(self, key)
-            if key not in self.merged_of_all:
-                old = {**old, key: of_all(merged)}
-                if not factor.requires_grad:  # once is enough
-                    new[key] = of_all(factor.detach())
+            merged, first = getattr(self, key), key not in self.merged_of_all
+            old = new = of_all(merged) if first else self.merged_of_all[key]
             if factor.requires_grad:
                 codes = of_all(pack(in_blocks((factor.to(dtype) - merged).flatten(1)), bits))
                 change = unpack(codes, dtype).flatten(1)[:, :factor[0].numel()]
-                new[key] = (old[key] + change.view(old[key].shape)).to(merged.dtype)
-            new.setdefault(key, old[key])
-            merged.copy_(new[key][self.worker::self.workers])
-        self.merged_of_all = new
-        A, B = ([those[key].to(dtype) for those in (new, old)] for key in ('A_merged', 'B_merged'))
-        return torch.cat(A, 1), torch.cat([B[0], -B[1]], 2)
+                new = (old + change.view(old.shape)).to(old.dtype)
+            elif first:  # frozen: once, in full
+                new = of_all(factor.detach())
+            merged.copy_(new[self.worker::self.workers])
+            self.merged_of_all[key] = new
+            pairs.append((new.to(dtype), old.to(dtype)))
+        (A, old_A), (B, old_B) = pairs
+        return torch.cat([A, old_A], 1), torch.cat([B, -old_B], 2)
 
     @torch.no_grad()
     def merged_weight(self, sent=None):

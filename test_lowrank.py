@@ -3424,12 +3424,6 @@ def test_merges_of_heads_in_few_bits_stay_near_merges_in_full(bits, off):
     assert max(away[20:]) < off and min(away) > 0
 
 
-def averaged_weight(layer):
-    with lowrank.averaged_heads(layer):
-        A, B = layer.pairs()
-        return layer.weight + layer.scale * (B @ A).mean(0)
-
-
 @pytest.mark.parametrize('between', [
     lambda layer, other: layer.load_state_dict(other.state_dict()), lambda layer, other: layer.start(),
     lambda layer, other: layer.double(), lambda layer, other: layer.A.requires_grad_(False),
@@ -3443,9 +3437,9 @@ def test_a_merge_in_few_bits_goes_on_from_what_a_layer_holds(between):
         one.merge(None, 0, 2)
     between(layer, other)
     layer.B.data += 0.1 * normal(*layer.B.shape, dtype=layer.B.dtype)
-    before = averaged_weight(layer)
+    before = layer.merged_weight()
     layer.merge(None, 0, 2)
-    close(averaged_weight(layer), before, 1e-12 if before.dtype == double else 2e-2)
+    close(layer.merged_weight(), before, 1e-12 if before.dtype == double else 2e-2)
 
 
 def test_a_frozen_factor_is_known_to_all_however_it_was_set():
@@ -3453,9 +3447,9 @@ def test_a_frozen_factor_is_known_to_all_however_it_was_set():
     few.A.data.copy_(normal(*few.A.shape))
     for step in range(3):
         few.B.data += 0.1 * normal(*few.B.shape, seed=step)
-        before = averaged_weight(few)
+        before = few.merged_weight()
         few.merge(None, step, 2)
-        close(averaged_weight(few), before)
+        close(few.merged_weight(), before)
     assert torch.equal(few.A, few.A_merged)
 
 

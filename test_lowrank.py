@@ -919,19 +919,25 @@ class Textbook:
         return {name: sum(W[name] for W in every) / len(every) for name in every[0]}
 
     def loss(self, weights, x, y):
-        """Of one row: the sum over its tokens, or of an image in [0, 255], as timm normalises it."""
-        image = x.dim() == 3
-        x = (x.double() / 255 - 0.5).expand(3, -1, -1) / 0.5 if image else x
-        logits = functional_call(self.plain, weights, (x[None],), tie_weights='lm_head.weight' not in weights)
-        return F.cross_entropy(logits if image else logits[0], y[None] if image else y, reduction='sum')
+        """The sum over the tokens of rows, or over images in [0, 255], as timm normalises them."""
+        if x.dim() == 4:
+            x = (x.double() / 255 - 0.5).expand(-1, 3, -1, -1) / 0.5
+        logits = functional_call(self.plain, weights, (x,), tie_weights='lm_head.weight' not in weights)
+        return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction='sum')
 
     def gradients(self, worker, micro_batches):
         """({name: (rows, m, n)}, losses (rows,)) of every row that a worker sees: the means are those
-        of all its targets, of which prompts have none."""
+        of all its targets, of which prompts have none. Where no sketch needs rows they are taken as one."""
         x, y = (torch.cat([part[worker::self.workers] for part in parts]) for parts in zip(*micro_batches))
-        G, losses = vmap(grad_and_value(self.loss), (None, 0, 0))(self.full(worker), x, y)
-        share = len(y) / (y >= 0).sum()
-        return {name: share * g for name, g in G.items()}, share * losses
+        share, W = len(y) / (y >= 0).sum(), self.full(worker)
+        if self.inside and self.s.basis == 'sketch':
+            row = grad_and_value(lambda W, x, y: self.loss(W, x[None], y[None]))
+            G, losses = vmap(row, (None, 0, 0))(W, x, y)
+        else:
+            W = {name: w.detach().requires_grad_() for name, w in W.items()}
+            losses = self.loss(W, x, y)[None] / len(y)
+            G = {name: g[None] for name, g in zip(W, torch.autograd.grad(losses, [*W.values()]))}
+        return {name: share * g for name, g in G.items()}, share * losses.detach()
 
     def rate(self, t):
         s = self.s
@@ -1935,6 +1941,18 @@ def run(name, root, out, *words):
     start(SCRIPTS[name.split('_')[0]], [*words_of(name, root, out), *words])
 
 
+def run_of_eight(name, root, out, at_four):
+    """A run of RUNS, and its folder as a kill after the evaluation of step 4 leaves it: `at_four`."""
+    restart = config.Meter.restart
+
+    def copies(meter):
+        restart(meter)
+        if meter.run.saved == 4 and meter.run.rank == 0 and not os.path.exists(at_four):
+            shutil.copytree(out, at_four)
+    with mock.patch.object(config.Meter, 'restart', copies):
+        run(name, root, out, '--max_iters=8')
+
+
 @pytest.fixture(scope='session')
 def runs(root, tmp_path_factory):
     """A function: the folder of a run of one process after so many steps. Each is trained once."""
@@ -1942,8 +1960,14 @@ def runs(root, tmp_path_factory):
 
     @functools.cache
     def trained(name, steps):
-        run(name, root, folder / f'{name}_{steps}', f'--max_iters={steps}')
-        return folder / f'{name}_{steps}'
+        out = folder / f'{name}_{steps}'
+        if steps == 8:
+            run_of_eight(name, root, out, folder / f'{name}_4')
+        elif steps == 4:
+            trained(name, 8)
+        else:
+            run(name, root, out, f'--max_iters={steps}')
+        return out
     return trained
 
 
@@ -2027,7 +2051,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
         val = prepare.Tokens(run.settings['dataset'], 'val', 16, root)
         x, y = map(torch.cat, zip(*(val.fixed_batch(i, 2, 8)[:2] for i in range(2))))
         got = module.evaluate(run, val)
-    wanted = sum(book.loss(book.merged(), *row).item() for row in zip(x, y)) / (y >= 0).sum().item()
+    wanted = book.loss(book.merged(), x, y).item() / (y >= 0).sum().item()
     assert got == pytest.approx(wanted, abs=1e-6) and run.model.training
 
 
@@ -3513,11 +3537,10 @@ def several_ranks(root, out, me, port):
 
     os.environ.update(env)
     for name in SEVERAL:
-        run(name, root, f'{out}/{name}', '--max_iters=8')
+        run_of_eight(name, root, f'{out}/{name}', f'{out}/{name}_again')
         if name in WANDER:
             run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
         if name in RESUMED:
-            run(name, root, f'{out}/{name}_again', '--max_iters=4')
             run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
     for more in (['--max_iters=6', '--shard=False'], ['--max_iters=8']):
         run('gpt_galore_shard', root, f'{out}/gpt_galore_shard_four', '--init_from=resume', *more)
@@ -3800,7 +3823,11 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
 
 @pytest.fixture(scope='session', autouse=True)
 def spawn(request, root, tmp_path_factory):
-    """The ranks, forked before the other tests if one asks for them: the processes, and their folder."""
+    """The ranks, forked before the other tests if one asks for them: the processes, and their folder. Nothing
+    here cuts the power, so no test waits for the disk."""
+    fsync = mock.patch.object(os, 'fsync')
+    fsync.start()
+    request.addfinalizer(fsync.stop)
     if not any('spawned' in item.fixturenames for item in request.session.items):
         yield
         return

@@ -1878,7 +1878,8 @@ REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} |
     'gpt_local_muon_32': 'local_muon --sync_bits=32'}
 MORE = {  # methods with other settings
     'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
-    'gpt_lte_bits': 'lte --sync_bits=2', 'vit_lte_bits': 'lte --sync_bits=4 --factors=B',
+    'gpt_lte_bits': 'lte --sync_bits=2', 'llama_lte_bits': 'lte --sync_bits=8',
+    'vit_lte_bits': 'lte --sync_bits=4 --factors=B',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
     'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
     'vit_bits': 'galolte --sync_bits=4',
@@ -1918,7 +1919,7 @@ ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
                       'muon_lean', 'local_muon', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
 ALIKE |= {'gpt_half', 'gpt_one_head', 'gpt_one_muon', 'llama_leans', 'vit_few', 'vit_head',  # of shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
-          'vit_bits', 'vit_lte_bits', 'gpt_lte_bits_shard', 'gpt_few_replicas'}
+          'vit_bits', 'llama_lte_bits', 'vit_lte_bits', 'gpt_lte_bits_shard', 'gpt_few_replicas'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of fira and lora
     'gpt_apollo', 'gpt_apollo_mini', 'gpt_scale', 'gpt_lora_fa'}

@@ -97,9 +97,16 @@ def groups(name):
 
 
 def seconds_of_steps(name):
-    """{method: seconds of a step}: those of the first method, times the ratio to it."""
-    cells = kept(f'{name}_time')
-    return {cell['method']: cells[0]['seconds'] * cell['to_full'] for cell in cells}
+    """{method: (of one process that does the work of all workers, of each of four workers)}, seconds of a
+    step: those of the first method times the ratio to it. What Muon of whole matrices adds to the first is
+    each worker's own work."""
+    cells, found = kept(f'{name}_time'), {}
+    settings = {about['method']: s for about, s in reversed(TRAININGS[name])}
+    for cell in cells:
+        s, one = settings.get(cell['method'], {}), cells[0]['seconds'] * cell['to_full']
+        each = one - cells[0]['seconds'] if s.get('optimizer') == 'muon' and not s.get('lowrank') else 0
+        found[cell['method']] = one + (s.get('ranks', 1) - 1) * each, (one - each) / 4 + each
+    return found
 
 
 def sent(model, cell):
@@ -223,7 +230,7 @@ def draw_quality():
             curves = [cell['curve']['val_loss'] for cell in mine]
             band(by_step, steps, curves, color)
             if name in times:
-                band(by_time, [step * times[name] for step in steps], curves, color)
+                band(by_time, [step * times[name][0] for step in steps], curves, color)
             mean = statistics.mean(losses(mine))
             by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
                               fmt=marker, capsize=3,
@@ -232,7 +239,7 @@ def draw_quality():
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
                     ylim=(min(shown) - 0.02, max(shown) + 0.02))
-        by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=0), None))
+        by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=[0])[0], None))
         by_bytes.set(xlabel="optimizer state, MB (all workers')", xscale='log')
         by_bytes.set_xticks(ticks := [0.5, 2, 10, 50, 400], list(map(str, ticks)))
         by_bytes.minorticks_off()
@@ -264,8 +271,8 @@ def draw_frontier():
 
 
 def draw_links():
-    """Validation loss of the finalists against what each of four workers sends, and against time where a step
-    takes a quarter of one process's, and what is sent goes over a link of so many bits a second after it."""
+    """Validation loss of the finalists against what each of four workers sends, and against time, where what
+    is sent after a step goes over a link of so many bits a second."""
     found, times = groups('quality'), seconds_of_steps('quality')
     with picture('links', (11, 4.4), (1, 3), 4, sharey=True) as ((by_bytes, *by_link),):
         for number, (name, (mine, *_)) in enumerate(found.items()):
@@ -275,7 +282,7 @@ def draw_links():
             middle, curves = statistics.mean(ends), [cell['curve']['val_loss'][1:] for cell in mine]
             by_bytes.errorbar(wire / 1e6, middle, bars(middle, ends), color=color, fmt=marker, capsize=3)
             for axes, link in zip(by_link, (1e9, 1e8)):
-                seconds = times[name] / 4 + 8 * wire / link
+                seconds = times[name][1] + 8 * wire / link
                 band(axes, [step * seconds for step in mine[0]['curve']['step'][1:]], curves, color, name)
         by_bytes.set(xlabel='MB that each of four workers sends a step (ring)',
                      ylabel='validation loss (nats a byte)', ylim=(1.3, 2.4))
@@ -298,7 +305,7 @@ def draw_convergence():
             rate = mine[0]['settings']['learning_rate']
             for row, key in zip(plots, ('val_loss', 'val_acc')):
                 curves = [cell['curve'][key] for cell in mine]
-                for axes, unit in zip(row, (1 / epoch, times[name])):
+                for axes, unit in zip(row, (1 / epoch, times[name][0])):
                     band(axes, [step * unit for step in steps], curves, color,
                          f'{name} ({trained:.0f}k trainable, learning rate {rate:g})')
         plots[0, 0].set(ylabel='validation loss (nats)', yscale='log')
@@ -361,7 +368,7 @@ def quality_rows(names=None):
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
         yield (label(first), f'{all_trained(first):.1f}M',
                f'{all_state(first) / 1e6:.3g} MB', f'{wire / 1e6:.3g} MB' if wire else '',
-               f"{times[name] / times['full rank']:.2f}" if name in times else '',
+               f"{times[name][0] / times['full rank'][0]:.2f}" if name in times else '',
                mean_and_range(losses(mine)))
 
 

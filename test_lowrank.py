@@ -115,6 +115,12 @@ def train(script, root, out, *words):
     return saved(out)
 
 
+@pytest.fixture(scope='session')
+def plains(root, tmp_path_factory):
+    """A model of each script without anything low-rank, as a form to compute with other weights."""
+    return {script: built(script, root, tmp_path_factory.mktemp('plain'))[0].model for script in SCRIPTS}
+
+
 def built(script, root, out, *words, checkpoint=None, ranks=1):
     """A tiny run that is set up and has not begun, and its training data."""
     settings = settings_of(SCRIPTS[script], *tiny(script, root, out, *words), ranks=ranks)
@@ -721,10 +727,6 @@ def attended(q, k, v):
     return torch.stack([(k[:t + 1] @ q[t] / math.sqrt(size)).softmax(0) @ v[:t + 1] for t in range(time)])
 
 
-def parts(x, count):
-    return x.chunk(count, -1)
-
-
 def gpt_by_hand(W, idx):
     """Logits of one sequence, from a state dict, with two layers of two heads."""
     def norm(x, name):
@@ -735,8 +737,8 @@ def gpt_by_hand(W, idx):
         return x @ W[name + '.weight'].T + W[name + '.bias']
     x = W['transformer.wte.weight'][idx] + W['transformer.wpe.weight'][:len(idx)]
     for block in ('transformer.h.0', 'transformer.h.1'):
-        qkv = parts(linear(norm(x, f'{block}.ln_1'), f'{block}.attn.c_attn'), 3)
-        heads = zip(*(parts(z, 2) for z in qkv))
+        qkv = linear(norm(x, f'{block}.ln_1'), f'{block}.attn.c_attn').chunk(3, -1)
+        heads = zip(*(z.chunk(2, -1) for z in qkv))
         x = x + linear(torch.cat([attended(*head) for head in heads], -1), f'{block}.attn.c_proj')
         a = linear(norm(x, f'{block}.ln_2'), f'{block}.mlp.c_fc')
         a = a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3))) / 2
@@ -751,12 +753,13 @@ def llama_by_hand(W, idx):
     angles = torch.arange(len(idx))[:, None] * 1e4 ** (-torch.arange(4, dtype=double) / 4)  # (time, pairs)
 
     def turned(x):
-        return torch.view_as_real(torch.complex(*parts(x, 2)) * torch.exp(1j * angles)).flatten(1)
+        return torch.view_as_real(torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angles)).flatten(1)
     x = W['model.embed_tokens.weight'][idx]
     for i in range(2):
         w = {name.split('.')[-2]: value for name, value in W.items() if name.startswith(f'model.layers.{i}.')}
         y = norm(x, f'model.layers.{i}.input_layernorm')
-        q, k, v = (parts(y @ w[f'{name}_proj'].T, count) for name, count in (('q', 4), ('k', 2), ('v', 2)))
+        q, k, v = ((y @ w[f'{name}_proj'].T).chunk(count, -1)
+                   for name, count in (('q', 4), ('k', 2), ('v', 2)))
         heads = [attended(turned(q[h]), turned(k[h // 2]), v[h // 2]) for h in range(4)]
         x = x + torch.cat(heads, -1) @ w['o_proj'].T
         y = norm(x, f'model.layers.{i}.post_attention_layernorm')
@@ -801,9 +804,10 @@ def test_a_model_starts_at_the_loss_of_guessing_with_the_papers_deviations(make)
             assert (p == float(not name.endswith('bias'))).all(), name
 
 
-@pytest.mark.parametrize('tokens, words', [(2100, 40), (1100, 61100)])  # above 2^26 logits in chunks
+@pytest.mark.parametrize('one_piece', [2**26, 2**13])  # logits; more go in chunks
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_loss_is_the_cross_entropy_of_what_counts(tokens, words, dtype, tolerance):
+def test_the_loss_is_the_cross_entropy_of_what_counts(one_piece, dtype, tolerance):
+    tokens, words = 2100, 40
     torch.manual_seed(0)
     heads = [nn.Linear(4, words, bias=False)]
     x, targets = torch.randn(1, tokens, 4), tokens_of(1, tokens, high=words)
@@ -814,8 +818,9 @@ def test_the_loss_is_the_cross_entropy_of_what_counts(tokens, words, dtype, tole
               for some, some_targets in zip(inputs[0][0].split(300), targets[0].split(300))]
     exact = sum(losses) / (tokens - 300)
     exact.backward()
-    loss = models.language_loss(heads[1], inputs[1], targets)
-    loss.backward()
+    with mock.patch.object(models, 'ONE_PIECE', one_piece):
+        loss = models.language_loss(heads[1], inputs[1], targets)
+        loss.backward()
     assert loss.item() == pytest.approx(exact.item(), rel=min(tolerance, 1e-3))
     for wanted, got in (inputs, (head.weight for head in heads)):
         assert (got.grad - wanted.grad).norm() < tolerance * wanted.grad.norm()
@@ -826,7 +831,7 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     with torch.device('meta'):
         llama = models.Llama(models.LlamaConfig(256, 32000, width, depth, many, hidden, many))
         gpt, untied, workers = (models.GPT(models.GPTConfig(block_size=512)) for _ in range(3))
-    vit = timm.create_model('vit_base_patch16_224', num_classes=9)
+        vit = timm.create_model('vit_base_patch16_224', num_classes=9)
     full = lowrank.count_parameters(gpt)['trainable']
     lowrank.apply_mhlora(gpt, ('attn',), heads=4, rank=4)  # of the study
     assert (lowrank.count_parameters(llama)['total'], full) == (6_738_415_616, 124_046_592)
@@ -858,10 +863,6 @@ def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
     assert torch.equal(drawn(top_k=1), best) and torch.equal(drawn(temperature=1e-6), best)
     few = drawn(vocab_size=7, temperature=9.0)
     assert torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7 and not torch.equal(drawn(), best)
-
-
-# -----------------------------------------------------------------------------
-# low-rank layers
 
 
 # -----------------------------------------------------------------------------
@@ -1187,7 +1188,7 @@ SHAPES = (12, 7), (7, 12), (8, 8)
 PROJ_TYPES = ('std', 'reverse_std', 'left', 'right', 'full')
 BASES = ('svd', 'power', 'random')
 RULES = [dict(proj_type=proj_type, basis=basis, rule=rule) for proj_type, basis, rule in itertools.product(
-    ('std', 'reverse_std', 'full'), BASES, ('galore', 'fira')) if (proj_type, rule) != ('full', 'fira')]
+    ('std', 'full'), BASES, ('galore', 'fira')) if (proj_type, rule) != ('full', 'fira')]
 
 
 def follow(optimizer, params, grads):
@@ -1199,9 +1200,10 @@ def follow(optimizer, params, grads):
     return [p.detach().clone() for p in params]
 
 
-@pytest.mark.parametrize('bits, steps', [(None, 6), (16, 1), (8, 1)])  # narrow moments are exact at first
-def test_without_rank_it_is_torch_adamw(bits, steps):
-    dtype = torch.float32 if bits else double
+@pytest.mark.parametrize('bits, steps, dtype, off', [  # narrow moments are exact at first
+    (None, 6, double, 1e-12), (16, 1, double, 1e-12), (16, 1, torch.float32, 1e-6),
+    (8, 1, torch.float32, 1e-6)])
+def test_without_rank_it_is_torch_adamw(bits, steps, dtype, off):
     grads = [[normal(*shape, seed=step, dtype=dtype) for shape in ((64, 64), (7,), (2, 3, 4))]
              for step in range(steps)]
     hyper, ends = dict(lr=0.1, betas=(0.8, 0.95), eps=0.5, weight_decay=0.3), []
@@ -1211,7 +1213,7 @@ def test_without_rank_it_is_torch_adamw(bits, steps):
         ends.append(follow(make([dict(params=params, **more)], **hyper), params, grads))
     for mine, fused, plain in zip(*ends):
         assert bits or torch.equal(mine, fused)
-        close(mine, plain, 1e-6 if bits else 1e-12)
+        close(mine, plain, off)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -1426,10 +1428,10 @@ def test_a_step_needs_no_value_of_the_device_and_no_other_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
     for setting in RULES:
         with FakeTensorMode():
-            W, b = nn.Parameter(torch.zeros(6, 9)), nn.Parameter(torch.zeros(6))
-            group = {'params': [W], 'rank': 2, 'update_proj_gap': 1, **setting}
-            optimizer = galore.GaLoreAdamW([group, {'params': [b]}])
-            follow(optimizer, [W, b], [[torch.ones(6, 9), torch.ones(6)]] * 2)
+            params = [nn.Parameter(torch.zeros(shape)) for shape in ((6, 9), (9, 6), (6,))]
+            group = {'params': params[:2], 'rank': 2, 'update_proj_gap': 1, **setting}
+            optimizer = galore.GaLoreAdamW([group, {'params': params[2:]}])
+            follow(optimizer, params, [list(map(torch.ones_like, params))] * 2)
             assert optimizer.state_bytes() > 0
     group = dict(scale=0.5, betas=(0.9, 0.99), correct_bias=True)
     for shape, left in itertools.product(SHAPES, (True, False)):  # all but torch's fused Adam
@@ -1572,8 +1574,8 @@ def test_what_is_always_zero_takes_no_memory_whatever_torch_does(root, tmp_path)
         lowrank.check_training(net, foreign)
 
 
-@pytest.mark.parametrize('bits', [None, 32, 16, 8])
-@pytest.mark.parametrize('name', ['full', 'mhlora', 'galolte', 'galore', 'fira'])
+@pytest.mark.parametrize('name, bits', [('full', None), ('full', 32), *itertools.product(
+    ('full', 'mhlora', 'galolte', 'galore', 'fira'), (16, 8))])
 def test_moments_are_as_wide_as_asked_for(root, tmp_path, name, bits):
     words = method(name, '--dtype=bfloat16', '--param_dtype=bfloat16', '--n_embd=64', '--n_mlp=128',
                    f'--state_bits={bits}', *['--rank=32'] * (name != 'full'),
@@ -1847,7 +1849,7 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
 
 
 def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs, tmp_path, capsys):
-    base, other = (f'{runs(name, 4)}/best.pt' for name in ('vit_full', 'vit_fira'))
+    base, other = (f'{runs(name, 4)}/best.pt' for name in ('vit_full', 'vit_galore'))
     words = [f'--init_from={base}', '--lowrank=q,v,logit', '--rank=2', '--alpha=4', '--learning_rate=0.1']
     state, log = train('vit', root, tmp_path / 'a', *words), records(tmp_path / 'a')
     assert state['settings']['train'] == 'classifier'  # 'auto', on loaded weights
@@ -1900,7 +1902,7 @@ IN_SHARDS = [*(f'gpt_{name}' for name in (
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS
 ONE_PROCESS = {
-    'gpt_dropout': 'full --dropout=0.1', 'gpt_autocast': 'mhlora --param_dtype=float32 --dtype=bfloat16',
+    'gpt_dropout': 'full --dropout=0.1',
     'gpt_float16': 'lte --param_dtype=float32 --dtype=float16 --lowrank=attn,logit',
     'llama_bfloat16': 'fira --basis=svd --param_dtype=bfloat16 --dtype=bfloat16',
     'llama_leaner': f"{MORE['llama_lean']} --param_dtype=bfloat16 --dtype=bfloat16 --checkpointing=True",
@@ -1909,20 +1911,20 @@ ONE_PROCESS = {
     'llama_16': 'galore --basis=random --state_bits=16',
     'llama_dropin': 'full --optimizer=galore --basis=svd --rank=3 --basis_every=3 '
                     '--per_layer=True --grad_clip=0',
-    'vit_autocast': 'lora --param_dtype=float32 --dtype=bfloat16', 'vit_8': 'galore --state_bits=8',
-    'vit_checkpointing': 'galolte --basis=sketch --checkpointing=True',
     'vit_probe': 'full --param_dtype=float32 --dtype=float16 --train=classifier'}
 RUNS |= MORE | REPLICAS | ONE_PROCESS
 # the three scripts share what saves and what ranks do: those that GPT stands for are run where SLOW=1
 ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
          for name in ('lora', 'lora_fa', 'mhlora', 'relora', 'fira', 'galore_lean', 'galore_muon', 'muon',
                       'muon_lean', 'local_muon', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
+ALIKE |= {'gpt_lora', 'gpt_logit', 'gpt_apollo_mini'}  # as gpt_mhlora, gpt_relogit, gpt_apollo
 ALIKE |= {'gpt_half', 'gpt_one_head', 'gpt_one_muon', 'llama_leans', 'vit_few', 'vit_head',  # of shards
           'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
+          'llama_galore_muon_shard', 'vit_muon_shard',
           'vit_bits', 'llama_lte_bits', 'vit_lte_bits', 'gpt_lte_bits_shard', 'gpt_few_replicas'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
 AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of fira and lora
-    'gpt_apollo', 'gpt_apollo_mini', 'gpt_scale', 'gpt_lora_fa'}
+    'gpt_apollo', 'gpt_scale', 'gpt_lora_fa'}
 SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]  # on two ranks, too
 WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # one process begins; others are alike
     'SLOW' in os.environ or re.search('_full|_galore$|lt|shard', f'{RUNS[name]} {name}'))]
@@ -1995,31 +1997,32 @@ def seen(script, data, step, settings):
 WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing is rounded away
     *(f'{script} {name}' + ' --state_bits=None' * name.endswith('lean')
       for script in SCRIPTS for name in ALONE),
-    *(f'{words} --dataset=answers' for words in ('gpt full', 'gpt lte', 'llama galore', 'llama galolte')),
-    'gpt mhlora --lowrank=attn,logit', 'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True',
+    *(f'{words} --dataset=answers' for words in ('gpt lte', 'llama galore', 'llama galolte')),
+    'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'vit galore --checkpointing=True',
     'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
-    'llama galolte --sync_moments=False', 'vit galolte --optimizer=muon --sync_moments=False',
+    'llama galolte --sync_moments=False', 'vit galolte --basis=power',
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
     'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
     'llama galore --basis=random', 'llama galore --basis_every=7', 'llama fira --basis=svd',
-    'llama lora --grad_clip=0', 'llama galore --grad_clip=0',
+    'llama lora --grad_clip=0',
     'llama full --optimizer=galore --basis=svd --rank=3 --basis_every=3',
     'reused lte', 'reused galolte --basis=power', 'reused galore --basis=power --merge_every=2',
     'reused galore --basis=svd --per_layer=True --grad_clip=0']
 
 
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
-def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, words):
-    """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end."""
+def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tmp_path, words):
+    """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end.
+    Four steps where nothing merges and no basis is taken."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
     scaled = 'gal' in f'{name} {words}' or name in ('fira', 'apollo')
     more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 --max_iters=7 '
             '--min_lr=0.004' + ' --scale=0.5' * scaled + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))
-    plain, module = built(script, root, tmp_path)[0].model, SCRIPTS[script]
+    plain, module = plains[script], SCRIPTS[script]
     for key, value in vars(run.model.config).items() if script != 'vit' else ():
         assert run.settings.get(key) in (None, value), key
     if kind == 'reused':
@@ -2027,7 +2030,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, tmp_path, 
         lowrank.put_layers(run.model, run.settings)
         run.net, run.optimizer = run.model, galore.make_optimizer(run.model, run.settings)
     book, seed = Textbook(plain, run.model, run.optimizer, run.settings), run.settings['seed']
-    for step in range(8):
+    changes = min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8
+    for step in range(8 if changes else 4):
         assert config.set_learning_rate(run.optimizer, run.settings, step) == pytest.approx(book.rate(step))
         old = [layer.basis.clone() for layer in book.layers.values() if book.s.basis == 'svd']
         heads = [run.heads] * (script != 'vit')
@@ -2169,7 +2173,7 @@ def test_heads_on_loaded_weights_train_alone(root, tmp_path):
     config.write_json(f'{path}/config.json', models.config_json(donor.config))
     loaded = models.fill(models.GPT(models.read_config(path)), models.read_tensors(path, donor.config), path)
     close(loaded(idx), donor.float()(idx), 1e-6)
-    for name, trains in (('lora', 'factors'), ('lora_fa', 'factors'), ('galore', 'all'), ('full', 'all')):
+    for name, trains in (('lora', 'factors'), ('galore', 'all'), ('full', 'all')):
         words = loading(tiny('gpt', root, tmp_path / name, *method(name), f'--init_from={path}'))
         for more in ([], ['--init_from=resume', '--max_iters=6']):  # 'auto' stays what it was
             start(train_gpt, [*words, *more])
@@ -2237,40 +2241,33 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
     assert 1 <= graphs <= 2 + (script != 'vit')  # and the loss's
 
 
-def test_a_signal_saves_and_ends_with_zero(root, tmp_path):
-    words = tiny('gpt', root, tmp_path, '--max_iters=1000000', '--eval_interval=1000000', '--log_interval=1')
-    command = [sys.executable, 'train_gpt.py', *words]
-    ran = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
-    for line in ran.stdout:
-        if '| train' in line:
-            ran.send_signal(signal.SIGTERM)
-            break
-    ran.stdout.read()
-    assert ran.wait(20) == 0 and saved(tmp_path)['step'] >= 1
-
-
 class Stops(io.StringIO):
-    """Where a log goes that sends a signal when it tells of a step, or so many seconds after."""
+    """Where a log goes that sends a signal when it tells of a step."""
 
-    def __init__(self, step, seconds=0):
+    def __init__(self, step):
         super().__init__()
-        self.step, self.seconds = step, seconds
+        self.step = step
 
     def write(self, text):
-        if f'step {self.step:>6} | train' in text and self.seconds:
-            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        elif f'step {self.step:>6} | train' in text:
+        if f'step {self.step:>6} | train' in text:
             signal.raise_signal(signal.SIGTERM)
         return super().write(text)
 
 
+def test_a_signal_saves_and_ends_with_zero(root, tmp_path):
+    words = ['train_gpt.py', *tiny('gpt', root, tmp_path, '--max_iters=8', '--log_interval=1')]
+    with mock.patch.object(sys, 'argv', words), contextlib.redirect_stdout(Stops(1)):
+        runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')  # no SystemExit
+    assert saved(tmp_path)['step'] == 2
+
+
 @contextlib.contextmanager
-def signal_in_batch(number):
-    """A signal when a model is given so manieth a micro-batch to train on, from 0."""
+def signal_in_batch(number, training=True):
+    """A signal when a model is given so manieth a micro-batch to train on, or to evaluate, from 0."""
     batches, kinds = itertools.count(), (models.GPT, models.Llama, timm.models.VisionTransformer)
 
     def sees(module, inputs):
-        if isinstance(module, kinds) and module.training and next(batches) == number:
+        if isinstance(module, kinds) and module.training == training and next(batches) == number:
             signal.raise_signal(signal.SIGTERM)
     hook = nn.modules.module.register_module_forward_pre_hook(sees)
     try:
@@ -2280,14 +2277,14 @@ def signal_in_batch(number):
 
 
 @pytest.mark.parametrize('name, more, left', [  # at the second micro-batch of step 5, or after all of it
-    *((name, '', True) for name in ('gpt_full', 'gpt_dropout', 'llama_lte', 'llama_dropin', 'vit_full')),
+    *((name, '', True) for name in ('gpt_dropout', 'llama_lte', 'llama_dropin', 'vit_full')),
     ('llama_galore', '--basis_every=30', True), ('vit_galore', '--basis=random', True),
     ('llama_galore', '', False), ('gpt_galolte', '', False),  # in a window of sketches
     ('llama_power', '--basis_every=5', False), ('vit_galore', '--basis=random --basis_every=5', False)])
 def test_a_signal_leaves_a_step_if_nothing_has_changed(root, tmp_path, name, more, left):
-    words = [*more.split(), '--gradient_accumulation_steps=4', '--max_iters=8', '--eval_interval=8']
+    words = [*more.split(), '--gradient_accumulation_steps=3', '--max_iters=7', '--eval_interval=7']
     run(name, root, tmp_path / 'a', *words)
-    with signal_in_batch(5 * 4 + 1):
+    with signal_in_batch(5 * 3 + 1):
         run(name, root, tmp_path / 'b', *words)
     steps = 5 if left else 6
     assert saved(tmp_path / 'b')['step'] == steps == max(logged(tmp_path / 'b', 'train_loss'))
@@ -2696,7 +2693,8 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
     run()()
     refused(capsys, run(), 'already holds a run', '--overwrite=True')
     run('--overwrite=True')()
-    for script, content in itertools.product(SCRIPTS, (b'theirs', None)):  # evaluating makes no folder ours
+    # evaluating makes no folder ours
+    for script, content in (('gpt', b'theirs'), *((script, None) for script in SCRIPTS)):
         out = tmp_path / script / str(content)
         out.mkdir(parents=True)
         if content:
@@ -2707,19 +2705,6 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
             assert (out / 'ckpt.pt').read_bytes() == content
         else:
             run(script=script, out=out)()
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_a_run_killed_between_its_two_files_goes_on(root, tmp_path, script):
-    best = 'best_val_auc' if script == 'vit' else 'best_val_loss'
-    train(script, root, tmp_path, '--max_iters=2', '--eval_interval=2')
-    before = saved(tmp_path, 'best.pt')
-    (tmp_path / 'best.pt').unlink()  # ckpt.pt is written first
-    again = train(script, root, tmp_path, '--max_iters=2', '--init_from=resume', '--eval_interval=2')
-    assert same_state(saved(tmp_path, 'best.pt')['model'], before['model']) and again[best] == before[best]
-    steps = [(step, key) for key in ('val_loss', 'test_loss') for line in records(tmp_path)
-             for step in [line['step']] if key in line]
-    assert len(steps) == len(set(steps))  # nothing twice
 
 
 def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(root, runs, tmp_path, capsys):
@@ -2759,7 +2744,7 @@ def test_the_snippets_of_the_readme_run():
 
 @pytest.mark.parametrize('name', ['full', 'fira', 'galore_lean', 'galolte'])
 def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
-    run, data = built('llama', root, tmp_path, *method(name))
+    run, data = built('llama', root, tmp_path, *method(name, '--n_layer=1'))
     for step in range(4):
         train_llama.train_step(run, step, lambda micro_step: data.batch(8, step, rows=run.rows))
     config.save(run, 'ckpt.pt', dict(step=4), resumable=True)
@@ -2792,9 +2777,18 @@ def test_a_float16_run_counts_the_steps_it_skips_and_ends_if_it_skips_them_all(r
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_auto_begins_or_goes_on_and_names_what_changed(root, tmp_path, capsys, script):
+def test_auto_begins_goes_on_after_a_kill_between_two_files_and_names_what_changed(root, tmp_path, capsys,
+                                                                                   script):
+    best = 'best_val_auc' if script == 'vit' else 'best_val_loss'
     train(script, root, tmp_path, '--init_from=auto')
     assert 'resumed' not in capsys.readouterr().out
+    before = saved(tmp_path, 'best.pt')
+    (tmp_path / 'best.pt').unlink()  # ckpt.pt is written first
+    again = train(script, root, tmp_path, '--init_from=auto')
+    assert same_state(saved(tmp_path, 'best.pt')['model'], before['model']) and again[best] == before[best]
+    steps = [(step, key) for key in ('val_loss', 'test_loss') for line in records(tmp_path)
+             for step in [line['step']] if key in line]
+    assert len(steps) == len(set(steps))  # nothing twice
     end = train(script, root, tmp_path, '--init_from=auto', '--max_iters=8', '--beta1=0.8')
     assert end['step'] == 8 and end['data'] == built(script, root, tmp_path)[1].fingerprint
     said = 'resumed with other settings than before: max_iters 4 -> 8, beta1 0.9 -> 0.8\n'
@@ -2811,10 +2805,8 @@ def test_a_run_goes_on_with_the_data_it_began_with(root, tmp_path, capsys):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_a_signal_ends_an_evaluation(root, tmp_path, script):
     train(script, root, tmp_path, '--max_iters=3')
-    # a ViT evaluates a whole split, which is short here: the signal comes before its first batch
-    endless = [] if script == 'vit' else ['--eval_iters=1000000000']
-    with contextlib.redirect_stdout(Stops(4, 0 if script == 'vit' else 0.3)):
-        stopped = train(script, root, tmp_path, '--init_from=resume', '--max_iters=8', *endless)
+    with signal_in_batch(0, training=False):  # in the first of two
+        stopped = train(script, root, tmp_path, '--init_from=resume', '--max_iters=8')
     assert stopped['step'] == 4 and 4 not in {**logged(tmp_path, 'val_loss'), **logged(tmp_path, 'test_loss')}
 
 
@@ -2919,7 +2911,7 @@ def test_small_steps_on_bfloat16_add_up(kind):
             group['params'] = [linear.weight]
             optimizer = galore.GaLoreAdamW([group], lr=5e-6 if kind == 'full' else 2e-5)
             trained, grad = linear.weight, G.to(dtype)
-        for _ in range(500):
+        for _ in range(250):
             trained.grad = grad.clone()
             optimizer.step()
         return (linear.weight.detach().double() - start).flatten()
@@ -2960,21 +2952,13 @@ def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded
     assert all(map(torch.equal, step(), before))
 
 
-def test_float64_with_narrow_moments_steps_in_float64():
-    p = nn.Parameter(torch.ones(64, 64, dtype=double))
-    optimizer = galore.GaLoreAdamW([dict(params=[p], state_bits=16)], lr=1e-9)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert ((1 - p) > 0.9e-9).all()
-
-
 def test_a_second_moment_in_bfloat16_decays():
     p = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
     optimizer = galore.GaLoreAdamW([p], lr=0.0, betas=(0.9, 0.999))
-    for step in range(1500):
+    for step in range(500):
         p.grad = torch.full_like(p, float(step == 0))
         optimizer.step()
-    expected = float(torch.tensor(0.001).bfloat16()) * 0.999 ** 1499
+    expected = float(torch.tensor(0.001).bfloat16()) * 0.999 ** 499
     assert optimizer.state[p]['exp_avg_sq'].float().mean().item() == pytest.approx(expected, rel=0.05)
 
 
@@ -3120,7 +3104,7 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
     tuned, tokens = loaded(out / 'ckpt.pt')
     idx = tokens_of(2, 16, high=257)
-    run, _ = built_again(script, out)
+    run = built_again(out)
     with lowrank.averaged_heads(run):
         close(tuned(idx), run(idx))
     start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--dtype=float64'])
@@ -3152,13 +3136,14 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     close(loaded(tmp_path / 'more' / 'ckpt.pt')[0](idx), tuned(idx), 1e-5)
 
 
-def built_again(script, out):
+def built_again(out):
     """The model of a checkpoint with its heads."""
     state = saved(out)
-    model = models.make_model(state['model_config']).double()
-    lowrank.put_layers(model, state['settings'])
+    shape = state['model_config']
+    model = train_vit.create(shape, len(state['classes'])) if 'classes' in state else models.make_model(shape)
+    lowrank.put_layers(model.double(), state['settings'])
     model.load_state_dict(state['model'])
-    return model.eval(), state
+    return model.eval()
 
 
 def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path, capsys):
@@ -3197,7 +3182,7 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     assert (tmp_path / 'hf' / 'model.safetensors.index.json').exists()
     before = files_of(tmp_path / 'hf')
     model, tokens = loaded(tmp_path / 'hf')
-    run, _ = built_again('gpt', runs('gpt_full', 4))
+    run = built_again(runs('gpt_full', 4))
     close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
     refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
     refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
@@ -3222,14 +3207,10 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
     theirs = timm.create_model(f'local-dir:{tmp_path}/vit').eval()
     # as pretrained=True of newer ones does
     timm.models.load_checkpoint(theirs, f'{tmp_path}/vit/model.safetensors')
-    state = saved(out)
-    ours = train_vit.create(state['model_config'], len(state['classes'])).double()
-    lowrank.put_layers(ours, state['settings'])
-    ours.load_state_dict(state['model'])
-    x = normal(2, 3, 28, 28, dtype=torch.float32)
-    with lowrank.averaged_heads(ours.eval()):
+    ours, x = built_again(out), normal(2, 3, 28, 28, dtype=torch.float32)
+    with lowrank.averaged_heads(ours):
         close(theirs(x).double(), ours(x.double()), 1e-5)
-    assert theirs.pretrained_cfg['label_names'] == state['classes']
+    assert theirs.pretrained_cfg['label_names'] == saved(out)['classes']
 
 
 @pytest.mark.parametrize('words, wanted', [
@@ -3502,7 +3483,6 @@ def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of
 
 def several_ranks(root, out, me, port):
     """What each of four processes runs. The last two go on as a pair when all four have trained."""
-    os.nice(5)  # the tests beside them are the longer way
     said = os.open(f'{out}/said', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
     sys.stdout, sys.stderr = (open(i, 'w', buffering=1, closefd=False) for i in (1, 2))
@@ -3973,12 +3953,11 @@ def test_shards_of_one_process_are_none(root, tmp_path, capsys, script):
 @pytest.mark.parametrize('name', [  # few bits have laws of their own
     name for name, words in REPLICAS.items()
     if METHODS[words.split()[0]]['sync_bits'] == 32 and '_bits=2' not in words or '_bits=32' in words])
-def test_replicas_are_workers_as_they_are_written_down(root, spawned, tmp_path, name):
+def test_replicas_are_workers_as_they_are_written_down(root, plains, spawned, tmp_path, name):
     state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name].split()
     words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
     run, data = built(script, root, tmp_path, *words, ranks=2)
-    plain, _ = built(script, root, tmp_path)
-    book = Textbook(plain.model, run.model, run.optimizer, run.settings, ranks=2)
+    book = Textbook(plains[script], run.model, run.optimizer, run.settings, ranks=2)
     for step in range(8):
         book.step(step, seen(script, data, step, run.settings))
     for key, Ws in state['replicas'].items():

@@ -255,7 +255,7 @@ FOR_LONGER = at_rates(
     ('Muon, lean', method('muon_lean'), 1.6e-2, 4e-3, 8e-3))
 FOR_SMALLER = at_rates(
     ('full rank', {}, 2e-3, 1e-3, 4e-3),
-    ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2),
+    ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2, 8e-2),
     ('Muon', dict(optimizer='muon'), 8e-3, 1.6e-2, 3.2e-2),
     ('GaLore, Muon', dict(MUON_INSIDE, rank=36), 8e-3, 1.6e-2, 3.2e-2),
     ('Muon, lean', method('muon_lean'), 1.6e-2, 3.2e-2, 6.4e-2))

@@ -90,7 +90,7 @@ import train_gpt
 import train_llama
 import train_vit
 from model import SIZES
-from prepare import Tokens
+from prepare import ensure, read_meta
 
 HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -478,8 +478,11 @@ def stepper(settings, ranks=None):
 
 def vocabulary(s):
     """Tokens of a run's data if they are here, else of the data that the script is made for."""
+    if s['vocab_size']:
+        return s['vocab_size']
     with contextlib.suppress(ValueError, OSError):
-        return s['vocab_size'] or Tokens(s['dataset'], 'train', s['block_size'], s['data_dir']).vocab_size
+        ensure(s['dataset'], s['data_dir'])
+        return read_meta(Path(s['data_dir'], s['dataset'], 'meta.json'))['vocab_size']
     return 32000 if 'size' in s else 50257
 
 

@@ -117,16 +117,16 @@ class LanguageModel(nn.Module):
         return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
 
 
-# -----------------------------------------------------------------------------
-# GPT-2
-
-
 def need_types(shape):
     """ValueError where a field of a configuration, as a file has it, is not of the type it is said to be."""
     for name, kind in type(shape).__annotations__.items():
         value = getattr(shape, name)
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f'{name}={value!r} is {type(value).__name__}, but {kind.__name__} is needed')
+
+
+# -----------------------------------------------------------------------------
+# GPT-2
 
 
 @dataclass

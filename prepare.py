@@ -320,7 +320,7 @@ def has_prompts(path):
     """Whether the first line of a .jsonl has a prompt."""
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
-    return '"prompt"' in first and '"text"' not in first
+    return re.search(r'"prompt"\s*:', first) and not re.search(r'"text"\s*:', first)  # keys, not values
 
 
 def read_parquet(path, _):
@@ -402,8 +402,11 @@ def own_images(found, size):
         label, path = entry
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
-            picture = Image.open(io.BytesIO(content)).convert('RGB')
-        picture = ImageOps.fit(ImageOps.exif_transpose(picture), (size, size), Image.Resampling.BICUBIC)
+            picture = Image.open(io.BytesIO(content))
+            if picture.mode[0] in 'IF':  # Pillow would cut them
+                raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
+            picture = ImageOps.exif_transpose(picture.convert('RGB'))
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
         return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
 
@@ -418,12 +421,12 @@ def medmnist_info():
     return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
 
 
-def medmnist_images(path, size, info, download):
+def medmnist_images(path, size, info):
     """Streamed out of MedMNIST's archive `path`; info: its entry of medmnist.INFO."""
     shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
     classes, rows = len(info['label']), max(1, 2**20 // math.prod(shape))
     width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
-    if download and not path.exists():
+    if not path.exists():
         from torchvision.datasets.utils import download_url
         flag = '' if size == 28 else f'_{size}'
         with reading(f"{info[f'url{flag}']} cannot be downloaded",
@@ -664,9 +667,9 @@ def verify(folder, shards, unsound):
             with open(path, 'rb') as file:
                 if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
                     raise OSError(errno.EIO, f'its checksum is not that of meta.json: {ANEW}', str(path))
-            if os.access(folder, os.W_OK):
-                with open(notes, 'a', encoding='utf-8') as file:
-                    file.write(note + '\n')
+            # where it cannot be written the next run reads the shard again
+            with contextlib.suppress(OSError), open(notes, 'a', encoding='utf-8') as file:
+                file.write(note + '\n')
     except OSError as error:  # of a thread nobody would see it: the next batch raises it
         unsound.append(error)
 
@@ -916,13 +919,15 @@ def arguments(argv):
         if name in flags:
             add('--size', type=int, choices=[28, 64, 128, 224], default=28, help='pixels of a side (28)')
         if name in flags or name in ('images', *DIGITS):
-            add('--shard_bytes', type=number_of, metavar='N', default=10**9, help='of a shard (1e9)')
+            add('--shard_bytes', type=number_of, metavar='N', default=10**9,
+                help='of a shard (1_000_000_000)')
         else:
             tokenizer = 'bytes' if name == 'stdlib' else 'gpt2'
             add('--tokenizer', default=tokenizer, metavar='WHICH',
                 help=f"gpt2, bytes, or a folder or a name of the hub with a tokenizer.json ({tokenizer})")
             add('--tokens', type=number_of, metavar='N', help='end when the training split has so many')
-            add('--shard_tokens', type=number_of, metavar='N', default=10**8, help='of a shard (1e8)')
+            add('--shard_tokens', type=number_of, metavar='N', default=10**8,
+                help='of a shard (100_000_000)')
         add('--name', type=folder_name, help='of the folder (that of the data, with _SIZE unless 28)')
         add('--data_dir', metavar='FOLDER', default='data', help='of the folders of all data sets (data)')
         add('--overwrite', action='store_true', help='prepare anew what is there already')
@@ -977,7 +982,7 @@ def from_images(args):
         if args.path and not path.is_file():
             raise MissingData(f"'{path}' is missing: --path is a folder with MedMNIST's archives")
         source = f'{path.name} ({path.stat().st_size} bytes)' if args.path else info[f'url{suffix}']
-        images = partial(medmnist_images, path, size, info, not args.path)
+        images = partial(medmnist_images, path, size, info)
         channels, classes, task = info['n_channels'], [*info['label'].values()], info['task']
     settings = {'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
                 'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}

@@ -206,6 +206,7 @@ def backward(net, idx):
 
 
 ANSWERS = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'} for i in range(200)]
+TYPED = {'type': 'text'}  # a value is no key
 
 
 @pytest.fixture(scope='session')
@@ -216,7 +217,8 @@ def root(tmp_path_factory):
     (root / 'tiny.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
     prepare_text(root, root / 'tiny.jsonl', '--name', 'tiny')
     prepare_text(root, numbered(root / 'mine.txt'), '--name', 'mine', '--shard_tokens', 20_000)
-    (root / 'answers.jsonl').write_text('\n'.join(map(json.dumps, [*ANSWERS, {'text': 'all of it'}])))
+    answers = [{**TYPED, **x} for x in (*ANSWERS, {'text': 'all of it'})]
+    (root / 'answers.jsonl').write_text('\n'.join(map(json.dumps, answers)))
     prepare_text(root, root / 'answers.jsonl', '--name', 'answers')
     archive(root)
     prepare_images(root)
@@ -2616,7 +2618,7 @@ def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
     assert (data.meta['kind'], data.meta['flag'], data.task) == ('images', flag, info['task'])
     assert data.classes == list(info['label'].values()) and data.num_classes == len(data.classes)
     assert (data.channels, data.size) == (info['n_channels'], size)
-    chunks = prepare.medmnist_images(path, size, info, download=True)  # what is there is not downloaded again
+    chunks = prepare.medmnist_images(path, size, info)  # what is there is not downloaded again
     assert sum(len(labels) for _, labels, _ in chunks) == 141
 
 
@@ -3265,9 +3267,14 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
             held[image.numpy().tobytes()] = int(label)
     middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
-    (tmp_path / 'mine' / 'a' / '0.png').write_bytes(b'no picture')
-    with pytest.raises(prepare.DataError, match='0.png.*damaged'):
-        prepare.main([*words, '--overwrite'])
+    path = tmp_path / 'mine' / 'a' / '0.png'
+    wide, turned = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
+    for said, save in (('8 bits', lambda: wide.save(path)),
+                       ('damaged', lambda: path.write_bytes(b'no picture')),
+                       ('damaged', lambda: turned.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
+        save()
+        with pytest.raises(prepare.DataError, match=f'0.png.*{said}'):
+            prepare.main([*words, '--overwrite'])
     assert len(prepare.Images('images', 'train', tmp_path / 'data')) == len(splits[0])
     (tmp_path / 'mine' / 'c').mkdir()
     with pytest.raises(prepare.DataError, match='in c are no pictures'):

@@ -5,18 +5,17 @@ $ python assets/figures.py
 """
 
 import contextlib
-import glob
 import json
-import os
 import statistics
 import sys
+from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 from bench import ADAPT, FINAL, TRAININGS, kept, memory_cells, sending
 
 # -----------------------------------------------------------------------------
@@ -239,7 +238,8 @@ def draw_quality():
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
         by_step.set(xlabel='step', ylabel='validation loss (nats a byte)', xlim=(400, FINAL['max_iters']),
                     ylim=(min(shown) - 0.02, max(shown) + 0.02))
-        by_time.set(xlabel='training, s (one CPU thread)', xlim=(400 * min(times.values(), default=[0])[0], None))
+        by_time.set(xlabel='training, s (one CPU thread)',
+                    xlim=(400 * min(times.values(), default=[0])[0], None))
         by_bytes.set(xlabel="optimizer state, MB (all workers')", xscale='log')
         by_bytes.set_xticks(ticks := [0.5, 2, 10, 50, 400], list(map(str, ticks)))
         by_bytes.minorticks_off()
@@ -336,23 +336,20 @@ def draw_layers():
 
 def renew(page, mark, head, rows, end=''):
     """Renews the table between two markers in a page; head and rows: tuples of columns."""
-    with open(f'{HERE}/{page}', encoding='utf-8') as file:
-        text = file.read()
+    path = HERE / page
     lines = [f"| {' | '.join(row)} |" for row in (head, ['---'] * len(head), *rows)] + ['', end] * bool(end)
-    before, there, rest = text.partition(f'<!-- {mark} -->\n')
+    before, there, rest = path.read_text('utf-8').partition(f'<!-- {mark} -->\n')
     if not there:
         raise ValueError(f'{page} has no line <!-- {mark} -->')
     after = rest.partition('<!-- end -->\n')[2]
-    with open(f'{HERE}/{page}', 'w', encoding='utf-8') as file:
-        file.write('\n'.join([f'{before}<!-- {mark} -->', *lines, '<!-- end -->', after]))
+    path.write_text('\n'.join([f'{before}<!-- {mark} -->', *lines, '<!-- end -->', after]), 'utf-8')
 
 
 def method_rows():
     """What the first lines of config/methods say."""
-    for path in sorted(glob.glob(f'{HERE}/../config/methods/*.py')):
-        name = os.path.basename(path)
-        with open(path, encoding='utf-8') as file:
-            yield f'[`{name[:-3]}`](config/methods/{name})', file.readline().removeprefix('# ').strip()
+    for path in sorted(HERE.parent.glob('config/methods/*.py')):
+        first = path.read_text('utf-8').partition('\n')[0]
+        yield f'[`{path.stem}`](config/methods/{path.name})', first.removeprefix('# ').strip()
 
 
 def mean_and_range(found):
@@ -440,8 +437,7 @@ def renew_tables():
 
 
 if __name__ == '__main__':
-    draw_method()
-    for draw in (draw_heads, draw_memory, draw_quality, draw_frontier, draw_links, draw_convergence,
-                 draw_layers):
+    for draw in (draw_method, draw_heads, draw_memory, draw_quality, draw_frontier, draw_links,
+                 draw_convergence, draw_layers):
         draw()
     renew_tables()

@@ -171,7 +171,8 @@ def encode(x, age, levels, power, dtype):
     size = blocks.abs()
     top = size.amax(1, keepdim=True)  # (blocks, 1)
     size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)  # that of level l is l^power
-    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
+    shift = age * 0.7548776662 % 1.0  # not random
+    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + shift) % 1.0
     low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
     if power == 2:  # what lies between l^power and (l + 1)^power, times the threshold: 2 l + 1,
         root, part = low, torch.addcmul(threshold, low, 2 * threshold)
@@ -519,7 +520,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             age, root = math.inf, 1.0
             if group['correct_bias']:
                 age, root = state['step'], math.sqrt(1 - betas[1] ** state['step'])
-            if is_fused(p, state):
+            if is_fused(p, state) and grad.stride() == state['exp_avg'].stride():
                 tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
                 fused.setdefault((p.dtype, age), []).append(tensors)
             else:
@@ -633,7 +634,8 @@ class LowRankAdamW(GaLoreAdamW):
                     per_layer those of all layers at once in step 0.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
-    The loop calls `begin` before each forward pass and `take_bases` after the last backward pass of a step.
+    The loop calls `begin` before each forward pass and `take_bases` after the last backward pass of a step,
+    and for T > 1 lowrank.merge every T steps: a new basis would turn what is not merged.
     Sketches are in no state dict of torch, but lowrank.gather_state and load_state resume within one.
     """
 
@@ -816,7 +818,7 @@ class LowRankAdamW(GaLoreAdamW):
                 add_back_(W, U, P, Q, alpha, keep, key + 1, first)
             else:
                 if keep != 1 and W.dtype == torch.bfloat16:
-                    round_(W, W.float() * keep, key + 1, first)
+                    round_(W, W.float().mul_(keep), key + 1, first)
                 elif keep != 1:
                     W.mul_(keep)
                 if U is None:

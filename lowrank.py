@@ -95,7 +95,7 @@ class LowRankProduct(torch.autograd.Function):
     of sequences, with the basis B where A is trained, and of their transposes, with A^T, where B is.
     W gets no gradient, and there are no second derivatives (torch raises).
 
-    Operations per token, forward and backward, R = groups r: 4 m n + 4 R (m + n) with both factors trained,
+    Operations per token, forward and backward, R = groups r: 4 m n + 6 R (m + n) with both factors trained,
     4 m n + 2 R (m + n) with `zero`; a dense layer has 6 m n.
     """
 
@@ -160,8 +160,8 @@ def second_moment(a, b, z, sequences, parts=1):
     a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one
     sequence after the other. It is one step of subspace iteration towards the directions in which the
     gradients of single sequences lie, and the same however sequences are spread over micro-batches and ranks.
-    No G_s is formed. Returns (parts, m, r), of so many parts of the batch, each as if its mean loss were the
-    loss; zeros where it is not finite.
+    An output layer gets all tokens in one row, each as a sequence. No G_s is formed. Returns (parts, m, r), of
+    so many parts of the batch, each as if its mean loss were the loss; zeros where it is not finite.
     """
     time, rank = len(z) // max(sequences, 1), z.shape[1]
     b, z = b.view(sequences, time, b.shape[1]), z.view(sequences, time, rank)
@@ -222,8 +222,9 @@ class MHLoRALinear(nn.Module):
 
     linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays trainable.
     heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see the top of this file.
-    merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0: never.
-    merge_reset: a merge draws A anew and zeroes B; else they train on (LTE), less A_merged and B_merged.
+    merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0: never, or at the end.
+    merge_reset: a merge draws A anew and zeroes B, as it does where merge_every is 0; else they train on
+    (LTE), less A_merged and B_merged.
     head_compute: 'parallel', shared heads in one pair of products, or 'sequential', a loop: the same, slower.
     worker, workers: of several ranks that share split heads, this one holds the heads worker::workers.
     zeros: the model's `Zeros`, None for a layer alone.
@@ -939,7 +940,7 @@ def gather_state(model, optimizer=None, replicas=None):
     def of_heads(x, *where):
         return apart(x, 'heads', *where) if sharded else kept(in_global_order(gather(x)))
 
-    averages = {p: averaged_copy(p).to(p.dtype) for p in replicas.values()}
+    averages = {p: kept(averaged_copy(p).to(p.dtype)) for p in replicas.values()}
     state = model.state_dict()
     for name, p in model.state_dict(keep_vars=True).items():
         state[name] = averages[p] if p in averages else gathered(state[name], p, 'model', name)
@@ -1177,20 +1178,22 @@ def heads_of(model):
             if factor is not None}
 
 
-_merges = itertools.count()  # those without a generator; ranks merge alike
+_merges = itertools.count()  # those without a generator: the seeds of theirs, as ranks merge alike
 
 
 @torch.no_grad()
 def merge(model, generator=None, replicas=None, bits=32, state=None):
     """
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
-    `replicas` ({name: parameter}) over ranks. generator: of new heads; its seed is also that of rounding.
+    `replicas` ({name: parameter}) over ranks. generator: of new heads, the same on all ranks (None: of the
+    number of the merge); its seed is also that of rounding.
 
     bits: of a number that split heads or replicas send (see `coded_mean`, MHLoRALinear.send_changes). Below
     32 `state`, an optimizer's, has what they leave in a basis and of replicas, and of these the values that
     all ranks have in `common`, those of the merge before; where it has none a replica is sent in full.
     """
-    seed = next(_merges) if generator is None else generator.initial_seed()
+    generator = generator or torch.Generator().manual_seed(next(_merges))
+    seed = generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them
         for kept in (state or {}).values():
             kept.pop('error', None), kept.pop('common', None)
@@ -1280,16 +1283,18 @@ def clip_gradients(model, max_norm):
 
 def check_training(model, *optimizers):
     """ValueError for what would train wrongly in silence: a trainable parameter that no optimizer holds, or a
-    factor always zero on which others than galore.LowRankAdamW have stepped. Waits for the device."""
+    layer with a basis that no galore.LowRankAdamW does."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']}
     lost = [name for p, name in stepped(model).items() if p.requires_grad and p not in held]
     if lost:
         more = f' and {len(lost) - 1} more' * (len(lost) > 1)
         raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the '
                          'optimizer after apply_mhlora, or freeze it')
-    if any(zeros.flat.any() for zeros in {layer.zeros for layer in lowrank_layers(model) if layer.zero}):
-        raise ValueError("an optimizer has stepped on factors that are always zero: with factors='basis' and "
-                         'merge_every=1 only galore.LowRankAdamW steps, on the weights behind them')
+    for name, layer in named_layers(model).items():
+        if layer.factors == 'basis' and layer.trained.requires_grad and not any(
+                layer.stepped in getattr(optimizer, 'layers', ()) for optimizer in optimizers):
+            raise ValueError(f"no galore.LowRankAdamW holds '{name}', which has factors='basis': another "
+                             'optimizer takes no bases, and nothing there would train')
 
 
 @torch.no_grad()

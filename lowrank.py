@@ -160,8 +160,8 @@ def second_moment(a, b, z, sequences, parts=1):
     a (tokens, m); b (tokens, n); z = a P (tokens, r), with orthonormal P (m, r); tokens are those of one
     sequence after the other. It is one step of subspace iteration towards the directions in which the
     gradients of single sequences lie, and the same however sequences are spread over micro-batches and ranks.
-    An output layer gets all tokens in one row, each as a sequence. No G_s is formed. Returns (parts, m, r), of
-    so many parts of the batch, each as if its mean loss were the loss; zeros where it is not finite.
+    An output layer gets all tokens in one row, each as a sequence. No G_s is formed. Returns (parts, m, r),
+    of so many parts of the batch, each as if its mean loss were the loss; zeros where it is not finite.
     """
     time, rank = len(z) // max(sequences, 1), z.shape[1]
     b, z = b.view(sequences, time, b.shape[1]), z.view(sequences, time, rank)

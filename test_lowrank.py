@@ -257,6 +257,7 @@ def test_files_see_the_defaults_compose_in_any_order_and_the_command_line_wins(t
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     got = config.load({}, known, ['--name=7', paths['a'], '--count=3', '--limit=2', '--flag=True'])
     assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
+    assert config.load({}, known, ['--name={{}}'])['name'] == '{{}}'
     got = config.load({}, known, [paths['b'], "--name='x y'", '--limit=None'])
     assert got == {**known, 'rate': 2.0, 'name': 'x y'}  # int for float; nothing is left over
 
@@ -3559,6 +3560,13 @@ def several_ranks(root, out, me, port):
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
         run('gpt_full', root, f'{out}/differ', f'--seed={me}')
     assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
+    os.mkdir(f'{out}/disk{me}'), os.chdir(f'{out}/disk{me}')  # of two nodes, the first one has a checkpoint
+    if me == 0:
+        shutil.copytree(f'{out}/gpt_full', 'here')
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+        run('gpt_full', root, 'here', '--max_iters=8', '--init_from=auto')
+    assert "rank 0 has init_from='resume' and rank 1 'scratch'" in said.getvalue()
+    os.chdir(HERE)
     all_ranks_hold_the_same_bits(root, f'{out}/bits')
     few_bits_are_the_same_on_any_number_of_ranks()
     heads_in_few_bits_are_the_same_on_any_number_of_ranks()

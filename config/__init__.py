@@ -137,7 +137,7 @@ def load(namespace, known, argv):
             example = 'True' if isinstance(known.get(key), bool) else 'value'
             fail(f"'{word}' has no value: write --{key}={example}")
         value = text  # where it is no Python literal
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval(text)
         if isinstance(known.get(key), str) and not isinstance(value, str):
             value = text  # --out_dir=7 is a name
@@ -775,8 +775,7 @@ def load_adapter(model, path, about):
                      for some in (parts, saved))
     odd = [f'its {name} is {found.get(name)}, not {wanted.get(name)}' for name in wanted | found
            if found.get(name) != wanted.get(name)]
-    older = theirs.keys() == about.keys()  # without a checksum
-    if not odd and not older and theirs.get('sha256') != _sha256(saved[name] for name in parts):
+    if not odd and theirs.get('sha256') != _sha256(saved[name] for name in parts):
         odd.append('its checksum is another')
     if odd:
         raise ValueError(f"adapter '{path}' is damaged ({odd[0]}): load the one that the run wrote")
@@ -806,6 +805,9 @@ def open_run(settings, where, data):
     refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and returned (else
     None). Resolves 'auto' in settings['init_from'] and ['train']. ValueError, OSError: what is wrong."""
     import torch.distributed as dist
+    path = os.path.join(settings['out_dir'], 'ckpt.pt')
+    if settings['init_from'] == 'auto':  # each rank looks at its own disk
+        settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if where.ranks > 1:
         code = sorted(Path(__file__).parents[1].glob('*.py')) + [Path(__file__)]
         code = hashlib.sha256(b''.join(path.read_bytes() for path in code)).hexdigest()[:16]
@@ -815,9 +817,6 @@ def open_run(settings, where, data):
             if other.get(key) != value:
                 raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: start all '
                                  'ranks with the same settings, code and data')
-    path = os.path.join(settings['out_dir'], 'ckpt.pt')
-    if settings['init_from'] == 'auto':
-        settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if where.rank == 0:
         _claim_folder(settings)
     if where.ranks > 1:

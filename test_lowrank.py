@@ -206,7 +206,6 @@ def backward(net, idx):
 
 
 ANSWERS = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'} for i in range(200)]
-TYPED = {'type': 'text'}  # a value is no key
 
 
 @pytest.fixture(scope='session')
@@ -217,7 +216,7 @@ def root(tmp_path_factory):
     (root / 'tiny.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
     prepare_text(root, root / 'tiny.jsonl', '--name', 'tiny')
     prepare_text(root, numbered(root / 'mine.txt'), '--name', 'mine', '--shard_tokens', 20_000)
-    answers = [{**TYPED, **x} for x in (*ANSWERS, {'text': 'all of it'})]
+    answers = [{'type': 'text', **x} for x in (*ANSWERS, {'text': 'all of it'})]  # a value is no key
     (root / 'answers.jsonl').write_text('\n'.join(map(json.dumps, answers)))
     prepare_text(root, root / 'answers.jsonl', '--name', 'answers')
     archive(root)

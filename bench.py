@@ -156,15 +156,20 @@ def one_by_one(**values):
     return [{key: value} for key, those in values.items() for value in those]
 
 
+def seeds(rate):
+    """Two more seeds at a learning rate."""
+    return [dict(learning_rate=rate, seed=seed) for seed in (1, 2)]
+
+
 def rates(best, *others):
     """The best learning rate with three seeds, others with the first."""
-    pairs = [(best, 1337), *((rate, 1337) for rate in others), (best, 1), (best, 2)]
-    return [dict(learning_rate=rate, seed=seed) for rate, seed in pairs]
+    return [*(dict(learning_rate=rate, seed=1337) for rate in (best, *others)), *seeds(best)]
 
 
 def at_rates(*rows):
-    """Methods as below, of rows of a name, its settings and its learning rates."""
-    return {name: (shared, one_by_one(learning_rate=those)) for name, shared, *those in rows}
+    """Methods as below, of rows of a name, its settings, learning rates with three seeds, and others."""
+    return {name: (shared, [*one_by_one(learning_rate=(*best, *others)), *sum(map(seeds, best), [])])
+            for name, shared, best, *others in rows}
 
 
 SCREENING = {
@@ -172,29 +177,23 @@ SCREENING = {
         {}, *one_by_one(learning_rate=(1e-3, 4e-3), beta2=(0.999,), grad_clip=(0.0,), seed=(1, 2))]),
     'GaLore, drop-in': (dict(DROP_IN, rank=64, learning_rate=2e-2), [
         {}, *one_by_one(learning_rate=(1e-2, 4e-2), grad_clip=(0.0,), basis=('random', 'svd'),
-                        rank=(16, 32, 128), seed=(1, 2)), dict(learning_rate=1e-2, basis='svd')]),
-    'GaLore': (dict(LAYER, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
-    'Fira': (dict(FIRA, rank=64, learning_rate=2e-2), [{}, dict(learning_rate=1e-2)]),
-    # at the last rate, if one follows, three seeds
-    **{name: (shared, [{}, *one_by_one(learning_rate=others), *(
-        dict(learning_rate=rate, seed=seed) for rate in best for seed in (1, 2))])
-       for name, shared, others, *best in (
-        ('APOLLO', dict(APOLLO, rank=64, scale=1.0, learning_rate=1e-2), (5e-3, 2e-2)),
-        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5, learning_rate=1e-2), (5e-3, 2e-2), 5e-3),
-        ('SCALE', dict(optimizer='scale', learning_rate=2e-3), (5e-4, 1e-3), 5e-4),
-        ('Muon', dict(optimizer='muon', learning_rate=8e-3), (1e-3, 2e-3, 4e-3, 1.6e-2), 8e-3),
-        ('Muon, 8 bits', dict(optimizer='muon', state_bits=8, learning_rate=8e-3), ()),
-        ('GaLore, Muon', dict(MUON_INSIDE, rank=64, learning_rate=8e-3), (2e-3, 4e-3, 1.6e-2)),
-        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0, learning_rate=1.6e-2),
-         (4e-3, 8e-3), 8e-3, 4e-3),
-        ('Muon, no momentum, 8 bits',
-         dict(optimizer='muon', momentum=0.0, state_bits=8, learning_rate=8e-3), ()),
-        ('Muon, lean', dict(method('muon_lean'), learning_rate=1.6e-2), (8e-3, 3.2e-2), 1.6e-2),
-        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64, learning_rate=8e-3),
-         (4e-3, 1.6e-2), 8e-3),
-        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64, learning_rate=8e-3), (4e-3,)),
-        ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64, learning_rate=8e-3), ()))},
-    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [{}, *one_by_one(sync_bits=(4, 2))]),
+                        rank=(16, 32, 128)), dict(learning_rate=1e-2, basis='svd'), *seeds(2e-2)]),
+    **at_rates(
+        ('GaLore', dict(LAYER, rank=64), [2e-2], 1e-2),
+        ('Fira', dict(FIRA, rank=64), [1e-2], 2e-2),
+        ('APOLLO', dict(APOLLO, rank=64, scale=1.0), [2e-2], 5e-3, 1e-2, 4e-2),
+        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5), [5e-3], 1e-2, 2e-2),
+        ('SCALE', dict(optimizer='scale'), [5e-4], 1e-3, 2e-3),
+        ('Muon', dict(optimizer='muon'), [8e-3], 1e-3, 2e-3, 4e-3, 1.6e-2),
+        ('Muon, 8 bits', dict(optimizer='muon', state_bits=8), [], 8e-3),
+        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), [8e-3, 4e-3], 1.6e-2),
+        ('Muon, no momentum, 8 bits', dict(optimizer='muon', momentum=0.0, state_bits=8), [], 8e-3),
+        ('Muon, lean', method('muon_lean'), [3.2e-2, 1.6e-2], 8e-3, 6.4e-2),
+        ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [8e-3], 2e-3, 4e-3, 1.6e-2),
+        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64), [1.6e-2, 8e-3], 4e-3, 3.2e-2),
+        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64), [8e-3], 4e-3),
+        ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64), [8e-3])),
+    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [{}, *one_by_one(sync_bits=(4, 2), seed=(1, 2))]),
     'GaLoLTE, Muon, on workers': (
         dict(SLOW_LINKS, rank=64, basis_every=100, learning_rate=8e-3),
         [dict(merge_every=T, sync_bits=bits) for T in (2, 10, 50) for bits in (32, 4, 2)]),
@@ -202,14 +201,14 @@ SCREENING = {
         dict(learning_rate=2e-2), dict(sync_bits=2, learning_rate=5e-3, scale=1.0)]),
     'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
-        *(dict(alpha=64.0, learning_rate=rate) for rate in (1e-3, 4e-3))]),
+        *(dict(alpha=64.0, **change) for change in one_by_one(learning_rate=(1e-3, 4e-3), seed=(1, 2)))]),
     'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
         {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3), sync_bits=(4, 2)),
         dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
         *(dict(alpha=alpha, learning_rate=rate)
-          for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3)))]),
+          for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3))), *seeds(4e-3)]),
     'ReLoRA': (dict(RELORA, rank=64, alpha=64.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3))]),
+        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3, 8e-3)), *seeds(4e-3)]),
     'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, learning_rate=8e-3), [
         {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1.6e-2))]),
     'local AdamW': (dict(LOCAL, learning_rate=2e-3), [
@@ -240,25 +239,26 @@ FINALISTS = {  # ranks are a quarter of the width in all
 SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
            for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
 ON_ENGLISH = at_rates(
-    ('full rank', {}, 2e-3, 5e-4, 1e-3),
-    ('GaLore', dict(LAYER, rank=64), 2e-2, 1e-2, 4e-2),
-    ('Muon', dict(optimizer='muon'), 8e-3, 2e-3, 4e-3),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 4e-3, 1.6e-2),
-    ('Muon, lean', method('muon_lean'), 1.6e-2, 8e-3, 3.2e-2),
-    ('full rank, 16 bits', dict(param_dtype='bfloat16'), 2e-3),
-    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), 2e-2))
+    ('full rank', {}, [1e-3], 5e-4, 2e-3),
+    ('GaLore', dict(LAYER, rank=64), [1e-2], 2e-2, 4e-2),
+    ('Muon', dict(optimizer='muon'), [4e-3], 2e-3, 8e-3),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [4e-3], 8e-3, 1.6e-2),
+    ('Muon, lean', method('muon_lean'), [1.6e-2], 8e-3, 3.2e-2),
+    ('full rank, 16 bits', dict(param_dtype='bfloat16'), [], 2e-3),
+    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), [], 2e-2),
+    ('LTE', dict(SPLIT, rank=16, alpha=16.0), [4e-3], 2e-3, 8e-3))
 FOR_LONGER = at_rates(
-    ('full rank', {}, 2e-3, 1e-3, 4e-3),
-    ('GaLore', dict(LAYER, rank=64), 2e-2, 5e-3, 1e-2),
-    ('Muon', dict(optimizer='muon'), 8e-3, 2e-3, 4e-3),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), 8e-3, 2e-3, 4e-3),
-    ('Muon, lean', method('muon_lean'), 1.6e-2, 4e-3, 8e-3))
+    ('full rank', {}, [2e-3], 1e-3, 4e-3),
+    ('GaLore', dict(LAYER, rank=64), [1e-2], 5e-3, 2e-2),
+    ('Muon', dict(optimizer='muon'), [4e-3], 2e-3, 8e-3),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [4e-3], 2e-3, 8e-3),
+    ('Muon, lean', method('muon_lean'), [1.6e-2], 4e-3, 8e-3))
 FOR_SMALLER = at_rates(
-    ('full rank', {}, 2e-3, 1e-3, 4e-3),
-    ('GaLore', dict(LAYER, rank=36), 1e-2, 2e-2, 4e-2, 8e-2),
-    ('Muon', dict(optimizer='muon'), 8e-3, 1.6e-2, 3.2e-2),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=36), 8e-3, 1.6e-2, 3.2e-2),
-    ('Muon, lean', method('muon_lean'), 1.6e-2, 3.2e-2, 6.4e-2))
+    ('full rank', {}, [2e-3], 1e-3, 4e-3),
+    ('GaLore', dict(LAYER, rank=36), [4e-2], 1e-2, 2e-2, 8e-2),
+    ('Muon', dict(optimizer='muon'), [1.6e-2], 8e-3, 3.2e-2),
+    ('GaLore, Muon', dict(MUON_INSIDE, rank=36), [8e-3], 4e-3, 1.6e-2, 3.2e-2),
+    ('Muon, lean', method('muon_lean'), [3.2e-2], 1.6e-2, 6.4e-2))
 ADAPTING = {
     'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
     'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
@@ -339,6 +339,12 @@ def memory_cells():
     yield from vit_cells(4, 32)
 
 
+def screened(**about):
+    """The screening's methods that train in one process, each with its last settings."""
+    last = {cell['method']: settings for cell, settings in TRAININGS['screening'] if 'ranks' not in settings}
+    return named({}, last, **about)
+
+
 def sending(model, name, settings):
     """What a training on four workers is called in assets/communication.jsonl."""
     keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_moments'
@@ -356,7 +362,7 @@ def communication_cells(workers=32):
             "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
     cells = named({**LLAMA, 'size': '1b', 'n_layer': 24}, ways, model='LLaMA-1B', workers=workers)
     cells += [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
-              for model in ('screening', 'quality') for about, settings in TRAININGS[model]
+              for model in ('screening', 'quality', 'english') for about, settings in TRAININGS[model]
               if about['method'] not in ('MHLoRA', 'ReLoRA')]
     few = {f'GaLoLTE, {bits} bits': {'sync_bits': bits} for bits in (32, 8, 4, 2)}
     for sync in ('merge', 'step'):
@@ -411,12 +417,12 @@ def lacking(name, cells, only):
 
 def table(first, *names, wide):
     """Prints the head of a table. Returns what prints a row of it: words, then numbers to the right."""
-    widths = [max(len(name) + 2, 11) for name in names]
+    widths = [max(len(name) + 1, 10) for name in names]
 
     def row(first, *values):
         forms = {int: '{:,}', float: '{:.3f}', type(None): ''}
         texts = (forms.get(type(x), '{}').format(x) for x in values)
-        print(f'{first:{wide}}' + ''.join(f'{x:>{width}}' for x, width in zip(texts, widths)), flush=True)
+        print(f'{first:{wide}}' + ''.join(f' {x:>{width}}' for x, width in zip(texts, widths)), flush=True)
     row(first, *names)
     return row
 
@@ -642,7 +648,8 @@ def heads(options):
 
 
 def speed(options):
-    time_steps('speed', speed_cells(), options, 10)  # with merges and new bases
+    cells = [*speed_cells(), *screened(of='screening')]
+    time_steps('speed', cells, options, 10)  # with merges and new bases
     time_steps('speed', vit_cells(4), options, 1)
 
 
@@ -733,7 +740,8 @@ def memory(options):
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 found['measured'] = pool.submit(grown, settings).result()
         return found
-    measure_all('memory', memory_cells(), options.only, measure,
+    cells = [*memory_cells(), *screened(of='screening')]
+    measure_all('memory', cells, options.only, measure,
                 'weights', 'state', 'gradients', 'activations', 'total', 'measured')
 
 

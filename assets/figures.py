@@ -113,15 +113,15 @@ def sent(model, cell):
     return next(iter(kept('communication', **sending(model, cell['method'], cell['settings']))), {})
 
 
-def all_state(cell):
-    """Bytes of a finalist's optimizer state, bases included, of all workers; the log has those of one
+def all_state(model, cell):
+    """Bytes of a training's optimizer state, bases included, of all workers; the log has those of one
     process, and not those that a merge with a reset has just dropped."""
     s = cell['settings']
     if s.get('merge_reset'):
         return 8 * cell['trainable_parameters']
     if 'ranks' in s:
         return 4 * cell['optimizer_state_bytes']
-    return cell['optimizer_state_bytes'] + (3 * sent('quality', cell)['shared'] if s.get('split') else 0)
+    return cell['optimizer_state_bytes'] + (3 * sent(model, cell)['shared'] if s.get('split') else 0)
 
 
 def all_trained(cell):
@@ -231,8 +231,8 @@ def draw_quality():
             if name in times:
                 band(by_time, [step * times[name][0] for step in steps], curves, color)
             mean = statistics.mean(losses(mine))
-            by_bytes.errorbar(all_state(mine[0]) / 1e6, mean, bars(mean, losses(mine)), color=color,
-                              fmt=marker, capsize=3,
+            by_bytes.errorbar(all_state('quality', mine[0]) / 1e6, mean, bars(mean, losses(mine)),
+                              color=color, fmt=marker, capsize=3,
                               label=f"{name} ({len(mine)} seed{'s' * (len(mine) > 1)})")
         shown = [loss for mine, *_ in found.values() for cell in mine
                  for step, loss in zip(cell['curve']['step'], cell['curve']['val_loss']) if step >= 400]
@@ -364,7 +364,7 @@ def quality_rows(names=None):
         mine = found[name][0]
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
         yield (label(first), f'{all_trained(first):.1f}M',
-               f'{all_state(first) / 1e6:.3g} MB', f'{wire / 1e6:.3g} MB' if wire else '',
+               f"{all_state('quality', first) / 1e6:.3g} MB", f'{wire / 1e6:.3g} MB' if wire else '',
                f"{times[name][0] / times['full rank'][0]:.2f}" if name in times else '',
                mean_and_range(losses(mine)))
 
@@ -389,11 +389,13 @@ def rate_rows():
 
 
 def rival_rows(name):
-    """Methods of one worker in a bench, by their loss."""
-    found = [mine for mine, *_ in groups(name).values() if 'split' not in mine[0]['settings']
-             and 'ranks' not in mine[0]['settings']]
+    """Methods of one process in a bench, by their loss."""
+    found = [mine for mine, *_ in groups(name).values() if 'ranks' not in mine[0]['settings']]
+    costs = [{cell['method']: f'{cell[key] / unit:{form}}' for cell in kept(bench, of=name)}
+             for bench, key, unit, form in (('speed', 'to_full', 1, '.2f'), ('memory', 'total', 1e6, '.0f'))]
     for mine in sorted(found, key=lambda cells: statistics.mean(losses(cells))):
-        yield (label(mine[0]), f'{all_state(mine[0]) / 1e6:.1f} MB', mean_and_range(losses(mine)),
+        yield (label(mine[0]), f'{all_state(name, mine[0]) / 1e6:.1f} MB',
+               *(cost.get(mine[0]['method'], '') for cost in costs if cost), mean_and_range(losses(mine)),
                other_rates(name, mine[0]))
 
 
@@ -427,10 +429,11 @@ def renew_tables():
     renew('../README.md', 'quality', head, quality_rows(first),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
-    renew('README.md', 'rivals', ('method', 'optimizer state', 'loss (range; seeds)', 'at other rates'),
+    head = 'method', 'optimizer state', 'loss (range; seeds)', 'at other rates'
+    renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
           rival_rows('screening'))
     for name in ('english', 'longer', 'smaller'):
-        renew('README.md', name, ('method', 'optimizer state', 'loss', 'at other rates'), rival_rows(name))
+        renew('README.md', name, head, rival_rows(name))
     renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),
           sixteen_rows())
     renew('README.md', 'rates', ('method', 'validation loss at other learning rates'), rate_rows())

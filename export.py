@@ -279,8 +279,11 @@ def write_peft(run, checkpoint, folder, dtype):
         A, B = F.pad(A, (0, 0, 0, R - len(A))), F.pad(B, (0, R - len(A)))
         parts[f'base_model.model.{name}.lora_A.weight'] = A.to(dtype).contiguous()
         parts[f'base_model.model.{name}.lora_B.weight'] = B.to(dtype).contiguous()
-    merged = {} if text else of_a_vit(checkpoint)[1]
-    whole = {name: x.to(dtype).contiguous() for name, x in merged.items() if name.startswith('head')}
+    whole = {}
+    if not text:
+        import train_vit
+        whole = {name: x.to(dtype).contiguous() for name, x in train_vit.merged(checkpoint).items()
+                 if name.startswith('head')}
     parts |= {f'base_model.model.{name}': x for name, x in whole.items()}
     linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() > 1]
     last = {name.split('.')[-1] for name in layers}  # short names, where they mean no other layer
@@ -302,16 +305,6 @@ def heads_side_by_side(state, name):
     return side_by_side(state.get(f'{name}.A', W[:, :0]), state.get(f'{name}.B', W[:, :, :0]))
 
 
-def of_a_vit(checkpoint):
-    """(a plain model, its state dict with heads merged) of a checkpoint of a ViT."""
-    import train_vit
-    shape, classes = checkpoint['model_config'], len(checkpoint['classes'])
-    with_heads, plain = train_vit.create(shape, classes), train_vit.create(shape, classes)
-    put_layers(with_heads, checkpoint['settings'])
-    with_heads.load_state_dict(whole_weights(checkpoint), assign=True)
-    return plain, merged_state_dict(with_heads)
-
-
 def write_timm(checkpoint, folder, dtype):
     """A ViT with its heads merged, for timm.create_model('local-dir:FOLDER', pretrained=True).
 
@@ -320,8 +313,8 @@ def write_timm(checkpoint, folder, dtype):
 
     import train_vit
     shape, classes = checkpoint['model_config'], checkpoint['classes']
-    plain, state = of_a_vit(checkpoint)
-    plain.load_state_dict(state)
+    plain = train_vit.create(shape, len(classes))
+    plain.load_state_dict(train_vit.merged(checkpoint))
     changes = {theirs: shape[ours] for ours, theirs in train_vit.SHAPE.items() if shape[ours] is not None}
     about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
     timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)

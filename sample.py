@@ -22,7 +22,6 @@ max_new_tokens = 200
 temperature = 0.8  # 0: always the most likely token
 top_k = 200  # sample among so many, 0: among all
 seed = 1337
-merged = True  # False: compute with the heads applied instead of merged into the weights (the same text)
 device = 'auto'
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
@@ -49,8 +48,7 @@ def of_a_run(s):
         model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
         put_layers(model, state['settings'])
         load_weights(model, state['model'])
-    if s.merged:
-        merge(model)
+    merge(model)
     return model, tokens
 
 

@@ -133,8 +133,8 @@ def built(script, root, out, *words, checkpoint=None, ranks=1):
     return SCRIPTS[script].build(settings, config.join(settings), about, checkpoint), data
 
 
-def records(out):
-    with open(f'{out}/log.jsonl', encoding='utf-8') as file:
+def records(out, name='log.jsonl'):
+    with open(f'{out}/{name}', encoding='utf-8') as file:
         return [json.loads(line) for line in file]
 
 
@@ -1809,7 +1809,7 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     def see(out, weights, *words):
         words = tiny('vit', root, tmp_path / out, f'--init_from={weights}', '--max_iters=2', *words)
         start(train_vit, [*words, '--eval_interval=2'])
-        return records(tmp_path / out)
+        return records(tmp_path / out, 'eval.jsonl' if '--eval_only=True' in words else 'log.jsonl')
     torch.manual_seed(3)
     shape = dict(img_size=28, patch_size=14, depth=2, num_heads=2, embed_dim=16)
     theirs, path = timm.create_model('vit_tiny_patch16_224', num_classes=9, **shape), f'{tmp_path}/theirs'
@@ -1855,7 +1855,7 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
     assert path.stat().st_size < (tmp_path / 'a' / 'best.pt').stat().st_size / 2
     again = [*words, f'--adapter={path}', '--eval_only=True']
     start(train_vit, tiny('vit', root, tmp_path / 'b', *again))
-    loaded = records(tmp_path / 'b')
+    loaded = records(tmp_path / 'b', 'eval.jsonl')
     assert loaded[-1] == {**log[-1], 'step': 0} and loaded[0]['val_auc'] == state['best_val_auc']
     with safetensors.safe_open(path, 'pt') as file:
         parts = {name: file.get_tensor(name) for name in sorted(file.keys())[1:]}
@@ -2217,16 +2217,15 @@ def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['gpt_float16', 'gpt_galolte', 'llama_galore'])
-def test_text_is_of_the_tokenizer_and_the_same_with_heads_applied_or_merged(root, tmp_path, capsys, name):
-    more = ['--vocab_size=4000', '--param_dtype=float64', '--dtype=float64', '--eval_interval=8']
-    run(name, root, tmp_path, *more)
+def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
+    run(name, root, tmp_path, '--vocab_size=4000', '--eval_interval=8')
     capsys.readouterr()
     words = [f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=20', '--prompt=doc', '--top_k=0',
              '--device=cpu']
-    merged = start(sample, words)
+    texts = start(sample, words)
     assert capsys.readouterr().out.count('doc') == 2
-    assert start(sample, [*words, '--merged=False']) == merged != start(sample, [*words, '--seed=7'])
-    assert [len(text) for text in merged] == [23, 23] and max(map(max, merged)) < 257
+    assert start(sample, words) == texts != start(sample, [*words, '--seed=7'])
+    assert [len(text) for text in texts] == [23, 23] and max(map(max, texts)) < 257
 
 
 @pytest.mark.parametrize('words', [
@@ -2376,7 +2375,9 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'holds a ViT')
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):  # a loss that is not finite
         train('gpt', root, held['gpt'], resume, '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
+    logged_before = records(held['gpt'])
     train('gpt', root, held['gpt'], '--eval_only=True', '--overwrite=True')
+    assert records(held['gpt']) == logged_before
     assert before == {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
 
 
@@ -3247,7 +3248,7 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs,
     about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
     parts = safetensors.torch.load_file(tmp_path / 'peft' / 'adapter_model.safetensors')
     assert (about['target_modules'], about['modules_to_save']) == (wanted, ['head'])
-    merged = export.of_a_vit(state)[1]
+    merged = train_vit.merged(state)
     for name, x in saved(base.parent, 'best.pt')['model'].items():  # as PEFT does it
         A, B = (parts.pop(f'base_model.model.{name[:-7]}.lora_{factor}.weight', None) for factor in 'AB')
         if A is not None:
@@ -3259,7 +3260,7 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs,
 
 def test_evaluating_tells_bits_a_byte(root, tmp_path):
     start(train_gpt, tiny('gpt', root, tmp_path, '--eval_only=True'))
-    record, meta = records(tmp_path)[0], prepare.Tokens('tiny', 'val', 16, root).meta
+    record, meta = records(tmp_path, 'eval.jsonl')[0], prepare.Tokens('tiny', 'val', 16, root).meta
     bits = record['val_loss'] * meta['tokens']['val'] / meta['bytes']['val'] / math.log(2)
     assert record['bits_per_byte'] == pytest.approx(bits)
     assert record['perplexity'] == pytest.approx(math.exp(record['val_loss']))

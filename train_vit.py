@@ -96,7 +96,7 @@ from medmnist.evaluator import getACC, getAUC
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, load_weights, merge,
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, load_weights, mean, merge,
                      merged_state_dict, put_layers, shard)
 
 # -----------------------------------------------------------------------------
@@ -135,6 +135,15 @@ def create(shape, num_classes, weights=False, path=''):
     return vit
 
 
+def merged(checkpoint):
+    """The state dict of a checkpoint's model with its heads merged, as timm has it."""
+    s = checkpoint['settings']
+    full = create(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
+    put_layers(full, s)
+    load_weights(full, checkpoint['model'])
+    return merged_state_dict(full)
+
+
 def read_weights(path, shape, classes, keep=False):
     """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its heads
     merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
@@ -152,10 +161,7 @@ def read_weights(path, shape, classes, keep=False):
                     raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
                                      f'{shape[key]!r}: set the same, or choose another init_from')
             shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
-            full = create(saved, len(known)).to(getattr(torch, checkpoint['settings']['param_dtype']))
-            put_layers(full, checkpoint['settings'])
-            load_weights(full, checkpoint['model'])
-            weights, same = merged_state_dict(full), known == list(classes)
+            weights, same = merged(checkpoint), known == list(classes)
         else:
             try:
                 weights = timm.models.load_state_dict(path, weights_only=True)
@@ -381,8 +387,12 @@ def test(run, data):
     best, picture = f'{run.s.out_dir}/best.pt', f'{run.s.out_dir}/confusion.png'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
-    if not run.s.eval_only and os.path.exists(best):
+    there = torch.tensor(float(not run.s.eval_only and os.path.exists(best)), device=run.device)
+    share = mean(there).item()
+    if share == 1:
         load_weights(run.model, config.load_checkpoint(best)['model'])
+    elif share and run.rank == 0:
+        print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')
     if record and run.rank == 0:
         shares = zip(data.classes, record['test_acc_by_class'])

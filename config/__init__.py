@@ -1058,8 +1058,8 @@ class Meter:
         self.restart()
 
     def log(self, step, record):
-        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl, tells
-        wandb. Ends the run where a loss or a norm is not finite."""
+        """Prints one aligned line above the progress bar, appends the record to out_dir/log.jsonl (of
+        eval_only to eval.jsonl), tells wandb. Ends the run where a loss or a norm is not finite."""
         bad = [f'{key} {record[key]}' for key in ('train_loss', 'val_loss', 'test_loss', 'gradient_norm')
                if not math.isfinite(record.get(key, 0))]
         refuse_non_finite(self.run, step, ' and '.join(bad))
@@ -1077,7 +1077,7 @@ class Meter:
                  for key, form in shown.items() if key in record]
         self.progress.write(f'step {step:>6} | ' + ' | '.join(words), file=sys.stdout)
         sys.stdout.flush()  # a log in a file is read while it grows
-        path = os.path.join(self.run.s.out_dir, 'log.jsonl')
+        path = os.path.join(self.run.s.out_dir, 'eval.jsonl' if self.run.s.eval_only else 'log.jsonl')
         try:
             with open(path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(record) + '\n')

@@ -161,10 +161,20 @@ class HubTokenizer:
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
                         'vocabulary has to its tokenizer_config.json')
 
-    def encode_many(self, texts):
-        """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
+    @cached_property
+    def newline(self):
+        """Of one that puts a space before every text, as LLaMA 2's does: the tokens of a newline; else []."""
+        newline, a, both = (self.inner.encode(text, add_special_tokens=False).ids
+                            for text in ('\n', 'a', '\na'))
+        return newline if both != newline + a else []
+
+    def encode_many(self, texts, going_on=None):
+        """Arrays of tokens of a list of texts, without what `begin` says, nor a space before those that are
+        going_on. tokenizers uses all cores."""
+        cuts = [len(self.newline) * on for on in going_on or [False] * len(texts)]
+        texts = ['\n' * bool(cut) + text for cut, text in zip(cuts, texts)]
         found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(text.ids, np.uint32) for text in found]
+        return [np.array(text.ids[cut:], np.uint32) for cut, text in zip(cuts, found)]
 
     def encode_ordinary(self, text):
         return self.begin + self.inner.encode(text, add_special_tokens=False).ids
@@ -241,7 +251,7 @@ def as_tokenizer_json(encoding, folder):
 
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
-    def encode(text):
+    def encode(text, _=None):
         # in slices, because the regular expression runs out of stack on a million spaces
         tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
                   for i in range(0, len(text) or 1, 2**18)]
@@ -249,13 +259,17 @@ def tokenise(documents, encoding, val_below):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
         many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
+        ended = True
         for group in groups(documents):
             splits, texts, ends = zip(*group)
             prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
             before = many(prompts) if any(prompts) else prompts
+            going_on = [bool(prompt) or not last for prompt, last in zip(prompts, (ended, *ends))]
+            ended = ends[-1]
             for split, prompt, text, end, first, tokens in zip(
-                    splits, prompts, texts, ends, before, many(texts)):
-                number, size = number_from((prompt + text).encode()), len(text.encode())
+                    splits, prompts, texts, ends, before, many(texts, going_on)):
+                # answers to one prompt stay together
+                number, size = number_from((prompt or text).encode()), len(text.encode())
                 if prompt:
                     tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
                 yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
@@ -320,7 +334,10 @@ def has_prompts(path):
     """Whether the first line of a .jsonl has a prompt."""
     with open(path, encoding='utf-8-sig', errors='replace') as file:
         first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
-    return re.search(r'"prompt"\s*:', first) and not re.search(r'"text"\s*:', first)  # keys, not values
+    with contextlib.suppress(ValueError):  # `read_jsonl` says of what is damaged
+        found = json.loads(first)
+        return isinstance(found, dict) and 'prompt' in found and 'text' not in found
+    return False
 
 
 def read_parquet(path, _):
@@ -383,8 +400,19 @@ def digit_images(shifted):
 
 def pictures_of(folder):
     """{class: paths} of the pictures FOLDER/class/*, in order."""
-    found = {path.name: [file for file in sorted(path.rglob('*')) if file.suffix.lower() in PICTURES]
+    files = {path.name: [file for file in sorted(path.rglob('*')) if file.is_file()
+                         and not any(part.startswith('.') for part in file.relative_to(path).parts)]
              for path in sorted(Path(folder).glob('[!.]*/'))}
+    found = {name: [file for file in those if file.suffix.lower() in PICTURES]
+             for name, those in files.items()}
+    if other := {file.suffix for name in files for file in {*files[name]} - {*found[name]}}:
+        print(f"files that end in {', '.join(sorted(other))} are passed over")
+    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
+        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class into one "
+                        'FOLDER/class/, of which a tenth each is taken for validation and test')
+    for name in found:
+        with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
+            name.encode()
     lacking = [name for name, files in found.items() if not files]
     if not 2 <= len(found) <= 256 or lacking:
         what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
@@ -405,6 +433,9 @@ def own_images(found, size):
             picture = Image.open(io.BytesIO(content))
             if picture.mode[0] in 'IF':  # Pillow would cut them
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
+            if picture.has_transparency_data:  # as browsers show it
+                ground = Image.new('RGBA', picture.size, 'white')
+                picture = Image.alpha_composite(ground, picture.convert('RGBA'))
             picture = ImageOps.exif_transpose(picture.convert('RGB'))
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
@@ -563,7 +594,10 @@ def write_tokens(writer, documents, encoding, val_below):
 
 
 def write_images(writer, images):
+    classes, seen = writer.meta['classes'], set()
     for split, labels, pixels in images():
+        if labels.shape[1] == 1:
+            seen |= {(split, classes[label]) for label in labels[:, 0]}
         items = np.empty(len(labels), writer.dtype)
         items['label'], items['image'] = labels, pixels
         writer.append(split, items)
@@ -571,6 +605,10 @@ def write_images(writer, images):
     if not all(writer.meta['images'].values()):
         raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): "
                         'add some')
+    lacking = {split: [name for name in classes if (split, name) not in seen] for split in SPLITS['images']}
+    for split, names in lacking.items() if seen else ():
+        if names:
+            print(f"warning: no {split} images of {', '.join(names)}", file=sys.stderr)
 
 
 def write(folder, settings, fill, overwrite):
@@ -596,9 +634,13 @@ def write(folder, settings, fill, overwrite):
             try:
                 fill(writer)
                 writer.publish()
+            except OSError as error:
+                error.filename = error.filename or str(folder)  # a full disk does not say whose
+                raise
             finally:
                 for file in writer.files.values():
-                    file.close()
+                    with contextlib.suppress(OSError):  # the disk is full
+                        file.close()
                 clean(folder)
     counts = ', '.join(f'{count:,} {split}' for split, count in writer.meta[kind].items())
     bad = writer.meta.get('replaced_bytes')

@@ -81,7 +81,9 @@ def main(settings):
     with averaged_heads(model):
         texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                          generator=generator, vocab_size=tokens.n_vocab).tolist()
-    for text in texts:
+    for row, text in enumerate(texts):
+        ends = [i for i, token in enumerate(text) if token == tokens.eot_token and i >= start.shape[1]]
+        texts[row] = text = text[:ends[0]] if ends else text  # what follows is another one
         print(tokens.decode(text))
         print('-' * 40)
     return texts

@@ -256,7 +256,15 @@ def test_files_see_the_defaults_compose_in_any_order_and_the_command_line_wins(t
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     got = config.load({}, known, ['--name=7', paths['a'], '--count=3', '--limit=2', '--flag=True'])
     assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
-    assert config.load({}, known, ['--name={{}}'])['name'] == '{{}}'
+    for text in ('{{}}', '"""a"""', "('a')", '"a" # b', '"\'a\'"'):
+        assert config.load({}, known, [f'--name={text}'])['name'] == text
+    base = tmp_path / 'base.py'  # a file may build on another one
+    base.write_text('import math\nrate = 2.0\ncount = sum(limit for limit in (1, 2))\n')
+    for i, line in enumerate((f'exec(open({str(base)!r}).read())', f'import sys; sys.path.insert(0, '
+                              f'{str(tmp_path)!r})\nfrom base import *')):
+        (tmp_path / f'derived{i}.py').write_text(f'{line}\nname = "z"\n')
+        got = config.load({}, known, [f'{tmp_path}/derived{i}.py'])
+        assert got == {**known, 'rate': 2.0, 'count': 3, 'name': 'z'}
     got = config.load({}, known, [paths['b'], "--name='x y'", '--limit=None'])
     assert got == {**known, 'rate': 2.0, 'name': 'x y'}  # int for float; nothing is left over
 
@@ -325,6 +333,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('vit', f'{SPLIT}--heads=2 --merge_every=2 --adapter=a', 1, 'an adapter'),
+    ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
     ('gpt', '--optimizer=fira', 1, "basis='power'"), ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, 'per_layer=False'),
@@ -1740,21 +1749,25 @@ def test_metrics_agree_with_a_hand_computation():
     logits = normal(30, 3, seed=1).round(decimals=1)
     y, p = torch.arange(30) % 3, logits.exp() / logits.exp().sum(1, keepdim=True)
     right = logits.argmax(1) == y
-    for task in ('multi-class', 'ordinal-regression'):
-        accuracy, auc, by_class, matrix = train_vit.measure(logits, y, task)
-        assert accuracy == pytest.approx(right.double().mean().item())
-        assert by_class == pytest.approx([right[c::3].double().mean().item() for c in range(3)])
-        assert auc == pytest.approx(sum(auc_by_hand(y == c, p[:, c]) for c in range(3)) / 3)
-        for true, said in itertools.product(range(3), range(3)):
-            assert matrix[true, said] == (logits[true::3].argmax(1) == said).sum()
-    accuracy, auc, _, matrix = train_vit.measure(logits[:, :2], y % 2, 'binary-class')
+    accuracy, auc, by_class, matrix = train_vit.measure(logits, y)
+    assert accuracy == pytest.approx(right.double().mean().item())
+    assert by_class == pytest.approx([right[c::3].double().mean().item() for c in range(3)])
+    assert auc == pytest.approx(sum(auc_by_hand(y == c, p[:, c]) for c in range(3)) / 3)
+    for true, said in itertools.product(range(3), range(3)):
+        assert matrix[true, said] == (logits[true::3].argmax(1) == said).sum()
+    accuracy, auc, _, matrix = train_vit.measure(logits[:, :2], y % 2)
     assert auc == pytest.approx(auc_by_hand(y % 2 == 1, (logits[:, 1] - logits[:, 0]).sigmoid()))
     assert accuracy == pytest.approx(matrix.diagonal().sum() / 30)
     several = torch.stack([y == 0, y < 2, torch.arange(30) < 9], 1).float()
-    accuracy, auc, by_class, matrix = train_vit.measure(logits, several, 'multi-label, binary-class')
+    accuracy, auc, by_class, matrix = train_vit.measure(logits, several)
     assert by_class == pytest.approx(((logits > 0) == (several > 0)).double().mean(0).tolist())
     assert accuracy == pytest.approx(sum(by_class) / 3) and matrix is None
     assert auc == pytest.approx(sum(auc_by_hand(several[:, c] > 0, logits[:, c]) for c in range(3)) / 3)
+    y = y.clamp(max=1)  # of a class without images there is neither
+    _, auc, by_class, _ = train_vit.measure(logits, y)
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    assert auc == pytest.approx(sum(auc_by_hand(y == c, p[:, c]) for c in range(2)) / 2)
+    assert by_class[2] is None and math.isnan(train_vit.measure(logits[:1], y[:1])[1])
     p = logits.sigmoid()
     by_hand = -(several * p.log() + (1 - several) * (1 - p).log()).mean()
     assert train_vit.criterion(logits, several).item() == pytest.approx(by_hand.item())
@@ -1823,7 +1836,8 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     x = torch.stack([look(to_pil_image(image)) for image in x]).double()
     loss = F.cross_entropy(theirs.double()(x), y).item()
     assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-3) and 'test_acc' in log[1]
-    assert see('b', f'{path}.pt', *asked) == log
+    again = see('b', f'{path}.pt', *asked)
+    assert again == [{**record, 'init_from': f'{path}.pt'} for record in log]
     log = see('c', f'{path}.pt', '--dataset=pathmnist', '--img_size=42')  # the embedding of places resized
     state, best = saved(tmp_path / 'c'), f'{tmp_path}/c/best.pt'
     assert (state['model_config']['crop_pct'], state['model_config']['interpolation']) == (0.9, 'bicubic')
@@ -1856,7 +1870,8 @@ def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs
     again = [*words, f'--adapter={path}', '--eval_only=True']
     start(train_vit, tiny('vit', root, tmp_path / 'b', *again))
     loaded = records(tmp_path / 'b', 'eval.jsonl')
-    assert loaded[-1] == {**log[-1], 'step': 0} and loaded[0]['val_auc'] == state['best_val_auc']
+    assert loaded[-1] == {**log[-1], 'step': 0, 'init_from': base}
+    assert loaded[0]['val_auc'] == state['best_val_auc']
     with safetensors.safe_open(path, 'pt') as file:
         parts = {name: file.get_tensor(name) for name in sorted(file.keys())[1:]}
         safetensors.torch.save_file(parts, tmp_path / 'part.safetensors', file.metadata())
@@ -2211,7 +2226,7 @@ def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
     for decay in (0.5, 0.0):  # one step of AdamW apart: W (1 - lr decay) against W, and the same update
         shutil.copytree(runs('gpt_full', 4), tmp_path / f'{decay}')
         ends.append(train('gpt', root, tmp_path / f'{decay}', '--init_from=resume', '--max_iters=5',
-                          '--dropout=0.2', f'--weight_decay={decay}'))
+                          '--dropout=0.2', f'--weight_decay={decay}', '--gradient_accumulation_steps=2'))
     close(ends[1]['model'][name] - ends[0]['model'][name], 0.5 * 0.01 * start)
     assert ends[0]['model_config']['dropout'] == 0.2
 
@@ -2225,7 +2240,7 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
     texts = start(sample, words)
     assert capsys.readouterr().out.count('doc') == 2
     assert start(sample, words) == texts != start(sample, [*words, '--seed=7'])
-    assert [len(text) for text in texts] == [23, 23] and max(map(max, texts)) < 257
+    assert max(map(len, texts)) == 23 and max(map(max, texts)) < 256  # 256 ends a text
 
 
 @pytest.mark.parametrize('words', [
@@ -2348,6 +2363,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', '--block_size=100000', 'block_size', '100000'), ('gpt', '--n_embd=17', 'n_head'),
             ('gpt', '--n_layer=2', 'already holds a run', resume, '--overwrite=True'),
             ('gpt', '--lowrank=nowhere', 'c_attn'), ('gpt', '--device=foo', "'cuda:N'"),
+            ('gpt', f'{resume} --batch_size=4', '16 rows a step', 'is 4: set'),
+            ('vit', '--patch_size=56', 'no patch of (56, 56) pixels'),
             ('gpt', f'{resume} --n_layer=3', 'n_layer=2', '3'), ('llama', '--size=3b', '60m'),
             ('llama', f'{resume} --out_dir={held["gpt"]}', 'script'),
             ('gpt', f'{resume} --out_dir={tmp_path}/none', 'ckpt.pt'),
@@ -2374,7 +2391,11 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         refused(capsys, lambda: train('gpt', root, held['gpt'], *gpu), '--device=cpu')
     refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'holds a ViT')
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):  # a loss that is not finite
-        train('gpt', root, held['gpt'], resume, '--max_iters=40', '--learning_rate=1e300', '--min_lr=1e300')
+        train('gpt', root, held['gpt'], resume, '--gradient_accumulation_steps=2', '--max_iters=40',
+              '--learning_rate=1e300', '--min_lr=1e300')
+    with pytest.raises(SystemExit, match='val_loss nan at step 0 .* no checkpoint'):
+        with mock.patch('train_vit.logits_of', side_effect=lambda run, x: torch.full((len(x), 2), math.nan)):
+            train('vit', root, tmp_path / 'new')
     logged_before = records(held['gpt'])
     train('gpt', root, held['gpt'], '--eval_only=True', '--overwrite=True')
     assert records(held['gpt']) == logged_before
@@ -2834,6 +2855,11 @@ def test_a_signal_ends_an_evaluation(root, tmp_path, script):
 
 def test_of_prompts_no_token_is_a_target_and_every_other_one_is(root):
     data = prepare.Tokens('answers', 'train', 16, root)
+    asked = {}  # no prompt is in both splits
+    for split in ('train', 'val'):
+        prompted = (all_tokens(root, 'answers', split) >= prepare.PROMPT).astype(np.uint8).tobytes()
+        asked[split] = {*map(len, prompted.split(b'\0'))} - {0}
+    assert asked['train'] and asked['val'] and not asked['train'] & asked['val']
     assert sum(data.meta['tokens'].values()) == sum(len(''.join(x.values())) + 1 for x in ANSWERS) + 10
     assert sum(data.meta['bytes'].values()) == sum(len(x['completion']) for x in ANSWERS) + 9
     for x, y, weights in (data.batch(8, step) for step in range(20)):
@@ -3106,6 +3132,32 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
     refused(capsys, lambda: tune('llama', root, bases / 'gpt', tmp_path / 'b'), 'train_gpt.py')
 
 
+def test_what_goes_on_has_no_space_before_it(tmp_path):
+    from tokenizers import Tokenizer, decoders, models as kinds, normalizers
+    letters = ['<unk>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), '\u2581', *'abcde']
+    made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token='<unk>',
+                               byte_fallback=True))  # as LLaMA 2's
+    made.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'),
+                                            normalizers.Replace(' ', '\u2581')])
+    made.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    made.save(f'{tmp_path}/tokenizer.json')
+    config.write_json(f'{tmp_path}/tokenizer_config.json', {'eos_token': '</s>'})
+    pairs = [('abc', ' de'), ('abc', 'de'), ('a\n', 'cab'), *(('b' * i, 'ad') for i in range(2, 60))]
+    lines = [json.dumps({'prompt': prompt, 'completion': text}) for prompt, text in pairs]
+    (tmp_path / 'answers.jsonl').write_text('\n'.join(lines))
+    word = ''.join(np.random.default_rng(0).choice([*'abcde'], 20_000))
+    (tmp_path / 'long.txt').write_text(word)  # in pieces
+    for name in ('answers.jsonl', 'long.txt'):
+        prepare_text(tmp_path, tmp_path / name, '--name', name[:4], '--tokenizer', str(tmp_path))
+    held = [tokens for split in ('train', 'val')
+            for tokens in documents((all_tokens(tmp_path, 'answ', split) & 0xFFFF).tolist(), 1)]
+    assert sorted(held) == sorted(made.encode(prompt + text).ids for prompt, text in pairs)
+    space = made.token_to_id('\u2581')
+    spaces = [(all_tokens(tmp_path, 'long', split) == space).sum() for split in ('train', 'val')]
+    assert sum(spaces) == 1  # before the document
+
+
 def documents(tokens, end):
     """Lists of tokens, cut at the token that ends documents."""
     ends = [-1, *(i for i, token in enumerate(tokens) if token == end)]
@@ -3292,9 +3344,32 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
         with pytest.raises(prepare.DataError, match=f'0.png.*{said}'):
             prepare.main([*words, '--overwrite'])
     assert len(prepare.Images('images', 'train', tmp_path / 'data')) == len(splits[0])
-    (tmp_path / 'mine' / 'c').mkdir()
-    with pytest.raises(prepare.DataError, match='in c are no pictures'):
-        prepare.main([*words, '--overwrite'])
+    for name, said in (('c', 'in c are no pictures'), ('caf\udce9', 'UTF-8')):
+        (tmp_path / 'mine' / name).mkdir()
+        with pytest.raises(prepare.DataError, match=said):
+            prepare.main([*words, '--overwrite'])
+    for name in ('train', 'test'):
+        (tmp_path / 'splits' / name / 'cat').mkdir(parents=True)
+    with pytest.raises(prepare.DataError, match='holds splits'):
+        prepare.main(['images', '--input', f'{tmp_path}/splits'])
+
+
+def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(tmp_path, capsys):
+    from PIL import Image
+    for i in range(40):
+        ink = np.zeros((8, 8, 4), np.uint8)  # black, and where it is not transparent one dot
+        ink[i // 8, i % 8, 3] = 255
+        folder = tmp_path / 'mine' / ('rare' if i == 7 else 'ab'[i % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ink).save(folder / f'{i}.png')
+    (tmp_path / 'mine' / 'a' / 'notes.txt').write_text('of the photographer')
+    prepare.main(['images', '--input', f'{tmp_path}/mine', '--size=8', f'--data_dir={tmp_path}'])
+    said = capsys.readouterr()
+    assert 'images of rare' in said.err and 'end in .txt are passed over' in said.out
+    for split in ('train', 'val', 'test'):
+        data = prepare.Images('images', split, tmp_path)
+        for image in data.items(np.arange(len(data)))[0]:
+            assert image.unique().tolist() == [0, 255] and (image[0] == 0).sum() == 1
 
 
 # -----------------------------------------------------------------------------

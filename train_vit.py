@@ -92,7 +92,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from medmnist.evaluator import getACC, getAUC
+from sklearn.metrics import roc_auc_score
 
 import prepare
 from galore import make_optimizer
@@ -131,6 +131,10 @@ def create(shape, num_classes, weights=False, path=''):
                          'n_layer, n_embd, n_head, patch_size as they belong together') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
         raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
+    if 0 in vit.patch_embed.grid_size:
+        embed = vit.patch_embed
+        raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: raise '
+                         'img_size or lower patch_size')
     vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     return vit
 
@@ -223,37 +227,46 @@ def criterion(logits, labels):
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
 
 
-def measure(logits, labels, task):
+def measure(logits, labels):
     """
     Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the confusion matrix.
 
     logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no matrix
-    (None), and the accuracy of a class is that of its yes or no. Rows of the matrix are true classes.
+    (None), and the accuracy of a class is that of its yes or no. Rows of the matrix are true classes. The AUC
+    is the mean over classes, but for those that no image or every one has; the accuracy of none is None.
     """
     n, classes = logits.shape
     scores = (logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()).double().numpy()
     labels = labels.numpy()
-    accuracy, auc = float(getACC(labels, scores, task)), float(getAUC(labels, scores, task))
+    truth = labels if labels.ndim == 2 else np.eye(classes)[labels]
+    columns = [1] if classes == 2 and labels.ndim == 1 else range(classes)
+    areas = [roc_auc_score(truth[:, i], scores[:, i]) for i in columns if 0 < truth[:, i].mean() < 1]
+    auc = float(np.mean(areas)) if areas else math.nan
     if labels.ndim == 2:
-        return accuracy, auc, ((scores > 0.5) == labels).mean(0).tolist(), None
+        right = (scores > 0.5) == labels
+        return float(right.mean()), auc, right.mean(0).tolist(), None
     matrix = np.bincount(labels * classes + scores.argmax(1), minlength=classes**2).reshape(classes, classes)
-    return accuracy, auc, (matrix.diagonal() / matrix.sum(1).clip(1)).tolist(), matrix
+    by_class = [row[i] / row.sum() if row.any() else None for i, row in enumerate(matrix)]
+    return float(matrix.trace() / n), auc, by_class, matrix
 
 
 def draw_confusion(matrix, classes, path):
-    """A picture of a confusion matrix: counts, and as colour the share of each true class."""
+    """A picture of a confusion matrix: counts (of up to 40 classes), and as colour the share of each true
+    class."""
     from matplotlib.figure import Figure
-    size = 2.5 + 0.45 * len(classes)
+    few = len(classes) <= 40
+    size = 2.5 + 0.45 * min(len(classes), 40)
     figure = Figure((size, size), layout='constrained')
     axes = figure.subplots()
     share = matrix / matrix.sum(1, keepdims=True).clip(1)
     axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for (true, said), count in np.ndenumerate(matrix):
+    for (true, said), count in np.ndenumerate(matrix) if few else ():
         colour = 'white' if share[true, said] > 0.5 else 'black'
         axes.text(said, true, count, ha='center', va='center', size=8, color=colour)
     names = [name if len(name) < 25 else f'{name[:23]}..' for name in classes]
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    look = dict(parse_math=False, size=10 if few else 400 / len(classes))
+    axes.set_xticks(range(len(names)), names, rotation=90, **look)
+    axes.set_yticks(range(len(names)), names, **look)
     axes.set(xlabel='predicted', ylabel='true')
     figure.savefig(path, dpi=120)
 
@@ -377,13 +390,16 @@ def evaluate(run, data, name):
         torch.distributed.all_reduce(logits)
         torch.distributed.all_reduce(labels)
     loss = criterion(logits, labels).item()
-    accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu(), data.task)
+    if not math.isfinite(loss):
+        return {f'{name}_loss': loss}, None  # the log ends the run
+    accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu())
     record = {'loss': loss, 'acc': accuracy, 'auc': auc, 'acc_by_class': by_class}
     return {f'{name}_{key}': value for key, value in record.items()}, matrix
 
 
-def test(run, data):
-    """The last evaluation, on the test split, by the best weights if this run trained any: its record."""
+def test(run, data, meter, step):
+    """The last evaluation, on the test split, by the best weights if this run trained any: logged, printed by
+    class, and drawn."""
     best, picture = f'{run.s.out_dir}/best.pt', f'{run.s.out_dir}/confusion.png'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
@@ -394,12 +410,13 @@ def test(run, data):
     elif share and run.rank == 0:
         print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')
+    if record:
+        meter.log(step, record)
     if record and run.rank == 0:
-        shares = zip(data.classes, record['test_acc_by_class'])
-        print('accuracy by class: ' + ', '.join(f'{name} {share:.3f}' for name, share in shares))
+        shares = ('no images' if x is None else f'{x:.3f}' for x in record['test_acc_by_class'])
+        print('accuracy by class: ' + ', '.join(map(' '.join, zip(data.classes, shares))))
         if matrix is not None and not (run.s.eval_only and os.path.exists(picture)):
             draw_confusion(matrix, data.classes, picture)
-    return record
 
 
 def main(settings):
@@ -456,9 +473,8 @@ def main(settings):
         if meter.steps and (stop or due):
             meter.line(step, lr)
 
-    record = None if stop else test(run, test_data)
-    if record:
-        meter.log(step, record)
+    if not stop:
+        test(run, test_data, meter, step)
     meter.close(step, f'highest validation AUC so far {best_val_auc:.4f}')
     return best_val_auc
 

@@ -9,6 +9,7 @@ inside the functions that need it, so that a mistake is answered at once.
 import ast
 import contextlib
 import difflib
+import dis
 import errno
 import hashlib
 import itertools
@@ -124,7 +125,7 @@ def load(namespace, known, argv):
                          f"'{near}'?")
                 value = {name: _checked(known, key, entry, where=f'for {name} in {path}')
                          for name, entry in value.items()}
-            if found.get(key, value) != value:
+            if key in found and found[key] != value:
                 fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {found[key]!r} "
                      f'and {value!r}: leave one out, or let the file of the run say {key} = '
                      f'{{{method!r}: ...}}')
@@ -137,10 +138,12 @@ def load(namespace, known, argv):
             example = 'True' if isinstance(known.get(key), bool) else 'value'
             fail(f"'{word}' has no value: write --{key}={example}")
         value = text  # where it is no Python literal
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            value = ast.literal_eval(text)
-        if isinstance(known.get(key), str) and not isinstance(value, str):
-            value = text  # --out_dir=7 is a name
+        if isinstance(known.get(key), str):
+            quoted = re.fullmatch(r"""(['"])([^'"\\]*)\1""", text)
+            value = quoted[2] if quoted else text
+        else:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+                value = ast.literal_eval(text)
         given[key] = 'on the command line'
         settings[key] = _checked(known, key, value, where=given[key])
 
@@ -179,16 +182,17 @@ def _run_file(path, known, namespace):
     scope = dict(known)
     try:
         text = Path(path).read_text('utf-8')
-        tree = ast.parse(text, path)
-        exec(compile(tree, path, 'exec'), scope)
+        code = compile(text, path, 'exec')
+        exec(code, scope)
     except Exception as error:  # it is the user's program, and may fail in any way
         fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
     header = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
     scripts, script = re.findall(r'\btrain_\w+\.py', header), os.path.basename(namespace.get('__file__', ''))
     if scripts and script.startswith('train_') and script not in scripts:
         fail(f"config file '{path}' is one of {scripts[0]}: run that, or give a file of {script}")
-    assigned = {node.id for part in tree.body if not isinstance(part, (ast.FunctionDef, ast.ClassDef))
-                for node in ast.walk(part) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    assigned = {step.argval for step in dis.get_instructions(code)
+                if step.opname in ('STORE_NAME', 'STORE_GLOBAL')}
+    assigned |= {key for key in known if scope.get(key) is not known[key]}  # by exec(), or import *
     # functions, modules and lists only help to compute, and so does what starts with an underscore
     return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
             and (key in known or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
@@ -304,6 +308,8 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.adapter and s.split,
      "an adapter has heads that see every image: set split=False, or adapter=''"),
     # the optimizer
+    (lambda s: (s.min_lr or 0) > s.learning_rate,
+     'the learning rate would rise from {learning_rate} to min_lr={min_lr}: set a min_lr below it'),
     (lambda s: s.optimizer in ('galore', 'fira') and s.basis == 'sketch',
      "basis='sketch' is made by low-rank layers: set basis='power' beside optimizer={optimizer!r}"),
     (lambda s: s.optimizer == 'apollo' and s.basis != 'random',
@@ -334,7 +340,7 @@ def _check(settings, known, given):
     """Ends the process where settings make no sense, alone or together; returns them as attributes, with
     those of other scripts. given: where each of them was set."""
     for key, least in LEAST.items():
-        if settings.get(key) is not None and settings[key] < least:
+        if settings.get(key) is not None and not settings[key] >= least:  # nor nan
             fail(f'{key}={settings[key]} makes no sense: set at least {least}')
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
@@ -949,6 +955,10 @@ def need_same(settings, checkpoint):
         if settings[key] != before[key]:
             raise ValueError(f'the checkpoint was trained with {key}={before[key]!r}, this run says '
                              f'{settings[key]!r}: resume with the config it was started with')
+    old, new = (x['batch_size'] * x['gradient_accumulation_steps'] for x in (before, settings))
+    if old != new:  # where the run is in its data is a number of steps
+        raise ValueError(f'the checkpoint was trained with {old} rows a step, and batch_size times '
+                         f'gradient_accumulation_steps is {new}: set them so that it is the same')
     here = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}
     return ', '.join(f'{key} {before[key]!r} -> {value!r}' for key, value in settings.items()
                      if key not in here and value != before.get(key, value))
@@ -1077,7 +1087,9 @@ class Meter:
                  for key, form in shown.items() if key in record]
         self.progress.write(f'step {step:>6} | ' + ' | '.join(words), file=sys.stdout)
         sys.stdout.flush()  # a log in a file is read while it grows
-        path = os.path.join(self.run.s.out_dir, 'eval.jsonl' if self.run.s.eval_only else 'log.jsonl')
+        path = os.path.join(self.run.s.out_dir, 'log.jsonl')
+        if self.run.s.eval_only:
+            path, record['init_from'] = f'{self.run.s.out_dir}/eval.jsonl', self.run.s.init_from
         try:
             with open(path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(record) + '\n')

@@ -17,6 +17,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
+import torch.utils.weak
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -249,7 +250,9 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=
         eps = eps / math.sqrt(1 - betas[1] ** age)
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
-    if is_fused(p, state):
+    if p is not grad and 'exp_avg_top' not in state and p.stride() != M.stride():
+        state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()
+    elif is_fused(p, state):
         if grad.stride() != M.stride():  # the kernel reads raw memory
             own, grad = p is grad, torch.empty_like(M).copy_(grad)
             p = grad if own else p
@@ -282,10 +285,12 @@ def adaptive_rate(R, U, state, group, dim):
 
 
 def limited(phi, norm, state):
-    """phi, lowered so that `norm`, of phi times what it scales, grows by a factor of at most 1.01 a step."""
+    """phi, lowered so that `norm`, of phi times what it scales, grows by a factor of at most 1.01 a step. A
+    norm of zero is passed over: from 0 the authors' code takes 2,000 steps to grow."""
     if 'rest_norm' in state:
-        limiter = (norm / (state['rest_norm'] + 1e-8)).clamp_min(1.01) / 1.01
-        norm, phi = norm / limiter, phi / limiter
+        old = state['rest_norm']
+        limiter = torch.where(old > 0, (norm / (old + 1e-8)).clamp_min(1.01) / 1.01, 1)
+        phi, norm = phi / limiter, torch.where(norm > 0, norm / limiter, old)
     state['rest_norm'] = norm
     return phi
 
@@ -384,6 +389,9 @@ WHOLE = {'scale': column_normalised, 'muon': orthogonalised}  # of groups withou
 # The drop-in optimizer
 
 
+_stepping = torch.utils.weak.WeakIdKeyDictionary()  # of parameters that the backward pass steps: their hooks
+
+
 class GaLoreAdamW(torch.optim.Optimizer):
     """
     AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
@@ -422,8 +430,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         for p in group['params']:
             self.order[p], self.group_of[p] = len(self.order), len(self.param_groups) - 1
+            if p in _stepping:  # an earlier optimizer would go on in place of this one
+                _stepping.pop(p).remove()
             if self.per_layer:
-                p.register_post_accumulate_grad_hook(self._complete)
+                _stepping[p] = p.register_post_accumulate_grad_hook(self._complete)
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if not 0 <= group.get('momentum', 0) < 1:
@@ -520,7 +530,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             age, root = math.inf, 1.0
             if group['correct_bias']:
                 age, root = state['step'], math.sqrt(1 - betas[1] ** state['step'])
-            if is_fused(p, state) and grad.stride() == state['exp_avg'].stride():
+            if is_fused(p, state) and grad.stride() == p.stride() == state['exp_avg'].stride():
                 tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
                 fused.setdefault((p.dtype, age), []).append(tensors)
             else:
@@ -623,7 +633,8 @@ class LowRankAdamW(GaLoreAdamW):
     straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is set first
     moments are averaged over heads and ranks after a merge, so that heads drift apart less. With rule='muon'
     the step is Muon's (`orthogonalised`, with `momentum`); it is that of the whole matrix P R. Groups are
-    those of `param_groups`; scale multiplies lr inside a basis; state_bits, per_layer: see GaLoreAdamW.
+    those of `param_groups`; scale multiplies lr inside a basis, where eps is 1e-6, as in galore-torch;
+    state_bits, per_layer: see GaLoreAdamW.
     sync_bits: where it is below 32, what is averaged of split heads is sent in few bits. momentum: of Muon
     alone, 0 keeps no moment. A basis is taken anew every basis_every steps, the blocks of a model in turns,
     and the moments turn with it:
@@ -658,7 +669,7 @@ class LowRankAdamW(GaLoreAdamW):
             self.layers[layer.stepped] = layer
             self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
         self.basis, self.basis_every, self.waiting = basis, basis_every, set()
-        self.sync_bits, self.sync_moments = sync_bits, sync_moments
+        self.sync_bits, self.sync_moments, self.begun = sync_bits, sync_moments, False
         names = stepped(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.trained for layer in self.layers.values()})
@@ -680,6 +691,9 @@ class LowRankAdamW(GaLoreAdamW):
             state = self.state[p]
             if not state:
                 state.update(step=0, bases=0)
+            if not self.begun and state['bases'] and not local(layer.basis).any():
+                raise ValueError("the optimizer's state was loaded, and not the bases that it is of: load "
+                                 "the model's state_dict, not the merged one, or leave that of the optimizer")
             T = layer.merge_every
             left = refresh_in(step, self.basis_every, T, *self.turns[p])
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
@@ -708,6 +722,18 @@ class LowRankAdamW(GaLoreAdamW):
                 layer.ask_sketch(parts=self.parts(layer))
             if layer.sketch is not None or layer.whole is not None:
                 self.may_leave = False
+        self.begun = True
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.begun = False
+
+    def zero_grad(self, set_to_none=True):
+        """As in torch, also of whole gradients that `begin` has asked for."""
+        super().zero_grad(set_to_none)
+        for layer in self.layers.values():
+            if layer.whole is not None:
+                layer.whole.grad = None
 
     def _coded(self, layer):
         """Whether averages of a layer are sent in few bits."""

@@ -15,7 +15,6 @@ W (m, n) frozen; A (H, r, n), B (H, m, r); s = alpha / r; G = dL/dW (m, n); P (m
 """
 
 import contextlib
-import itertools
 import math
 
 import torch
@@ -115,7 +114,8 @@ class LowRankProduct(torch.autograd.Function):
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
         ctx.groups, ctx.scale, ctx.gain, ctx.zero = groups, scale, gain, zero
         ctx.parts = 1 if sketch is None else len(sketch)
-        return y.view(*x.shape[:-1], len(W))
+        # no view for autograd, as which it could not be changed in place by what follows, such as a ReLU
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -285,7 +285,7 @@ class MHLoRALinear(nn.Module):
         if not self.reset:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
-        self.merged_of_all = {}  # see `send_changes`
+        self.merged_of_all, self.merges = {}, 0  # see `send_changes`; how often it was merged
         if not self.weight.is_meta:
             self.start()
 
@@ -460,7 +460,7 @@ class MHLoRALinear(nn.Module):
     def averaged(self):
         """While this lasts, split heads act on every token, averaged: the function of `merged_weight`. Every
         rank takes part, and holds all heads, in global order; in a basis their mean."""
-        if not self.split:
+        if not self.split or self.evaluating:  # or they are averaged already
             yield
             return
         factors = list(self.of_heads().values())
@@ -526,7 +526,7 @@ class MHLoRALinear(nn.Module):
             basis = self.basis.to(dtype)
             B, A = (basis, factor) if self.left else (factor, basis.mT)
             return torch.addmm(weight, B[rows], A)
-        if sent is None and self.sends_products:
+        if sent is None and self.sends_products and not self.evaluating:
             A, B = side_by_side(*self.pairs())
             product = mean(B.to(dtype) @ A.to(dtype), self.workers)[rows]  # of the heads of one rank
             return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
@@ -538,6 +538,7 @@ class MHLoRALinear(nn.Module):
     def merge(self, generator, key, bits=32, state=None):
         """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B, or what
         few bits have sent of them. bits, state: see lowrank.merge."""
+        self.merges += 1
         if self.zero:
             return
         sent = None
@@ -1050,12 +1051,16 @@ class QKV(nn.Module):
     def __init__(self, fused):
         super().__init__()
         rows, n = fused.out_features // 3, fused.in_features
+        if fused.out_features % 3:
+            raise ValueError(f'{fused.out_features} outputs are no q, k and v of one size: put heads on all '
+                             'of the projection, by its name')
         for i, name in enumerate('qkv'):
             part = nn.Linear(n, rows, fused.bias is not None, device='meta')
-            part.weight = nn.Parameter(fused.weight.detach()[i * rows:(i + 1) * rows].clone())
-            if fused.bias is not None:
-                part.bias = nn.Parameter(fused.bias.detach()[i * rows:(i + 1) * rows].clone())
+            for key, x in fused.named_parameters():
+                third = x.detach()[i * rows:(i + 1) * rows].clone()
+                setattr(part, key, nn.Parameter(third, x.requires_grad))
             self.add_module(name, part)
+        self.train(fused.training)
 
     def forward(self, x):
         return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
@@ -1118,10 +1123,17 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             if replaced[name] and not _third(name, target):
                 raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of "
                                  'it: leave one of the two out')
-    places = {}  # layers to be: their names
+    others = {module: name for name, module in linears.items() if name not in replaced}
+    for name in replaced:
+        if linears[name] in others:
+            raise ValueError(f"'{name}' is called '{others[linears[name]]}', too, where it would stay "
+                             'without heads: give targets that name both')
+    places, cut = {}, {}  # names of layers to be: the layers; weights that are cut: their thirds
     for name, thirds in replaced.items():
         if thirds:
-            model.set_submodule(name, QKV(linears[name]))
+            W = linears[name].weight
+            cut[W] = cut.get(W) or QKV(linears[name])
+            model.set_submodule(name, cut[W])
         for part in [f'{name}.{third}' for third in thirds] or [name]:
             places[part] = model.get_submodule(part)
     elsewhere = {p for module in model.modules() if module not in places.values()
@@ -1136,7 +1148,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             if W in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
                 linear.weight = nn.Parameter(W.detach().clone())
             made[W] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset,
-                                   head_compute, worker, workers, zeros)
+                                   head_compute, worker, workers, zeros).train(linear.training)
             if made[W].rank < rank:
                 clamped.append(name)
         model.set_submodule(name, made[W])
@@ -1178,26 +1190,25 @@ def heads_of(model):
             if factor is not None}
 
 
-_merges = itertools.count()  # those without a generator: the seeds of theirs, as ranks merge alike
-
-
 @torch.no_grad()
 def merge(model, generator=None, replicas=None, bits=32, state=None):
     """
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and averages
-    `replicas` ({name: parameter}) over ranks. generator: of new heads, the same on all ranks (None: of the
-    number of the merge); its seed is also that of rounding.
+    `replicas` ({name: parameter}) over ranks. generator: of new heads, the same on all ranks (None: of how
+    often the model was merged; after a resume give one, such as of the step); its seed is also that of
+    rounding.
 
     bits: of a number that split heads or replicas send (see `coded_mean`, MHLoRALinear.send_changes). Below
     32 `state`, an optimizer's, has what they leave in a basis and of replicas, and of these the values that
     all ranks have in `common`, those of the merge before; where it has none a replica is sent in full.
     """
-    generator = generator or torch.Generator().manual_seed(next(_merges))
+    layers = lowrank_layers(model)
+    generator = generator or torch.Generator().manual_seed(layers[0].merges if layers else 0)
     seed = generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them
         for kept in (state or {}).values():
             kept.pop('error', None), kept.pop('common', None)
-    for i, layer in enumerate(lowrank_layers(model)):
+    for i, layer in enumerate(layers):
         layer.merge(generator, hash((seed, i)), bits, state)
     for i, p in enumerate((replicas or {}).values()):
         if bits < 32 and 'common' in state[p]:
@@ -1260,7 +1271,11 @@ def clip_gradients(model, max_norm):
     each has a norm of its own; of a layer in a basis it is that of the projected gradient. Computed in the
     gradients' precision or float32, whichever is wider. Returns the norm of all before clipping, a tensor.
     """
-    heads = [factor for layer in lowrank_layers(model) if layer.split for factor in (layer.A, layer.B)
+    layers = lowrank_layers(model)
+    if any(layer.whole is not None and layer.whole.grad is not None for layer in layers):
+        raise ValueError("the step's whole gradients are not projected yet: call optimizer.take_bases() "
+                         'before this')
+    heads = [factor for layer in layers if layer.split for factor in (layer.A, layer.B)
              if factor is not None and factor.grad is not None]
     own = set(heads)
     rest = [local(p.grad) for p in stepped(model) if p not in own and p.grad is not None]

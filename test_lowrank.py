@@ -2033,7 +2033,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
     script = kind if kind in SCRIPTS else 'gpt'
     scaled = 'gal' in f'{name} {words}' or name in ('fira', 'apollo')
     more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 --max_iters=7 '
-            '--min_lr=0.004' + ' --scale=0.5' * scaled + ' --augment=flip,crop' * (script == 'vit'))
+            f'--min_lr={0.0004 if script == "vit" else 0.004}' + ' --scale=0.5' * scaled
+            + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))
     plain, module = plains[script], SCRIPTS[script]
     for key, value in vars(run.model.config).items() if script != 'vit' else ():
@@ -2056,7 +2057,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         assert (got[0].item(), got[1].item()) == pytest.approx((loss, norm))
         state = lowrank.merged_state_dict(run.model)
         for key, W in book.merged().items():
-            close(state[key], W, 1e-8)
+            close(state[key], W, 1e-7)
     lowrank.check_training(run.model, run.optimizer)
     assert all(p.grad is None for p in run.model.parameters())
     if script == 'vit':
@@ -2082,14 +2083,101 @@ def test_a_gradient_may_lie_otherwise_than_its_parameter():
     close(*ends)
 
 
+@pytest.mark.parametrize('view', [lambda x: x.to(memory_format=torch.channels_last), lambda x: x[:, :4]])
+def test_a_parameter_may_lie_otherwise_than_its_moments(view):
+    weights, ends = normal(4, 6, 3, 3), []
+    around = weights.clone()
+    for make, first in ((galore.GaLoreAdamW, around), (functools.partial(torch.optim.AdamW, fused=False),
+                                                       weights.clone())):
+        p = nn.Parameter(view(first))
+        grads = [[normal(*p.shape, seed=step)] for step in range(4)]
+        optimizer = make([p], lr=0.1, eps=1e-8, weight_decay=0.1)
+        follow(optimizer, [p], grads[:2])
+        p.data = p.data.contiguous()  # as a checkpoint of another layout
+        ends += follow(optimizer, [p], grads[2:])
+    close(*ends)
+    assert torch.equal(around[:, 4:], weights[:, 4:])
+
+
+@pytest.mark.parametrize('rule', ['fira', 'apollo'])
+def test_a_gradient_of_zero_does_not_stop_what_follows(rule):
+    ends = []
+    for zeros in (False, True):
+        p = nn.Parameter(torch.ones(6, 8, dtype=double))
+        optimizer = galore.GaLoreAdamW([dict(params=[p], rank=2, rule=rule, scale=1.0)], lr=0.1)
+        grads = [[normal(6, 8, seed=step)] for step in range(6)]
+        follow(optimizer, [p], [[torch.zeros(6, 8, dtype=double)]] * zeros + grads)
+        ends.append((p - 1).norm().item())
+    assert ends[1] > ends[0] / 3
+
+
+def test_layers_keep_what_the_linears_were_and_what_follows_may_change_their_output():
+    fused = nn.Sequential(OrderedDict(c_attn=nn.Linear(8, 12)))
+    net, x = linears(attn=fused, mlp=nn.Linear(12, 12)).double().eval(), normal(4, 5, 8)
+    fused.c_attn.weight.requires_grad_(False)
+    before = F.relu(net.mlp(net.attn(x)))
+    lowrank.apply_mhlora(net, ('q', 'mlp'), rank=2)
+    assert not net.attn.c_attn.v.weight.requires_grad and net.attn.c_attn.v.bias.requires_grad
+    assert not any(module.training for module in net.modules())
+    after = F.relu(net.mlp(net.attn(x)), inplace=True)
+    close(after, before)
+    after.sum().backward()
+    with pytest.raises(ValueError, match='14 outputs'):
+        lowrank.apply_mhlora(linears(attn=nn.Sequential(OrderedDict(c_attn=nn.Linear(8, 14)))), ('q',))
+    net = linears(mlp=nn.Linear(8, 8))
+    net.other = net.mlp
+    with pytest.raises(ValueError, match="called 'other'"):
+        lowrank.apply_mhlora(net, ('mlp',))
+
+
+def test_bases_are_not_lost_and_gradients_thrown_away_are_in_none():
+    def made(**how):
+        torch.manual_seed(0)
+        net = nn.Sequential(OrderedDict(mlp=nn.Linear(8, 6))).double()
+        plain = copy.deepcopy(net)
+        lowrank.apply_mhlora(net, ('mlp',), rank=2, factors='basis', merge_every=1)
+        return plain, net, galore.LowRankAdamW(net, lr=0.1, **how)
+
+    ends, x = [], normal(5, 8)
+    for thrown in (False, True):
+        plain, net, optimizer = made(basis='svd')
+        optimizer.begin(0)
+        if thrown:
+            net(100 * x).square().sum().backward()
+            optimizer.zero_grad()
+        net(x).square().sum().backward()
+        with pytest.raises(ValueError, match='take_bases'):
+            lowrank.clip_gradients(net, 1.0)
+        optimizer.step()
+        ends.append(net.mlp.weight.clone())
+    close(*ends)
+    plain.load_state_dict(lowrank.merged_state_dict(net))
+    lowrank.apply_mhlora(plain, ('mlp',), rank=2, factors='basis', merge_every=1)
+    resumed = galore.LowRankAdamW(plain, lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match='not the bases'):
+        resumed.begin(1)
+
+
+def test_heads_may_be_merged_while_they_are_averaged():
+    net = nn.Sequential(lowrank.MHLoRALinear(nn.Linear(6, 5), 2, 2, split=True, merge_every=3)).double()
+    nn.init.normal_(net[0].B)
+    wanted, x = lowrank.merged_state_dict(net), normal(3, 6)
+    with lowrank.averaged_heads(net.eval()):
+        before = net(x)
+        assert same_state(wanted, lowrank.merged_state_dict(net)) and torch.equal(net(x), before)
+
+
 def test_a_merge_without_a_generator_draws_the_same_heads_on_every_rank():
     start, drawn = lowrank.MHLoRALinear(nn.Linear(9, 7), rank=3, merge_every=2, merge_reset=True), []
     for seed in (1, 2):  # nanoGPT's ranks have seeds of their own
         torch.manual_seed(seed)
-        with mock.patch.object(lowrank, '_merges', itertools.count()):
-            lowrank.merge(layer := copy.deepcopy(start))
+        lowrank.merge(layer := copy.deepcopy(start))  # of a copy, as to save it on one rank
         drawn.append(layer.A)
     assert torch.equal(*drawn) and not torch.equal(drawn[0], start.A)
+    before = layer.A.detach().clone()
+    lowrank.merge(layer)
+    assert not torch.equal(layer.A, before)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -2752,7 +2840,8 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(root, ru
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(OSError) as ended:
-            train('gpt', root, out, '--max_iters=8', '--init_from=resume')
+            train('gpt', root, out, '--max_iters=8', '--init_from=resume',
+                  '--gradient_accumulation_steps=2')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     capsys.readouterr()
@@ -2994,6 +3083,10 @@ def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded
         group['lr'] = 0.0
     before = first.detach().clone(), second.detach().clone()
     assert all(map(torch.equal, step(), before))
+    for group in optimizer.param_groups:
+        group['lr'] = 0.1
+    old, optimizer = optimizer, galore.GaLoreAdamW([first, second], lr=0.0, per_layer=per_layer)
+    assert all(map(torch.equal, step(), before)) and optimizer.state[first]['step'] == 1 and old
 
 
 def test_a_second_moment_in_bfloat16_decays():

@@ -127,7 +127,7 @@ def read_weights(source):
     source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a
     run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
     """
-    if os.path.isfile(source):
+    if os.path.isfile(source) or source.endswith('.pt'):
         loaded = config.load_tensors(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
             shape, state = from_nanogpt(loaded)

@@ -32,28 +32,11 @@ import torch
 
 import prepare
 from export import folders_of, read_weights
-from lowrank import averaged_heads, load_weights, merge, put_layers
 from model import fill, generate, make_model
 
 
-def of_a_run(s):
-    """(model, tokenizer) of a run's checkpoint."""
-    path = f'{s.out_dir}/{s.checkpoint}'
-    state = config.load_checkpoint(path)
-    if 'tokenizer' not in state:
-        raise ValueError(f"'{s.out_dir}' holds a ViT, which writes no text: set --out_dir to a GPT's or a "
-                         "LLaMA's")
-    with config.built_from(path):
-        tokens = prepare.tokenizer(state['tokenizer'], f'{s.out_dir}/tokenizer')
-        model = make_model(state['model_config']).to(getattr(torch, state['settings']['param_dtype']))
-        put_layers(model, state['settings'])
-        load_weights(model, state['model'])
-    merge(model)
-    return model, tokens
-
-
-def of_others(source):
-    """(model, tokenizer) of what init_from names."""
+def read(source):
+    """(model, tokenizer) of a run's checkpoint, or of what init_from names."""
     with config.built_from(source):
         shape, tensors, tokens = read_weights(source)
         tensors = iter(tensors)
@@ -64,23 +47,23 @@ def of_others(source):
         fill(model, itertools.chain([first], tensors), source)
     if tokens is None:
         raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
-    folders = [folder for folder in folders_of(source)[::-1] if os.path.isfile(f'{folder}/tokenizer.json')]
-    return model, prepare.tokenizer(tokens, *folders[:1])
+    folders = folders_of(source)[::-1]
+    known = (folder for folder in folders if os.path.isfile(f'{folder}/tokenizer.json'))
+    return model, prepare.tokenizer(tokens, next(known, folders[0]))
 
 
 def main(settings):
     s = SimpleNamespace(**settings)
     where = config.join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
-        model, tokens = of_others(s.init_from) if s.init_from else of_a_run(s)
+        model, tokens = read(s.init_from or f'{s.out_dir}/{s.checkpoint}')
     model.to(where.device).eval()
 
     generator = torch.Generator(where.device).manual_seed(s.seed)
     start = tokens.encode_ordinary(s.prompt) or [tokens.eot_token]
     start = torch.tensor([start] * s.num_samples, device=where.device)  # (num_samples, time)
-    with averaged_heads(model):
-        texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                         generator=generator, vocab_size=tokens.n_vocab).tolist()
+    texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
+                     generator=generator, vocab_size=tokens.n_vocab).tolist()
     for row, text in enumerate(texts):
         ends = [i for i, token in enumerate(text) if token == tokens.eot_token and i >= start.shape[1]]
         texts[row] = text = text[:ends[0]] if ends else text  # what follows is another one

@@ -2477,7 +2477,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     if not torch.cuda.is_available():
         gpu = ['--device=cuda', '--overwrite=True']
         refused(capsys, lambda: train('gpt', root, held['gpt'], *gpu), '--device=cpu')
-    refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'holds a ViT')
+    refused(capsys, lambda: start(sample, [f'--out_dir={held["vit"]}', '--device=cpu']), 'of a ViT')
     with pytest.raises(SystemExit, match='ckpt.pt of step 4'):  # a loss that is not finite
         train('gpt', root, held['gpt'], resume, '--gradient_accumulation_steps=2', '--max_iters=40',
               '--learning_rate=1e300', '--min_lr=1e300')

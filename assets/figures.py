@@ -357,6 +357,15 @@ def mean_and_range(found):
     return f'{statistics.mean(found):.3f} ({spread})'
 
 
+def less_than(mine, others):
+    """The mean loss of trainings less that of others with the same seed, and its standard error, in words."""
+    theirs = {cell['settings'].get('seed', 1337): cell['val_loss'] for cell in others}
+    pairs = [cell['val_loss'] - theirs[seed] for cell in mine
+             if (seed := cell['settings'].get('seed', 1337)) in theirs]
+    error = f' ({statistics.stdev(pairs) / len(pairs)**0.5:.3f})' if len(pairs) > 1 else ''
+    return f'{statistics.mean(pairs):+.3f}{error}'
+
+
 def quality_rows(names=None):
     """The finalists, or those of some names, each at its best rate, by their loss."""
     times, found = seconds_of_steps('quality'), groups('quality')
@@ -390,13 +399,15 @@ def rate_rows():
 
 def rival_rows(name):
     """Methods of one process in a bench, by their loss."""
-    found = [mine for mine, *_ in groups(name).values() if 'ranks' not in mine[0]['settings']]
+    found = groups(name)
+    full, *_ = found['full rank']
+    found = [mine for mine, *_ in found.values() if 'ranks' not in mine[0]['settings']]
     costs = [{cell['method']: f'{cell[key] / unit:{form}}' for cell in kept(bench, of=name)}
              for bench, key, unit, form in (('speed', 'to_full', 1, '.2f'), ('memory', 'total', 1e6, '.0f'))]
     for mine in sorted(found, key=lambda cells: statistics.mean(losses(cells))):
         yield (label(mine[0]), f'{all_state(name, mine[0]) / 1e6:.1f} MB',
                *(cost.get(mine[0]['method'], '') for cost in costs if cost), mean_and_range(losses(mine)),
-               other_rates(name, mine[0]))
+               less_than(mine, full) if mine is not full else '', other_rates(name, mine[0]))
 
 
 def sixteen_rows():
@@ -429,7 +440,8 @@ def renew_tables():
     renew('../README.md', 'quality', head, quality_rows(first),
           f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
-    head = 'method', 'optimizer state', 'loss (range; seeds)', 'at other rates'
+    head = ('method', 'optimizer state', 'loss (range; seeds)', "less full rank's (its error)",
+            'at other rates')
     renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
           rival_rows('screening'))
     for name in ('english', 'longer', 'smaller'):

@@ -246,28 +246,37 @@ def draw_quality():
 
 
 def draw_frontier():
-    """Validation loss of the screening against bytes on the wire, each method's best by rank, T and bits."""
-    best, known = {}, ('', 'first edition: running sketch, shared bases')  # sent what today's code sends
-    for cell in kept('screening'):
-        s = cell['settings']
-        bytes_, edition = sent('screening', cell).get('wire'), s.get('superseded', '')
-        if bytes_ and cell['val_loss'] and 'seed' not in s and edition in known:
-            what = f"T={s['merge_every']}" if 'merge_every' in s else f"r={s['rank']}" if 'rank' in s else ''
-            what += f", {s['sync_bits']} bits" if 'sync_bits' in s else ''
-            key = cell['method'] + ' (first edition)' * bool(edition), bytes_, what
-            best[key] = min(best.get(key, 9.0), cell['val_loss'])
-    with picture('frontier', (8.5, 5), columns=4) as ((axes,),):
-        for number, name in enumerate(dict.fromkeys(key[0] for key in best)):
-            points = sorted((key[1] / 1e6, loss, key[2]) for key, loss in best.items() if key[0] == name)
-            color, style = look(number)
-            axes.plot(*zip(*(point[:2] for point in points)), style, color=color, label=name)
-            for x, y, what in points if len(points) > 1 else ():
-                axes.annotate(what, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
+    """Validation loss of the screening against bytes on the wire, of methods that send at merges: the best
+    training by T and bits, first seed. Lines for some that send after every step."""
+    best, found = {}, groups('screening')
+    for cell in trained('screening'):
+        s, wire = cell['settings'], sent('screening', cell).get('wire')
+        if wire and cell['val_loss'] and 'seed' not in s and s.get('merge_every', 0) > 1:
+            series = cell['method'].removesuffix(', 2 bits'), s.get('sync_bits', 32)
+            point = cell['val_loss'], wire / 1e6
+            mine = best.setdefault(series, {})
+            mine[s['merge_every']] = min(mine.get(s['merge_every'], point), point)
+    with picture('frontier', (8.5, 5.2)) as ((axes,),):
+        names = list(dict.fromkeys(name for name, _ in best))
+        for name in names:
+            axes.plot([], color=f'C{names.index(name)}', label=name)
+        for (name, bits), points in best.items():
+            color, (ys, xs) = f'C{names.index(name)}', zip(*sorted(points.values(), reverse=True))
+            axes.plot(xs, ys, {32: 'o-', 4: 's-', 2: '^-'}[bits], lw=0.8, color=color)
+            for T, (y, x) in points.items():
+                axes.annotate(T, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
+        for name in ('full rank', 'GaLore', 'GaLore, Muon', 'Muon'):
+            wire, loss = sent('screening', found[name][0][0])['wire'], statistics.mean(losses(found[name][0]))
+            axes.axhline(loss, color='grey', lw=0.8, ls=':')
+            axes.annotate(f'{name}: {wire / 1e6:.0f} MB after every step', (0, loss), (4, 3),
+                          xycoords=('axes fraction', 'data'), textcoords='offset points', fontsize=7,
+                          color='grey')
         axes.set_xscale('log')
-        axes.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], list(map(str, ticks)))
+        axes.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5], list(map(str, ticks)))
         axes.minorticks_off()
-        axes.set(xlabel='MB that each of four workers sends a step (ring; 32 bits a number or as said)',
-                 ylabel='validation loss (nats a byte)')
+        axes.set(xlabel='MB that each of four workers sends a step (ring)',
+                 ylabel='validation loss (nats a byte)',
+                 title='numbers: T; circles: 32 bits a number, squares: 4, triangles: 2')
 
 
 def draw_links():

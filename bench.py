@@ -179,21 +179,23 @@ SCREENING = {
         {}, *one_by_one(learning_rate=(1e-2, 4e-2), grad_clip=(0.0,), basis=('random', 'svd'),
                         rank=(16, 32, 128)), dict(learning_rate=1e-2, basis='svd'), *seeds(2e-2)]),
     **at_rates(
-        ('GaLore', dict(LAYER, rank=64), [2e-2], 1e-2),
-        ('Fira', dict(FIRA, rank=64), [1e-2], 2e-2),
+        ('GaLore', dict(LAYER, rank=64), [2e-2], 1e-2, 4e-2),
+        ('Fira', dict(FIRA, rank=64), [1e-2], 5e-3, 2e-2),
         ('APOLLO', dict(APOLLO, rank=64, scale=1.0), [2e-2], 5e-3, 1e-2, 4e-2),
-        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5), [5e-3], 1e-2, 2e-2),
-        ('SCALE', dict(optimizer='scale'), [5e-4], 1e-3, 2e-3),
+        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5), [5e-3], 2.5e-3, 1e-2, 2e-2),
+        ('SCALE', dict(optimizer='scale'), [5e-4], 2.5e-4, 1e-3, 2e-3),
         ('Muon', dict(optimizer='muon'), [8e-3], 1e-3, 2e-3, 4e-3, 1.6e-2),
         ('Muon, 8 bits', dict(optimizer='muon', state_bits=8), [], 8e-3),
-        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), [8e-3, 4e-3], 1.6e-2),
+        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), [1.6e-2, 8e-3, 4e-3], 3.2e-2),
         ('Muon, no momentum, 8 bits', dict(optimizer='muon', momentum=0.0, state_bits=8), [], 8e-3),
         ('Muon, lean', method('muon_lean'), [3.2e-2, 1.6e-2], 8e-3, 6.4e-2),
         ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [8e-3], 2e-3, 4e-3, 1.6e-2),
-        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64), [1.6e-2, 8e-3], 4e-3, 3.2e-2),
-        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64), [8e-3], 4e-3),
+        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64), [3.2e-2, 1.6e-2, 8e-3],
+         4e-3, 6.4e-2),
+        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64), [8e-3], 4e-3, 1.6e-2),
         ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64), [8e-3])),
-    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [{}, *one_by_one(sync_bits=(4, 2), seed=(1, 2))]),
+    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
+        {}, *one_by_one(sync_bits=(4, 2), seed=(1, 2), learning_rate=(1e-2, 4e-2))]),
     'GaLoLTE, Muon, on workers': (
         dict(SLOW_LINKS, rank=64, basis_every=100, learning_rate=8e-3),
         [dict(merge_every=T, sync_bits=bits) for T in (2, 10, 50) for bits in (32, 4, 2)]),
@@ -203,7 +205,8 @@ SCREENING = {
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, **change) for change in one_by_one(learning_rate=(1e-3, 4e-3), seed=(1, 2)))]),
     'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3), sync_bits=(4, 2)),
+        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3, 8e-3),
+                        sync_bits=(4, 2)),
         dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
         *(dict(alpha=alpha, learning_rate=rate)
           for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3))), *seeds(4e-3)]),

@@ -2259,8 +2259,8 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
 
 @pytest.mark.parametrize('words', [
     'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
-    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
-    *['llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
+    'llama galore --lowrank=mlp --basis_every=12',
+    *['llama galolte --lowrank=mlp --basis_every=12', 'llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
     """Torch gives up after eight graphs of one function, in silence. SLOW: by the real compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend

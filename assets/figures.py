@@ -406,16 +406,14 @@ def rate_rows():
             yield name, words
 
 
-def rival_rows(name):
-    """Methods of one process in a bench, by their loss."""
+def rival_rows(name, costs=()):
+    """Methods of one process in a bench, by their loss. costs: more columns, {method: words} each."""
     found = groups(name)
     full, *_ = found['full rank']
     found = [mine for mine, *_ in found.values() if 'ranks' not in mine[0]['settings']]
-    costs = [{cell['method']: f'{cell[key] / unit:{form}}' for cell in kept(bench, of=name)}
-             for bench, key, unit, form in (('speed', 'to_full', 1, '.2f'), ('memory', 'total', 1e6, '.0f'))]
     for mine in sorted(found, key=lambda cells: statistics.mean(losses(cells))):
         yield (label(mine[0]), f'{all_state(name, mine[0]) / 1e6:.1f} MB',
-               *(cost.get(mine[0]['method'], '') for cost in costs if cost), mean_and_range(losses(mine)),
+               *(cost.get(mine[0]['method'], '') for cost in costs), mean_and_range(losses(mine)),
                less_than(mine, full) if mine is not full else '', other_rates(name, mine[0]))
 
 
@@ -451,8 +449,10 @@ def renew_tables():
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
     head = ('method', 'optimizer state', 'loss (range; seeds)', "less full rank's (its error)",
             'at other rates')
+    costs = [{cell['method']: f'{cell[key] / unit:{form}}' for cell in kept(bench, of='screening')}
+             for bench, key, unit, form in (('speed', 'to_full', 1, '.2f'), ('memory', 'total', 1e6, '.0f'))]
     renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
-          rival_rows('screening'))
+          rival_rows('screening', costs))
     for name in ('english', 'longer', 'smaller'):
         renew('README.md', name, head, rival_rows(name))
     renew('README.md', 'sixteen', ('method', 'weights in bfloat16', 'in float32', 'difference', 'its error'),

@@ -1,4 +1,4 @@
-# Muon without momentum, in the backward pass: matrices have no state. Best rate: 1.6e-2, at 3.3M 3.2e-2.
+# Muon without momentum, in the backward pass: no state of attention, MLP. Best rate: 1.6e-2, at 3.3M 3.2e-2.
 # With several micro-batches a step all gradients are kept, and it is not lean.
 optimizer = 'muon'
 momentum = 0.0

@@ -1542,6 +1542,12 @@ def encoder_layer(kind=nn.TransformerEncoderLayer):
     return kind(8, 2, 16, batch_first=True)
 
 
+def hooked():
+    net = linears()
+    net['attn'].register_forward_hook(lambda module, inputs, y: 2 * y)
+    return net
+
+
 def shared_weight_but_not_bias():
     net = linears(mlp=nn.Linear(8, 16))
     net['mlp'].weight = net['attn'].weight
@@ -1582,6 +1588,7 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('q', 'v')),
      r"'attn' \(EvaAttention\) reads"),
     (lambda: put(shared_weight_but_not_bias(), ('attn', 'mlp')), 'but not its bias'),
+    (lambda: put(hooked()), "'attn' has hooks"),
     (lambda: put(linears(), factors='A'), "factors='A' is not known"),
     (lambda: put(linears(), head_compute='vector'), "head_compute='vector' is not known"),
     (lambda: put(linears(), factors='basis', merge_every=1, head_compute='sequential'), "'parallel'"),

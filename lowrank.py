@@ -1105,7 +1105,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     its own frozen copy, and the embedding stays trainable: the count of parameters rises.
     Returns the names of the replaced layers and says how many of how many they are, and what it passed over.
     ValueError: a target that matches nothing, or what another one covers; layers that would pass heads over;
-    linears with hooks.
+    linears with hooks, or a forward of their own.
     """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as ('attn', 'mlp')")
@@ -1129,8 +1129,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         if linears[name] in others:
             raise ValueError(f"'{name}' is called '{others[linears[name]]}', too, where it would stay "
                              'without heads: give targets that name both')
-        about = vars(linears[name])
-        if 'forward' in about or any(about[key] for key in about if key.endswith('_hooks')):
+        own = vars(linears[name])
+        if 'forward' in own or any(own[key] for key in own if key.endswith('_hooks')):
             raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer in its "
                              'place would not call: take them off, and put them on afterwards')
     places, cut = {}, {}  # names of layers to be: the layers; weights that are cut: their thirds

@@ -1359,6 +1359,26 @@ def test_a_rank_is_clamped_and_said_once():
         assert optimizer.state[W]['P'].shape == (9, 6)
 
 
+@pytest.mark.parametrize('make', [tiny_gpt, tiny_llama, tiny_vit])
+def test_param_groups_partition_the_model(make):
+    net = make()
+    next(p for p in net.parameters() if p.dim() == 1).requires_grad_(False)
+    kwargs = dict(scale=2.0, basis='power', rule='fira', proj_type='reverse_std', weight_decay=0.1)
+    wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}  # a tied one once
+    for rank in (0, 2):
+        groups = galore.param_groups(net, gap=7, rank=rank, **kwargs)
+        place = {name: (group, p) for group in groups
+                 for name, p in zip(group['param_names'], group['params'])}
+        assert place.keys() == wanted.keys() and sum(len(group['params']) for group in groups) == len(place)
+        for name, (group, p) in place.items():
+            matrix = p.dim() > 1 and name not in ('pos_embed', 'cls_token')
+            inside = rank > 0 and matrix and ('attn' in name or 'mlp' in name)
+            assert p is wanted[name] and group['weight_decay'] == 0.1 * matrix
+            assert ('rank' in group) == inside, name
+            assert not inside or {**kwargs, 'rank': 2, 'update_proj_gap': 7}.items() <= group.items()
+    torch.optim.AdamW(galore.param_groups(net, 0.1))
+
+
 def test_a_step_needs_no_value_of_the_device_and_no_other_device():
     """Refreshes included: memory can be planned on fake tensors. On the meta device, as on a GPU, a tensor of
     the CPU's does not go with the others."""
@@ -1542,9 +1562,9 @@ def encoder_layer(kind=nn.TransformerEncoderLayer):
     return kind(8, 2, 16, batch_first=True)
 
 
-def hooked():
+def hooked(register=nn.Module.register_forward_hook):
     net = linears()
-    net['attn'].register_forward_hook(lambda module, inputs, y: 2 * y)
+    register(net['attn'], lambda *inputs: None)
     return net
 
 
@@ -1589,6 +1609,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
      r"'attn' \(EvaAttention\) reads"),
     (lambda: put(shared_weight_but_not_bias(), ('attn', 'mlp')), 'but not its bias'),
     (lambda: put(hooked()), "'attn' has hooks"),
+    (lambda: put(hooked(nn.Module.register_full_backward_pre_hook), ('attn',)), "'attn' has hooks"),
+    (lambda: put(hooked(lambda linear, other: setattr(linear, 'forward', other))), 'forward of its own'),
     (lambda: put(linears(), factors='A'), "factors='A' is not known"),
     (lambda: put(linears(), head_compute='vector'), "head_compute='vector' is not known"),
     (lambda: put(linears(), factors='basis', merge_every=1, head_compute='sequential'), "'parallel'"),
@@ -1874,8 +1896,8 @@ AVERAGED = set() if 'SLOW' in os.environ else {  # by DDP, as the gradients of f
 SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]  # on two ranks, too
 WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # one process begins; others are alike
     'SLOW' in os.environ or re.search('_full|_galore$|lt|shard', f'{RUNS[name]} {name}'))]
-FOUR = ['gpt_lte', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # and on four
-RESUMED = [*REPLICAS, *FOUR, 'gpt_lte_bits', 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
+FOUR = ['gpt_lte', 'gpt_lte_bits', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # on four, too
+RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
 
 
 def words_of(name, root, out):
@@ -2266,8 +2288,8 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
 
 @pytest.mark.parametrize('words', [
     'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
-    'llama galore --lowrank=mlp --basis_every=12',
-    *['llama galolte --lowrank=mlp --basis_every=12', 'llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
+    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
+    *['llama lte', 'llama mhlora'] * ('SLOW' in os.environ)])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
     """Torch gives up after eight graphs of one function, in silence. SLOW: by the real compiler."""
     from torch._dynamo.testing import CompileCounterWithBackend

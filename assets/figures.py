@@ -257,16 +257,17 @@ def draw_frontier():
             mine = best.setdefault(series, {})
             mine[s['merge_every']] = min(mine.get(s['merge_every'], point), point)
     with picture('frontier', (8.5, 5.2)) as ((axes,),):
-        names = list(dict.fromkeys(name for name, _ in best))
-        for name in names:
-            axes.plot([], color=f'C{names.index(name)}', label=name)
+        colors = {name: f'C{i}' for i, name in enumerate(dict.fromkeys(name for name, _ in best))}
+        for name, color in colors.items():
+            axes.plot([], color=color, label=name)
         for (name, bits), points in best.items():
-            color, (ys, xs) = f'C{names.index(name)}', zip(*sorted(points.values(), reverse=True))
+            color, (ys, xs) = colors[name], zip(*sorted(points.values(), reverse=True))
             axes.plot(xs, ys, {32: 'o-', 4: 's-', 2: '^-'}[bits], lw=0.8, color=color)
             for T, (y, x) in points.items():
                 axes.annotate(T, (x, y), (4, 4), textcoords='offset points', fontsize=7, color=color)
         for name in ('full rank', 'GaLore', 'GaLore, Muon', 'Muon'):
-            wire, loss = sent('screening', found[name][0][0])['wire'], statistics.mean(losses(found[name][0]))
+            mine = found[name][0]
+            wire, loss = sent('screening', mine[0]).get('wire', 0), statistics.mean(losses(mine))
             axes.axhline(loss, color='grey', lw=0.8, ls=':')
             axes.annotate(f'{name}: {wire / 1e6:.0f} MB after every step', (0, loss), (4, 3),
                           xycoords=('axes fraction', 'data'), textcoords='offset points', fontsize=7,

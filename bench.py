@@ -78,6 +78,7 @@ if __name__ == '__main__':
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -298,7 +299,7 @@ def heads_cells():
     for sequences, dtype, targets, heads, rank in table + figure:
         base = {**train_gpt.defaults, 'batch_size': sequences, 'dtype': dtype, 'grad_clip': 0.0}
         there = dict(lowrank=targets, heads=heads, rank=rank, alpha=float(rank))
-        ways = {'full': {}, **{way: dict(there, head_compute=way) for way in ('parallel', 'sequential')}}
+        ways = {'full': {}, 'parallel': there, 'sequential': dict(there, layer=OneAfterTheOther)}
         yield from named(base, ways, device=DEVICE, sequences=sequences, dtype=dtype, targets=targets,
                          heads=heads, rank=rank)
 
@@ -456,13 +457,23 @@ def measure_all(name, cells, only, measure, *keys, jobs=1):
 # a script's step in this process
 
 
+class OneAfterTheOther(lowrank.MHLoRALinear):
+    """Heads in a loop, as the study's first figure has them beside heads at once: the same, slower."""
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        for A, B in zip(self.A, self.B):
+            y = y + F.linear(self.scale / self.heads * F.linear(x, A), B)
+        return y
+
+
 def stepper(settings, ranks=None):
     """
     (run, step) of a script from scratch: what its build makes, and its train_step on random data, a step
     further each call.
 
-    settings: all that the script has, and head_compute, which only layers have; ranks: this is the first of
-    so many on CPUs, whom it does not join.
+    settings: all that the script has, and `layer`, a class in place of MHLoRALinear; ranks: this is the first
+    of so many on CPUs, whom it does not join.
     """
     s, numbers = dict(settings), itertools.count()
     script = train_llama if 'size' in s else train_vit if 'img_size' in s else train_gpt
@@ -471,10 +482,9 @@ def stepper(settings, ranks=None):
     s.update(init_from='scratch', compile=False)
     where = config.join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
-    with contextlib.redirect_stdout(None):
+    layer = s.pop('layer', lowrank.MHLoRALinear)
+    with contextlib.redirect_stdout(None), mock.patch('lowrank.MHLoRALinear', layer):
         run = script.build(s, where, ['a class'] * 9 if script is train_vit else vocabulary(s))
-    for layer in lowrank.lowrank_layers(run.model):
-        layer.head_compute = s.get('head_compute', 'parallel')
     rows = s['batch_size'] // run.ranks
 
     def batch(micro_step):

@@ -225,7 +225,6 @@ class MHLoRALinear(nn.Module):
     merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0: never, or at the end.
     merge_reset: a merge draws A anew and zeroes B, as it does where merge_every is 0; else they train on
     (LTE), less A_merged and B_merged.
-    head_compute: 'parallel', shared heads in one pair of products, or 'sequential', a loop: the same, slower.
     worker, workers: of several ranks that share split heads, this one holds the heads worker::workers.
     zeros: the model's `Zeros`, None for a layer alone.
     Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r). With
@@ -236,13 +235,11 @@ class MHLoRALinear(nn.Module):
     """
 
     def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False, merge_every=0,
-                 merge_reset=False, head_compute='parallel', worker=0, workers=1, zeros=None):
+                 merge_reset=False, worker=0, workers=1, zeros=None):
         super().__init__()
         m, n = linear.weight.shape
-        for key, value, allowed in (('factors', factors, ('both', 'B', 'basis')),
-                                    ('head_compute', head_compute, ('parallel', 'sequential'))):
-            if value not in allowed:
-                raise ValueError(f"{key}={value!r} is not known: set one of {', '.join(map(repr, allowed))}")
+        if factors not in ('both', 'B', 'basis'):
+            raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
         if rank < 1 or heads < 1 or merge_every < 0:
             raise ValueError(f'{rank=}, {heads=} must be at least 1, {merge_every=} at least 0')
         if factors != 'basis' and rank > min(m, n):
@@ -254,14 +251,12 @@ class MHLoRALinear(nn.Module):
         if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
             raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every step, are '
                              'one head: set heads=1, or split=True and merge_every above 1')
-        if factors == 'basis' and head_compute == 'sequential':
-            raise ValueError("factors='basis' has no loop over heads: set head_compute='parallel'")
         if split and heads % workers:
             raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
         self.in_features, self.out_features = n, m
         self.heads, self.rank, self.factors, self.split = heads, min(rank, m, n), factors, split and heads > 1
         self.scale = 1.0 if factors == 'basis' else (rank if alpha is None else alpha) / rank
-        self.merge_every, self.head_compute = merge_every, head_compute
+        self.merge_every = merge_every
         self.worker, self.workers = (worker, workers) if self.split else (0, 1)
         self.reset = merge_reset or not merge_every or factors == 'basis'  # merges leave nothing to subtract
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
@@ -424,11 +419,6 @@ class MHLoRALinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         A, B = self.pairs()
-        if self.head_compute == 'sequential' and not self.split:
-            y = F.linear(x, self.weight, self.bias)  # the textbook form: one head after the other
-            for a, b in zip(A, B):
-                y = y + F.linear(self.scale / self.heads * F.linear(x, a), b)
-            return y
         scale, gain = self.scale, 1
         if self.split and not self.evaluating:
             if not self.training:
@@ -1094,7 +1084,7 @@ def _refuse_what_bypasses(model, targets):
 
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both', split=False,
-                 merge_every=0, merge_reset=False, head_compute='parallel', worker=0, workers=1):
+                 merge_every=0, merge_reset=False, worker=0, workers=1):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
@@ -1153,7 +1143,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             if W in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
                 linear.weight = nn.Parameter(W.detach().clone())
             made[W] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every, merge_reset,
-                                   head_compute, worker, workers, zeros).train(linear.training)
+                                   worker, workers, zeros).train(linear.training)
             if made[W].rank < rank:
                 clamped.append(name)
         model.set_submodule(name, made[W])

@@ -1,10 +1,11 @@
 """
 GaLore (Zhao et al. 2024, arXiv 2403.03507): Adam inside a low-rank subspace of a weight's gradient G (m, n).
 
-    R = P^T G Q,   W <- W - lr * scale * P rho(R) Q^T,   rho = Adam, whose moments are those of R alone
+    R = P^T G,   W <- W - lr * scale * P rho(R)        where m < n
+    R = G Q,     W <- W - lr * scale * rho(R) Q^T      elsewhere
 
-with orthonormal P (m, r), Q (n, r) taken anew from gradients now and then; usually one of them only, that of
-the smaller dimension, and the identity for the other.
+with orthonormal P (m, r) or Q (n, r) taken anew from gradients now and then; rho is Adam, whose moments are
+those of R alone.
 
     LowRankAdamW(model)    for models with layers of lowrank.py; where bases are sketched G never exists
     GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G: Fira, APOLLO,
@@ -32,17 +33,12 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 # Bases: which subspace
 
 
-def sides(shape, proj_type):
-    """(left, right): which sides of a matrix are projected. 'std': that of the smaller dimension, whose
-    moments are smaller, and of a square matrix the right one; 'reverse_std': the opposite."""
+def is_left(shape, proj_type):
+    """Whether a matrix is projected from the left (P), or from the right (Q). 'std': on the side of the
+    smaller dimension, where moments are smaller, of a square matrix the right one; 'reverse_std': the
+    opposite."""
     tall = shape[0] >= shape[1]
-    left = {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False, 'full': True}[proj_type]
-    return left, not left or proj_type == 'full'
-
-
-def on_its_side(basis, left):
-    """(P, Q) of one basis: None stands for the other."""
-    return (basis, None) if left else (None, basis)
+    return {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False}[proj_type]
 
 
 def orthonormal(Y):
@@ -60,65 +56,49 @@ def gaussian(rows, rank, like, seed):
     return drawn.to(like.dtype)
 
 
-def power_iteration(G, rank, P, seed):
-    """Two steps of subspace iteration towards the leading left singular vectors of G (m, n), from P (m, rank)
-    or a random sketch of the range (Halko et al. 2011, algorithm 4.4): two products of 2 m n rank operations
-    and a thin QR each. Columns in between have length one: their squares stay in the range of float16."""
-    P = orthonormal(G @ gaussian(G.shape[1], rank, G, seed)) if P is None else P
-    for _ in range(2):  # at small ranks one has 0.978 of the SVD's energy, from a basis 200 steps old
-        P = orthonormal(G @ F.normalize(G.mT @ P, dim=0))
-    return P
-
-
-def bases_of(G, rank, left, right, basis='svd', old=(None, None), seed=0):
+def basis_of(G, rank, left, basis='svd', old=None, seed=0):
     """
-    Orthonormal bases for the gradient G (m, n): P (m, rank) if `left`, Q (n, rank) if `right`, else None.
+    An orthonormal basis for the gradient G (m, n): P (m, rank) if `left`, else Q (n, rank).
 
     svd     the leading singular vectors (GaLore, algorithm 2), with the raw signs of the decomposition.
-    power   `power_iteration` from the old bases.
+    power   two steps of subspace iteration from the old basis, or from a random sketch of the range (Halko et
+            al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
-    Where G is not finite the old bases stay; without any, some orthonormal ones come back. Nothing here waits
-    for the device, but CUDA's SVD does.
+    Where G is not finite the old basis stays; without any, some orthonormal one comes back. Nothing here
+    waits for the device, but CUDA's SVD does.
     """
-    P = Q = None
     ok = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     if basis == 'svd':
         U, _, Vh = torch.linalg.svd(torch.where(ok, G, 0).to(wide(G)), full_matrices=False)
-        P, Q = U[:, :rank] if left else None, Vh[:rank].mT if right else None
+        new = U[:, :rank] if left else Vh[:rank].mT
     elif basis == 'power':
-        if left:
-            P = power_iteration(G, rank, old[0], seed)
-        if right:  # with both sides, the half step from P gives the other one
-            Q = orthonormal(G.mT @ P) if left else power_iteration(G.mT, rank, old[1], seed)
+        G = G if left else G.mT
+        new = orthonormal(G @ gaussian(G.shape[1], rank, G, seed)) if old is None else old
+        for _ in range(2):  # at small ranks one has 0.978 of the SVD's energy, from a basis 200 steps old
+            # columns have length one in between: their squares stay in the range of float16
+            new = orthonormal(G @ F.normalize(G.mT @ new, dim=0))
     else:
-        P = orthonormal(gaussian(G.shape[0], rank, G, seed)) if left else None
-        Q = orthonormal(gaussian(G.shape[1], rank, G, seed + 1)) if right else None
-    P, Q = (new if new is None or was is None else torch.where(ok, new, was.to(new.dtype))
-            for new, was in zip((P, Q), old))
-    return tuple(new if new is None else new.to(G.dtype).contiguous() for new in (P, Q))
+        rows, seed = (G.shape[0], seed) if left else (G.shape[1], seed + 1)
+        new = orthonormal(gaussian(rows, rank, G, seed))
+    if old is not None:
+        new = torch.where(ok, new, old.to(new.dtype))
+    return new.to(G.dtype).contiguous()
 
 
 # -----------------------------------------------------------------------------
 # Arithmetic inside the subspace
 
 
-def project(G, P, Q):
-    """R = P^T G Q (r, n), (m, r) or (r, r) of G (m, n), or of each of (H, m, n); None: that side stays.
-    P^T G is the transposed view of G^T P: rows of r numbers, aligned where the n = 5461 of LLaMA-1B are not,
-    take a third less time on a CPU."""
-    if P is None:
-        return G @ Q
-    if Q is None:
-        return (G.mT @ P).mT
-    return P.mT @ (G @ Q) if G.shape[-2] <= G.shape[-1] else (G.mT @ P).mT @ Q  # the smaller intermediate
+def project(G, basis, left):
+    """R = P^T G (r, n), or G Q (m, r), of G (m, n). P^T G is the transposed view of G^T P: rows of r numbers,
+    aligned where the n = 5461 of LLaMA-1B are not, take a third less time on a CPU."""
+    return (G.mT @ basis).mT if left else G @ basis
 
 
-def add_back_(W, U, P, Q, alpha, beta=1.0, key=0, first=0):
-    """W <- beta W + alpha P U Q^T, the product accumulated straight into W. In bfloat16 it exists for some
-    rows at a time, and the sum is rounded at random (`lowrank.round_`: key, first)."""
-    if P is not None and Q is not None:
-        P, U, Q = (P @ U, Q.mT, None) if W.shape[0] <= W.shape[1] else (P, U @ Q.mT, None)
-    X, Y = (U, Q.mT) if P is None else (P, U)
+def add_back_(W, U, basis, left, alpha, beta=1.0, key=0, first=0):
+    """W <- beta W + alpha P U, or beta W + alpha U Q^T, the product accumulated straight into W. In bfloat16
+    it exists for some rows at a time, and the sum is rounded at random (`lowrank.round_`: key, first)."""
+    X, Y = (basis, U) if left else (U, basis.mT)
     if W.dtype == torch.bfloat16:
         rows = max(BLOCK_OF_BITS // W.shape[1], 1)
         for i in range(0, len(W), rows):
@@ -233,7 +213,7 @@ def is_fused(p, state):
     return 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16
 
 
-def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=0):
+def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
     """
     p <- keep p - lr rho, in place; the moments of `state`, whose `step` counts grad already, take it in.
 
@@ -244,10 +224,8 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=
     pass over memory; where p or moments are in 16 or 8 bits, all is computed in float32, chunk by chunk, and
     rounded at random (`lowrank.round_`, key).
     """
-    age = math.inf
-    if correct_bias:
-        age = state['step']
-        eps = eps / math.sqrt(1 - betas[1] ** age)
+    age = state['step']
+    eps = eps / math.sqrt(1 - betas[1] ** age)
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
     if p is not grad and 'exp_avg_top' not in state and p.stride() != M.stride():
@@ -277,9 +255,8 @@ def step_(p, grad, state, lr, keep, betas, eps, correct_bias=True, key=0, first=
 
 def adaptive_rate(R, U, state, group, dim):
     """(|N| / |R| over `dim`, the bias correction c) of N = M / (sqrt(V) + eps), Adam's step -U without c."""
-    c, (beta1, beta2) = 1.0, group['betas']
-    if group['correct_bias']:
-        c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
+    beta1, beta2 = group['betas']
+    c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
     r, u = (torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x)) for x in (R, U))
     return u / c / (r + 1e-8), c
 
@@ -324,7 +301,7 @@ def apollo(G, R, U, state, group):
     with rank 1 one phi is that of all of W (APOLLO-Mini). Their scale is the square of this one. Returns
     minus the move.
     """
-    dim = None if group['rank'] == 1 else 0 if sides(G.shape, group['proj_type'])[0] else 1
+    dim = None if group['rank'] == 1 else 0 if is_left(G.shape, group['proj_type']) else 1
     phi, c = adaptive_rate(R, U, state, group, dim)
     norms = torch.linalg.vector_norm(G, dim=dim, keepdim=True, dtype=wide(G))
     phi = limited(phi, torch.linalg.vector_norm(norms * phi), state)
@@ -398,8 +375,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there: `rank`,
-    `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see `sides`); our own,
-    all optional: `basis` (see `bases_of`), `rule` (a key of RULES). Groups without `rank` follow
+    `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see `is_left`); our
+    own, all optional: `basis` (see `basis_of`), `rule` (a key of RULES). Groups without `rank` follow
     torch.optim.AdamW, or a `rule` of WHOLE, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see
     `new_moments`).
 
@@ -407,8 +384,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay out of DDP
     (`outside_ddp`), and `begin` says which backward pass of a step is the last.
     seed: of random bases and of rounding. no_deprecation_warning is accepted and means nothing.
-    Raises ValueError for a setting that makes no sense; a rank above the smaller side of a matrix is clamped,
-    with a warning.
+    Raises ValueError for a setting that makes no sense or is not supported (correct_bias=False,
+    proj_type='full'); a rank above the smaller side of a matrix is clamped, with a warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, correct_bias=True,
@@ -434,6 +411,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 _stepping.pop(p).remove()
             if self.per_layer:
                 _stepping[p] = p.register_post_accumulate_grad_hook(self._complete)
+        if not group['correct_bias']:
+            raise ValueError("correct_bias=False is not supported: leave it out, or take galore-torch's class")
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if not 0 <= group.get('momentum', 0) < 1:
@@ -455,7 +434,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         own = dict(basis='random' if group.get('rule') == 'apollo' else 'svd', rule='galore')
         for key, value in (galore_torch | own).items():
             group.setdefault(key, value)
-        for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right', 'full'),
+        if group['proj_type'] == 'full':
+            raise ValueError("proj_type='full' projects both sides, which is not supported: set 'std', or take "
+                             "galore-torch's class")
+        for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right'),
                                  basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
             if group[key] not in allowed:
                 raise ValueError(f"{key}={group[key]!r} is not one of {', '.join(map(repr, allowed))}")
@@ -465,9 +447,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if group['rule'] == 'apollo' and group['basis'] != 'random':
             raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
                              "basis='random'")
-        if RULES[group['rule']] and group['proj_type'] == 'full':
-            raise ValueError(f"rule={group['rule']!r} needs a one-sided projection, proj_type='full' is two: "
-                             "set 'std'")
         clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
                    if group['rank'] > min(p.shape)]
         if clamped:
@@ -527,47 +506,45 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 new_moments(state, p, group['state_bits'], given)
                 state['step'] = 0
             state['step'] += 1
-            age, root = math.inf, 1.0
-            if group['correct_bias']:
-                age, root = state['step'], math.sqrt(1 - betas[1] ** state['step'])
             if is_fused(p, state) and grad.stride() == p.stride() == state['exp_avg'].stride():
                 tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
-                fused.setdefault((p.dtype, age), []).append(tensors)
+                fused.setdefault((p.dtype, state['step']), []).append(tensors)
             else:
-                step_(p, grad, state, lr, 1 - lr * decay, betas, eps * root, group['correct_bias'],
+                root = math.sqrt(1 - betas[1] ** state['step'])
+                step_(p, grad, state, lr, 1 - lr * decay, betas, eps * root,
                       self._seed(given, state['step'], 0), first_here(given))
         for (_, age), tensors in fused.items():
             fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
 
-    def _bases(self, W, state, group):
-        """The bases (P, Q) of a step, new ones where they are due."""
-        left, right = sides(W.shape, group['proj_type'])
+    def _basis(self, W, state, group, left):
+        """The basis of a step, P or Q, a new one where it is due."""
         rank, (period, since) = min(group['rank'], *W.shape), divmod(state['step'], group['update_proj_gap'])
         if group['rule'] == 'apollo':  # drawn again in each step: it takes no memory
             drawn = gaussian(W.shape[0 if left else 1], rank, W, self._seed(W, period))
-            return on_its_side(drawn.div_(math.sqrt(rank)), left)
+            return drawn.div_(math.sqrt(rank))
+        name = 'P' if left else 'Q'
         if since == 0:
-            new = bases_of(W.grad, rank, left, right, group['basis'], (state.get('P'), state.get('Q')),
-                           self._seed(W, state['step']))
-            state.update({name: basis for name, basis in zip('PQ', new) if basis is not None})
-        return state.get('P'), state.get('Q')
+            state[name] = basis_of(W.grad, rank, left, group['basis'], state.get(name),
+                                   self._seed(W, state['step']))
+        return state[name]
 
     def _galore(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale P rho(P^T G)), or as the group's rule says, in place."""
         state.setdefault('step', 0)
-        G, rule, (P, Q) = W.grad, RULES[group['rule']], self._bases(W, state, group)
-        R = project(G, P, Q)
+        G, rule, left = W.grad, RULES[group['rule']], is_left(W.shape, group['proj_type'])
+        basis = self._basis(W, state, group, left)
+        R = project(G, basis, left)
         if 'exp_avg' not in state:
             new_moments(state, R, group['state_bits'])
         state['step'] += 1
         keep = 1.0 - group['lr'] * group['weight_decay']
         U = R.clone() if rule else R
         key = self._seed(W, state['step'], 0)
-        U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], group['correct_bias'], key)
+        U = step_(U, U, state, 1.0, 0.0, group['betas'], group['eps'], key)
         if rule:
             self._move(W, rule(G, R, U, state, group), group['lr'] * keep, keep, key + 1)
         else:
-            add_back_(W, U, P, Q, group['lr'] * group['scale'] * keep, keep, key + 1)
+            add_back_(W, U, basis, left, group['lr'] * group['scale'] * keep, keep, key + 1)
 
     def _whole(self, W, state, group):
         """W <- (1 - lr decay) W - lr times what a rule of WHOLE makes of the gradient, in place."""
@@ -641,7 +618,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
                     (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
-    basis='power', 'svd'  as in `bases_of`, from the gradient of the step itself, which then exists; without
+    basis='power', 'svd'  as in `basis_of`, from the gradient of the step itself, which then exists; without
                     per_layer those of all layers at once in step 0.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
@@ -785,14 +762,12 @@ class LowRankAdamW(GaLoreAdamW):
         if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
             p.grad = torch.full_like(p, math.nan)
             return
-        P, Q = bases_of(shared, layer.rank, layer.left, not layer.left, self.basis,
-                        on_its_side(old, layer.left), self._seed(p, state['bases']))
-        new = P if layer.left else Q
+        new = basis_of(shared, layer.rank, layer.left, self.basis, old, self._seed(p, state['bases']))
         if self.basis == 'svd' and old is not None:  # signs follow the old basis
             new = new * torch.where((new * old).sum(0) < 0, -1, 1)
         self._set_basis(p, new)
         G = G if layer.split else shared[None]
-        R = layer.rows_of(project(G, *on_its_side(whole(layer.basis), layer.left)))
+        R = layer.rows_of(project(G, whole(layer.basis), layer.left))
         p.grad = shard_of(R, p.shape, p.device_mesh) if is_sharded(p) else R
 
     @torch.no_grad()
@@ -826,14 +801,14 @@ class LowRankAdamW(GaLoreAdamW):
                 new_moments(state, local(p), group['state_bits'], p)
             state['step'] += 1
             alpha, key = group['lr'] * group['scale'] * keep, self._seed(p, state['step'], 0)
-            how = group['betas'], group['eps'], group['correct_bias'], key
+            how = group['betas'], group['eps'], key
             U = None
             if group['inside'] == 'muon':
                 U = orthogonalised(p.grad, state, group, key)
             elif layer.zero:
                 U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
             if layer.zero:
-                P, Q = on_its_side(local(layer.basis) if layer.left else whole(layer.basis), layer.left)
+                basis = local(layer.basis) if layer.left else whole(layer.basis)
                 U = U.to(p.dtype)
                 if layer.mine is None:
                     U = U[0]
@@ -841,7 +816,7 @@ class LowRankAdamW(GaLoreAdamW):
                     U = (whole_of(U, len(p)) if group['inside'] == 'galore' else U).mT.contiguous()
                 elif group['inside'] == 'muon':
                     U = U[rows_here(p)]
-                add_back_(W, U, P, Q, alpha, keep, key + 1, first)
+                add_back_(W, U, basis, layer.left, alpha, keep, key + 1, first)
             else:
                 if keep != 1 and W.dtype == torch.bfloat16:
                     round_(W, W.float().mul_(keep), key + 1, first)

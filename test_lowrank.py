@@ -907,15 +907,13 @@ class Textbook:
             rate *= min((t % s.merge_every + 1) / (s.rewarm_iters + 1), 1)
         return rate
 
-    def sides(self, shape):
-        wide = shape[0] < shape[1]
-        kind = self.s.proj_type
-        left = kind in ('left', 'full') or wide and kind == 'std' or not wide and kind == 'reverse_std'
-        return left, not left or kind == 'full'
+    def is_left(self, shape):
+        wide, kind = shape[0] < shape[1], self.s.proj_type
+        return kind == 'left' or wide and kind == 'std' or not wide and kind == 'reverse_std'
 
     def renew_basis(self, t, name, G):
         """P (m, r) and Q (n, r), one of which is the identity, for a gradient whose turn it is in step t."""
-        s, (left, right), old, turn = self.s, self.sides(G.shape), self.bases.get(name), 0
+        s, left, old, turn = self.s, self.is_left(G.shape), self.bases.get(name), 0
         if name in self.layers:  # blocks take turns, at merges
             blocks = list(dict.fromkeys(re.match(r'.*?\.\d+', name)[0] for name in self.inside))
             turn = blocks.index(re.match(r'.*?\.\d+', name)[0])
@@ -940,7 +938,7 @@ class Textbook:
             P = Q = orthonormal(G @ G.T @ orthonormal(G @ G.T @ old[not left]))
         else:
             P = Q = orthonormal(self.sketches[name])
-        P, Q = P if left else eye(G.shape[1]), Q if right else eye(G.shape[1])
+        P, Q = P if left else eye(G.shape[1]), eye(G.shape[1]) if left else Q
         for basis in (P, Q):
             close(basis.T @ basis, eye(basis.shape[1]))
         self.bases[name], self.sketches[name] = (P, Q), 0
@@ -968,7 +966,7 @@ class Textbook:
                 P, Q = self.bases[name]
                 steps.update({(name, worker): P.T @ g @ Q for worker, g in enumerate(mean)})
                 for g in torch.cat([g[name] for g in G]) if self.sketching else ():
-                    Y = g @ (g.T @ P) if self.sides(g.shape)[0] else g.T @ (g @ Q)
+                    Y = g @ (g.T @ P) if self.is_left(g.shape) else g.T @ (g @ Q)
                     self.sketches[name] = self.sketches[name] + Y / (P.T @ g @ Q).norm().clamp_min(1e-30)
             elif self.model.get_parameter(name).requires_grad:
                 for r in range(self.replicas):
@@ -1014,7 +1012,7 @@ class Textbook:
             N = M / (V.sqrt() + 1e-6)
             move = s.scale * P @ N @ Q.T
             if s.optimizer in ('fira', 'apollo'):
-                lines = (0, 1) if s.rank == 1 else 0 if self.sides(W.shape)[0] else 1
+                lines = (0, 1) if s.rank == 1 else 0 if self.is_left(W.shape) else 1
                 rest = G if s.optimizer == 'apollo' else G - s.scale * P @ gradient @ Q.T
                 rest = rest * (N.norm(dim=lines, keepdim=True)
                                / (gradient.norm(dim=lines, keepdim=True) + 1e-8))
@@ -1142,10 +1140,9 @@ def test_with_one_factor_trained_inputs_are_not_kept():
 # GaLore: bases and arithmetic, the drop-in
 
 SHAPES = (12, 7), (7, 12), (8, 8)
-PROJ_TYPES = ('std', 'reverse_std', 'left', 'right', 'full')
+PROJ_TYPES = ('std', 'reverse_std', 'left', 'right')
 BASES = ('svd', 'power', 'random')
-RULES = [dict(proj_type=proj_type, basis=basis, rule=rule) for proj_type, basis, rule in itertools.product(
-    ('std', 'full'), BASES, ('galore', 'fira')) if (proj_type, rule) != ('full', 'fira')]
+RULES = [dict(basis=basis, rule=rule) for basis, rule in itertools.product(BASES, ('galore', 'fira'))]
 
 
 def follow(optimizer, params, grads):
@@ -1181,15 +1178,12 @@ def test_it_is_galore_torch(shape):
             from galore_torch import GaLoreAdamW as Reference
     except Exception as error:  # it drags in transformers and bitsandbytes, which fail in their own ways
         pytest.skip(f'galore-torch cannot be imported here: {error}')
-    for proj_type, correct_bias in itertools.product(PROJ_TYPES, (True, False)):
-        # at a refresh P^T G Q is diagonal: off it there is rounding alone, which a small eps would blow up
-        eps = dict(eps=1e-3) if proj_type == 'full' else {}
+    for proj_type in PROJ_TYPES:
         runs = []
         for cls in (Reference, galore.GaLoreAdamW):  # constructed alike, its own defaults included
             W = nn.Parameter(torch.ones(shape))
             group = dict(params=[W], rank=3, update_proj_gap=3, scale=0.25, proj_type=proj_type)
-            optimizer = cls([group], lr=0.01, weight_decay=0.1, correct_bias=correct_bias,
-                            no_deprecation_warning=True, **eps)
+            optimizer = cls([group], lr=0.01, weight_decay=0.1, no_deprecation_warning=True)
             runs += follow(optimizer, [W], normal(8, 1, *shape, dtype=torch.float32))
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
@@ -1198,19 +1192,18 @@ def test_it_is_galore_torch(shape):
                                               (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_finite(dtype, tolerance):
     G, before = normal(40, 30).to(dtype), torch.random.get_rng_state()
-    for basis in BASES:
-        bases, again, other = (galore.bases_of(G, 8, True, True, basis, seed=seed) for seed in (5, 5, 6))
-        assert torch.equal(bases[0], other[0]) == (basis == 'svd') and same_state(bases, again)
-        for one in bases:
-            assert one.dtype == dtype
-            assert one.untyped_storage().nbytes() == one.nbytes, 'a view would keep all of U alive'
-            close(one.mT.double() @ one.double(), eye(8), tolerance)
+    for basis, left in itertools.product(BASES, (True, False)):
+        one, again, other = (galore.basis_of(G, 8, left, basis, seed=seed) for seed in (5, 5, 6))
+        assert torch.equal(one, other) == (basis == 'svd') and torch.equal(one, again)
+        assert one.dtype == dtype
+        assert one.untyped_storage().nbytes() == one.nbytes, 'a view would keep all of U alive'
+        close(one.mT.double() @ one.double(), eye(8), tolerance)
         for bad in (math.nan, math.inf):
             spoilt = G.clone()
             spoilt[3, 4] = bad
-            assert same_state(galore.bases_of(spoilt, 8, True, True, basis, bases), bases)
-            for one in galore.bases_of(spoilt, 8, True, True, basis):  # without any
-                close(one.mT.double() @ one.double(), eye(8), tolerance)
+            assert torch.equal(galore.basis_of(spoilt, 8, left, basis, one), one)
+            none = galore.basis_of(spoilt, 8, left, basis)  # without an old one
+            close(none.mT.double() @ none.double(), eye(8), tolerance)
     assert torch.equal(before, torch.random.get_rng_state()), 'the global random numbers are not ours'
 
 
@@ -1218,17 +1211,18 @@ def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_
 def test_power_converges_to_the_svd_and_does_not_flip(m, n):
     U, V = (torch.linalg.qr(normal(k, 30, seed=k))[0] for k in (m, n))
     G, U, energy = U * 0.5 ** torch.arange(30.) @ V.mT, U[:, :5], 0.98 * (0.25 ** torch.arange(5)).sum()
-    P, gaps = galore.bases_of(G, 5, True, False, 'power')[0], []
+    P, gaps = galore.basis_of(G, 5, True, 'power'), []
     for _ in range(12):
         gaps.append(torch.linalg.matrix_norm(U @ U.mT - P @ P.mT, 2).item())
-        old, P = P, galore.bases_of(G, 5, True, False, 'power', old=(P, None))[0]
+        old, P = P, galore.basis_of(G, 5, True, 'power', old=P)
     assert gaps[-1] < 1e-6 and all(b < a for a, b in zip(gaps, gaps[1:]) if a > 1e-7), gaps
     assert ((old * P).sum(0) > 0.99).all()
     for Y in (P, -P):
         close(galore.orthonormal(Y), Y)
-    for left, right in ((True, False), (False, True), (True, True)):  # cold, one call
-        assert galore.project(G, *galore.bases_of(G, 5, left, right, 'power')).square().sum() >= energy
-    small = galore.bases_of((G * 1e-4).half(), 5, True, False, 'power')[0].double()  # squares would vanish
+    for left in (True, False):  # cold, one call
+        cold = galore.basis_of(G, 5, left, 'power')
+        assert galore.project(G, cold, left).square().sum() >= energy
+    small = galore.basis_of((G * 1e-4).half(), 5, True, 'power').double()  # squares would vanish
     assert (small.mT @ G).square().sum() >= energy
 
 
@@ -1390,14 +1384,14 @@ def test_a_step_needs_no_value_of_the_device_and_no_other_device():
             optimizer = galore.GaLoreAdamW([group, {'params': params[2:]}])
             follow(optimizer, params, [list(map(torch.ones_like, params))] * 2)
             assert optimizer.state_bytes() > 0
-    group = dict(scale=0.5, betas=(0.9, 0.99), correct_bias=True)
+    group = dict(scale=0.5, betas=(0.9, 0.99))
     for shape, left in itertools.product(SHAPES, (True, False)):  # all but torch's fused Adam
         G = torch.ones(shape, device='meta')
-        P, Q = galore.bases_of(G, 3, left, not left)
-        R, C = galore.project(G, P, Q), torch.ones(3, 3, device='meta')
+        basis = galore.basis_of(G, 3, left)
+        R, C = galore.project(G, basis, left), torch.ones(3, 3, device='meta')
         M, V = galore.turn_moments([R, R.square()], C, left)
-        galore.add_back_(G, M, P, Q, 0.1)
-        state = dict(step=1, rest_norm=M.norm(), **({'P': P} if left else {'Q': Q}))
+        galore.add_back_(G, M, basis, left, 0.1)
+        state = {'step': 1, 'rest_norm': M.norm(), 'P' if left else 'Q': basis}
         assert galore.fira(G, R, V, state, group).shape == shape
         assert galore.decode(*galore.encode(M.flatten(), 1, 127, 2, torch.int8), 127, 2).device.type == 'meta'
     net = nn.Linear(3, 3, device='meta')
@@ -1626,7 +1620,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(rule='adam'), "rule='adam'"), (dict(proj_type='both'), "proj_type='both'"),
         (dict(basis='qr'), "basis='qr'"),
         (dict(params=[nn.Parameter(torch.zeros(6))]), 'is no matrix'), (dict(state_bits=4), 'state_bits=4'),
-        (dict(rule='fira', proj_type='full'), 'one-sided'), (dict(rule='muon'), "rule='muon'"),
+        (dict(proj_type='full'), "set 'std'"), (dict(correct_bias=False), 'correct_bias=False'),
+        (dict(rule='muon'), "rule='muon'"),
         (dict(rule='apollo', basis='svd'), "basis='random'"))),
     *((lambda group=group: galore.GaLoreAdamW([group]), said) for group, said in (
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira'), 'without a rank'),
@@ -2134,9 +2129,9 @@ def test_a_merge_without_a_generator_draws_the_same_heads_on_every_rank():
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('rule, proj_type', [('galore', kind) for kind in PROJ_TYPES]
-                         + [('fira', kind) for kind in PROJ_TYPES if kind != 'full'])
-def test_the_drop_in_projects_either_side_or_both(shape, rule, proj_type):
+@pytest.mark.parametrize('rule', ['galore', 'fira'])
+@pytest.mark.parametrize('proj_type', PROJ_TYPES)
+def test_the_drop_in_projects_either_side(shape, rule, proj_type):
     (m, n), r = shape, 3
     torch.manual_seed(0)
     net, plain = nn.Sequential(), nn.Sequential()
@@ -2156,11 +2151,10 @@ def test_the_drop_in_projects_either_side_or_both(shape, rule, proj_type):
         optimizer.step()
         book.step(step, [(x, y)])
         close(net.attn.weight, book.W[0]['attn.weight'], 1e-9)
-    left, right = book.sides(shape)
-    numbers = (m + n) * r + 2 * r * r if left and right else m * r + 2 * n * r if left else n * r + 2 * m * r
-    state = optimizer.state[net.attn.weight]
+    left, state = book.is_left(shape), optimizer.state[net.attn.weight]
+    numbers = m * r + 2 * n * r if left else n * r + 2 * m * r
     assert sum(x.numel() for x in state.values() if torch.is_tensor(x) and x.dim()) == numbers
-    assert ('P' in state, 'Q' in state) == (left, right)
+    assert ('P' in state, 'Q' in state) == (left, not left)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

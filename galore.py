@@ -18,7 +18,6 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-import torch.utils.weak
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -366,9 +365,6 @@ WHOLE = {'scale': column_normalised, 'muon': orthogonalised}  # of groups withou
 # The drop-in optimizer
 
 
-_stepping = torch.utils.weak.WeakIdKeyDictionary()  # of parameters that the backward pass steps: their hooks
-
-
 class GaLoreAdamW(torch.optim.Optimizer):
     """
     AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
@@ -382,7 +378,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over ranks
     (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay out of DDP
-    (`outside_ddp`), and `begin` says which backward pass of a step is the last.
+    (`outside_ddp`), and `begin` says which backward pass of a step is the last. No other optimizer of this
+    class takes them after that.
     seed: of random bases and of rounding. no_deprecation_warning is accepted and means nothing.
     Raises ValueError for a setting that makes no sense or is not supported (correct_bias=False,
     proj_type='full'); a rank above the smaller side of a matrix is clamped, with a warning.
@@ -405,19 +402,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def add_param_group(self, group):
         super().add_param_group(group)
         group = self.param_groups[-1]
-        for p in group['params']:
+        names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
+        for name, p in zip(names, group['params']):
             self.order[p], self.group_of[p] = len(self.order), len(self.param_groups) - 1
-            if p in _stepping:  # an earlier optimizer would go on in place of this one
-                _stepping.pop(p).remove()
+            hooks = p._post_accumulate_grad_hooks or {}  # it has no public name
+            if any(isinstance(getattr(hook, '__self__', None), GaLoreAdamW) for hook in hooks.values()):
+                raise ValueError(f'{name} is stepped in the backward pass by an earlier optimizer '
+                                 '(per_layer=True), which would go on: build the model anew')
             if self.per_layer:
-                _stepping[p] = p.register_post_accumulate_grad_hook(self._complete)
+                p.register_post_accumulate_grad_hook(self._complete)
         if not group['correct_bias']:
             raise ValueError("correct_bias=False is not supported: leave it out, or take galore-torch's class")
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if not 0 <= group.get('momentum', 0) < 1:
             raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
-        names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
         for name, p in zip(names, group['params']):
             if p.dim() != 2 and {'rank', 'rule'} & group.keys():
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '

@@ -3019,8 +3019,9 @@ def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded
     assert all(map(torch.equal, step(), before))
     for group in optimizer.param_groups:
         group['lr'] = 0.1
-    old, optimizer = optimizer, galore.GaLoreAdamW([first, second], lr=0.0, per_layer=per_layer)
-    assert all(map(torch.equal, step(), before)) and optimizer.state[first]['step'] == 1 and old
+    for again in (False, True) if per_layer else ():  # the earlier one would go on
+        with pytest.raises(ValueError, match='parameter 0 is stepped in the backward pass by an earlier'):
+            galore.GaLoreAdamW([first], per_layer=again)
 
 
 def test_a_second_moment_in_bfloat16_decays():

@@ -361,7 +361,7 @@ def communication_cells(workers=32):
     one, own = dict(rank=512, heads=1), dict(rank=512, heads=workers)
     galolte = method('galolte', basis_every=200, **own)
     ways = {'full rank': one, 'local AdamW': method('local_adamw', **one), 'GaLore': method('galore', **one),
-            'GaLore, power bases': method('galore', basis='power', **one), 'LTE': method('lte', **own),
+            'LTE': method('lte', **own),
             "LTE, sync='merge'": method('lte', sync='merge', **own), 'GaLoLTE': galolte,
             "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
     cells = named({**LLAMA, 'size': '1b', 'n_layer': 24}, ways, model='LLaMA-1B', workers=workers)

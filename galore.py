@@ -7,7 +7,7 @@ GaLore (Zhao et al. 2024, arXiv 2403.03507): Adam inside a low-rank subspace of 
 with orthonormal P (m, r) or Q (n, r) taken anew from gradients now and then; rho is Adam, whose moments are
 those of R alone.
 
-    LowRankAdamW(model)    for models with layers of lowrank.py; where bases are sketched G never exists
+    LowRankAdamW(model)    for models with layers of lowrank.py; G never exists
     GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G: Fira, APOLLO,
                            SCALE, Muon
 """
@@ -25,7 +25,6 @@ from lowrank import (BLOCK_OF_BITS, KINDS, Parts, coded_mean, coded_same, finish
                      local, lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here,
                      same, shard_of, stepped, whole, whole_of, wide)
 
-BASES = ('sketch', 'power', 'svd', 'random')
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 # -----------------------------------------------------------------------------
@@ -459,9 +458,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     may_leave = True  # between micro-batches: gradients are all that has changed since the last step
 
-    def take_bases(self):
-        """To be called after a step's last backward pass, before unscaling and clipping: here for no use."""
-
     def _seed(self, p, *counts):
         return hash((self.seed, self.order[p], *counts)) % 2**32  # torch uses 32 bits of a seed
 
@@ -481,7 +477,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.take_bases()
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             if params:
@@ -616,13 +611,11 @@ class LowRankAdamW(GaLoreAdamW):
     and the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single sequences
-                    (`lowrank.second_moment`), summed over the last WINDOW steps. Full gradients never exist.
-    basis='power', 'svd'  as in `basis_of`, from the gradient of the step itself, which then exists; without
-                    per_layer those of all layers at once in step 0.
+                    (`lowrank.second_moment`), summed over the last WINDOW steps.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
-    The loop calls `begin` before each forward pass and `take_bases` after the last backward pass of a step,
-    and for T > 1 lowrank.merge every T steps: a new basis would turn what is not merged.
+    The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a new basis
+    would turn what is not merged.
     Sketches are in no state dict of torch, but lowrank.gather_state and load_state resume within one.
     """
 
@@ -631,12 +624,16 @@ class LowRankAdamW(GaLoreAdamW):
                  sync_bits=32, sync_moments=True, momentum=0.95):
         if rule not in ('galore', 'muon'):
             raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
-        if basis not in BASES or not basis_every >= 1:
-            raise ValueError(f'{basis=} must be one of {BASES}, {basis_every=} at least 1')
+        if not basis_every >= 1:
+            raise ValueError(f'{basis_every=} must be at least 1')
         found = {name: layer for name, layer in named_layers(model).items()
                  if layer.factors == 'basis' and layer.trained.requires_grad}
         block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
         blocks = list(dict.fromkeys(block_of.values()))
+        if found and basis not in ('sketch', 'random'):
+            raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' never "
+                             "form: set basis='sketch' or 'random', or train without such layers by "
+                             "GaLoreAdamW (optimizer='galore')")
         self.layers, self.turns = {}, {}  # of a trained factor: its layer, its block's place among how many
         for name, layer in found.items():
             if basis_every % layer.merge_every:
@@ -644,7 +641,7 @@ class LowRankAdamW(GaLoreAdamW):
                                  'are taken at merges, set one')
             self.layers[layer.stepped] = layer
             self.turns[layer.stepped] = blocks.index(block_of[name]), len(blocks)
-        self.basis, self.basis_every, self.waiting = basis, basis_every, set()
+        self.basis, self.basis_every = basis, basis_every
         self.sync_bits, self.sync_moments, self.begun = sync_bits, sync_moments, False
         names = stepped(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
@@ -658,7 +655,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
-        """See GaLoreAdamW. Takes due bases from sketches, starts sketches, or asks for whole gradients."""
+        """See GaLoreAdamW. Takes due bases from sketches, and starts sketches."""
         super().begin(step, micro_step, micro_steps)
         self.may_leave = micro_step == 0 or self.may_leave
         if micro_step == 0:
@@ -675,15 +672,10 @@ class LowRankAdamW(GaLoreAdamW):
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 M = read_moments(state)[0].view(local(p).shape)
                 rows = layer.by_direction(M)
-                rows.copy_(self._mean(layer, rows, 3, layer.workers))
+                rows.copy_(self._mean_of_moments(layer, rows))
                 write_moments(state, [M], self._seed(p, state['step'], 1))
                 self.may_leave = False
-            if self.basis in ('power', 'svd'):
-                if left == 0 or not state['bases']:
-                    layer.ask_whole()
-                    if self.per_layer:
-                        layer.whole.register_post_accumulate_grad_hook(lambda _, p=p: self._complete(p))
-            elif not state['bases'] or self.basis == 'random' and left == 0:
+            if not state['bases'] or self.basis == 'random' and left == 0:
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.basis, self._seed(p, state['bases']))))
             elif left == 0 and layer.sketch is not None and layer.sketch.grad is not None:
@@ -696,20 +688,13 @@ class LowRankAdamW(GaLoreAdamW):
                 layer.sketch = None
             if inside and layer.sketch is None:
                 layer.ask_sketch(parts=self.parts(layer))
-            if layer.sketch is not None or layer.whole is not None:
+            if layer.sketch is not None:
                 self.may_leave = False
         self.begun = True
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.begun = False
-
-    def zero_grad(self, set_to_none=True):
-        """As in torch, also of whole gradients that `begin` has asked for."""
-        super().zero_grad(set_to_none)
-        for layer in self.layers.values():
-            if layer.whole is not None:
-                layer.whole.grad = None
 
     def _coded(self, layer):
         """Whether averages of a layer are sent in few bits."""
@@ -724,12 +709,12 @@ class LowRankAdamW(GaLoreAdamW):
         the same on any number of ranks."""
         return len(layer.trained) if self._coded(layer) else 1
 
-    def _mean(self, layer, x, least, workers=None):
-        """The average of x (heads, ...) over heads and so many ranks (None: all); where few bits are sent, in
-        no fewer than `least`."""
+    def _mean_of_moments(self, layer, x):
+        """The average of first moments x (heads, ...) over heads and ranks; in few bits, in no fewer than
+        3."""
         if self._coded(layer):
-            return coded_mean(x, max(self.sync_bits, least), layer.workers)
-        return mean(x.mean(0), workers)
+            return coded_mean(x, max(self.sync_bits, 3), layer.workers)
+        return mean(x.mean(0), layer.workers)
 
     def _set_basis(self, p, new):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, and its moments as seen from there."""
@@ -748,43 +733,6 @@ class LowRankAdamW(GaLoreAdamW):
             E.copy_(C.to(E.dtype) @ E)
         local(layer.basis).copy_(new[rows_here(layer.basis)])
         state['bases'] += 1
-
-    def _from_whole(self, p):
-        """A new basis from the gradient (heads, m, n) that was asked for, and R in it."""
-        layer, state = self.layers[p], self.state[p]
-        G = layer.whole.grad
-        if G is None:
-            return
-        layer.whole = None
-        shared = self._mean(layer, G, 8)  # in few bits float32 or wider
-        old = whole(layer.basis).to(shared.dtype) if state['bases'] else None
-        if old is None and not shared.isfinite().all():  # an overflow of float16: a GradScaler skips the step
-            p.grad = torch.full_like(p, math.nan)
-            return
-        new = basis_of(shared, layer.rank, layer.left, self.basis, old, self._seed(p, state['bases']))
-        if self.basis == 'svd' and old is not None:  # signs follow the old basis
-            new = new * torch.where((new * old).sum(0) < 0, -1, 1)
-        self._set_basis(p, new)
-        G = G if layer.split else shared[None]
-        R = layer.rows_of(project(G, whole(layer.basis), layer.left))
-        p.grad = shard_of(R, p.shape, p.device_mesh) if is_sharded(p) else R
-
-    @torch.no_grad()
-    def take_bases(self):
-        """See GaLoreAdamW. Takes the bases for which `begin` asked for the whole gradient."""
-        for p, layer in self.layers.items():
-            if layer.whole is not None:
-                self._from_whole(p)
-
-    @torch.no_grad()
-    def _complete(self, p):
-        layer = self.layers.get(p)
-        if layer is not None and layer.whole is not None and self.last:  # R and whole.grad, in any order
-            self.waiting ^= {p}  # in it after the first of the two, out of it after the second
-            if p in self.waiting:
-                return
-            self._from_whole(p)
-        super()._complete(p)
 
     def _update(self, params, group):
         if 'inside' not in group:

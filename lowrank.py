@@ -87,11 +87,11 @@ class LowRankProduct(torch.autograd.Function):
 
     x (..., n), W (m, n), b (m,) or None; A (groups, r, n), B (groups, m, r), one of which may be a basis,
     without groups. The leading dimension of x is cut into `groups` equal parts, one for each pair.
-    gain multiplies the gradients of A, B, whole: the mean loss has 1 / groups of that of each part's mean.
+    gain multiplies the gradients of A, B: the mean loss has 1 / groups of that of each part's mean.
     zero: A or B is known to be zero, so the product is skipped and only its gradient is computed.
-    whole (groups, m, n): a leaf that is not read; its .grad becomes the gradient G of W from each part.
-    sketch (parts, m, r) or (parts, n, r): another one; its .grad becomes the `second_moment` of the gradients
-    of sequences, with the basis B where A is trained, and of their transposes, with A^T, where B is.
+    sketch (parts, m, r) or (parts, n, r): a leaf that is not read; its .grad becomes the `second_moment` of
+    the gradients of sequences, with the basis B where A is trained, and of their transposes, with A^T, where
+    B is.
     W gets no gradient, and there are no second derivatives (torch raises).
 
     Operations per token, forward and backward, R = groups r: 4 m n + 6 R (m + n) with both factors trained,
@@ -99,7 +99,7 @@ class LowRankProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, b, A, B, whole, sketch, scale, gain, zero):
+    def forward(ctx, x, W, b, A, B, sketch, scale, gain, zero):
         groups, n = len(A if A.dim() == 3 else B), x.shape[-1]
         _, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
@@ -110,7 +110,7 @@ class LowRankProduct(torch.autograd.Function):
         if not zero:
             y.view(groups, time, len(W)).baddbmm_(z, B.to(x.dtype).mT.expand(groups, -1, -1), alpha=scale)
         # with A frozen (LoRA-FA, a basis on the right) z is enough, and x need not stay
-        keeps_x = trains_A or whole is not None or sketch is not None
+        keeps_x = trains_A or sketch is not None
         ctx.save_for_backward(flat if keeps_x else None, W, A, B, z if trains_B else None)
         ctx.groups, ctx.scale, ctx.gain, ctx.zero = groups, scale, gain, zero
         ctx.parts = 1 if sketch is None else len(sketch)
@@ -121,12 +121,12 @@ class LowRankProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, W, A, B, z = ctx.saved_tensors
-        needs_x, _, needs_b, needs_A, needs_B, needs_whole, needs_sketch, *_ = ctx.needs_input_grad
+        needs_x, _, needs_b, needs_A, needs_B, needs_sketch, *_ = ctx.needs_input_grad
         groups, (m, n) = ctx.groups, W.shape
         dflat = dy.reshape(dy.shape[:-1].numel(), m)  # (tokens, m)
         time = len(dflat) // groups
         d = dflat.view(groups, time, m)  # (groups, tokens / groups, m)
-        dx = db = dA = dB = dwhole = dsketch = dz = None
+        dx = db = dA = dB = dsketch = dz = None
         if needs_A or not ctx.zero:
             dz = d @ B.to(dy.dtype)  # (groups, tokens / groups, r)
             dz = dz.mul_(ctx.scale) if ctx.scale != 1 else dz
@@ -142,15 +142,13 @@ class LowRankProduct(torch.autograd.Function):
             dsketch = second_moment(dflat, x, dz.flatten(0, 1), sequences, ctx.parts)  # (parts, m, r)
         elif needs_sketch:
             dsketch = second_moment(x, dflat, z.flatten(0, 1), sequences, ctx.parts)  # (parts, n, r)
-        if needs_whole:
-            dwhole = torch.bmm(d.mT, x.view(groups, time, n)).mul_(ctx.gain)  # (groups, m, n)
         if needs_A:
             dz = dz.mul_(ctx.gain) if ctx.gain != 1 else dz  # smaller than what it is multiplied into
             dA = torch.bmm(dz.mT, x.view(groups, time, n))  # (groups, r, n)
         if needs_B:
             z = z * (ctx.scale * ctx.gain) if ctx.scale * ctx.gain != 1 else z
             dB = torch.bmm(z.mT, d).mT  # (groups, m, r)
-        return dx, None, db, dA, dB, dwhole, dsketch, None, None, None
+        return dx, None, db, dA, dB, dsketch, None, None, None
 
 
 def second_moment(a, b, z, sequences, parts=1):
@@ -262,7 +260,7 @@ class MHLoRALinear(nn.Module):
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         self.left = m < n  # a basis is on W's smaller side; of a square matrix on the right, as in GaLore
         self.zero = None  # the name of the factor that is always zero
-        self.whole = self.sketch = None  # leaves, see LowRankProduct; galore.py asks for them
+        self.sketch = None  # a leaf, see LowRankProduct; galore.py asks for it
         self.mine = None  # another one, see `shard`
         self.evaluating = False
         shape_A, shape_B = (heads // self.workers, self.rank, n), (heads // self.workers, m, self.rank)
@@ -431,14 +429,8 @@ class MHLoRALinear(nn.Module):
         elif self.factors != 'basis':  # every head sees every token: as one pair of rank H r
             A, B = (factor[None] for factor in side_by_side(A, B))
             scale = self.scale / self.heads
-        return LowRankProduct.apply(x, self.weight, self.bias, A, B, self.whole, self.sketch, scale, gain,
+        return LowRankProduct.apply(x, self.weight, self.bias, A, B, self.sketch, scale, gain,
                                     self.zero is not None)
-
-    def ask_whole(self):
-        """Until `whole` is None again backward passes leave the gradient of W from each head in whole.grad
-        (heads, m, n)."""
-        zero = local(self.weight).new_zeros(())
-        self.whole = zero.expand(len(self.trained), *self.weight.shape).requires_grad_()
 
     def ask_sketch(self, parts=1):
         """Until `sketch` is None again backward passes add up the `second_moment` of gradients in sketch.grad
@@ -1266,11 +1258,7 @@ def clip_gradients(model, max_norm):
     each has a norm of its own; of a layer in a basis it is that of the projected gradient. Computed in the
     gradients' precision or float32, whichever is wider. Returns the norm of all before clipping, a tensor.
     """
-    layers = lowrank_layers(model)
-    if any(layer.whole is not None and layer.whole.grad is not None for layer in layers):
-        raise ValueError("the step's whole gradients are not projected yet: call optimizer.take_bases() "
-                         'before this')
-    heads = [factor for layer in layers if layer.split for factor in (layer.A, layer.B)
+    heads = [factor for layer in lowrank_layers(model) if layer.split for factor in (layer.A, layer.B)
              if factor is not None and factor.grad is not None]
     own = set(heads)
     rest = [local(p.grad) for p in stepped(model) if p not in own and p.grad is not None]

@@ -928,7 +928,7 @@ class Textbook:
         if old and until:
             return
         G = G if left else G.T
-        if s.basis == 'svd':
+        if s.basis == 'svd':  # of the drop-in
             U, _, Vh = torch.linalg.svd(G if left else G.T, full_matrices=False)
             P, Q = U[:, :s.rank], Vh[:s.rank].T
         elif s.basis == 'random' or not old:
@@ -1612,7 +1612,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: split_heads(2), 'averaged_heads'), (lambda: split_heads(3), 'does not split over 2 heads'),
     (lambda: lowrank.check_training(linears(), torch.optim.SGD([nn.Parameter(torch.ones(1))])),
      'attn.weight and 1 more'),
-    (lambda: in_basis(basis='qr'), "basis='qr'"), (lambda: in_basis(state_bits=4), 'state_bits=4'),
+    (lambda: in_basis(basis='svd'), "basis='svd' .* set basis='sketch'"),
+    (lambda: in_basis(state_bits=4), 'state_bits=4'),
     (lambda: in_basis(2, 4, basis_every=6), 'no multiple of merge_every=4'), (in_basis, 'begin'),
     (twice, 'twice'), (lambda: tiny_llama(n_embd=16, n_head=3), 'clash'),
     *((lambda group=group: dropin(**group), said) for group, said in (
@@ -1840,25 +1841,25 @@ REPLICAS = {name: words for name, words in RUNS.items() if words not in ALONE} |
     'gpt_few_replicas': 'lte --sync=merge --sync_bits=2',
     'gpt_local_muon_32': 'local_muon --sync_bits=32'}
 MORE = {  # methods with other settings
-    'gpt_reset': 'lte --merge_reset=True', 'gpt_power': 'galolte --basis=power --state_bits=32',
+    'gpt_reset': 'lte --merge_reset=True',
     'gpt_lte_bits': 'lte --sync_bits=2', 'llama_lte_bits': 'lte --sync_bits=8',
     'vit_lte_bits': 'lte --sync_bits=4 --factors=B',
     'gpt_answers': 'lte --dataset=answers', 'llama_answers': 'galore --dataset=answers',
-    'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=power',
+    'gpt_bits': 'galolte --sync_bits=2', 'llama_bits': 'galolte --sync_bits=8 --basis=random',
     'vit_bits': 'galolte --sync_bits=4',
     'gpt_muons': 'galolte --optimizer=muon --sync_bits=4 --sync_moments=False',
     'gpt_logit': 'mhlora --lowrank=attn,logit', 'gpt_relogit': 'relora --lowrank=attn,logit',
-    'llama_power': 'galore --basis=power', 'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
+    'llama_lean': 'galore_lean --rank=64 --n_embd=64 --n_mlp=96',
     'vit_melo': 'lora --lowrank=q,v --train=classifier'}
 MORE |= {  # 13 images are tested
     'gpt_half': 'galore --param_dtype=float32 --dtype=float16', 'vit_few': 'full --batch_size=12',
-    'gpt_one_head': 'galore --merge_every=3 --basis=power', 'gpt_one_muon': 'galore_muon --merge_every=3',
+    'gpt_one_head': 'galore --merge_every=3', 'gpt_one_muon': 'galore_muon --merge_every=3',
     'vit_head': 'galore --train=classifier',
     'llama_leans': 'galore --state_bits=8 --rank=64 --n_embd=64 --n_mlp=96'}
 IN_SHARDS = [*(f'gpt_{name}' for name in (
     'full', 'lora', 'relora', 'lte', 'lte_bits', 'galore', 'galolte', 'bits', 'half', 'one_head', 'one_muon',
     'muon', 'muons', 'galore_muon')),
-    'llama_galore', 'llama_galore_muon', 'llama_power', 'llama_leans', 'vit_galore', 'vit_muon', 'vit_melo',
+    'llama_galore', 'llama_galore_muon', 'llama_leans', 'vit_galore', 'vit_muon', 'vit_melo',
     'vit_few', 'vit_head']
 IN_SHARDS = {f'{name}_shard': f'{(RUNS | MORE)[name]} --shard=True' for name in IN_SHARDS}
 MORE |= IN_SHARDS
@@ -1867,8 +1868,8 @@ ONE_PROCESS = {
     'gpt_float16': 'lte --param_dtype=float32 --dtype=float16 --lowrank=attn,logit',
     'llama_bfloat16': 'fira --basis=svd --param_dtype=bfloat16 --dtype=bfloat16',
     'llama_leaner': f"{MORE['llama_lean']} --param_dtype=bfloat16 --dtype=bfloat16 --checkpointing=True",
-    'llama_checkpointing': 'galore --basis=svd --checkpointing=True',
-    'gpt_few_power': 'galolte --basis=power --sync_bits=4 --param_dtype=bfloat16 --dtype=bfloat16',
+    'llama_checkpointing': 'galore --checkpointing=True',
+    'gpt_few_random': 'galolte --basis=random --sync_bits=4 --param_dtype=bfloat16 --dtype=bfloat16',
     'llama_16': 'galore --basis=random --state_bits=16',
     'llama_dropin': 'full --optimizer=galore --basis=svd --rank=3 --basis_every=3 '
                     '--per_layer=True --grad_clip=0',
@@ -1880,7 +1881,7 @@ ALIKE = {f'{script}_{name}' for script in ('llama', 'vit')
                       'muon_lean', 'local_muon', 'apollo', 'apollo_mini', 'scale', 'galolte_2bit')}
 ALIKE |= {'gpt_lora', 'gpt_logit', 'gpt_apollo_mini'}  # as gpt_mhlora, gpt_relogit, gpt_apollo
 ALIKE |= {'gpt_half', 'gpt_one_head', 'gpt_one_muon', 'llama_leans', 'vit_few', 'vit_head',  # of shards
-          'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_power_shard', 'llama_bits',
+          'gpt_lora_shard', 'gpt_relora_shard', 'llama_galore_shard', 'llama_bits',
           'llama_galore_muon_shard', 'vit_muon_shard',
           'vit_bits', 'llama_lte_bits', 'vit_lte_bits', 'gpt_lte_bits_shard', 'gpt_few_replicas'}
 CHOSEN = [name for name in RUNS if 'SLOW' in os.environ or name not in ALIKE]
@@ -1890,7 +1891,7 @@ SEVERAL = [name for name in CHOSEN if name not in AVERAGED | ONE_PROCESS.keys()]
 WANDER = [name for name in SEVERAL if name not in REPLICAS and (  # one process begins; others are alike
     'SLOW' in os.environ or re.search('_full|_galore$|lt|shard', f'{RUNS[name]} {name}'))]
 FOUR = ['gpt_lte', 'gpt_lte_bits', 'gpt_reset', 'gpt_galolte', 'gpt_bits', 'gpt_galore_shard']  # on four, too
-RESUMED = [*REPLICAS, *FOUR, 'gpt_power', 'gpt_full_shard']  # where two stop and go on, too
+RESUMED = [*REPLICAS, *FOUR, 'gpt_full_shard']  # where two stop and go on, too
 
 
 def words_of(name, root, out):
@@ -1960,17 +1961,17 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
       for script in SCRIPTS for name in ALONE),
     *(f'{words} --dataset=answers' for words in ('gpt lte', 'llama galore', 'llama galolte')),
     'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'vit galore --checkpointing=True',
-    'gpt lte --train=factors', 'gpt galolte --basis=power', 'gpt galolte --merge_every=1 --heads=1',
+    'gpt lte --train=factors', 'gpt galolte --merge_every=1 --heads=1',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
-    'llama galolte --sync_moments=False', 'vit galolte --basis=power',
+    'llama galolte --sync_moments=False', 'vit galolte --basis=random',
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
-    'llama galore --basis=power --checkpointing=True', 'llama galore --basis=svd --basis_every=3',
-    'llama galore --basis=random', 'llama galore --basis_every=7', 'llama fira --basis=svd',
+    'llama galore --checkpointing=True', 'llama galore --basis=random', 'llama galore --basis_every=7',
+    'llama fira --basis=svd',
     'llama lora --grad_clip=0',
     'llama full --optimizer=galore --basis=svd --rank=3 --basis_every=3',
-    'reused lte', 'reused galolte --basis=power', 'reused galore --basis=power --merge_every=2',
-    'reused galore --basis=svd --per_layer=True --grad_clip=0']
+    'reused lte', 'reused galolte --basis=random', 'reused galore --basis=random --merge_every=2',
+    'reused galore --basis=random --per_layer=True --grad_clip=0']
 
 
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
@@ -1995,11 +1996,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
     changes = min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8
     for step in range(8 if changes else 4):
         assert config.set_learning_rate(run.optimizer, run.settings, step) == pytest.approx(book.rate(step))
-        old = [layer.basis.clone() for layer in book.layers.values() if book.s.basis == 'svd']
         heads = [run.heads] * (script != 'vit')
         got = module.train_step(run, step, lambda i: data.batch(8, step, i, 2, seed, run.rows, *heads))
-        for layer, basis in zip(book.layers.values(), old):  # raw signs would turn moments for nothing
-            assert (layer.basis * basis).sum(0).min() >= 0
         loss, norm = book.step(step, seen(script, data, step, run.settings))
         norm = 0 if book.s.per_layer else norm  # what steps during the backward pass is gone
         assert (got[0].item(), got[1].item()) == pytest.approx((loss, norm))
@@ -2078,33 +2076,19 @@ def test_layers_keep_what_the_linears_were_and_what_follows_may_change_their_out
         lowrank.apply_mhlora(net, ('mlp',))
 
 
-def test_bases_are_not_lost_and_gradients_thrown_away_are_in_none():
-    def made(**how):
-        torch.manual_seed(0)
-        net = nn.Sequential(OrderedDict(mlp=nn.Linear(8, 6))).double()
-        plain = copy.deepcopy(net)
-        lowrank.apply_mhlora(net, ('mlp',), rank=2, factors='basis', merge_every=1)
-        return plain, net, galore.LowRankAdamW(net, lr=0.1, **how)
-
-    ends, x = [], normal(5, 8)
-    for thrown in (False, True):
-        plain, net, optimizer = made(basis='svd')
-        optimizer.begin(0)
-        if thrown:
-            net(100 * x).square().sum().backward()
-            optimizer.zero_grad()
-        net(x).square().sum().backward()
-        with pytest.raises(ValueError, match='take_bases'):
-            lowrank.clip_gradients(net, 1.0)
-        optimizer.step()
-        ends.append(net.mlp.weight.clone())
-    close(*ends)
-    plain.load_state_dict(lowrank.merged_state_dict(net))
-    lowrank.apply_mhlora(plain, ('mlp',), rank=2, factors='basis', merge_every=1)
-    resumed = galore.LowRankAdamW(plain, lr=0.1)
-    resumed.load_state_dict(optimizer.state_dict())
+def test_bases_are_not_lost_in_silence():
+    net = nn.Sequential(OrderedDict(mlp=nn.Linear(8, 6)))
+    plain = copy.deepcopy(net)
+    made = []
+    for one in (net, plain):
+        lowrank.apply_mhlora(one, ('mlp',), rank=2, factors='basis', merge_every=1)
+        made.append(galore.LowRankAdamW(one, lr=0.1))
+    made[0].begin(0)
+    net(torch.ones(5, 8)).square().sum().backward()
+    made[0].step()
+    made[1].load_state_dict(made[0].state_dict())
     with pytest.raises(ValueError, match='not the bases'):
-        resumed.begin(1)
+        made[1].begin(1)
 
 
 def test_heads_may_be_merged_while_they_are_averaged():
@@ -2177,7 +2161,7 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
 @pytest.mark.parametrize('name, stop', [
     # inside a period of merges, and of a sketch
     *((name, 4) for name in CHOSEN if name not in {*REPLICAS, *IN_SHARDS}),
-    ('gpt_power', 3), ('llama_power', 3), ('gpt_galolte', 6), ('llama_galore', 6)])  # where bases are due
+    ('gpt_galolte', 6), ('llama_galore', 6)])  # where bases are due
 def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
     half, whole, vit = runs(name, stop), saved(runs(name, 8)), name.startswith('vit')
     assert same_run(whole, go_on(name, root, half, tmp_path / 'on', 8)) and whole['step'] == 8
@@ -2333,7 +2317,7 @@ def test_a_signal_saves_and_ends_with_zero(root, tmp_path):
     *((name, '', True) for name in ('gpt_dropout', 'llama_lte', 'llama_dropin', 'vit_full')),
     ('llama_galore', '--basis_every=30', True), ('vit_galore', '--basis=random', True),
     ('llama_galore', '', False), ('gpt_galolte', '', False),  # in a window of sketches
-    ('llama_power', '--basis_every=5', False), ('vit_galore', '--basis=random --basis_every=5', False)])
+    ('vit_galore', '--basis=random --basis_every=5', False)])
 def test_a_signal_leaves_a_step_if_nothing_has_changed(root, tmp_path, name, more, left):
     words = [*more.split(), '--gradient_accumulation_steps=3', '--max_iters=7', '--eval_interval=7']
     run(name, root, tmp_path / 'a', *words)
@@ -2385,6 +2369,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', '--block_size=100000', 'block_size', '100000'), ('gpt', '--n_embd=17', 'n_head'),
             ('gpt', '--n_layer=2', 'already holds a run', resume, '--overwrite=True'),
             ('gpt', '--lowrank=nowhere', 'c_attn'), ('gpt', '--device=foo', "'cuda:N'"),
+            ('gpt', f'{BASIS}--merge_every=1 --basis=svd', "set basis='sketch'", "optimizer='galore'"),
             ('gpt', f'{resume} --batch_size=4', '16 rows a step', 'is 4: set'),
             ('vit', '--patch_size=56', 'no patch of (56, 56) pixels'),
             ('gpt', f'{resume} --n_layer=3', 'n_layer=2', '3'), ('llama', '--size=3b', '60m'),
@@ -2968,11 +2953,10 @@ def test_small_steps_on_bfloat16_add_up(kind):
         start, group = linear.weight.detach().double(), dict(rank=4, update_proj_gap=10**6, basis='power')
         if kind == 'layer':
             net = lowrank.MHLoRALinear(linear, rank=4, factors='basis', merge_every=1)
-            optimizer = galore.LowRankAdamW(net, lr=2e-5, basis='power', basis_every=10**6)
+            optimizer = galore.LowRankAdamW(net, lr=2e-5, basis_every=10**6)
             optimizer.begin(0)
-            net.whole.grad = G.to(dtype)[None]
-            optimizer.take_bases()
-            trained, grad = net.trained, net.trained.grad
+            net.basis.copy_(galore.basis_of(G.to(dtype), 4, left=True, basis='power'))
+            trained, grad = net.trained, galore.project(G.to(dtype), net.basis, left=True)[None]
         else:
             group = {'full': {}, 'drop-in': group, 'fira': dict(group, rule='fira')}[kind]
             group['params'] = [linear.weight]

@@ -58,7 +58,8 @@ sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2 and what
 # optimizer
 optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
 #                      in a basis, too, beside AdamW on what is in none
-basis = 'sketch'  # 'sketch' (no full gradient), 'power' (subspace iteration), 'svd' (exact) or 'random'
+basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power' (subspace
+#                   iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
@@ -168,7 +169,6 @@ def train_step(run, step, batch):
         loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    run.optimizer.take_bases()  # those that need this step's whole gradient ('power', 'svd')
     config.unscale(run.scaler, run.optimizer)
     norm = clip_gradients(run.model, s.grad_clip)
     run.scaler.step(run.optimizer)

@@ -456,8 +456,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """To be called before each forward pass of a step: which backward pass follows. Counted from 0."""
         self.last = micro_step == micro_steps - 1
 
-    may_leave = True  # between micro-batches: gradients are all that has changed since the last step
-
     def _seed(self, p, *counts):
         return hash((self.seed, self.order[p], *counts)) % 2**32  # torch uses 32 bits of a seed
 
@@ -657,10 +655,10 @@ class LowRankAdamW(GaLoreAdamW):
     def begin(self, step, micro_step=0, micro_steps=1):
         """See GaLoreAdamW. Takes due bases from sketches, and starts sketches."""
         super().begin(step, micro_step, micro_steps)
-        self.may_leave = micro_step == 0 or self.may_leave
-        if micro_step == 0:
-            finish_sum(drop=True)
-        for p, layer in self.layers.items() if micro_step == 0 else ():
+        if micro_step:
+            return
+        finish_sum(drop=True)
+        for p, layer in self.layers.items():
             state = self.state[p]
             if not state:
                 state.update(step=0, bases=0)
@@ -674,7 +672,6 @@ class LowRankAdamW(GaLoreAdamW):
                 rows = layer.by_direction(M)
                 rows.copy_(self._mean_of_moments(layer, rows))
                 write_moments(state, [M], self._seed(p, state['step'], 1))
-                self.may_leave = False
             if not state['bases'] or self.basis == 'random' and left == 0:
                 self._set_basis(p, orthonormal(
                     gaussian(*layer.basis.shape, layer.basis, self._seed(p, state['bases']))))
@@ -688,8 +685,6 @@ class LowRankAdamW(GaLoreAdamW):
                 layer.sketch = None
             if inside and layer.sketch is None:
                 layer.ask_sketch(parts=self.parts(layer))
-            if layer.sketch is not None:
-                self.may_leave = False
         self.begun = True
 
     def load_state_dict(self, state_dict):
@@ -719,7 +714,6 @@ class LowRankAdamW(GaLoreAdamW):
     def _set_basis(self, p, new):
         """The one refresh: a new basis (m, r) or (n, r) for a layer, and its moments as seen from there."""
         layer, state = self.layers[p], self.state[p]
-        self.may_leave = False
         # one rank's, as devices may round differently and merges never send a basis
         new = coded_same(self._owner(p), new.mT, 8).mT if self._coded(layer) else same(new.contiguous())
         if {'exp_avg', 'error'} & state.keys():

@@ -3,7 +3,9 @@ Trains LLaMA with full-rank weights, or by a method of config/methods. On one pr
 
 $ python train_llama.py config/llama_quickstart.py config/methods/galore.py
 $ python train_llama.py config/llama_60m.py config/methods/galore.py --rank=64
-$ torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b.py config/methods/galore.py
+$ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
+      train_llama.py config/llama_1b.py config/methods/galore.py
+The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 seconds).
 Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
 """
 
@@ -157,13 +159,10 @@ def train_step(run, step, batch):
     """
     One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this
     rank, and weights of rows where the data have prompts. Returns the mean loss and the norm of the gradient
-    before clipping, tensors; None where a signal came between two micro-batches: nothing has changed then.
+    before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     for micro_step in range(micro_steps):
-        if micro_step and run.optimizer.may_leave and config.stop_requested():
-            run.optimizer.zero_grad(set_to_none=True)
-            return None
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
         loss = loss_of(run, *batch(micro_step)) / micro_steps
@@ -235,15 +234,14 @@ def main(settings):
         if last or stop:
             break
 
-        done = train_step(run, step, lambda micro_step: train_data.batch(
+        loss, norm = train_step(run, step, lambda micro_step: train_data.batch(
             s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
             rows=run.rows, heads=run.heads))
-        if done:
-            meter.add(*done)
-            step += 1
+        meter.add(loss, norm)
+        step += 1
         stop = config.stop_requested()
         due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters
-        if meter.steps and (stop or due):
+        if stop or due:
             meter.line(step, lr)
 
     meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}')

@@ -4,7 +4,9 @@ Trains a vision transformer of timm: fine-tuning or from scratch, whole or by a 
 $ python train_vit.py config/vit_quickstart.py
 $ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16
 $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt --eval_only=True
-$ torchrun --standalone --nproc_per_node=4 train_vit.py config/vit_base_pathmnist.py
+$ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
+      train_vit.py config/vit_base_pathmnist.py
+The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 seconds).
 """
 
 import sys
@@ -332,14 +334,10 @@ def logits_of(run, images):
 def train_step(run, step, batch):
     """
     One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and
-    labels. Returns the mean loss and the norm of the gradient before clipping, tensors; None where a signal
-    came between two micro-batches: nothing has changed then.
+    labels. Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     for micro_step in range(micro_steps):
-        if micro_step and run.optimizer.may_leave and config.stop_requested():
-            run.optimizer.zero_grad(set_to_none=True)
-            return None
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
         images, labels = (to_device(run, x) for x in batch(micro_step))
@@ -462,15 +460,14 @@ def main(settings):
         if last or stop:
             break
 
-        done = train_step(run, step, lambda micro_step: train_data.batch(
+        loss, norm = train_step(run, step, lambda micro_step: train_data.batch(
             s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
             rows=run.rows))
-        if done:
-            meter.add(*done)
-            step += 1
+        meter.add(loss, norm)
+        step += 1
         stop = config.stop_requested()
         due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == steps
-        if meter.steps and (stop or due):
+        if stop or due:
             meter.line(step, lr)
 
     if not stop:

@@ -1,6 +1,7 @@
 # GPT-2 124M on CNN/DailyMail, context 512: the study's figures 1 (heads) and 2 (which layers).
 # python prepare.py cnn_dailymail
-# torchrun --standalone --nproc_per_node=4 train_gpt.py config/gpt2.py config/methods/lte.py
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
+#   train_gpt.py config/gpt2.py config/methods/lte.py
 # Figure 1: config/methods/mhlora.py --lowrank=attn --rank=4 --alpha=4. Four GPUs of 12 GB: not yet run
 out_dir = 'out/gpt2'
 dataset = 'cnn_dailymail'

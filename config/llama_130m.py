@@ -1,6 +1,7 @@
 # LLaMA 130M, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
 # python prepare.py c4 --tokens 2_700_000_000
-# torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_130m.py config/methods/galore.py
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
+#   train_llama.py config/llama_130m.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/llama_130m'
 dataset = 'c4'

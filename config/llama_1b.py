@@ -1,6 +1,7 @@
 # LLaMA 1B with weights in bfloat16: the study's run, GaLore of rank 1024 against full rank.
 # python prepare.py c4 --tokens 1_000_000_000
-# torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_1b.py config/methods/galore.py
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
+#   train_llama.py config/llama_1b.py config/methods/galore.py
 # Four GPUs of 16 GB (galore_lean.py: 8 GB): not yet run
 out_dir = 'out/llama_1b'
 dataset = 'c4'

@@ -1,6 +1,7 @@
 # LLaMA 60M, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
 # python prepare.py c4 --tokens 1_400_000_000
-# torchrun --standalone --nproc_per_node=4 train_llama.py config/llama_60m.py config/methods/galore.py
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
+#   train_llama.py config/llama_60m.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run
 out_dir = 'out/llama_60m'
 dataset = 'c4'

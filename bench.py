@@ -206,8 +206,7 @@ SCREENING = {
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
         *(dict(alpha=64.0, **change) for change in one_by_one(learning_rate=(1e-3, 4e-3), seed=(1, 2)))]),
     'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3, 8e-3),
-                        sync_bits=(4, 2)),
+        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3, 8e-3)),
         dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
         *(dict(alpha=alpha, learning_rate=rate)
           for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3))), *seeds(4e-3)]),
@@ -225,7 +224,6 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'ReLoRA': (dict(RELORA, rank=96, alpha=96.0), rates(2e-3, 4e-3, 1e-3)),
     'MHLoRA': (dict(FOUR, rank=24, alpha=96.0), rates(5e-4, 2.5e-4, 1e-3, 2e-3)),
     'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
-    'LTE, 2 bits': (dict(SPLIT, **OWN, sync_bits=2, rank=24, alpha=24.0), rates(2e-3, 1e-3)),
     'Fira': (dict(FIRA, rank=96), rates(1e-2)[:1]),
     'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
     'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(4e-3, 2e-3, 8e-3, 1.6e-2)),
@@ -361,9 +359,8 @@ def communication_cells(workers=32):
     one, own = dict(rank=512, heads=1), dict(rank=512, heads=workers)
     galolte = method('galolte', basis_every=200, **own)
     ways = {'full rank': one, 'local AdamW': method('local_adamw', **one), 'GaLore': method('galore', **one),
-            'LTE': method('lte', **own),
-            "LTE, sync='merge'": method('lte', sync='merge', **own), 'GaLoLTE': galolte,
-            "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
+            'LTE': method('lte', **own), "LTE, sync='merge'": method('lte', sync='merge', **own),
+            'GaLoLTE': galolte, "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
     cells = named({**LLAMA, 'size': '1b', 'n_layer': 24}, ways, model='LLaMA-1B', workers=workers)
     cells += [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
               for model in ('screening', 'quality', 'english') for about, settings in TRAININGS[model]

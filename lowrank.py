@@ -278,7 +278,7 @@ class MHLoRALinear(nn.Module):
         if not self.reset:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
-        self.merged_of_all, self.merges = {}, 0  # see `send_changes`; how often it was merged
+        self.merges = 0  # how often it was merged
         if not self.weight.is_meta:
             self.start()
 
@@ -304,7 +304,6 @@ class MHLoRALinear(nn.Module):
                 self._parameters[self.zero] = factor
 
     def _apply(self, *args, **kwargs):
-        self.merged_of_all = {}
         with self._without_zero():
             return super()._apply(*args, **kwargs)
 
@@ -313,7 +312,6 @@ class MHLoRALinear(nn.Module):
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.merged_of_all = {}
         with self._without_zero():
             super()._load_from_state_dict(*args, **kwargs)
 
@@ -332,7 +330,6 @@ class MHLoRALinear(nn.Module):
                 local(self.trained).zero_()
         else:
             self.reset_heads()
-            self.merged_of_all = {}
             if not self.reset:  # where B' is zero A' may be anything: from A on changes are small
                 self.A_merged.copy_(self.A)
                 self.B_merged.zero_()
@@ -460,84 +457,45 @@ class MHLoRALinear(nn.Module):
         finally:
             self.evaluating = False
 
-    @property
-    def sends_products(self):
-        """Whether merges in full average products (m, n), which a ring sends twice, or gather all factors."""
-        product = self.weight.numel() * wide(self.weight).itemsize
-        gathered = self.workers * sum(x.numel() * x.element_size() for x in self.of_heads().values())
-        return self.workers > 1 and gathered > 2 * product
-
-    def send_changes(self, bits):
-        """
-        Adds to A_merged and B_merged what A and B have moved, in `bits` bits a number. What rounding leaves
-        stays a part of A - A_merged: its head computes with it, and sends it the next time (error feedback).
-        Every rank takes part, and keeps A_merged and B_merged of all heads, H r (m + n) numbers, in
-        `merged_of_all`; where it is empty, at first and after a load (on all ranks), they are sent in full.
-        Returns A (H, 2 r, n), B (H, m, 2 r): the products of the new values less those of the old ones.
-        """
-        def of_all(x):
-            return in_global_order(gather(x)) if self.workers > 1 else x.clone()
-
-        dtype, pairs = wide(self.weight), []
-        for key, factor in (('A_merged', self.A), ('B_merged', self.B)):
-            merged, first = getattr(self, key), key not in self.merged_of_all
-            old = new = of_all(merged) if first else self.merged_of_all[key]
-            if factor.requires_grad:
-                codes = of_all(pack(in_blocks((factor.to(dtype) - merged).flatten(1)), bits))
-                change = unpack(codes, dtype).flatten(1)[:, :factor[0].numel()]
-                new = (old + change.view(old.shape)).to(old.dtype)
-            elif first:  # frozen: once, in full
-                new = of_all(factor.detach())
-            merged.copy_(new[self.worker::self.workers])
-            self.merged_of_all[key] = new
-            pairs.append((new.to(dtype), old.to(dtype)))
-        (A, old_A), (B, old_B) = pairs
-        return torch.cat([A, old_A], 1), torch.cat([B, -old_B], 2)
-
     @torch.no_grad()
-    def merged_weight(self, sent=None):
+    def merged_weight(self, factor=None):
         """W + (s / H) sum_h (B_h A_h - B_h' A_h') over the heads of all ranks (m, n), in float32 or wider;
-        of a sharded W this rank's rows. Every rank takes part, and gets the same bits. sent: what few bits
-        say of all heads, in a basis the mean of the trained factor, else what `send_changes` returns."""
+        of a sharded W this rank's rows. Every rank takes part, and gets the same bits. factor: in a basis
+        the mean of what trains, where few bits have brought it."""
         dtype, rows = wide(self.weight), rows_here(self.weight)
         weight = local(self.weight).to(dtype)
         if self.zero:
             return weight
         if self.factors == 'basis':
-            factor = mean(whole(self.trained).to(dtype).mean(0), self.workers) if sent is None else sent
+            if factor is None:
+                factor = mean(whole(self.trained).to(dtype).mean(0), self.workers)
             basis = self.basis.to(dtype)
             B, A = (basis, factor) if self.left else (factor, basis.mT)
             return torch.addmm(weight, B[rows], A)
-        if sent is None and self.sends_products and not self.evaluating:
-            A, B = side_by_side(*self.pairs())
-            product = mean(B.to(dtype) @ A.to(dtype), self.workers)[rows]  # of the heads of one rank
-            return product.mul_(self.scale / (self.heads // self.workers)).add_(weight)
-        with self.averaged() if sent is None else contextlib.nullcontext():
-            A, B = side_by_side(*map(whole, sent or self.pairs()))
+        with self.averaged():
+            A, B = side_by_side(*map(whole, self.pairs()))
             return torch.addmm(weight, B[rows].to(dtype), A.to(dtype), alpha=self.scale / self.heads)
 
     @torch.no_grad()
     def merge(self, generator, key, bits=32, state=None):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B, or what
-        few bits have sent of them. bits, state: see lowrank.merge."""
+        """W <- `merged_weight`, rounded with a key (see `round_`); then reset, or remember A and B. bits,
+        state: see lowrank.merge."""
         self.merges += 1
         if self.zero:
             return
-        sent = None
+        mean_factor = None
         if bits < 32 and self.split and self.factors == 'basis':
             factor, error = map(self.by_direction, (self.trained, error_of(self.trained, state)))
-            sent = self.by_direction(coded_mean(factor, bits, self.workers, error))
-        elif bits < 32 and self.split and self.reset:
-            raise ValueError(f'{bits=} leave a rest in the heads, and merge_reset=True drops them: set 32')
+            mean_factor = self.by_direction(coded_mean(factor, bits, self.workers, error))
         elif bits < 32 and self.split:
-            sent = self.send_changes(bits)
-        round_(local(self.weight), self.merged_weight(sent), key, first_here(self.weight))
+            raise ValueError(f"{bits=} are for merges of heads in a basis (factors='basis') and of whole "
+                             'weights: set 32')
+        round_(local(self.weight), self.merged_weight(mean_factor), key, first_here(self.weight))
         if self.factors == 'basis':
             local(self.trained).zero_()
         elif self.reset:
             self.reset_heads(generator)
-        elif sent is None:
-            self.merged_of_all = {}
+        else:
             self.A_merged.copy_(self.A)
             self.B_merged.copy_(self.B)
 
@@ -1185,9 +1143,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     often the model was merged; after a resume give one, such as of the step); its seed is also that of
     rounding.
 
-    bits: of a number that split heads or replicas send (see `coded_mean`, MHLoRALinear.send_changes). Below
-    32 `state`, an optimizer's, has what they leave in a basis and of replicas, and of these the values that
-    all ranks have in `common`, those of the merge before; where it has none a replica is sent in full.
+    bits: of a number that split heads in a basis or replicas send (see `coded_mean`). Below 32 `state`, an
+    optimizer's, has what they leave, and of replicas the values that all ranks have in `common`, those of
+    the merge before; where it has none a replica is sent in full.
     """
     layers = lowrank_layers(model)
     generator = generator or torch.Generator().manual_seed(layers[0].merges if layers else 0)

@@ -247,7 +247,7 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
      "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and for "
      'Muon a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
-     "merges average nothing: set split=True and several heads, or sync='merge'"),
+     "merges average nothing: take config/methods/galolte.py, or set sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
     ('momentum', lambda s: s.optimizer == 'muon', "it is Muon's: set optimizer='muon'"),
@@ -297,9 +297,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.sync == 'merge' and s.optimizer in ('galore', 'fira'),
      "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
      "{optimizer!r}, such as 'adamw'"),
-    (lambda s: s.sync_bits < 32 and s.merge_reset,
-     'sync_bits={sync_bits} leaves a rest in the heads, and merge_reset=True drops them: set sync_bits=32 '
-     'or merge_reset=False'),
+    (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
+     'sync_bits={sync_bits} is for heads in a basis and for whole weights: set sync_bits=32, or take '
+     'config/methods/galolte_2bit.py or local_muon.py'),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),

@@ -327,7 +327,6 @@ MISTAKES = [  # script, words, ranks, what is said
       for sync in ('step', 'merge')),
     ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
-    ('vit', f'{SPLIT}--heads=2 --merge_every=2 --adapter=a', 1, 'an adapter'),
     ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
     ('gpt', '--optimizer=fira', 1, "basis='power'"), ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
@@ -573,7 +572,6 @@ def readers(root, tmp_path_factory):
     for name in ('llama2', 'llama3'):
         shutil.copytree(f'{GOLDEN}/{name}', folder / name)
     torch.save(saved(folder / 'vit', 'best.pt')['model'], folder / 'timm.pt')
-    config.save_adapter(tiny_vit(), f'{folder}/adapter.safetensors', {})
     safetensors.torch.save_file(tiny_vit().state_dict(), folder / 'vit.safetensors')
     archive(folder, counts=FEW)
     (folder / 'packed').mkdir()
@@ -585,11 +583,6 @@ def readers(root, tmp_path_factory):
     def resumed(path):
         run, _ = built('gpt', root, folder / 'gpt', *words, checkpoint=config.load_checkpoint(path))
         return lowrank.gather_state(run.model, run.optimizer)[0]
-
-    def adapted(path):
-        vit = tiny_vit()
-        config.load_adapter(vit, path, {})
-        return dict(vit.state_dict())
 
     def weights(path):
         shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
@@ -625,7 +618,7 @@ def readers(root, tmp_path_factory):
             for name in ('a.txt', 'a.jsonl', 'a.parquet')}
     return {name: (folder / name, read, read(str(folder / name))) for name, read in {
         'gpt/ckpt.pt': resumed, 'vit/best.pt': weights, 'timm.pt': weights, 'vit.safetensors': weights,
-        'adapter.safetensors': adapted, 'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens,
+        'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens,
         'tiny/meta.json.verified': tokens, 'gpt/log.jsonl': lines, 'llama2/config.json': model,
         'llama2/model.safetensors': model, SHARDED: model, INDEX: model, 'llama3/config.json': model,
         NPZ: prepared('archive', 'pathmnist', '--path', str(folder)),
@@ -639,15 +632,14 @@ FEW = {'train': 70, 'val': 30, 'test': 41}  # images
 PIXELS = np.zeros((30, 28, 28, 3), np.uint8)
 DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other things in it; what is said
     *((name, damage, 'is damaged') for name in (
-        CKPT, 'vit/best.pt', 'timm.pt', 'llama2/model.safetensors', 'vit.safetensors', 'adapter.safetensors',
+        CKPT, 'vit/best.pt', 'timm.pt', 'llama2/model.safetensors', 'vit.safetensors',
         NPZ, 'llama2/config.json') for damage in (cut(0, 200), holding(b''))),
     *((name, flipped(0.5), 'damaged') for name in (
-        CKPT, 'vit/best.pt', 'adapter.safetensors', NPZ, 'packed/pathmnist.npz')),
+        CKPT, 'vit/best.pt', NPZ, 'packed/pathmnist.npz')),
     # checkpoints and weights
     (CKPT, cut(0, -99), 'ckpt.pt.* is truncated'), (CKPT, holding(b'no'), 'is damaged'),
     (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'edition': 1}, 'first edition'),
     (CKPT, {'model': nn.Linear(1, 1)}, 'is damaged'), (CKPT, None, 'train first'),
-    ('adapter.safetensors', lambda whole: whole.replace(b'"F64"', b'"I64"'), 'damaged .* is torch.int64'),
     (SHARDED, cut(0, 3000), 'is damaged'), (SHARDED, None, 'is missing'),
     (INDEX, None, 'no model.safetensors'), (INDEX, holding(b'[]'), 'no JSON object'),
     (INDEX, holding(b'{"weight_map": {"x": "../x"}}'), 'is missing'),
@@ -1811,29 +1803,6 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     refused(capsys, lambda: see('f', best, '--n_head=4'), 'n_head=2', '4')
 
 
-def test_an_adapter_alone_is_saved_loaded_and_refused_by_another_base(root, runs, tmp_path, capsys):
-    base, other = (f'{runs(name, 4)}/best.pt' for name in ('vit_full', 'vit_galore'))
-    words = [f'--init_from={base}', '--lowrank=q,v,logit', '--rank=2', '--alpha=4', '--learning_rate=0.1']
-    state, log = train('vit', root, tmp_path / 'a', *words), records(tmp_path / 'a')
-    assert state['settings']['train'] == 'classifier'  # 'auto', on loaded weights
-    path = tmp_path / 'a' / 'adapter.safetensors'
-    assert path.stat().st_size < (tmp_path / 'a' / 'best.pt').stat().st_size / 2
-    again = [*words, f'--adapter={path}', '--eval_only=True']
-    start(train_vit, tiny('vit', root, tmp_path / 'b', *again))
-    loaded = records(tmp_path / 'b', 'eval.jsonl')
-    assert loaded[-1] == {**log[-1], 'step': 0, 'init_from': base}
-    assert loaded[0]['val_auc'] == state['best_val_auc']
-    with safetensors.safe_open(path, 'pt') as file:
-        parts = {name: file.get_tensor(name) for name in sorted(file.keys())[1:]}
-        safetensors.torch.save_file(parts, tmp_path / 'part.safetensors', file.metadata())
-    for more, needle in ((f'--init_from={other}', 'base='), ('--alpha=6', 'alpha=4.0, not 6.0'),
-                         ('--lowrank=q,k', 'lowrank='), (f'--adapter={base}', 'best.pt'),
-                         (f'--adapter={tmp_path}/part.safetensors', 'is None, not torch.')):
-        refused(capsys, lambda: train('vit', root, tmp_path / 'c', *again, more), needle)
-    train('vit', root, tmp_path / 'all', *words, '--train=all')
-    assert not (tmp_path / 'all' / 'adapter.safetensors').exists()  # the rest trained too
-
-
 # -----------------------------------------------------------------------------
 # the scripts: every method, on one process and on several
 
@@ -2713,7 +2682,7 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
 def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
     def run(*words, script='gpt', out=tmp_path):
         return lambda: train(script, root, out, '--max_iters=1', *words)
-    for name in ('adapter.safetensors', 'log.jsonl'):  # of somebody else: no config.json of ours
+    for name in ('best.pt', 'log.jsonl'):  # of somebody else: no config.json of ours
         (tmp_path / name).write_text('precious')
         (tmp_path / 'config.json').write_text('{"lowrank": 1}')
         for words in ((), ('--overwrite=True',)):
@@ -3296,6 +3265,7 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs,
     base = runs('vit_full', 4) / 'best.pt'
     heads = ['--heads=2', '--rank=2', '--alpha=6', *words]
     state = train('vit', root, tmp_path / 'a', f'--init_from={base}', *heads)
+    assert state['settings']['train'] == 'classifier'  # 'auto', on loaded weights
     more = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
     if not wanted:
         refused(capsys, lambda: start(export, more), 'no heads in its blocks')
@@ -3410,7 +3380,7 @@ def damaged(whole, rng):
     return bytes(whole)
 
 
-KNOWN = CKPT, 'vit/best.pt', 'timm.pt', 'adapter.safetensors', SHARD, 'tiny/meta.json.verified', NPZ
+KNOWN = CKPT, 'vit/best.pt', 'timm.pt', SHARD, 'tiny/meta.json.verified', NPZ
 
 
 @pytest.mark.parametrize('name', [*KNOWN, 'vit.safetensors', 'tiny/meta.json', 'gpt/log.jsonl', 'a.txt',
@@ -3895,9 +3865,6 @@ def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name
             wanted, got = logged(alone, key), logged(other, key)
             least = 2e-6 if key == 'train_loss' else 0  # is added up in float32
             assert {step: got[step] for step in wanted} == pytest.approx(wanted, abs=max(tolerance, least))
-        if name.startswith('vit_melo'):
-            for key, x in safetensors.torch.load_file(alone / 'adapter.safetensors').items():
-                close(safetensors.torch.load_file(other / 'adapter.safetensors')[key], x, tolerance)
 
 
 def test_rows_and_heads_of_any_number_of_ranks_are_those_of_the_whole():

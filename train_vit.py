@@ -17,10 +17,9 @@ import config
 # -----------------------------------------------------------------------------
 # settings: ViT-B/16 on PathMNIST, full fine-tuning of timm's pretrained weights
 # run
-out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, adapter.safetensors, confusion.png
+out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, confusion.png
 init_from = 'pretrained'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
 #                          'pretrained' (timm's hub), or a file: timm's weights, a best.pt of ours
-adapter = ''  # an adapter.safetensors to load on top: heads and classifier
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 500  # steps between evaluations on the whole validation split; each writes a checkpoint
 eval_only = False  # evaluate on the validation and test splits once and stop
@@ -279,16 +278,16 @@ def draw_confusion(matrix, classes, path):
 
 
 def build(settings, where, classes, checkpoint=None):
-    """What a run computes with, see `config.assemble`; besides size, crop_pct, interpolation, mean, std (how
-    it sees images) and about (what an adapter has to go with). where: from config.join; classes: names;
-    checkpoint: to go on from. Writes settings['train'], if it is 'auto'."""
+    """What a run computes with, see `config.assemble`; besides size, crop_pct, interpolation, mean, std: how
+    it sees images. where: from config.join; classes: names; checkpoint: to go on from. Writes
+    settings['train'], if it is 'auto'."""
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     shape, weights, source = {key: settings[key] for key in ('model', *SHAPE)}, False, s.init_from
     if checkpoint:
         shape, source = {**LOOK, **checkpoint['model_config']}, f'{s.out_dir}/ckpt.pt'
     elif os.path.isfile(source):
-        shape, weights = read_weights(source, shape, classes, keep=s.eval_only and not s.adapter)
+        shape, weights = read_weights(source, shape, classes, keep=s.eval_only)
     elif source == 'scratch':
         shape.update(LOOK)
     elif source != 'pretrained':
@@ -306,15 +305,11 @@ def build(settings, where, classes, checkpoint=None):
     put_layers(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
-    about = {'model': s.model, 'lowrank': s.lowrank, 'heads': s.heads, 'rank': s.rank, 'alpha': s.alpha,
-             'classes': classes}
-    if s.adapter and not checkpoint:
-        config.load_adapter(model, s.adapter, about)
     if s.shard:
         shard(model, where.device)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
-    return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std, about=about)
+    return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std)
 
 
 def to_device(run, x):
@@ -454,8 +449,6 @@ def main(settings):
                 config.save(run, 'ckpt.pt', about, resumable=True)
             if better:
                 config.save(run, 'best.pt', about)
-            if better and s.lowrank and settings['train'] != 'all' and not s.merge_every:
-                config.save_adapter(run.model, f'{s.out_dir}/adapter.safetensors', run.about)
             meter.restart()
         if last or stop:
             break

@@ -305,8 +305,6 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
     (lambda s: s.train == 'factors' and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
      "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or train='all'"),
-    (lambda s: s.adapter and s.split,
-     "an adapter has heads that see every image: set split=False, or adapter=''"),
     # the optimizer
     (lambda s: (s.min_lr or 0) > s.learning_rate,
      'the learning rate would rise from {learning_rate} to min_lr={min_lr}: set a min_lr below it'),
@@ -345,7 +343,7 @@ def _check(settings, known, given):
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
             fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
-    s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, 'adapter': '', **settings}, vit='epochs' in settings,
+    s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, **settings}, vit='epochs' in settings,
                         ranks=int(os.environ.get('WORLD_SIZE', 1)))
     if 'lowrank' in settings:
         for key, where in given.items():
@@ -444,7 +442,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
     if checkpoint or s.init_from != 'scratch':
-        source = f'{s.out_dir}/ckpt.pt' if checkpoint else settings.get('adapter') or s.init_from
+        source = f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from
         with built_from(source):
             if checkpoint:
                 load_state(model, optimizer, checkpoint, replicas)
@@ -727,74 +725,10 @@ def built_from(path):
 
 
 # -----------------------------------------------------------------------------
-# adapters
-
-
-def _sha256(tensors):
-    import torch
-    found = hashlib.sha256()
-    for x in tensors:
-        found.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
-
-
-def adapter_parts(model, about):
-    """(tensors of an adapter by name: what trains, and the output layer; what it goes with: `about`, and a
-    checksum of all other tensors). Every rank takes part."""
-    from lowrank import KINDS, whole
-    named = dict(model.named_parameters())
-    parts = {name: whole(p.detach()) for name, p in named.items()
-             if p.requires_grad or not set(KINDS['logit']).isdisjoint(name.split('.'))}
-    base = _sha256(whole(p.detach()) for name, p in named.items() if name not in parts)
-    return parts, {**{key: str(value) for key, value in about.items()}, 'base': base}
-
-
-def save_adapter(model, path, about):
-    """Writes what is trained and the classifier as safetensors; its metadata are `about`, which has to be the
-    same when it is loaded, and checksums of the frozen weights and of the file's own tensors. Every rank
-    takes part, and rank 0 writes."""
-    from safetensors.torch import save
-
-    from lowrank import place
-    parts, about = adapter_parts(model, about)
-    if place()[0]:
-        return
-    with replacing(path) as file:
-        file.write(save({name: part.cpu().contiguous() for name, part in parts.items()},
-                        {**about, 'sha256': _sha256(parts.values())}))
-
-
-def load_adapter(model, path, about):
-    """Loads what `save_adapter` wrote into a model with the same base and heads; ValueError for any other."""
-    from safetensors import SafetensorError, safe_open
-    parts, about = adapter_parts(model, about)
-    try:
-        with safe_open(path, 'pt') as file:
-            theirs, saved = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file ({error}): check the path") from None
-    for key, value in about.items():
-        if theirs.get(key) != value:
-            raise ValueError(f"adapter '{path}' goes with {key}={theirs.get(key)}, not {value}: load it onto "
-                             'what it was trained on, with the same heads')
-    wanted, found = ({name: f'{x.dtype} of shape {(*x.shape,)}' for name, x in some.items()}
-                     for some in (parts, saved))
-    odd = [f'its {name} is {found.get(name)}, not {wanted.get(name)}' for name in wanted | found
-           if found.get(name) != wanted.get(name)]
-    if not odd and theirs.get('sha256') != _sha256(saved[name] for name in parts):
-        odd.append('its checksum is another')
-    if odd:
-        raise ValueError(f"adapter '{path}' is damaged ({odd[0]}): load the one that the run wrote")
-    for name, part in parts.items():
-        part.copy_(saved[name])
-
-
-# -----------------------------------------------------------------------------
 # a run's folder
 
 
-RUN_FILES = ('ckpt.pt', 'best.pt', 'adapter.safetensors', 'confusion.png', 'curve.png', 'log.jsonl',
-             'config.json')
+RUN_FILES = ('ckpt.pt', 'best.pt', 'confusion.png', 'curve.png', 'log.jsonl', 'config.json')
 _locks = []  # the one that this process holds
 
 
@@ -878,10 +812,11 @@ def _claim_folder(settings):
         ours = False
     if not ours:
         refuse(f'holds {held[0]}, and no config.json of a run of ours')
-    if held[0] in RUN_FILES[:3] and not settings['overwrite']:
+    if held[0] in RUN_FILES[:2] and not settings['overwrite']:
         go_on = ', go on with it by --init_from=resume' * (held[0] == 'ckpt.pt')
         refuse(f'already holds a run ({held[0]})', f'{go_on}, or replace it by --overwrite=True')
-    for name, source in itertools.product(held, (settings['init_from'], settings.get('adapter', ''))):
+    source = settings['init_from']
+    for name in held:
         if os.path.exists(source) and os.path.samefile(source, os.path.join(out_dir, name)):
             refuse(f'holds {name}, from which this run begins, and which it would replace')
 
@@ -934,7 +869,7 @@ def refuse_non_finite(run, step, what):
 
 
 MAY_CHANGE = set("""
-    out_dir init_from overwrite adapter eval_interval eval_iters eval_only log_interval data_dir batch_size
+    out_dir init_from overwrite eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters warmup_iters
     rewarm_iters weight_decay beta1 beta2 momentum grad_clip basis basis_every scale per_layer shard
     sync_moments sync_bits device dtype compile wandb_log""".split())

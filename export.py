@@ -234,7 +234,8 @@ def write_transformers(run, checkpoint, folder, dtype):
     prepare.carry([run], Path(folder))
     tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
     if not isinstance(tokens, prepare.HubTokenizer):
-        prepare.as_tokenizer_json(tokens, folder)
+        there = "that of gpt2 lies on the hub, as 'gpt2'" if tokens.name == 'gpt2' else 'bytes have none'
+        print(f'no tokenizer.json is written: {there}')
     if (run / 'config.json').is_file():
         said = read_json(run / 'config.json')
     else:

@@ -218,37 +218,6 @@ def carry(sources, target, names=TOKENIZER):
             (target / name).unlink(missing_ok=True)
 
 
-def as_tokenizer_json(encoding, folder):
-    """Writes tiktoken's 'gpt2' or our 'bytes' as tokenizer.json and tokenizer_config.json into a folder.
-
-    Ranks say which pieces there are; the merge that makes one is the last of those that its own bytes go
-    through (Sennrich et al., 2016)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # first the bytes that are written as they are
-    plain = [ord(letter) for letter in alphabet if ord(letter) < 256]
-    letters = dict(zip([*plain, *sorted({*range(256)} - {*plain})], alphabet))
-    ranks = {encoding.decode_single_token_bytes(rank): rank for rank in range(encoding.eot_token)}
-
-    def spelled(piece):
-        return ''.join(letters[byte] for byte in piece)
-
-    merges = []
-    for piece, rank in ranks.items():
-        parts = [piece[i:i + 1] for i in range(len(piece))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = pairs.index(min(pairs))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((spelled(parts[0]), spelled(parts[1])))
-    made = Tokenizer(models.BPE({spelled(piece): rank for piece, rank in ranks.items()}, merges))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.add_special_tokens(['<|endoftext|>'])
-    made.save(f'{folder}/tokenizer.json')
-    ends = dict.fromkeys(('bos_token', 'eos_token'), '<|endoftext|>')
-    write_json(f'{folder}/tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', **ends})
-
-
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
     def encode(text, _=None):

@@ -694,7 +694,8 @@ def planned(settings, ranks=1):
 
 
 def peaks(settings, ranks):
-    """See `planned`: bytes of weights, state, gradients, the peaks before and in an optimizer step, sent."""
+    """See `planned`: bytes of weights, state, gradients, the peaks before and in an optimizer step, sent, and
+    those that rank 0 gathers in its host's memory while it saves."""
     with fake_ranks(ranks) if ranks > 1 else contextlib.nullcontext(), watched() as watch:
         s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
         run, step = stepper(s, ranks)
@@ -717,8 +718,13 @@ def peaks(settings, ranks):
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
                 for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
-        return dict(weights=weights, state=state, **most,
-                    sent=on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps'])
+        sent = on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps']
+        # of one process, and what all ranks have alike, torch saves tensor by tensor from where it is
+        alive = {x for x, reference in watch.alive.items() if reference() is not None}
+        saved = lowrank.gather_state(run.model, run.optimizer, run.replicas)
+        gathered = {x.untyped_storage()._cdata: x.nbytes for x in tree_leaves(saved) if torch.is_tensor(x)}
+        host = sum(size for key, size in gathered.items() if key not in alive)
+        return dict(weights=weights, state=state, **most, sent=sent, host=host)
 
 
 def of_depth(measure, settings, shallow=5):
@@ -817,12 +823,12 @@ def plan(words, budget, ranks=1):
             print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, "
                   f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB '
                   'left to CUDA itself and what its allocator cannot reuse;\nthen GB with the smallest, '
-                  'its parts, and what a card sends for it')
+                  "its parts, and what a card sends for it; and what rank 0's host gathers to save")
             row = table('method', 'weights in', 'batch', 'all', 'smallest', 'weights', 'state', 'gradients',
-                        'the rest', 'sent', wide=16)
+                        'the rest', 'sent', 'to save', wide=16)
         for dtype, (fits, one, total) in found.items():
             row(Path(path).stem, dtype, fits or 'none', *(x / 1e9 for x in (total, *(one[key] for key in (
-                'total', 'weights', 'state', 'gradients', 'activations', 'sent')))))
+                'total', 'weights', 'state', 'gradients', 'activations', 'sent', 'host')))))
 
 
 # -----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-from lowrank import FUSED, merged_state_dict, put_layers, side_by_side, whole_weights
+from lowrank import FUSED, merged_state_dict, put_layers, side_by_side
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_json,
                    read_safetensors, read_tensors, tensors_for_transformers)
 
@@ -54,8 +54,7 @@ def of_a_run(checkpoint, dtype=None):
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
     put_layers(model, checkpoint['settings'])
-    # memory-mapped: what is merged takes memory, and what was saved in shards
-    model.load_state_dict(whole_weights(checkpoint), assign=True)
+    model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
         del state['lm_head.weight']
@@ -250,7 +249,7 @@ def write_peft(run, checkpoint, folder, dtype):
     are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's LoRA is exact beside
     the weight; merged by PEFT it would move the embedding as well. ValueError: there is none."""
     from safetensors.torch import save_file
-    s, state, text = checkpoint['settings'], whole_weights(checkpoint), 'tokenizer' in checkpoint
+    s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
     base = about.get('init_from') if text else s['init_from']
     layers = {}  # of the base: layers of ours

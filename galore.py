@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
 
-from lowrank import (BLOCK_OF_BITS, KINDS, Parts, coded_mean, coded_same, finish_sum, first_here, is_sharded,
+from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, finish_sum, first_here, is_sharded,
                      local, lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here,
                      same, shard_of, stepped, whole, whole_of, wide)
 
@@ -555,20 +555,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
         return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
 
     @staticmethod
-    def decoded(state):
-        """The state of a parameter in a checkpoint, with moments of 8 bits in float32: those of shards have
-        blocks of their own."""
-        found = {key: x for key, x in state.items() if not key.endswith('_top')}
-        for key in EIGHT_BITS.keys() & state.keys():
-            codes, tops = state[key], state[key + '_top']
-            parts = [decode(code.flatten(), top, *EIGHT_BITS[key][:2]).view(code.shape)
-                     for code, top in (zip(codes.parts, tops) if isinstance(tops, list) else [(codes, tops)])]
-            found[key] = Parts('rows', parts) if isinstance(tops, list) else parts[0]
-        return found
+    def decoded(state, key):
+        """An entry of a parameter's state, moments of 8 bits in float32: shards have blocks of their own."""
+        if f'{key}_top' not in state:
+            return state[key]
+        codes, tops = state[key], state[f'{key}_top']
+        return decode(codes.flatten(), tops, *EIGHT_BITS[key][:2]).view(codes.shape)
 
     def encode_(self, p):
-        """Moments of a parameter that `decoded` gave, in 8 bits, by the blocks of what is here of it."""
+        """Moments of a parameter that `decoded` gave, in 8 bits again where its group has them."""
         state = self.state[p]
+        coded = self.param_groups[self.group_of[p]]['state_bits'] == 8
+        if not coded or 'exp_avg_top' in state or 'exp_avg' not in state:
+            return
         moments = {key: state.pop(key).flatten() for key in EIGHT_BITS if key in state}
         new_moments(state, local(p), 8, p, tuple(moments))
         for i in range(0, local(p).numel(), CHUNK):

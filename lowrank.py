@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-EDITION = 3  # of checkpoints
+FORMAT = 4  # of checkpoints
 
 # -----------------------------------------------------------------------------
 # sixteen bits
@@ -561,11 +561,28 @@ def finish_sum(drop=False):
         rows() if drop else layer._take(rows())
 
 
+def gather_at(owner, x):
+    """The tensors x of all ranks, (ranks, *x.shape), at one of them; None at others."""
+    rank, ranks = place()
+    if ranks == 1:
+        return x[None]
+    gathered, x = None, x.contiguous()
+    if rank == owner:
+        gathered = x.new_empty(ranks, *x.shape)
+    dist.gather(x, None if gathered is None else list(gathered), owner)
+    traffic['bytes'] += x.nbytes * (ranks - 1) / ranks  # owners take turns
+    return gathered
+
+
+def padded_rows(part, rows):
+    """This rank's rows of a tensor (rows, ...), with zeros after them: all ranks have as many."""
+    size = -(-rows // dist.get_world_size())
+    return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+
+
 def whole_of(part, rows):
     """The tensor (rows, ...) of which each rank holds `part`, its rows."""
-    size = -(-rows // dist.get_world_size())
-    padded = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
-    return gather(padded).flatten(0, 1)[:rows]
+    return gather(padded_rows(part, rows)).flatten(0, 1)[:rows]
 
 
 def same(x, owner=0):
@@ -703,10 +720,8 @@ def mean_at(owner, x, workers):
     codes = pack(value, 6)
     codes = torch.stack([codes, pack(value - unpack(codes, dtype), 6)], 1)  # (mine, 2, 1, blocks, bytes)
     if workers > 1:
-        traffic['bytes'] += codes.nbytes * (workers - 1) / workers  # owners take turns
-        parts = codes.new_empty(workers, *codes.shape)
-        dist.gather(codes, list(parts) if place()[0] == owner else None, owner)
-        codes = in_global_order(parts) if place()[0] == owner else codes
+        parts = gather_at(owner, codes)
+        codes = codes if parts is None else in_global_order(parts)
     average = sum(unpack(part, dtype).sum(0) for part in codes).div_(len(codes))
     return average.flatten()[:numbers].view(x.shape[1:])
 
@@ -818,84 +833,74 @@ def write(model, name, x):
 
 
 # -----------------------------------------------------------------------------
-# checkpoints over ranks
-
-
-class Parts:
-    """
-    A tensor of a checkpoint that ranks have written in parts, each into a file of its own. It is sliced like
-    the whole tensor (rows, ...), and no other parts are read than those that hold the slice.
-
-    order: 'rows', cut as by `rows_here` and sliced without a step, or 'heads', see `in_global_order`; parts:
-    of all ranks, mapped from their files (but moments of 8 bits that are decoded).
-    """
-
-    def __init__(self, order, parts):
-        self.order, self.parts = order, parts
-
-    def __len__(self):
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, rows):
-        here, size, ranks = range(len(self))[rows], len(self.parts[0]), len(self.parts)
-        if self.order == 'heads':
-            return torch.stack([self.parts[head % ranks][head // ranks] for head in here])
-        return torch.cat([part[max(here.start - k * size, 0):max(here.stop - k * size, 0)]
-                          for k, part in enumerate(self.parts)])
+# checkpoints: one file, whatever the number of ranks
 
 
 @torch.no_grad()
 def gather_state(model, optimizer=None, replicas=None):
     """
-    What a checkpoint holds, two dicts; every rank takes part.
+    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by tensor, and what
+    travels is None on the others.
 
-    The first is for rank 0, which alone gets all of it. model: the state dict with the heads of all ranks in
-    global order, A (H, r, n), and replicas averaged: what is evaluated. With an optimizer of galore.py also
-    optimizer: {name of a parameter: its state}, moments of heads in the same order, of replicas (ranks, ...);
+    model: the state dict, of heads those of all ranks in global order, of replicas the average: what is
+    evaluated. With an optimizer of galore.py also optimizer: {name of a parameter: its state}, of heads in
+    the same order, of replicas (ranks, ...), of shards as if there were none, moments of 8 bits as float32;
     replicas: {name: (ranks, ...)}; sketches: {name of a layer that is at one: (parts of all ranks, ...), or
     None before its first gradient}.
-
-    The second is each rank's own, {place in the first: tensor}, and empty without shards. In shards nothing
-    is gathered: what differs by rank is there, and in the first its order as a tuple of one, see `Parts`.
-    Moments of 8 bits have blocks that begin anew in each shard: the order of their tops is 'blocks'.
     """
-    replicas, heads, own = replicas or {}, own_heads(model), {}
-    sharded = any(map(is_sharded, model.parameters()))
+    replicas, heads = replicas or {}, own_heads(model)
+    own = set(replicas.values())
 
-    def kept(x):  # on the device one tensor at a time
+    def collect(x, p):
+        """x, of the parameter or buffer p, of all ranks."""
+        if is_sharded(p):
+            x = padded_rows(local(x), len(p))
+        elif p not in heads | own:
+            return x  # all ranks have the same
+        x = gather_at(0, x)
+        if x is None:
+            return None
+        if p in own:
+            return x.cpu()
+        if p in heads:
+            return in_global_order(x).cpu()
+        rows = x.flatten(0, 1).cpu()
+        return rows if len(rows) == len(p) else rows[:len(p)].clone()  # torch would write what is behind it
+
+    def average(p):
+        x = averaged_copy(p).to(p.dtype)
         return x.cpu() if place()[0] == 0 else None
 
-    def apart(x, order, *where):
-        padded = x.untyped_storage().nbytes() > 2 * x.nbytes  # torch writes the zeros behind it, too
-        own['/'.join(where)] = x.clone() if padded else x
-        return order,
-
-    def gathered(x, p, *where):
-        """x of all ranks, if the parameter or buffer p, whose it is, differs by rank."""
-        if is_sharded(p):
-            return apart(local(x), 'blocks' if where[-1].endswith('_top') else 'rows', *where)
-        if p in heads:
-            return of_heads(x, *where)
-        return kept(gather(x)) if p in averages else x
-
-    def of_heads(x, *where):
-        return apart(x, 'heads', *where) if sharded else kept(in_global_order(gather(x)))
-
-    averages = {p: kept(averaged_copy(p).to(p.dtype)) for p in replicas.values()}
-    state = model.state_dict()
+    found, once = {'format': FORMAT, 'model': {}}, {}  # tied weights have two names
     for name, p in model.state_dict(keep_vars=True).items():
-        state[name] = averages[p] if p in averages else gathered(state[name], p, 'model', name)
-    found = {'edition': EDITION, 'model': state}
-    if optimizer is not None:
-        names = stepped(model)
-        found['optimizer'] = {names[p]: {
-            key: gathered(x, p, 'optimizer', names[p], key) if torch.is_tensor(x) and x.dim() else x
-            for key, x in values.items()} for p, values in optimizer.state.items()}
-        found['replicas'] = {name: kept(gather(p)) for name, p in replicas.items()}
-        found['sketches'] = {name: None if layer.sketch.grad is None else
-                             of_heads(layer.sketch.grad, 'sketches', name)
-                             for name, layer in named_layers(model).items() if layer.sketch is not None}
-    return found, own
+        if p not in once:
+            once[p] = average(p) if p in own else collect(p.detach(), p)
+        found['model'][name] = once[p]
+    if optimizer is None:
+        return found
+    found.update(optimizer={}, replicas={}, sketches={})
+    names = stepped(model)
+    sharded = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
+    for p, state in optimizer.state.items():
+        saved = found['optimizer'][names[p]] = {}
+        for key, x in state.items():
+            if is_sharded(p) and key.endswith('_top'):
+                continue
+            if is_sharded(p):
+                x = optimizer.decoded(state, key)
+            if torch.is_tensor(x) and x.dim():
+                x = collect(x, p)
+            if p in sharded and torch.is_tensor(x):  # (n, r) or (m, r), as R is without shards
+                x = sharded[p].by_direction(x.mT)[None].contiguous()
+            saved[key] = x
+    for name, p in replicas.items():
+        found['replicas'][name] = collect(p.detach(), p)
+    for name, layer in named_layers(model).items():
+        if layer.sketch is not None:
+            sums = layer.sketch.grad
+            sums = None if sums is None else gather_at(0, sums)
+            found['sketches'][name] = None if sums is None else in_global_order(sums).cpu()
+    return found
 
 
 def stepped(model):
@@ -907,70 +912,65 @@ def stepped(model):
     return names
 
 
-def whole_weights(checkpoint):
-    """The 'model' of a checkpoint, {name: tensor}, where some may be `Parts`."""
-    return {name: x[:] if isinstance(x, Parts) else x for name, x in checkpoint['model'].items()}
+def take(x, p, heads, replicas=()):
+    """What this rank has of x, a tensor of a checkpoint; p: the parameter or buffer that it is of; heads:
+    those that differ by rank; replicas: parameters of which each rank has its own."""
+    rank, ranks = place()
+    if is_sharded(p):
+        return x[rows_here(p)]
+    if p in heads:
+        return x[rank::ranks]
+    return x[rank] if p in replicas else x
 
 
 @torch.no_grad()
 def load_weights(model, weights):
-    """Loads the 'model' of a checkpoint, of split heads this rank's own, and returns {name: which slice}.
-    RuntimeError: they are of another model."""
-    parts = {f'{name}.{key}': slice(layer.worker, None, layer.workers)
-             for name, layer in named_layers(model).items() if layer.workers > 1 for key in layer.of_heads()}
-    mine = dict(weights)
-    for name, p in model.state_dict().items():
-        x = weights.get(name)
-        if x is not None and (name in parts or is_sharded(p) or isinstance(x, Parts)):
-            mine[name] = x[parts.get(name, rows_here(p))]
-            if mine[name].shape == local(p).shape and (name in parts or len(x) == len(p)):
-                local(p).copy_(mine[name])
-                mine[name] = p  # loaded
-    model.load_state_dict(mine)
-    return parts
+    """Loads the 'model' of a checkpoint, each rank its own part. ValueError: it is that of another model."""
+    own, heads = model.state_dict(keep_vars=True), own_heads(model)
+    parts = {name: take(weights[name], p, heads) for name, p in own.items() if name in weights}
+    odd = own.keys() ^ weights.keys()
+    odd |= {name for name, x in parts.items() if x.shape != local(own[name]).shape}
+    if odd:
+        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of the two, '
+                         'or has two shapes')
+    for name, x in parts.items():
+        local(own[name]).copy_(x)
 
 
 @torch.no_grad()
 def load_state(model, optimizer, checkpoint, replicas=None):
-    """Loads a checkpoint, each rank its own part, and leaves it as it is. Heads and rows may come from
-    another number of ranks, and moments of 8 bits then get new blocks; replicas may not, as each rank has its
-    own (ValueError)."""
-    replicas, parts, (rank, ranks) = replicas or {}, load_weights(model, checkpoint['model']), place()
+    """Loads a checkpoint, each rank its own part, and leaves it as it is. Heads and shards may come from
+    another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    replicas, heads, (rank, ranks) = replicas or {}, own_heads(model), place()
+    load_weights(model, checkpoint['model'])
     for name, p in replicas.items():
         saved = checkpoint['replicas'].get(name, ())
         if len(saved) != ranks:
             raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own "
                              f'parameters, and here are {ranks}: resume on as many as before')
         p.copy_(saved[rank])
-    named = {name: p for p, name in stepped(model).items()}
-    layers = {layer.stepped: layer for layer in lowrank_layers(model)}
-    if lost := sorted(checkpoint['optimizer'].keys() - named.keys()):
-        raise ValueError('the optimizer of the checkpoint is that of another model: it has a state of '
-                         f'{lost[0]}')
+    named, own = {name: p for p, name in stepped(model).items()}, set(replicas.values())
+    sharded = {layer.mine: layer for layer in lowrank_layers(model) if layer.mine is not None}
     for name, state in checkpoint['optimizer'].items():
-        p, tops = named[name], state.get('exp_avg_top', ())
-        recut = len(tops) and (len(tops) if isinstance(tops, list) else 1) != (ranks if is_sharded(p) else 1)
-        for key, x in (optimizer.decoded(state) if recut else state).items():
-            if isinstance(x, list):
-                x = x[rank]
-            elif isinstance(x, Parts):
-                x = x[parts.get(name, rows_here(p))]
-                if x.dim() < p.dim():  # rows of R^T or of R, see MHLoRALinear.shard
-                    x = layers[p].by_direction(x.mT)[None].contiguous()
-            elif torch.is_tensor(x) and x.dim():
-                x = x[parts[name]] if name in parts else x[rank] if name in replicas else x
-                x = layers[p].rows_of(x) if x.dim() > p.dim() else x[rows_here(p)]
+        p = named[name]
+        for key, x in state.items():
+            if is_sharded(p) and key.endswith('_top'):
+                continue
+            if is_sharded(p):
+                x = optimizer.decoded(state, key)
+            if p in sharded and torch.is_tensor(x):  # see `gather_state`
+                x = sharded[p].by_direction(x[0]).mT.contiguous()
             if torch.is_tensor(x):
-                x = x.to(p.device, copy=True)  # the file may be memory-mapped, and replaced later
+                x = take(x, p, heads, own) if x.dim() else x
+                x = x.to(p.device, copy=True)  # the file is mapped, and may be replaced
             optimizer.state[p][key] = x
-        if recut:
-            optimizer.encode_(p)
+        optimizer.encode_(p)
     for name, sums in checkpoint['sketches'].items():
         layer = model.get_submodule(name)
         layer.ask_sketch(parts=optimizer.parts(layer))
         if sums is not None:  # of other parts each takes the average: a sketch is a sum
             same_parts = len(sums) == ranks * len(layer.sketch)
-            part = sums[rank::ranks] if same_parts else sums[:].mean(0).expand_as(layer.sketch)
+            part = sums[rank::ranks] if same_parts else sums.mean(0).expand_as(layer.sketch)
             layer.sketch.grad = part.to(layer.sketch, copy=True)
 
 

@@ -556,71 +556,26 @@ def save_checkpoint(path, checkpoint):
 
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable, the
-    rest of the state. Every rank takes part: in shards each writes what is its own into a file beside it, and
-    rank 0, when all have, out_dir/name, which names them. What is not finite is never written."""
+    rest of the state. Every rank takes part, and rank 0 writes. What is not finite is never written."""
     from lowrank import gather_state, not_finite
-    optimizer, path = run.optimizer if resumable else None, f'{run.s.out_dir}/{name}'
+    optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
-    found, own = gather_state(run.model, optimizer, run.replicas)
-    files = {'files': save_beside(path, about['step'], own)} if own else {}
+    found = gather_state(run.model, optimizer, run.replicas)
     if resumable:
         found['scaler'] = run.scaler.state_dict()
         run.saved = about['step']
     if run.rank == 0:
-        save_checkpoint(path, dict(found, settings=run.settings, model_config=run.shape, **about, **files))
-        remove_others(path)
-
-
-def files_of_ranks(path):
-    """The paths of all files that `save_beside` has written beside path, of any save."""
-    folder, name = os.path.split(path)
-    wanted = re.compile(re.escape(name) + r'\.\d+\.[0-9a-f]{12}\.\d+(\.tmp)?')
-    return [os.path.join(folder, file) for file in os.listdir(folder) if wanted.fullmatch(file)]
-
-
-def remove_others(path):
-    """Removes those of `files_of_ranks` that path does not name: of the save before, or of a killed one."""
-    if there := files_of_ranks(path):
-        named = load_tensors(path, check=False).get('files', []) if os.path.exists(path) else []
-        for file in there:
-            if os.path.basename(file) not in named:
-                os.remove(file)
-
-
-def save_beside(path, step, own):
-    """
-    Every rank writes a dict of tensors beside path; returns the names of the files when all are on the disk.
-
-    A name has the step, a number drawn for the file, and the rank, and a file holds its own name: none of
-    another save is taken for it. OSError on every rank: one of them could not write, and no file is left.
-    """
-    import torch.distributed as dist
-
-    from lowrank import place
-    rank, ranks = place()
-    mine, failed, all_ranks = f'{path}.{step}.{os.urandom(6).hex()}.{rank}', None, [None] * ranks
-    try:
-        save_checkpoint(mine, {'file': os.path.basename(mine), **own})
-    except OSError as error:
-        failed = error.errno, error.strerror, error.filename
-    dist.all_gather_object(all_ranks, (mine, failed))
-    paths, failures = zip(*all_ranks)
-    if any(failures):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(mine)
-        raise OSError(*next(filter(None, failures)))
-    if rank == 0 and (lost := [file for file in paths if not os.path.exists(file)]):
-        raise OSError(errno.ENOENT, 'rank 0 does not see it: is out_dir on a disk of all ranks?', lost[0])
-    return list(map(os.path.basename, paths))
+        found.update(settings=run.settings, model_config=run.shape, **about)
+        save_checkpoint(f'{run.s.out_dir}/{name}', found)
 
 
 class NotOurs(ValueError):
     """A file that may well be whole, and is no checkpoint of this project."""
 
 
-def load_tensors(path, check=True):
-    """Tensors and plain types of torch.save, on the CPU, memory-mapped. check: read all of it, to compare its
-    checksums. ValueError, FileNotFoundError."""
+def load_tensors(path):
+    """Tensors and plain types of torch.save, on the CPU, memory-mapped. One process of a host reads all of it
+    before, to compare its checksums. ValueError, FileNotFoundError."""
     import torch
     if not os.path.isfile(path):
         there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
@@ -630,7 +585,8 @@ def load_tensors(path, check=True):
         zipped = file.read(2) == b'PK'
     try:
         with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
-            if check and (damaged := file.testzip()):
+            damaged = file.testzip() if os.environ.get('LOCAL_RANK', '0') == '0' else None
+            if damaged:
                 raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
@@ -646,21 +602,19 @@ def load_tensors(path, check=True):
 
 PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
 RESUMABLE = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict}
-SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list,
-        'files': list}
+SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list}
 
 
 def load_checkpoint(path):
-    """Reads what `save` wrote, see `load_tensors` and `join_files`; ValueError for what another program
-    wrote."""
-    from lowrank import EDITION
+    """Reads what `save` wrote, see `load_tensors`; ValueError for what another program wrote."""
+    from lowrank import FORMAT
     whole = load_tensors(path)
     if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
         raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check "
                       '--out_dir')
-    if repr(whole.get('edition')) != repr(EDITION):
-        raise ValueError(f"'{path}' is of the first edition of this project, or on the way to this: train "
-                         'anew, or go on with that edition')
+    if (found := whole.get('format')) != FORMAT:
+        raise ValueError(f"'{path}' was written by another version of this project (format {found}, here "
+                         f'{FORMAT}): go on with that version, or train anew')
     needed = {*PARTS}
     if 'optimizer' in whole:
         needed |= {*RESUMABLE, 'best_val_auc' if 'classes' in whole else 'best_val_loss'}
@@ -673,39 +627,7 @@ def load_checkpoint(path):
     if odd or whole['step'] < 0:
         raise ValueError(f"'{path}' was not written by a run of ours (no {(odd or ['step from 0'])[0]}): "
                          'restore it or train anew')
-    if files := whole.pop('files', None):
-        join_files(path, whole, files)
     return whole
-
-
-def join_files(path, whole, files):
-    """Puts what ranks have saved in files beside path into its place in a checkpoint, as lowrank.Parts (of
-    blocks as lists). Each rank reads the checksums of its share of the files. ValueError, FileNotFoundError:
-    one is not of that save."""
-    from lowrank import Parts, place
-    (rank, ranks), parts = place(), []
-    for i, name in enumerate(files):
-        beside = os.path.join(os.path.dirname(path), os.path.basename(str(name)))
-        if not os.path.isfile(beside):
-            raise FileNotFoundError(f"'{beside}' is missing, and '{path}' is not whole without it: restore "
-                                    'it or train anew, or, if a run is just saving there, try again')
-        try:
-            parts.append(load_tensors(beside, check=i % ranks == rank))
-        except NotOurs as error:
-            raise ValueError(str(error)) from error
-        if not isinstance(parts[i], dict) or parts[i].get('file') != name:
-            raise ValueError(f"'{beside}' is of another save than '{path}': restore it or train anew")
-
-    def joined(x, where):
-        if isinstance(x, dict):
-            return {key: joined(value, f'{where}/{key}') for key, value in x.items()}
-        if not isinstance(x, tuple):
-            return x
-        of_ranks = [part[where] for part in parts]
-        return of_ranks if x[0] == 'blocks' else Parts(*x, of_ranks)
-    with built_from(path):
-        for key in {'model', 'optimizer', 'sketches'} & whole.keys():
-            whole[key] = joined(whole[key], key)
 
 
 @contextlib.contextmanager
@@ -801,8 +723,6 @@ def _claim_folder(settings):
         if os.path.isdir(os.path.join(out_dir, name)):
             refuse(f'holds {name}, which is a folder, and a file is to be written there')
     held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
-    held += [os.path.basename(file) for name in RUN_FILES[:2]
-             for file in files_of_ranks(os.path.join(out_dir, name))]
     if not held or settings['init_from'] == 'resume':
         return
     try:
@@ -823,8 +743,7 @@ def _claim_folder(settings):
 
 def start_run(settings, step):
     """Writes config.json into the folder that `open_run` has claimed, for a run that begins at `step`. Of a
-    resumed one what a crash left is dropped: lines logged after it, files of a save that was not whole; a
-    fresh one removes the old files."""
+    resumed one the lines logged after it are dropped; a fresh one removes the old files."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only']:
@@ -840,7 +759,6 @@ def start_run(settings, step):
     for path in paths.values():  # config.json is the last: where it is, the rest is known as ours
         if settings['init_from'] != 'resume' and path in held:
             os.remove(path)
-        remove_others(path)
     if os.path.exists(paths['log.jsonl']):
         ends = step >= settings['max_iters']  # what is logged again of this step
         again = ['val_loss'] * (ends or step % settings['eval_interval'] == 0) + ['test_loss'] * ends

@@ -34,8 +34,9 @@ import torch.nn.functional as F
 
 import prepare
 from lowrank import FUSED, merged_state_dict, put_layers, side_by_side
-from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_json,
-                   read_safetensors, read_tensors, tensors_for_transformers)
+from config import read_json
+from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_safetensors,
+                   read_tensors, tensors_for_transformers)
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 PEFT_NONE = """
@@ -70,7 +71,8 @@ def folders_of(source):
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
     about = os.path.join(folder, 'adapter_config.json')
     if os.path.isfile(about):
-        return [folder, *folders_of(str(read_json(about).get('base_model_name_or_path')))]
+        base = read_json(about, {'base_model_name_or_path': str}).get('base_model_name_or_path')
+        return [folder, *folders_of(base or '')]
     return [folder]
 
 
@@ -79,13 +81,14 @@ def with_adapter(folder, shape, tensors):
     float32; a LoRA of a tied output layer parts it from the embedding, which stays.
 
     ValueError: what PEFT can do and we do not read, by its key."""
-    about = read_json(os.path.join(folder, 'adapter_config.json'))
+    about = read_json(os.path.join(folder, 'adapter_config.json'),
+                      {'r': int, 'lora_alpha': float, 'peft_type': str, 'bias': str})
     supported = {key: not about.get(key) for key in PEFT_NONE} | {
         'peft_type': about.get('peft_type') == 'LORA', 'bias': about.get('bias', 'none') == 'none',
         'init_lora_weights':  # others change the base
             about.get('init_lora_weights', True) in (True, False, 'gaussian', 'orthogonal', 'eva')}
     for key in ('r', 'lora_alpha'):
-        supported[key] = isinstance(about.get(key), (int, float)) and about[key] > 0
+        supported[key] = (about.get(key) or 0) > 0
     for key in supported:
         if not supported[key]:
             raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not "
@@ -129,11 +132,11 @@ def read_weights(source):
     if os.path.isfile(source) or source.endswith('.pt'):
         loaded = config.load_tensors(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
-            shape, state = from_nanogpt(loaded)
+            shape, state = from_nanogpt(loaded, source)
             return shape, state.items(), None
-        loaded = config.load_checkpoint(source)
-        shape, state = of_a_run(loaded)
-        return shape, state.items(), loaded['tokenizer']
+        checkpoint = config.as_checkpoint(loaded, source)
+        shape, state = of_a_run(checkpoint)
+        return shape, state.items(), checkpoint['tokenizer']
     folder, *rest = folders_of(source)
     if rest:
         shape, tensors, tokens = read_weights(rest[0])
@@ -147,8 +150,7 @@ def read_for(settings, kind):
     """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
     `read_weights`. ValueError: it does not go with the settings, or with the tokens of the data."""
     source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
-    with config.built_from(source):
-        shape, tensors, tokens = read_weights(source)
+    shape, tensors, tokens = read_weights(source)
     if not isinstance(shape, kind):
         what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
         raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")

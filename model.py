@@ -4,7 +4,6 @@ GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in an
 Parameters are named as in nanoGPT, and in transformers' LlamaForCausalLM. Nothing here knows LoRA or GaLore.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, fields
@@ -13,6 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from config import read_json, typed
 
 # -----------------------------------------------------------------------------
 # what both models share
@@ -117,14 +118,6 @@ class LanguageModel(nn.Module):
         return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
 
 
-def need_types(shape):
-    """ValueError where a field of a configuration, as a file has it, is not of the type it is said to be."""
-    for name, kind in type(shape).__annotations__.items():
-        value = getattr(shape, name)
-        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f'{name}={value!r} is {type(value).__name__}, but {kind.__name__} is needed')
-
-
 # -----------------------------------------------------------------------------
 # GPT-2
 
@@ -141,8 +134,6 @@ class GPTConfig:
     checkpointing: bool = False  # recompute each block's activations in the backward pass
     norm_eps: float = 1e-5
     tied: bool = True  # the output layer is the embedding (Press and Wolf, 2017)
-
-    __post_init__ = need_types
 
 
 class CausalSelfAttention(nn.Module):
@@ -246,7 +237,6 @@ class LlamaConfig:
     family: str = 'llama'  # 'mistral' is the same, 'qwen2' has biases of q, k, v, 'qwen3' norms of q, k
 
     def __post_init__(self):
-        need_types(self)
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
 
@@ -398,35 +388,16 @@ NO_MATTER = set("""
     gradient_checkpointing output_attentions output_hidden_states return_dict""".split())
 
 
-def read_json(path):
-    """The object in a JSON file. ValueError: it is damaged or something else."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            value = json.load(file)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"'{path}' is damaged or holds no JSON object: fetch it again")
-    return value
-
-
-def _is_a(wanted, value):
-    """Whether what JSON holds is of a type; numbers are above zero."""
-    if wanted in (bool, dict):
-        return isinstance(value, wanted)
-    return isinstance(value, (wanted, int)) and not isinstance(value, bool) and value > 0
-
-
-def _rope(theirs, need):
+def _rope(theirs, need, path):
     """A config.json of any version, with the keys of transformers 4 about rotary positions."""
-    where = 'rope_parameters or rope_scaling'
-    parts = [theirs.get(key) or {} for key in where.split(' or ')]
-    need(all(isinstance(part, dict) for part in parts), where, parts, '{...}')
+    where = 'rope_parameters', 'rope_scaling'
+    parts = [theirs.get(key) or {} for key in where]
     rope = {**parts[0], **parts[1]}
     kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts} - {'default'}
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
-    whole = kinds == {'llama3'} and all(_is_a(float, rope.get(key)) for key in scaling)
-    need(whole or not kinds, where, rope, "rope_type 'default' or a whole 'llama3'")
+    typed(rope, dict.fromkeys(scaling, float), path)
+    whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
+    need(whole or not kinds, ' or '.join(where), rope, "rope_type 'default' or a whole 'llama3'")
     found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
     return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
 
@@ -440,7 +411,8 @@ def read_config(folder):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
                                 'layout')
-    theirs = read_json(path)
+    theirs = read_json(path, {'model_type': str, 'rope_parameters': dict, 'rope_scaling': dict,
+                              'layer_types': list, 'sliding_window': int})
 
     def need(good, key, value, supported):
         if not good:
@@ -451,13 +423,14 @@ def read_config(folder):
     need(family in list(FAMILIES), 'model_type', family, ', '.join(FAMILIES))
     kind = GPTConfig if family == 'gpt2' else LlamaConfig
     if kind is LlamaConfig:
-        theirs = _rope(theirs, need)
+        theirs = _rope(theirs, need, path)
     ours, known = {}, {field.name: field for field in fields(kind)}
+    typed(theirs, {key: known[mine].type for key, mine in KEYS[kind].items()}, path)
     for key, mine in KEYS[kind].items():
         field = known[mine]
         value = ours[mine] = theirs.get(key, field.default if mine in MAY_LACK else None)
-        nothing = value is None and field.default is None
-        need(nothing or _is_a(field.type, value), key, value, f'{field.type.__name__}, numbers above 0')
+        fine = field.default is None if value is None else field.type in (bool, dict) or value > 0
+        need(fine, key, value, f'{field.type.__name__}, numbers above 0')
     for key, values in ONLY[kind].items():
         need(theirs.get(key, values[0]) in values, key, theirs.get(key), repr(values[0]))
     strange = [key for key, value in theirs.items()
@@ -474,7 +447,7 @@ def read_config(folder):
         need(layer in ('full_attention', 'sliding_attention'), 'layer_types', layer, 'full_attention')
     window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
     if window and (family == 'mistral' or theirs.get('use_sliding_window')):
-        need(_is_a(int, window), 'sliding_window', window, 'int above 0')
+        need(window > 0, 'sliding_window', window, 'int above 0')
         ours['block_size'] = min(ours['block_size'], window)
     return LlamaConfig(**ours, family=family)
 
@@ -520,7 +493,7 @@ def read_tensors(folder, config):
     index = os.path.join(folder, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.isfile(index):
-        files = sorted(set(read_json(index).get('weight_map', {}).values()))
+        files = sorted({*map(str, (read_json(index, {'weight_map': dict}).get('weight_map') or {}).values())})
     elif not os.path.isfile(os.path.join(folder, files[0])):
         raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
                                 'formats are not read): fetch it again, or save the model as safetensors')
@@ -548,13 +521,17 @@ def tensors_for_transformers(config, state):
             yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
 
 
-def from_nanogpt(checkpoint):
+def from_nanogpt(checkpoint, path):
     """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
-    keys = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias'
+    wanted = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), int) | {'bias': bool}
+    found = typed(checkpoint['model_args'], wanted, path)
+    for key in wanted:
+        if found.get(key) is None:
+            raise ValueError(f"'{path}' has no {key} among its model_args: give one that nanoGPT's train.py "
+                             'wrote')
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
-    shape = GPTConfig(**{key: checkpoint['model_args'][key] for key in keys})
-    return shape, {name: x for name, x in state.items() if name != 'lm_head.weight'
-                   and not name.endswith('.attn.bias')}
+    return GPTConfig(**{key: found[key] for key in wanted}), {
+        name: x for name, x in state.items() if name != 'lm_head.weight' and not name.endswith('.attn.bias')}
 
 
 @torch.no_grad()

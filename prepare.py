@@ -44,7 +44,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, refusals, replacing, write_json
+from config import in_one_line, read_json, refusals, replacing, write_json
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -150,12 +150,10 @@ class HubTokenizer:
     @cached_property
     def eot_token(self):
         for name in TOKENIZER[1:3]:
-            path, token = Path(self.folder, name), None
-            with reading(f"'{path}' is damaged or holds no JSON object", 'fetch it again'):
-                if path.is_file():
-                    token = json.loads(path.read_text('utf-8')).get('eos_token')
-                token = token.get('content') if isinstance(token, dict) else token
-                number = self.inner.token_to_id(token) if token else None
+            path = Path(self.folder, name)
+            token = read_json(path).get('eos_token') if path.is_file() else None
+            token = token.get('content') if isinstance(token, dict) else token
+            number = self.inner.token_to_id(token) if isinstance(token, str) else None
             if number is not None:
                 return number
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
@@ -620,15 +618,14 @@ def write(folder, settings, fill, overwrite):
 # reader
 
 def read_meta(path):
-    content = path.read_bytes()
-    with reading(f"'{path}' is damaged or not of prepare.py", 'move it away and prepare the data set again'):
-        meta = json.loads(content)
-        kind = meta.get('kind', 'tokens')
-        item_type(meta), meta[kind].keys(), meta['shards'][0]  # also what readers take from it
-        for shard in meta['shards']:
-            SHARD.fullmatch(shard['file'])[0], shard['split'], bytes.fromhex(shard['sha256'])
-            struct.pack('<Q', shard[kind])
-        return meta
+    """What meta.json of a data set says. DataError: another program wrote it."""
+    meta = read_json(path, {
+        'kind': str, 'tokens': dict, 'images': dict, 'shards': list, 'vocab_size': int, 'prompts': bool,
+        'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
+    if not meta.get('shards') or meta.get('kind', 'tokens') not in meta:
+        raise DataError(f"'{path}' is not of prepare.py (it names no shards): move it away and prepare the "
+                        'data set again')
+    return meta
 
 
 def item_type(meta):

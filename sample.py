@@ -37,14 +37,13 @@ from model import fill, generate, make_model
 
 def read(source):
     """(model, tokenizer) of a run's checkpoint, or of what init_from names."""
-    with config.built_from(source):
-        shape, tensors, tokens = read_weights(source)
-        tensors = iter(tensors)
-        first = next(tensors, ('nothing', torch.zeros(())))
-        with torch.device('meta'):
-            model = make_model(shape)
-        model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
-        fill(model, itertools.chain([first], tensors), source)
+    shape, tensors, tokens = read_weights(source)
+    tensors = iter(tensors)
+    first = next(tensors, ('nothing', torch.zeros(())))
+    with torch.device('meta'):
+        model = make_model(shape)
+    model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
+    fill(model, itertools.chain([first], tensors), source)
     if tokens is None:
         raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
     folders = folders_of(source)[::-1]

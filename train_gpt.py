@@ -105,17 +105,16 @@ def build(settings, where, vocabulary, checkpoint=None):
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     loaded = None
-    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
-        if checkpoint:
-            shape = GPTConfig(**checkpoint['model_config'])
-        elif s.init_from == 'scratch':
-            shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer, n_head=s.n_head,
-                              n_embd=s.n_embd, bias=s.bias)
-        else:
-            shape, loaded = read_for(settings, GPTConfig)
-        model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
-        if loaded is not None:
-            fill(model, loaded, s.init_from)
+    if checkpoint:
+        shape = GPTConfig(**checkpoint['model_config'])
+    elif s.init_from == 'scratch':
+        shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer, n_head=s.n_head,
+                          n_embd=s.n_embd, bias=s.bias)
+    else:
+        shape, loaded = read_for(settings, GPTConfig)
+    model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
+    if loaded is not None:
+        fill(model, loaded, s.init_from)
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '

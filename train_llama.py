@@ -107,20 +107,19 @@ def build(settings, where, vocabulary, checkpoint=None):
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
     loaded = None
-    with config.built_from(f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from):
-        if checkpoint:
-            shape = LlamaConfig(**checkpoint['model_config'])
-        elif s.init_from == 'scratch':
-            if s.size not in SIZES:
-                raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
-            width, depth, many, hidden = (mine or usual for mine, usual in
-                                          zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
-            shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, n_layer=depth,
-                                n_head=many, n_mlp=hidden, n_kv_head=s.n_kv_head or many)
-        else:
-            shape, loaded = read_for(settings, LlamaConfig)
-        with torch.device('meta'):
-            plain, model = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
+    if checkpoint:
+        shape = LlamaConfig(**checkpoint['model_config'])
+    elif s.init_from == 'scratch':
+        if s.size not in SIZES:
+            raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
+        width, depth, many, hidden = (mine or usual for mine, usual in
+                                      zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
+        shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, n_layer=depth,
+                            n_head=many, n_mlp=hidden, n_kv_head=s.n_kv_head or many)
+    else:
+        shape, loaded = read_for(settings, LlamaConfig)
+    with torch.device('meta'):
+        plain, model = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
@@ -135,8 +134,7 @@ def build(settings, where, vocabulary, checkpoint=None):
     if not checkpoint:  # one by one: nobody ever holds more than the part of the model that is to stay
         if loaded is None:
             loaded = plain.drawn(device=where.device, dtype=getattr(torch, s.param_dtype))
-        with config.built_from(s.init_from):
-            fill(plain, loaded, s.init_from, functools.partial(write, model))
+        fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,

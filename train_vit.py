@@ -85,10 +85,10 @@ defaults = config.defaults(globals())
 if __name__ == '__main__':
     settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
 
-import contextlib
 import difflib
 import math
 import os
+import zipfile
 
 import numpy as np
 import timm
@@ -155,34 +155,33 @@ def read_weights(path, shape, classes, keep=False):
     merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
     is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
     refused (ValueError) where `keep` is True."""
-    checkpoint = None
-    if not path.endswith('.safetensors'):
-        with contextlib.suppress(config.NotOurs):
-            checkpoint = config.load_checkpoint(path)
-    with config.built_from(path):
-        if checkpoint:
-            saved, known = checkpoint['model_config'], checkpoint['classes']
-            for key in ('model', 'n_layer', 'n_embd', 'n_head'):
-                if shape[key] not in (None, saved[key]):
-                    raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
-                                     f'{shape[key]!r}: set the same, or choose another init_from')
-            shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
-            weights, same = merged(checkpoint), known == list(classes)
-        else:
-            try:
-                weights = timm.models.load_state_dict(path, weights_only=True)
-            except Exception as error:  # of pickle, zipfile, safetensors
-                raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
-                                 'init_from') from None
-            known = weights.get('head.bias', ())
-            same = len(known) == len(classes)
-        if not same and keep:
-            raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
-                             f'{len(classes)} of the data: evaluate it on its own data, or train first')
-        if not same:  # as timm draws it
-            width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
-            weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
-            weights['head.bias'] = torch.zeros(len(classes))
+    found = config.load_tensors(path) if zipfile.is_zipfile(path) else {}
+    if isinstance(found, dict) and 'model_config' in found:
+        checkpoint = config.as_checkpoint(found, path)
+        if 'classes' not in checkpoint:
+            raise ValueError(f"'{path}' is the checkpoint of a GPT or a LLaMA: give one of a ViT")
+        saved, known = checkpoint['model_config'], checkpoint['classes']
+        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
+            if shape[key] not in (None, saved[key]):
+                raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
+                                 f'{shape[key]!r}: set the same, or choose another init_from')
+        shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
+        weights, same = merged(checkpoint), known == list(classes)
+    else:
+        try:
+            weights = timm.models.load_state_dict(path, weights_only=True)
+        except Exception as error:  # of pickle, zipfile, safetensors
+            raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
+                             'init_from') from None
+        known = weights.get('head.bias', ())
+        same = len(known) == len(classes)
+    if not same and keep:
+        raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
+                         f'{len(classes)} of the data: evaluate it on its own data, or train first')
+    if not same:  # as timm draws it
+        width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
+        weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
+        weights['head.bias'] = torch.zeros(len(classes))
     return shape, weights
 
 
@@ -285,7 +284,7 @@ def build(settings, where, classes, checkpoint=None):
     torch.manual_seed(s.seed)
     shape, weights, source = {key: settings[key] for key in ('model', *SHAPE)}, False, s.init_from
     if checkpoint:
-        shape, source = {**LOOK, **checkpoint['model_config']}, f'{s.out_dir}/ckpt.pt'
+        shape, source = {**LOOK, **checkpoint['model_config']}, ''
     elif os.path.isfile(source):
         shape, weights = read_weights(source, shape, classes, keep=s.eval_only)
     elif source == 'scratch':
@@ -293,12 +292,11 @@ def build(settings, where, classes, checkpoint=None):
     elif source != 'pretrained':
         raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained', or the "
                          'path of a best.pt or of weights of timm')
-    with config.built_from(source):
-        model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
-        theirs = timm.data.resolve_data_config({}, model=model)
-        look = {key: theirs[key] for key in LOOK}
-        if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):
-            raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic images')
+    model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
+    theirs = timm.data.resolve_data_config({}, model=model)
+    look = {key: theirs[key] for key in LOOK}
+    if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):
+        raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic images')
     shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
     mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))

@@ -51,17 +51,13 @@ def said(error):
 
 
 def in_one_line(kind, error, trace):
-    """For sys.excepthook: Ctrl-C, what the disk refuses and ranks that were lost are one line."""
-    lost = '[Tt]imed out|Connection (closed|reset)|connectFullMesh|remote process exited'
+    """For sys.excepthook: Ctrl-C, and what the disk refuses, are one line."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was "
               'saved before stands',
               file=sys.stderr)
-    elif issubclass(kind, RuntimeError) and re.search(lost, str(error)):
-        print(f"error: rank {os.environ.get('RANK', 0)} lost the others, which ended or did not answer for "
-              f'{ANSWER // 60} minutes ({said(error)}): go on by --init_from=resume', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -442,14 +438,13 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
     if checkpoint or s.init_from != 'scratch':
-        source = f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from
-        with built_from(source):
-            if checkpoint:
-                load_state(model, optimizer, checkpoint, replicas)
-                if checkpoint['scaler']:  # empty of a run without float16
-                    scaler.load_state_dict(checkpoint['scaler'])
-            if what := not_finite(model, optimizer if checkpoint else None):
-                raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
+        if checkpoint:
+            load_state(model, optimizer, checkpoint, replicas)
+            if checkpoint['scaler']:  # empty of a run without float16
+                scaler.load_state_dict(checkpoint['scaler'])
+        if what := not_finite(model, optimizer if checkpoint else None):
+            source = f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from
+            raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
     if s.sync_bits < 32 and not checkpoint:  # ranks begin alike, so merges send changes from the first on
         for p in replicas.values():
             optimizer.state[p]['common'] = p.detach().clone()
@@ -544,6 +539,30 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=2).encode())
 
 
+def typed(found, wanted, path):
+    """A dict that others wrote. wanted: {key: type} of what is taken from it; a key may be left out, or None.
+    ValueError: a value in it, of the file at `path`, is of another type."""
+    for key, kind in wanted.items():
+        value = found.get(key)
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if value is not None and (not right or isinstance(value, bool) != (kind is bool)):
+            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, which is no {kind.__name__}: restore it, "
+                             'or fetch it again')
+    return found
+
+
+def read_json(path, wanted=()):
+    """The object in a JSON file, see `typed`. ValueError: it is damaged or something else."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' is damaged or holds no JSON object: restore it, or fetch it again")
+    return typed(found, dict(wanted), path)
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a dict of tensors and plain types, see `replacing`."""
     import torch
@@ -569,81 +588,43 @@ def save(run, name, about, resumable=False):
         save_checkpoint(f'{run.s.out_dir}/{name}', found)
 
 
-class NotOurs(ValueError):
-    """A file that may well be whole, and is no checkpoint of this project."""
-
-
 def load_tensors(path):
     """Tensors and plain types of torch.save, on the CPU, memory-mapped. One process of a host reads all of it
-    before, to compare its checksums. ValueError, FileNotFoundError."""
+    before, to compare the checksums of its zip. ValueError, FileNotFoundError."""
     import torch
     if not os.path.isfile(path):
         there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
         raise FileNotFoundError(f"there is no checkpoint '{path}': check --out_dir, or train first"
                                 + ', or take --checkpoint=ckpt.pt' * there)
-    with open(path, 'rb') as file:
-        zipped = file.read(2) == b'PK'
     try:
-        with zipfile.ZipFile(path) as file:  # a zip has checksums, and torch does not look at them
+        with zipfile.ZipFile(path) as file:
             damaged = file.testzip() if os.environ.get('LOCAL_RANK', '0') == '0' else None
-            if damaged:
-                raise ValueError(f'the checksum of {damaged} is another')
+        if damaged:
+            raise ValueError(f'the checksum of {damaged} is another')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # damaged bytes fail in any way
         why = said(error)
-        if zipped and why == 'File is not a zip file':  # its directory comes last
-            why = f'it is truncated: its end is missing after {os.path.getsize(path)} bytes'
         if isinstance(error, pickle.UnpicklingError):
             why = 'it holds other objects, and code in a file is not run'
-        kind = ValueError if zipped else NotOurs
-        raise kind(f"'{path}' is damaged or not a checkpoint of tensors and plain types ({why}): restore it "
-                   'or train anew') from error
+        raise ValueError(f"'{path}' is damaged or no checkpoint of tensors and plain types ({why}): restore "
+                         'it or train anew') from error
 
 
-PARTS = {'model': dict, 'settings': dict, 'step': int, 'model_config': dict}  # of every checkpoint
-RESUMABLE = {'optimizer': dict, 'sketches': dict, 'replicas': dict, 'scaler': dict}
-SOME = {'best_val_loss': float, 'best_val_auc': float, 'data': str, 'tokenizer': str, 'classes': list}
+def as_checkpoint(found, path):
+    """What `load_tensors` gave, if `save` wrote it in this format. ValueError: it did not."""
+    from lowrank import FORMAT
+    if not isinstance(found, dict) or not {'format', 'edition'} & found.keys():  # once it was called edition
+        raise ValueError(f"'{path}' is not a checkpoint of this project (it does not say its format): check "
+                         '--out_dir')
+    if found.get('format') != FORMAT:
+        raise ValueError(f"'{path}' was written by another version of this project (format "
+                         f"{found.get('format')}, here {FORMAT}): go on with that version, or train anew")
+    return found
 
 
 def load_checkpoint(path):
-    """Reads what `save` wrote, see `load_tensors`; ValueError for what another program wrote."""
-    from lowrank import FORMAT
-    whole = load_tensors(path)
-    if not (isinstance(whole, dict) and PARTS.keys() <= whole.keys()):
-        raise NotOurs(f"'{path}' is not a checkpoint of this project (no model, settings, step in it): check "
-                      '--out_dir')
-    if (found := whole.get('format')) != FORMAT:
-        raise ValueError(f"'{path}' was written by another version of this project (format {found}, here "
-                         f'{FORMAT}): go on with that version, or train anew')
-    needed = {*PARTS}
-    if 'optimizer' in whole:
-        needed |= {*RESUMABLE, 'best_val_auc' if 'classes' in whole else 'best_val_loss'}
-    odd = [f'{part} of type {kind.__name__}' for part, kind in (PARTS | RESUMABLE | SOME).items()
-           if part in needed | whole.keys() and not isinstance(whole.get(part), kind)]
-    try:
-        json.dumps([whole[part] for part in ('settings', 'model_config')])  # no tensors in them
-    except (TypeError, ValueError) as error:
-        odd.append(said(error))
-    if odd or whole['step'] < 0:
-        raise ValueError(f"'{path}' was not written by a run of ours (no {(odd or ['step from 0'])[0]}): "
-                         'restore it or train anew')
-    return whole
-
-
-@contextlib.contextmanager
-def built_from(path):
-    """The parts of what a file, or init_from, holds may not go together after an edit: ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        if path in ('scratch', 'pretrained') or str(path) in str(error):
-            raise
-        raise ValueError(f"'{path}': {error}") from error
-    except (TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        if path in ('scratch', 'pretrained') or type(error).__name__ == 'OutOfMemoryError':
-            raise
-        raise ValueError(f"'{path}' holds a model that cannot be built here ({type(error).__name__}: "
-                         f'{said(error)}): restore it or train anew') from error
+    """Reads what `save` wrote, see `load_tensors` and `as_checkpoint`."""
+    return as_checkpoint(load_tensors(path), path)
 
 
 # -----------------------------------------------------------------------------

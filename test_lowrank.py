@@ -2687,9 +2687,8 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
         assert (tmp_path / name).read_text() == 'precious'
         (tmp_path / name).unlink()
     (tmp_path / 'config.json').unlink()
-    (tmp_path / 'ckpt.pt.tmp').mkdir()
-    refused(capsys, run(), 'ckpt.pt.tmp', 'is a folder')
-    (tmp_path / 'ckpt.pt.tmp').rmdir()
+    (tmp_path / 'theirs').write_text('precious')
+    (tmp_path / 'ckpt.pt.tmp').symlink_to(tmp_path / 'theirs')  # it is removed, and not written through
     config.unlock()  # as the end of a process does
     with open(tmp_path / '.lock', 'w') as lock:  # another process trains there
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2697,6 +2696,7 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
     run()()
     refused(capsys, run(), 'already holds a run', '--overwrite=True')
     run('--overwrite=True')()
+    assert (tmp_path / 'theirs').read_text() == 'precious' and not list(tmp_path.glob('*.tmp'))
     # evaluating makes no folder ours
     for script, content in (('gpt', b'theirs'), *((script, None) for script in SCRIPTS)):
         out = tmp_path / script / str(content)

@@ -517,7 +517,9 @@ def replacing(path):
     leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
     temporary = f'{path}.tmp'
     try:
-        with open(temporary, 'wb') as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # of a process that was killed
+        with open(temporary, 'xb') as file:  # never through a link to another file
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -531,6 +533,21 @@ def replacing(path):
     folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
     os.fsync(folder)  # the rename itself has to reach the disk too
     os.close(folder)
+
+
+def locked(path):
+    """The lock of a file, until it is released or this process ends; None where another process holds it."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: the disk of '{path}' knows no locks: start no second command there", file=sys.stderr)
+    return lock
 
 
 def write_json(path, value):
@@ -677,48 +694,35 @@ def open_run(settings, where, data):
 
 
 def _claim_folder(settings):
-    """Makes out_dir and locks it. A fresh run is refused (ValueError) where there is a checkpoint, unless it
-    is of a run of ours (config.json tells) and to be overwritten, and wherever files have the names of a
-    run's and are not ours. eval_only changes nothing there."""
-    from filelock import FileLock, Timeout
-    out_dir = settings['out_dir']
+    """Makes out_dir and locks it. A fresh run is refused (ValueError) where another one is, unless it is to be
+    overwritten, and where files that are no run's of ours (its config.json tells) have the names of its own.
+    eval_only changes nothing there."""
+    out_dir, source = settings['out_dir'], settings['init_from']
 
     def refuse(why, other=''):
         raise ValueError(f"out_dir '{out_dir}' {why}: choose another --out_dir{other}") from None
     unlock()  # of a run of this process that ended early
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        if settings['eval_only']:
-            return
-        lock = FileLock(os.path.join(out_dir, '.lock'))
-        lock.acquire(timeout=0)
-        _locks.append(lock)  # the kernel lets go of it when the process ends
-    except Timeout:
+    os.makedirs(out_dir, exist_ok=True)
+    if settings['eval_only']:
+        return
+    lock = locked(f'{out_dir}/.lock')
+    if lock is None:
         refuse('is that of another run which is training', ', or wait for it')
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            refuse(f'cannot be written to ({error.strerror})')
-        print(f"warning: the disk of out_dir '{out_dir}' knows no locks: start no second run there",
-              file=sys.stderr)
-    for name in (*RUN_FILES, *(name + '.tmp' for name in RUN_FILES)):
-        if os.path.isdir(os.path.join(out_dir, name)):
-            refuse(f'holds {name}, which is a folder, and a file is to be written there')
-    held = [name for name in RUN_FILES if os.path.exists(os.path.join(out_dir, name))]
-    if not held or settings['init_from'] == 'resume':
+    _locks.append(lock)
+    held = [name for name in RUN_FILES if os.path.lexists(f'{out_dir}/{name}')]
+    if not held or source == 'resume':
         return
     try:
-        theirs = json.loads(Path(out_dir, 'config.json').read_text('utf-8'))
-        ours = {'out_dir', 'init_from', 'lowrank'} <= theirs.keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = {'out_dir', 'init_from', 'lowrank'} <= read_json(f'{out_dir}/config.json').keys()
+    except (OSError, ValueError):
         ours = False
     if not ours:
         refuse(f'holds {held[0]}, and no config.json of a run of ours')
     if held[0] in RUN_FILES[:2] and not settings['overwrite']:
         go_on = ', go on with it by --init_from=resume' * (held[0] == 'ckpt.pt')
         refuse(f'already holds a run ({held[0]})', f'{go_on}, or replace it by --overwrite=True')
-    source = settings['init_from']
     for name in held:
-        if os.path.exists(source) and os.path.samefile(source, os.path.join(out_dir, name)):
+        if os.path.exists(source) and os.path.samefile(source, f'{out_dir}/{name}'):
             refuse(f'holds {name}, from which this run begins, and which it would replace')
 
 

@@ -7,9 +7,9 @@ inside the functions that need it, so that a mistake is answered at once.
 """
 
 import ast
+import builtins
 import contextlib
 import difflib
-import dis
 import errno
 import hashlib
 import itertools
@@ -95,8 +95,9 @@ def load(namespace, known, argv):
 
     namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any order. A file
     in a folder called methods is a method ('full' without one). A value that is a dict is a table by method,
-    such as learning_rate = {'full': 1e-3, 'galore': 1e-2}. The command line wins, then tables, then plain
-    values, on which files have to agree, then the defaults: the order of files does not matter.
+    such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one key are merged. Files run in their
+    order, and each sees what those before it set. The command line wins, then tables, wherever they stand,
+    then plain values, of which the last file's counts, then the defaults.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -108,25 +109,23 @@ def load(namespace, known, argv):
         fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
     method = (methods or ['full'])[0]
 
-    plain, tables, given = {}, {}, {}  # given: where each setting was set
+    plain, tables, given, table_in = {}, {}, {}, {}  # the last two: where each setting, and table, stands
     for path in paths:
-        for key, value in _run_file(path, known, namespace).items():
-            found = tables if isinstance(value, dict) else plain
-            if found is plain:
-                value = _checked(known, key, value, where=f'in {path}')
-            else:
-                for name in value.keys() - {*_methods(), method}:
+        for key, value in _run_file(path, {**known, **plain}, namespace).items():
+            if not isinstance(value, dict):
+                plain[key] = _checked(known, key, value, where=f'in {path}')
+                given[key] = f'in {path}'
+                continue
+            for name, entry in value.items():
+                if name not in (*_methods(), method):
                     near = _nearest(str(name), _methods())
                     fail(f"{key} in {path} is given for '{name}', no file of config/methods: did you mean "
                          f"'{near}'?")
-                value = {name: _checked(known, key, entry, where=f'for {name} in {path}')
-                         for name, entry in value.items()}
-            if key in found and found[key] != value:
-                fail(f"{given[key].removeprefix('in ')} and {path} set {key} to two values, {found[key]!r} "
-                     f'and {value!r}: leave one out, or let the file of the run say {key} = '
-                     f'{{{method!r}: ...}}')
-            found[key], given[key] = value, f'in {path}'
+                entry = _checked(known, key, entry, where=f'for {name} in {path}')
+                tables.setdefault(key, {})[name] = entry
+            table_in[key] = f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
+    given.update({key: table_in[key] for key in chosen})
     settings = {**known, **plain, **chosen}
     for word in words:
         key, equals, text = word[2:].partition('=')
@@ -145,10 +144,10 @@ def load(namespace, known, argv):
 
     s = _check(settings, known, given)
     for key, table in tables.items():
-        found = method in table or key in plain or given[key] == 'on the command line'
+        found = method in table or key in given
         # a method that says nothing of lowrank has none
         if not found and key != 'lowrank' and not _without_effect(key, s):
-            fail(f"{key} {given[key]} is given for {', '.join(table)}, and not for the method {method!r}: "
+            fail(f"{key} {table_in[key]} is given for {', '.join(table)}, and not for the method {method!r}: "
                  f'add it there, or set --{key}=')
     if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
@@ -168,30 +167,26 @@ def _help(namespace):
     print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
 
 
-def _run_file(path, known, namespace):
-    """What a config file sets, {key: value}. It can compute with the script's defaults."""
+def _run_file(path, seen, namespace):
+    """What a config file sets, {key: value}. It can compute with the settings that it sees, {key: value}."""
     if not os.path.isfile(path):
         near = _nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
         fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a '='?")
     if not path.endswith('.py'):
         fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
-    scope = dict(known)
+    scope = {'__builtins__': {**vars(builtins), **seen}}  # so that what the file sets is all there is beside
     try:
         text = Path(path).read_text('utf-8')
-        code = compile(text, path, 'exec')
-        exec(code, scope)
+        exec(compile(text, path, 'exec'), scope)
     except Exception as error:  # it is the user's program, and may fail in any way
         fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
     header = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
     scripts, script = re.findall(r'\btrain_\w+\.py', header), os.path.basename(namespace.get('__file__', ''))
     if scripts and script.startswith('train_') and script not in scripts:
         fail(f"config file '{path}' is one of {scripts[0]}: run that, or give a file of {script}")
-    assigned = {step.argval for step in dis.get_instructions(code)
-                if step.opname in ('STORE_NAME', 'STORE_GLOBAL')}
-    assigned |= {key for key in known if scope.get(key) is not known[key]}  # by exec(), or import *
     # functions, modules and lists only help to compute, and so does what starts with an underscore
-    return {key: value for key, value in scope.items() if key in assigned and not key.startswith('_')
-            and (key in known or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
+    return {key: value for key, value in scope.items() if not key.startswith('_')
+            and (key in seen or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
 
 
 def _checked(known, key, value, where):

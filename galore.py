@@ -414,6 +414,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError("correct_bias=False is not supported: leave it out, or take galore-torch's class")
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
+        if group['state_bits'] == 8 and not self.own.isdisjoint(group['params']):
+            raise ValueError('blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 or 16')
         if not 0 <= group.get('momentum', 0) < 1:
             raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
         for name, p in zip(names, group['params']):
@@ -438,7 +440,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right'),
                                  basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
             if group[key] not in allowed:
-                raise ValueError(f"{key}={group[key]!r} is not one of {', '.join(map(repr, allowed))}")
+                raise ValueError(f"{key}={group[key]!r} is not known here: set one of "
+                                 f"{', '.join(map(repr, allowed))}")
         for key in ('rank', 'update_proj_gap'):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')

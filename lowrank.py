@@ -240,6 +240,8 @@ class MHLoRALinear(nn.Module):
             raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
         if rank < 1 or heads < 1 or merge_every < 0:
             raise ValueError(f'{rank=}, {heads=} must be at least 1, {merge_every=} at least 0')
+        if factors != 'basis' and alpha is not None and not alpha > 0:
+            raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
         if factors != 'basis' and rank > min(m, n):
             raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
                              f'set a rank between 1 and {min(m, n)}')

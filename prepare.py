@@ -10,6 +10,7 @@ python prepare.py digits_shifted                             the same inverted, 
 python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FOLDER: that of the .npz
 python prepare.py images --input FOLDER --name mine          one's own pictures, FOLDER/class/*
 ... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
+python prepare.py verify mine                                whether the shards are as they were written
 
 Writes the shards of a data set (this command line) and reads them (`Tokens`, `Images`, for training scripts).
 data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
@@ -37,7 +38,6 @@ import runpy
 import struct
 import sys
 import sysconfig
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -658,28 +658,18 @@ def open_shards(folder, meta, entries):
     return shards
 
 
-def verify(folder, shards, unsound):
-    """Appends to the list `unsound` an OSError for the first shard that cannot be read, or has another sum.
-
-    Each is read once on a machine: meta.json.verified notes which were whole. Of what a run that ends has not
-    read it says nothing."""
-    notes = folder / 'meta.json.verified'
-    try:
-        known = notes.read_text(errors='replace').splitlines() if notes.exists() else []
-        for shard in shards:
-            path = folder / shard['file']
-            about = path.stat()
-            note = f"{shard['sha256']} {about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
-            if note in known:
-                continue
-            with open(path, 'rb') as file:
-                if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
-                    raise OSError(errno.EIO, f'its checksum is not that of meta.json: {ANEW}', str(path))
-            # where it cannot be written the next run reads the shard again
-            with contextlib.suppress(OSError), open(notes, 'a', encoding='utf-8') as file:
-                file.write(note + '\n')
-    except OSError as error:  # of a thread nobody would see it: the next batch raises it
-        unsound.append(error)
+def verify(folder):
+    """Compares every shard of a data set with its checksum in meta.json. DataError: one is another."""
+    if not (folder / 'meta.json').is_file():
+        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
+    meta = read_meta(folder / 'meta.json')
+    open_shards(folder, meta, meta['shards'])
+    for shard in meta['shards']:
+        path = folder / shard['file']
+        with open(path, 'rb') as file:
+            if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
+                raise DataError(f"'{path}' is damaged (its checksum is not that of meta.json): {ANEW}")
+    print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
 
 
 def ensure(name, data_dir='data'):
@@ -733,20 +723,15 @@ class Split:
             raise DataError(f"data set '{name}' has no split '{split}': use one of "
                             f"{', '.join(self.meta[kind])}")
         self.shards = open_shards(folder, self.meta, mine)
-        self.unsound = []  # filled beside the training, as reading gigabytes takes its time
-        if os.environ.get('LOCAL_RANK', '0') == '0':
-            threading.Thread(target=verify, args=(folder, mine, self.unsound), daemon=True).start()
 
     def locate(self, index):
-        """(row, shard, place in the shard) of every item of `index` (rows,). OSError: a shard is damaged."""
-        if self.unsound:
-            raise self.unsound[0]
+        """(row, shard, place in the shard) of every item of `index` (rows,)."""
         shards = np.searchsorted(self.first, index, 'right') - 1
         for row, (item, shard) in enumerate(zip(index.tolist(), shards.tolist())):
             yield row, self.shards[shard], item - int(self.first[shard])
 
     def need_below(self, limit, numbers, what):
-        """OSError where an item is none of the data set: `verify` may not have come to its shard yet."""
+        """OSError where an item is none of the data set: nothing else would say that a shard is damaged."""
         most = int(numbers.max(initial=0))
         if most >= limit:
             said = f'it holds {what} {most}, and there are {limit}: {ANEW}'
@@ -903,7 +888,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv):
-    known = ['stdlib', 'text', 'images', *HUB, *DIGITS]
+    known = ['stdlib', 'text', 'images', *HUB, *DIGITS, 'verify']
     info = {} if argv and argv[0] in known else medmnist_info()
     flags = [flag for flag in info if not flag.endswith('3d')]
     about = {'description': __doc__, 'formatter_class': argparse.RawDescriptionHelpFormatter}
@@ -916,6 +901,10 @@ def arguments(argv):
                                  help=f"{' | '.join(known + flags)}; DATA --help shows its options")
     for name in known + flags:
         add = data.add_parser(name, allow_abbrev=False, **about).add_argument
+        if name == 'verify':
+            add('name', type=folder_name, help='of the folder')
+            add('--data_dir', metavar='FOLDER', default='data', help='of the folders of all data sets (data)')
+            continue
         if name == 'text':
             add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
                 help='.txt (one document), .jsonl (one a line), .parquet (one a row)')
@@ -998,8 +987,10 @@ def from_images(args):
 
 
 def main(argv):
-    """Prepare one data set. DataError for a user's mistake. One that is there already is left alone."""
+    """Prepares, or verifies, a data set. DataError: a user's mistake. One that is there is left alone."""
     args = arguments(argv)
+    if args.data == 'verify':
+        return verify(Path(args.data_dir, args.name))
     name, settings, fill = from_text(args) if 'tokens' in args else from_images(args)
     write(Path(args.data_dir, args.name or name), settings, fill, args.overwrite)
 

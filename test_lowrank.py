@@ -26,7 +26,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -581,13 +580,8 @@ def readers(root, tmp_path_factory):
         return loaded(os.path.dirname(path))[0].state_dict()
 
     def tokens(path):
-        notes, others = folder / 'tiny' / 'meta.json.verified', {*threading.enumerate()}
-        if path != str(notes):  # of the whole file
-            notes.unlink(missing_ok=True)
-        data = prepare.Tokens('tiny', 'train', 8, folder)
-        for thread in {*threading.enumerate()} - others:  # reads the checksums
-            thread.join()
-        return list(data.batch(4, 0))
+        prepare.main(['verify', 'tiny', '--data_dir', str(folder)])
+        return list(prepare.Tokens('tiny', 'train', 8, folder).batch(4, 0))
 
     def lines(path):
         config.start_run({**saved(folder / 'gpt')['settings'], 'init_from': 'resume'}, 4)
@@ -608,7 +602,7 @@ def readers(root, tmp_path_factory):
     return {name: (folder / name, read, read(str(folder / name))) for name, read in {
         'gpt/ckpt.pt': resumed, 'vit/best.pt': weights, 'timm.pt': weights, 'vit.safetensors': weights,
         'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens,
-        'tiny/meta.json.verified': tokens, 'gpt/log.jsonl': lines, 'llama2/config.json': model,
+        'gpt/log.jsonl': lines, 'llama2/config.json': model,
         'llama2/model.safetensors': model, SHARDED: model, INDEX: model, 'llama3/config.json': model,
         NPZ: prepared('archive', 'pathmnist', '--path', str(folder)),
         'packed/pathmnist.npz': prepared('packed', 'pathmnist', '--path', str(folder / 'packed')),
@@ -647,7 +641,7 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
     *((SHARD, damage, 'no whole shard.*--overwrite') for damage in (  # magic, version, item, count; lengths
         flipped(0), flipped(8), flipped(12), flipped(16), flipped(23), holding(b''), cut(0, 5), cut(0, 32),
         cut(0, -1), lambda whole: whole + b'x')),
-    (SHARD, None, 'is missing.*--overwrite'), (SHARD, flipped(99), 'checksum.*--overwrite.*train_000000.bin'),
+    (SHARD, None, 'is missing.*--overwrite'), (SHARD, flipped(99), 'train_000000.bin.*checksum.*--overwrite'),
     *(('tiny/meta.json', damage, 'is damaged') for damage in (cut(0, 30), holding(b'[]'))),
     ('tiny/meta.json', {'vocab_size': '257'}, "vocab_size='257', which is no int"),
     # what prepare reads
@@ -1623,7 +1617,7 @@ DATA = [  # a reader, its words, what is said; or the words of a command of prep
     (prepare.Images, 'bloodmnist train', "run 'python prepare.py bloodmnist --size 28 --"),
     (prepare.Images, 'digits valid', "no split 'valid': use one of train, val"),
     *((None, *row) for row in (
-        ('stdlb', "did you mean 'stdlib'"), ('text', '--input'), ('c4', '--tokens'),
+        ('stdlb', "did you mean 'stdlib'"), ('verify mine', 'holds no data set'), ('text', '--input'), ('c4', '--tokens'),
         (f'text --input {HERE}/README.md', '.txt'),
         ('c4 --tokens 0', 'at least 1'), ('stdlib --tokns 3', '--tokns'),
         (f'c4 --path {HERE}', 'en/c4-train'), ('stdlib --path x', '--path'),
@@ -2405,7 +2399,7 @@ def texts_of(root, name):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*'))
-            if path.suffix not in ('.lock', '.verified')}
+            if path.suffix != '.lock'}
 
 
 def interrupt(renames, call, kill):
@@ -3365,14 +3359,14 @@ def damaged(whole, rng):
     return bytes(whole)
 
 
-KNOWN = CKPT, 'vit/best.pt', 'timm.pt', SHARD, 'tiny/meta.json.verified', NPZ
+KNOWN = CKPT, 'vit/best.pt', 'timm.pt', SHARD, NPZ
 
 
 @pytest.mark.parametrize('name', [*KNOWN, 'vit.safetensors', 'tiny/meta.json', 'gpt/log.jsonl', 'a.txt',
                                   'a.jsonl', 'a.parquet'])
 def test_any_damage_is_one_sentence_or_without_effect_where_a_checksum_can_know(readers, name):
     path, read, wanted = readers[name]
-    read(str(path))  # notes which shards are whole
+    read(str(path))
     whole = path.read_bytes()
     try:
         for seed in range(RANDOM_DAMAGES):
@@ -3420,7 +3414,7 @@ def test_no_code_of_a_data_set_runs(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_a_token_is_looked_at_before_its_checksum_is(root):
+def test_a_token_that_is_none_is_refused(root):
     data = prepare.Tokens('tiny', 'train', 8, root)
     data.shards = [np.full_like(shard, 300) for shard in data.shards]
     with pytest.raises(OSError, match='token 300, and there are 257.*--overwrite.*tiny'):

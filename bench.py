@@ -576,6 +576,8 @@ def watched():
 def train(options):
     """Trains what assets/NAME.jsonl lacks, each on one thread in its own process; then some are timed."""
     name, cells = options.bench, TRAININGS[options.bench]
+    for dataset in {settings['dataset'] for _, settings in lacking(name, cells, options.only)}:
+        ensure(dataset)  # before trainings side by side want it at once
     accuracy = ('test_acc',) if name == 'convergence' else ()
     measure_all(name, cells, options.only, train_one, 'trainable_parameters', 'val_loss', *accuracy,
                 jobs=options.jobs)

@@ -7,10 +7,8 @@ $ python export.py --out_dir=out/mine --to=mine-lora --adapter=True
 And the other way, for the training scripts and sample.py: `read_weights`.
 """
 
-import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,34 +183,6 @@ def carry_along(settings):
 # -----------------------------------------------------------------------------
 # out
 
-@contextlib.contextmanager
-def written_beside(folder, overwrite):
-    """A new folder to write into, which takes the name `folder` when all is written.
-
-    What it replaces has to be an export: it has an export.json. ValueError: it cannot."""
-    beside, old, there = f'{folder}.writing', f'{folder}.old', os.path.exists(folder)
-    for wrong, sentence in (
-            (not folder, "to='' names no folder to write: set --to=FOLDER"),
-            (there and not overwrite,
-             f"'{folder}' is already there: choose another --to, or replace it by --overwrite=True"),
-            (there and not os.path.isfile(f'{folder}/export.json'),
-             f"'{folder}' is not what an export wrote (it has no export.json): choose another --to"),
-            (os.path.exists(beside),
-             f"'{beside}' is there, of an export that runs or was killed: remove it")):
-        if wrong:
-            raise ValueError(sentence)
-    os.makedirs(beside)
-    try:
-        yield beside
-        if there:
-            shutil.rmtree(old, ignore_errors=True)  # of an export that was killed
-            os.rename(folder, old)
-        os.rename(beside, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def write_tensors(folder, tensors, dtype):
     """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, one by one."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -328,13 +298,16 @@ def main(settings):
         checkpoint = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
         dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
-        with written_beside(s.to.rstrip('/'), s.overwrite) as folder:
+        if not s.to:
+            raise ValueError("to='' names no folder to write: set --to=FOLDER")
+        if os.path.exists(s.to) and not s.overwrite:
+            raise ValueError(f"'{s.to}' is already there: choose another --to, or replace it by "
+                             '--overwrite=True')
+        with config.written_beside(s.to) as folder:
             if s.adapter or text:
                 (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
             else:
                 write_timm(checkpoint, folder, dtype)
-            config.write_json(f'{folder}/export.json', {'of': f'{s.out_dir}/{s.checkpoint}',
-                                                        'step': checkpoint['step']})
     print(f"'{s.to}' holds {'the heads' if s.adapter else 'the model'} of {s.out_dir}/{s.checkpoint}, step "
           f"{checkpoint['step']}")
 

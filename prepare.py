@@ -17,8 +17,9 @@ data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... f
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
 little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or
 images: the label, one byte (one a class where there are several labels), and the pixels (channels, size,
-size). meta.json is written last: an interrupted command, given again, begins anew. What is there stays (exit
-code 0 for the same command, 2 for another one), with --overwrite until the new one is whole.
+size). They are written into a folder beside it, which takes its name when it is whole: an interrupted command,
+given again, begins anew. What is there stays (exit code 0 for the same command, 2 for another one), with
+--overwrite until the new one is whole. Of two commands at once the second is refused.
 """
 import argparse
 import codecs
@@ -38,17 +39,17 @@ import runpy
 import struct
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, read_json, refusals, replacing, write_json
+from config import in_one_line, read_json, refusals, replacing, write_json, written_beside
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
-SHARD = re.compile(r'(train|val|test)(_\d+\.bin|\.bin\.tmp)')  # whole, and while it is written
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
@@ -456,44 +457,36 @@ def medmnist_images(path, size, info):
 # -----------------------------------------------------------------------------
 # writer
 
-def clean(folder):
-    """Remove our files that meta.json does not name: of an interrupted command, or of what is overwritten."""
-    meta = folder / 'meta.json'
-    (folder / 'meta.json.tmp').unlink(missing_ok=True)
-    named = [shard['file'] for shard in read_meta(meta)['shards']] if meta.exists() else []
-    for path in folder.iterdir():
-        if SHARD.fullmatch(path.name) and path.name not in named:
-            with open(path, 'rb') as file:
-                ours = file.read(len(MAGIC)) in (MAGIC, b'')  # empty: killed before the first write
-            if ours:
-                path.unlink()
-
-
 class Writer:
-    """The shards of a data set. What a folder holds is what its meta.json names, which `publish` replaces."""
+    """The shards of a data set, and meta.json, which `publish` writes last."""
 
     def __init__(self, folder, settings, bar):
-        self.folder, self.meta, self.bar = folder, dict(settings), bar
+        self.folder, self.meta, self.bar, self.files = folder, dict(settings), bar, {}
         self.kind, self.dtype = settings.get('kind', 'tokens'), item_type(settings)
         self.items_a_shard = settings.get('shard_tokens') or settings['shard_bytes'] / self.dtype.itemsize
         self.begin()
 
     def begin(self):
+        """Begins anew."""
+        for file in self.files.values():
+            file.close()
+        for path in self.folder.glob('*.bin'):
+            path.unlink()
         self.files = {}  # the open shard of each split
-        clean(self.folder)
         self.bar.reset()
         self.meta.update({self.kind: dict.fromkeys(SPLITS[self.kind], 0), 'shards': []})
 
     def append(self, split, items):
         if split not in self.files:
-            self.files[split] = open(self.folder / f'{split}.bin.tmp', 'x+b')  # not over somebody else's
+            number = sum(shard['split'] == split for shard in self.meta['shards'])
+            self.files[split] = open(self.folder / f'{split}_{number:06d}.bin', 'x+b')
             self.files[split].write(header_of(self.dtype, 0))
         self.files[split].write(items.astype(self.dtype, copy=False))
         self.meta[self.kind][split] += len(items)
         self.bar.update(len(items))
 
     def close(self, least=None):
-        """Give the shards of at least so many items, by default the full ones, their names."""
+        """Ends the shards of at least so many items, by default the full ones."""
         for split, file in [*self.files.items()]:
             count = (file.tell() - HEADER.size) // self.dtype.itemsize
             if count < (least or self.items_a_shard):
@@ -504,16 +497,11 @@ class Writer:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
             os.fsync(file.fileno())
             self.files.pop(split).close()
-            names = (f'{split}_{number:06d}.bin' for number in itertools.count())
-            name = next(name for name in names if not (self.folder / name).exists())
-            os.replace(file.name, self.folder / name)
+            name = os.path.basename(file.name)
             self.meta['shards'].append({'file': name, 'split': split, self.kind: count, 'sha256': digest})
 
     def publish(self):
         self.close(least=1)
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        os.fsync(descriptor)  # the shards' names reach the disk before meta.json, which names them
-        os.close(descriptor)
         write_json(self.folder / 'meta.json', self.meta)
 
 
@@ -580,35 +568,30 @@ def write_images(writer, images):
 
 def write(folder, settings, fill, overwrite):
     """The data set `folder`, of what fill(writer) appends. One that is there already is left alone."""
-    from filelock import FileLock
     from tqdm import tqdm
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'meta.json'
-    with FileLock(f'{path}.lock'):  # of two trainings started side by side one prepares, the other waits
-        found = read_meta(path) if path.exists() else {}
-        if found and not overwrite:
-            for key in settings:
-                if found.get(key) != settings[key]:
-                    raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
-                                    f'{settings[key]!r}: choose another --name, or --overwrite it')
-            open_shards(folder, found, found['shards'])
-            clean(folder)
-            print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
-            return
-        kind, limit = settings.get('kind', 'tokens'), settings.get('limit')
-        with tqdm(total=limit, unit=f' {kind}', unit_scale=True, disable=None) as bar:
-            writer = Writer(folder, settings, bar)
-            try:
-                fill(writer)
-                writer.publish()
-            except OSError as error:
-                error.filename = error.filename or str(folder)  # a full disk does not say whose
-                raise
-            finally:
-                for file in writer.files.values():
-                    with contextlib.suppress(OSError):  # the disk is full
-                        file.close()
-                clean(folder)
+    if (folder / 'meta.json').exists() and not overwrite:
+        found = read_meta(folder / 'meta.json')
+        for key in settings:
+            if found.get(key) != settings[key]:
+                raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
+                                f'{settings[key]!r}: choose another --name, or --overwrite it')
+        open_shards(folder, found, found['shards'])
+        print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
+        return
+    kind, limit = settings.get('kind', 'tokens'), settings.get('limit')
+    with written_beside(folder) as beside, \
+            tqdm(total=limit, unit=f' {kind}', unit_scale=True, disable=None) as bar:
+        writer = Writer(beside, settings, bar)
+        try:
+            fill(writer)
+            writer.publish()
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk does not say whose
+            raise
+        finally:
+            for file in writer.files.values():
+                with contextlib.suppress(OSError):  # the disk is full
+                    file.close()
     counts = ', '.join(f'{count:,} {split}' for split, count in writer.meta[kind].items())
     bad = writer.meta.get('replaced_bytes')
     print(f"'{folder}': {counts} {kind}" + (f', {bad:,} bytes that were not UTF-8 replaced' if bad else ''))
@@ -673,8 +656,10 @@ def verify(folder):
 
 
 def ensure(name, data_dir='data'):
-    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or MissingData."""
-    if Path(data_dir, name, 'meta.json').exists():
+    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or MissingData. Of a
+    run's processes on a machine the first does it, and the others wait."""
+    path = Path(data_dir, name, 'meta.json')
+    if path.exists():
         return
     if name not in ('stdlib', *DIGITS):
         arguments = name if name in HUB else f'text --input FILE --name {name}'
@@ -682,7 +667,10 @@ def ensure(name, data_dir='data'):
             arguments = f'{flag[1]} --size {flag[2] or 28}'
         arguments += '' if str(data_dir) == 'data' else f' --data_dir {data_dir}'
         raise MissingData(f"data set '{name}' is not there: run 'python prepare.py {arguments}'")
-    main([name, '--data_dir', str(data_dir)])
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        main([name, '--data_dir', str(data_dir)])
+    while not path.exists():  # torchrun ends this process if the first one fails
+        time.sleep(0.1)
 
 
 def permute(index, size, *key):

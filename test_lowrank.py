@@ -503,9 +503,9 @@ def test_tokens_of_any_vocabulary_round_trip(tmp_path, vocab_size, item):
     settings = {'limit': None, 'shard_tokens': 1000, 'vocab_size': vocab_size}
     fill = functools.partial(prepare.write_tokens, documents=lambda: iter(documents), encoding=encoding,
                              val_below=0)
-    prepare.write(tmp_path, settings, fill, overwrite=False)
+    prepare.write(tmp_path / 'it', settings, fill, overwrite=False)
     for split in ('train', 'val'):
-        data = prepare.Tokens(tmp_path.name, split, 8, tmp_path.parent)
+        data = prepare.Tokens('it', split, 8, tmp_path)
         assert [len(shard) for shard in data.shards] == [1010] * 5 and data.shards[0].dtype == f'<u{item}'
         assert np.array_equal(np.concatenate(data.shards), sum([[*row, vocab_size - 1] for row in rows], []))
         assert data.meta['bytes'][split] == sum(len(text) for _, text, _ in documents[:50])
@@ -2399,24 +2399,24 @@ def texts_of(root, name):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*'))
-            if path.suffix != '.lock'}
+            if path.name != config.MARKER}
 
 
-def interrupt(renames, call, kill):
-    """Ctrl-C, or a kill in a fork, where a call would rename a file for the next time."""
+def interrupt(what, times, call, kill):
+    """Ctrl-C, or a kill in a fork, where a call would do `what` after so many times."""
     if kill and (child := os.fork()):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         return
-    done, replace = [], os.replace
+    done, real = [], getattr(os, what)
 
-    def stop(*paths):
-        if len(done) == renames:
+    def stop(*args):
+        if len(done) == times:
             if kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
-        done.append(replace(*paths))
+        done.append(real(*args))
     try:
-        with mock.patch('os.replace', stop), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(os, what, stop), pytest.raises(KeyboardInterrupt):
             call()
     finally:
         if kill:  # it is there still
@@ -2501,8 +2501,13 @@ def test_news_and_c4_come_from_a_folder_in_the_layout_of_the_hub(tmp_path):
     assert 20_000 <= len(all_tokens(tmp_path, 'some', 'train')) < 20_300
 
 
+def beside(folder):
+    """What lies beside a folder: the states of commands that write it."""
+    return sorted(path.suffix for path in folder.parent.glob(f'{folder.name}.*') if path.is_dir())
+
+
 @pytest.mark.parametrize('kind', ['text', 'images'])
-def test_an_interrupted_command_begins_anew_and_what_was_there_stays_until_then(tmp_path, capsys, kind):
+def test_an_interrupted_command_leaves_the_old_data_set_or_the_new_one(tmp_path, capsys, kind):
     archive(tmp_path)
     folder, path = tmp_path / 'it', numbered(tmp_path / 'a.txt')
     other = ('--tokens', '30_000') if kind == 'text' else ('--shard_bytes', '3_000_000')
@@ -2513,49 +2518,61 @@ def test_an_interrupted_command_begins_anew_and_what_was_there_stays_until_then(
         else:
             prepare_images(tmp_path, 'pathmnist', '--name', 'it', *words)
         return files_of(folder)
-
-    def shards():  # their names go on counting
-        return sorted(content for name, content in files_of(folder).items() if name.endswith('.bin'))
+    whole = make()
+    shutil.rmtree(folder)
+    assert len(whole) > 5
     some = make(*other)
-    make('--overwrite')
-    whole = shards()
-    assert len(whole) > 4 and {*some.values()} != {*files_of(folder).values()}
-    for renames in range(len(whole) + 1):  # of shards and meta.json
-        kill = renames % 2 == 1
+    for what, times, left in (('fsync', 1, ['.writing']), ('fsync', 3, ['.writing']), ('rename', 0, ['.writing']),
+                              ('rename', 1, ['.whole']), ('rename', 2, ['.old', '.whole'])):
+        interrupt(what, times, lambda: make('--overwrite'), kill=True)
+        assert beside(folder) == left and (times < 2 or what == 'fsync' or not folder.exists())
+        if not folder.exists():  # between the two renames
+            with pytest.raises(ValueError, match=r'it.\w{8}.old is the old one, it.\w{8}.whole is the new one'):
+                make()
+            assert [files_of(next(tmp_path.glob(f'it.*{state}'))) for state in left] == [some, whole]
+            os.rename(next(tmp_path.glob('it.*.old')), folder)
+        assert files_of(folder) == some == make(*other)
+        assert make('--overwrite') == whole and not beside(folder)
         shutil.rmtree(folder)
-        interrupt(renames, make, kill)
-        assert len(shards()) == renames * kill and {*shards()} <= {*whole} and (kill or not files_of(folder))
+        interrupt('fsync', 1, make, kill=False)
+        assert not folder.exists() and not beside(folder)
         with pytest.raises(FileNotFoundError, match="'it' is not there: run '.*it --data_dir"):
             prepare.Tokens('it', 'train', 8, tmp_path)
-        assert make(*other) == some  # another command
-        interrupt(renames, lambda: make('--overwrite'), kill)
-        assert files_of(folder) == some or kill and some.items() <= files_of(folder).items()
-        make('--overwrite')
-        assert shards() == whole
+        some = make(*other)
+    held = make('--overwrite')
     assert kind == 'text' or '1,000 train, 30 val, 41 test images' in capsys.readouterr().out
-    held = make()
-    assert 'already there' in capsys.readouterr().out
+    assert make() == held and 'already there' in capsys.readouterr().out
     with pytest.raises(prepare.DataError, match='holds a data set with .*, not .*--overwrite'):
         make(*other)
     assert files_of(folder) == held
 
 
-def test_files_of_others_stay(root, tmp_path):
-    folder, path = tmp_path / 'mine', numbered(tmp_path / 'a.txt', 300)
-    folder.mkdir()
-    others = {'train_000000.bin': b'theirs', 'val.bin': prepare.MAGIC, 'notes.tmp': b'', 'a.json': b'{}'}
-    for name, content in others.items():
-        (folder / name).write_bytes(content)
-    for words in ([], ['--overwrite']):
+def test_of_two_commands_at_once_the_second_is_refused_and_files_of_others_stay(tmp_path):
+    path = numbered(tmp_path / 'a.txt', 300)
+
+    def make(*words):
         prepare_text(tmp_path, path, '--name', 'mine', *words)
-        assert others.items() <= files_of(folder).items() and len(files_of(folder)) == 7
-        assert sum(len(all_tokens(tmp_path, 'mine', split)) for split in ('train', 'val')) > 7000
+    for words in ([], ['--overwrite']):
+        with config.written_beside(tmp_path / 'mine') as folder:  # another command
+            with pytest.raises(ValueError, match="another command is writing '.*mine' .in mine.*.writing"):
+                make(*words)
+            (folder / 'theirs').touch()
+        assert {*os.listdir(tmp_path / 'mine')} == {config.MARKER, 'theirs'} and not beside(tmp_path / 'mine')
+        shutil.rmtree(tmp_path / 'mine')
+    make(), make('--overwrite')
+    shutil.rmtree(tmp_path / 'mine')
+    theirs = tmp_path / 'mine.0123abcd.writing'
+    for folder in (theirs, tmp_path / 'mine'):
+        folder.mkdir()
+        (folder / 'train_000000.bin').write_bytes(b'theirs')
+    for words in ([], ['--overwrite']):
+        with pytest.raises(ValueError, match="mine' is there, and was not written"):
+            make(*words)
+    assert {path.read_bytes() for path in tmp_path.glob('mine*/*')} == {b'theirs'}
     for content in ('{"name": "a web page"}', '[]', 'hello'):
-        (folder / 'meta.json').write_text(content)
-        held = files_of(folder)
+        (tmp_path / 'mine' / 'meta.json').write_text(content)
         with pytest.raises(ValueError, match='meta.json.* (move it away|damaged)'):
-            prepare_text(tmp_path, path, '--name', 'mine', '--overwrite')
-        assert files_of(folder) == held
+            make()
 
 
 def test_gpt2_tokens_round_trip(tmp_path):
@@ -3207,11 +3224,10 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     run = built_again(runs('gpt_full', 4))
     close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
     refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
-    refused(capsys, lambda: start(export, [*words[:2], f'--to={tmp_path}', '--overwrite=True']),
-            'no export.json')
     begun = runs('gpt_full', 4)  # a run's folder has a config.json too
-    refused(capsys, lambda: start(export, [*words[:2], f'--to={begun}', '--overwrite=True']),
-            'no export.json')
+    for others in (tmp_path, begun):
+        refused(capsys, lambda: start(export, [*words[:2], f'--to={others}', '--overwrite=True']),
+                'was not written by this command')
     assert (begun / 'ckpt.pt').exists()
     refused(capsys, lambda: start(export, words[:2]), '--to')
     with monkeypatch.context() as broken:

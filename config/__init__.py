@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -505,8 +506,13 @@ def replacing(path):
         if isinstance(error, OSError):
             error.filename = error.filename or path
         raise
-    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-    os.fsync(folder)  # the rename itself has to reach the disk too
+    sync_folder(os.path.dirname(path) or '.')
+
+
+def sync_folder(path):
+    """Waits until the names in a folder, which renames change, are on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    os.fsync(folder)
     os.close(folder)
 
 
@@ -523,6 +529,65 @@ def locked(path):
             raise
         print(f"warning: the disk of '{path}' knows no locks: start no second command there", file=sys.stderr)
     return lock
+
+
+MARKER = '.nanolowrank'  # a file in every folder that `written_beside` wrote
+
+
+@contextlib.contextmanager
+def written_beside(folder):
+    """
+    A new folder (Path) to write into, which takes the place of `folder` when all is written.
+
+    Until then it lies beside it under a drawn name, with a marker file that this process has locked. Killed at
+    any moment, the old folder or the new one is whole: the next command for `folder` removes what is left, or
+    says which is whole where the kill came between the two renames. Nothing without a marker is removed.
+    ValueError: another command is writing there; `folder` has no marker.
+    """
+    folder = Path(os.path.abspath(folder))
+    drawn = f'{folder.name}.{os.urandom(4).hex()}'
+    writing, whole, old = (folder.with_name(f'{drawn}.{state}') for state in ('writing', 'whole', 'old'))
+    left = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
+    locks = []
+
+    def hold(path):
+        lock = locked(path / MARKER)
+        if lock is None:
+            raise ValueError(f"another command is writing '{folder}' (in {path.name}): wait for it")
+        locks.append(lock)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writing.mkdir()
+    try:
+        hold(writing)
+        others = [path for path in folder.parent.iterdir() if left.fullmatch(path.name)
+                  and path != writing and (path / MARKER).is_file()]
+        for path in others:
+            hold(path)
+        if folder.exists() and not (folder / MARKER).is_file():
+            raise ValueError(f"'{folder}' is there, and was not written by this command (it has no {MARKER}): "
+                             'choose another name, or remove it')
+        if folder.exists():
+            hold(folder)
+        ready = [f"{path.name} is the {'new' if path.suffix == '.whole' else 'old'} one"
+                 for path in sorted(others) if path.suffix != '.writing']
+        if ready and not folder.exists():
+            raise ValueError(f"a command was killed while it put a folder in the place of '{folder}'. Beside it "
+                             f"lies all of what was to be there: {', '.join(ready)}. Rename the one you want to "
+                             f"'{folder.name}', and remove any other")
+        for path in others:
+            shutil.rmtree(path)
+        yield writing
+        sync_folder(writing)
+        os.rename(writing, whole)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(whole, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+        for lock in locks:
+            lock.release()
 
 
 def write_json(path, value):

@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 
 from lowrank import (BLOCK_OF_BITS, KINDS, coded_mean, coded_same, finish_sum, first_here, is_sharded,
                      local, lowrank_layers, mean, mean_at, named_layers, own_heads, place, round_, rows_here,
-                     same, shard_of, stepped, whole, whole_of, wide)
+                     same, stepped, whole, whole_of, wide)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 

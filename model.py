@@ -397,7 +397,7 @@ def _rope(theirs, need, path):
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
     typed(rope, dict.fromkeys(scaling, float), path)
     whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
-    need(whole or not kinds, ' or '.join(where), rope, "rope_type 'default' or a whole 'llama3'")
+    need(whole or not kinds, ' or '.join(where), sorted(kinds), "rope_type 'default' or a whole 'llama3'")
     found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
     return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
 

@@ -41,7 +41,7 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -356,7 +356,7 @@ def digit_images(shifted):
     enlarge = np.maximum(0, 1 - abs(at[:, None] - np.arange(8)))  # (32, 8), bilinear
     ink = (enlarge @ (data.images / 16) @ enlarge.T)[:, None]  # (n, 1, 32, 32)
     images, count = ink.repeat(3, 1), len(ink)
-    order = permute(np.arange(count), count, 0)
+    order = order_of(count, 0)
     if shifted:  # dark on a light ground of its own hue
         ink = rotate(ink, 30, (3, 2), reshape=False, order=1)
         hue = order[:, None, None, None] / count + np.arange(3)[:, None, None] / 3  # (n, 3, 1, 1)
@@ -673,24 +673,14 @@ def ensure(name, data_dir='data'):
         time.sleep(0.1)
 
 
-def permute(index, size, *key):
-    """A keyed permutation of range(size) at `index` (int array), in O(1) memory.
-
-    A Feistel network permutes the numbers of an even number of bits, and what falls outside goes through it
-    again (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains")."""
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    out = np.asarray(index).astype(np.uint64)
-    walking = np.ones(len(out), bool)
-    while walking.any():
-        left, right = out[walking] >> half, out[walking] & mask
-        for round_key in np.random.SeedSequence(key).generate_state(6, np.uint64):
-            mixed = (right + round_key) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as is meant
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        out[walking] = left << half | right
-        walking = out >= size
-    return out.astype(np.int64)
+@lru_cache(maxsize=2)  # a batch may end an epoch and begin the next one
+def order_of(count, seed, epoch=0):
+    """A permutation of range(count), int64, of (seed, epoch). NumPy promises that the bits of a generator stay
+    what they are, and not the results of its `permutation`."""
+    bits = np.random.Philox(key=seed + (epoch << 64)).random_raw(count)
+    order = np.argsort(bits, kind='stable')
+    order.flags.writeable = False
+    return order
 
 
 class Split:
@@ -735,7 +725,7 @@ class Split:
         epochs, index = np.divmod(sequence, count)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            index[here] = permute(index[here], count, seed, epoch)
+            index[here] = order_of(count, seed, epoch)[index[here]]
         return self.items(index)
 
 

@@ -464,11 +464,12 @@ def test_a_batch_depends_on_its_arguments_alone(data):
             assert rows == sum(parts, [])
 
 
-def test_a_permutation_is_one_of_any_size_and_mixes():
-    for size in (1, 2, 3, 5, 64, 65, 1000, 4097):
-        orders = [prepare.permute(np.arange(size), size, 0, epoch) for epoch in range(4)]
+def test_an_order_is_a_permutation_another_one_in_each_epoch_and_stays_what_it_is():
+    assert prepare.order_of(8, 1337, 1).tolist() == [3, 7, 0, 1, 6, 5, 2, 4]
+    for size in (1, 2, 1000):
+        orders = [prepare.order_of(size, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
         assert all(np.array_equal(np.sort(order), np.arange(size)) for order in orders)
-        assert size < 64 or abs(np.corrcoef(orders[0], np.arange(size))[0, 1]) < 0.35
+        assert size < 1000 or np.abs(np.corrcoef([np.arange(size), *orders]) - np.eye(5)).max() < 0.15
 
 
 def test_fixed_batches_spread_over_all_windows_and_hold_every_image_once(root):
@@ -525,7 +526,7 @@ def test_shifted_digits_are_the_digits_under_another_look(root):
     for split in COUNTS:
         digits, shifted = (prepare.Images(name, split, root) for name in prepare.DIGITS)
         (x, y), (x2, y2) = digits.fixed_batch(0, 2000), shifted.fixed_batch(0, 2000)
-        assert torch.equal(y, y2) and y.bincount().min() > 25 and x.shape == x2.shape == (len(y), 3, 32, 32)
+        assert torch.equal(y, y2) and y.bincount().min() > 20 and x.shape == x2.shape == (len(y), 3, 32, 32)
         assert torch.equal(x[:, 0], x[:, 1]) and (x2.amax(1) != x2.amin(1)).any((1, 2)).all()  # coloured
         assert (x.float().mean((1, 2, 3)) < x2.float().mean((1, 2, 3))).float().mean() > 0.9  # inverted
         counts += len(y)
@@ -2140,11 +2141,12 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, runs, tmp_path, script):
-    out = shutil.copytree(runs(f'{script}_full', 8), tmp_path / 'a')
+def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, tmp_path, script):
+    out, vit = tmp_path / 'a', ['--dataset=digits', '--img_size=32', '--patch_size=16'] * (script == 'vit')
+    run(f'{script}_full', root, out, '--max_iters=8', *vit)
     for steps in (10, 12):
         more = f'--init_from=resume --max_iters={steps} --eval_interval=2 --learning_rate=30 --min_lr=30'
-        run(f'{script}_full', root, out, *more.split())
+        run(f'{script}_full', root, out, *more.split(), *vit)
     word, best = ('val_auc', max) if script == 'vit' else ('val_loss', min)
     values = {step: value for step, value in logged(out, word).items() if step > 0}
     held, last = saved(out, 'best.pt'), saved(out)
@@ -2153,10 +2155,10 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
     rates, usual = logged(out, 'lr'), 0.001 if script == 'vit' else 0.01
     assert (rates[2], rates[8], rates[12]) == pytest.approx((usual * 2 / 3, usual, 30))
     # what is logged is of the splits that it is said to be of
-    begun, data = built(script, root, tmp_path / 'b')
+    begun, data = built(script, root, tmp_path / 'b', *vit)
     if script == 'vit':
-        ended, _ = built('vit', root, tmp_path / 'b', f'--init_from={out}/best.pt')
-        val, test = (prepare.Images('xrays', split, root) for split in ('val', 'test'))
+        ended, _ = built('vit', root, tmp_path / 'b', f'--init_from={out}/best.pt', *vit)
+        val, test = (prepare.Images('digits', split, root) for split in ('val', 'test'))
         got = [train_vit.evaluate(one, split, 'its')[0]['its_loss']
                for one, split in ((begun, val), (ended, test))]
         wanted = [logged(out, 'val_loss')[0], logged(out, 'test_loss')[12]]

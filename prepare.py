@@ -160,20 +160,15 @@ class HubTokenizer:
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
                         'vocabulary has to its tokenizer_config.json')
 
-    @cached_property
-    def newline(self):
-        """Of one that puts a space before every text, as LLaMA 2's does: the tokens of a newline; else []."""
-        newline, a, both = (self.inner.encode(text, add_special_tokens=False).ids
-                            for text in ('\n', 'a', '\na'))
-        return newline if both != newline + a else []
+    @property
+    def puts_space(self):
+        """Whether it puts a space before every text, as LLaMA 2's does."""
+        return self.inner.encode('a', add_special_tokens=False).tokens[0].startswith(('\u2581', '\u0120'))
 
-    def encode_many(self, texts, going_on=None):
-        """Arrays of tokens of a list of texts, without what `begin` says, nor a space before those that are
-        going_on. tokenizers uses all cores."""
-        cuts = [len(self.newline) * on for on in going_on or [False] * len(texts)]
-        texts = ['\n' * bool(cut) + text for cut, text in zip(cuts, texts)]
+    def encode_many(self, texts):
+        """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
         found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(text.ids[cut:], np.uint32) for cut, text in zip(cuts, found)]
+        return [np.array(text.ids, np.uint32) for text in found]
 
     def encode_ordinary(self, text):
         return self.begin + self.inner.encode(text, add_special_tokens=False).ids
@@ -219,7 +214,7 @@ def carry(sources, target, names=TOKENIZER):
 
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
-    def encode(text, _=None):
+    def encode(text):
         # in slices, because the regular expression runs out of stack on a million spaces
         tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
                   for i in range(0, len(text) or 1, 2**18)]
@@ -227,15 +222,12 @@ def tokenise(documents, encoding, val_below):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
         many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
-        ended = True
         for group in groups(documents):
             splits, texts, ends = zip(*group)
             prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
             before = many(prompts) if any(prompts) else prompts
-            going_on = [bool(prompt) or not last for prompt, last in zip(prompts, (ended, *ends))]
-            ended = ends[-1]
             for split, prompt, text, end, first, tokens in zip(
-                    splits, prompts, texts, ends, before, many(texts, going_on)):
+                    splits, prompts, texts, ends, before, many(texts)):
                 # answers to one prompt stay together
                 number, size = number_from((prompt or text).encode()), len(text.encode())
                 if prompt:
@@ -934,6 +926,9 @@ def from_text(args):
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     if args.data == 'text' and has_prompts(args.input[0]):
         settings['prompts'] = True
+    if args.data == 'text' and isinstance(encoding, HubTokenizer) and encoding.puts_space:
+        print('these tokens put a space before every text: before completions, too, as when a model answers, '
+              'and before the pieces in which a long .txt is read')
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
                                         val_below=int(fraction * 2**64))
 

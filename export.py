@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-from lowrank import FUSED, merged_state_dict, put_layers, side_by_side
+from lowrank import merged_state_dict, put_layers, side_by_side
 from config import read_json
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_safetensors,
                    read_tensors, tensors_for_transformers)
@@ -227,7 +227,7 @@ def write_peft(run, checkpoint, folder, dtype):
     layers = {}  # of the base: layers of ours
     for name in (name.removesuffix('.A') for name in state if name.endswith('.A')):
         fused, _, third = name.rpartition('.')
-        if third in ('q', 'k', 'v') and fused.endswith(FUSED):
+        if third in ('q', 'k', 'v') and fused.endswith('.qkv'):  # of a ViT, see train_vit.QKV
             layers[fused] = [f'{fused}.{third}' for third in 'qkv']
         elif text or not name.startswith('head'):  # as a distilled ViT's other classifier is called, too
             layers[name] = [name]

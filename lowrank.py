@@ -824,14 +824,9 @@ def shard(model, device):
 
 @torch.no_grad()
 def write(model, name, x):
-    """Writes the parameter x that had a name before `apply_mhlora` where it is now, of shards this rank's
-    rows."""
-    name, _, key = name.rpartition('.')
-    module = model.get_submodule(name)
-    parts = [module.q, module.k, module.v] if isinstance(module, QKV) else [module]
-    for part, rows in zip(parts, x.chunk(len(parts))):
-        p = getattr(part, key)
-        local(p).copy_(rows[rows_here(p)])
+    """Writes the parameter of that name, of shards this rank's rows."""
+    p = model.get_parameter(name)
+    local(p).copy_(x[rows_here(p)])
 
 
 # -----------------------------------------------------------------------------
@@ -981,41 +976,14 @@ def load_state(model, optimizer, checkpoint, replicas=None):
 
 # What a kind of layer is called in GPT-2, LLaMA and timm's ViT; other targets are modules' own names
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
-FUSED = ('qkv', 'c_attn')  # timm's and GPT-2's linear layers whose outputs are q, k and v
 # They compute with the weights of their linears instead of calling them (the first one in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
           'timm.models.eva.EvaAttention')
 
 
-class QKV(nn.Module):
-    """A fused projection as three linear layers q, k, v, so that each can have heads of its own."""
-
-    def __init__(self, fused):
-        super().__init__()
-        rows, n = fused.out_features // 3, fused.in_features
-        if fused.out_features % 3:
-            raise ValueError(f'{fused.out_features} outputs are no q, k and v of one size: put heads on all '
-                             'of the projection, by its name')
-        for i, name in enumerate('qkv'):
-            part = nn.Linear(n, rows, fused.bias is not None, device='meta')
-            for key, x in fused.named_parameters():
-                third = x.detach()[i * rows:(i + 1) * rows].clone()
-                setattr(part, key, nn.Parameter(third, x.requires_grad))
-            self.add_module(name, part)
-        self.train(fused.training)
-
-    def forward(self, x):
-        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
-
-
-def _third(name, target):
-    """Whether a target is a third of the fused linear layer of that name."""
-    return target in ('q', 'k', 'v') and name.split('.')[-1] in FUSED
-
-
 def _wanted(name, target):
-    """Whether a target covers the layer of that name, or a third of it."""
-    return _third(name, target) or not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
+    """Whether a target covers the layer of that name."""
+    return not set(KINDS.get(target, (target,))).isdisjoint(name.split('.'))
 
 
 def _refuse_what_bypasses(model, targets):
@@ -1041,12 +1009,11 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
     targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them
-    in its dotted name is replaced. 'q', 'k', 'v' also name the thirds of a fused projection, which becomes
-    three (QKV). Other arguments: see MHLoRALinear; in a basis a rank above a layer's smaller side is clamped.
-    Linears that share their weight share one layer. An output layer whose weight is tied to an embedding gets
+    in its dotted name is replaced. Other arguments: see MHLoRALinear; in a basis a rank above a layer's
+    smaller side is clamped. Linears that share their weight share one layer. An output layer whose weight is tied to an embedding gets
     its own frozen copy, and the embedding stays trainable: the count of parameters rises.
     Returns the names of the replaced layers and says how many of how many they are, and what it passed over.
-    ValueError: a target that matches nothing, or what another one covers; layers that would pass heads over;
+    ValueError: a target that matches nothing; layers that would pass heads over;
     linears with hooks, or a forward of their own.
     """
     if isinstance(targets, str):
@@ -1054,39 +1021,29 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     _refuse_what_bypasses(model, targets)
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear}
-    replaced = {}  # names, and which thirds of their outputs get heads; none: all of it
+    chosen = {}
     for target in targets:
         matched = [name for name in linears if _wanted(name, target)]
         if not matched:
             there = sorted({name.split('.')[-1] for name in linears})
             raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' or one "
                              f"of {', '.join(there)}")
-        for name in matched:
-            replaced[name] = [third for third in targets if _third(name, third)]
-            if replaced[name] and not _third(name, target):
-                raise ValueError(f"lowrank='{','.join(targets)}' puts heads on {name} and again on a part of "
-                                 'it: leave one of the two out')
-    others = {module: name for name, module in linears.items() if name not in replaced}
-    for name in replaced:
-        if linears[name] in others:
-            raise ValueError(f"'{name}' is called '{others[linears[name]]}', too, where it would stay "
-                             'without heads: give targets that name both')
-        own = vars(linears[name])
+        chosen.update({name: linears[name] for name in matched})
+    others = {linear: name for name, linear in linears.items() if name not in chosen}
+    for name, linear in chosen.items():
+        if linear in others:
+            raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay without heads: "
+                             'give targets that name both')
+        own = vars(linear)
         if 'forward' in own or any(own[key] for key in own if key.endswith('_hooks')):
             raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer in its "
                              'place would not call: take them off, and put them on afterwards')
-    places, cut = {}, {}  # names of layers to be: the layers; weights that are cut: their thirds
-    for name, thirds in replaced.items():
-        if thirds:
-            W = linears[name].weight
-            cut[W] = cut.get(W) or QKV(linears[name])
-            model.set_submodule(name, cut[W])
-        for part in [f'{name}.{third}' for third in thirds] or [name]:
-            places[part] = model.get_submodule(part)
-    elsewhere = {p for module in model.modules() if module not in places.values()
+    replaced = set(chosen.values())
+    elsewhere = {p for module in model.modules() if module not in replaced
                  for p in module.parameters(recurse=False)}
-    zeros, made, clamped = Zeros(max(rank * max(linear.weight.shape) for linear in places.values())), {}, []
-    for name, linear in places.items():
+    zeros = Zeros(rank * max(max(linear.weight.shape) for linear in replaced))
+    made, clamped = {}, []
+    for name, linear in chosen.items():
         W = linear.weight
         if W in made and linear.bias is not made[W].bias:
             raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give both "
@@ -1103,11 +1060,11 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
               if isinstance(module, nn.Linear) and type(module) is not nn.Linear
               and any(_wanted(name, target) for target in targets)]
     if place()[0] == 0:
-        print(f'low-rank weights on {len(places)} of {len(linears)} linear layers'
+        print(f'low-rank weights on {len(chosen)} of {len(linears)} linear layers'
               + f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[:1]}'
               * bool(clamped)
               + f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}" * bool(passed))
-    return list(places)
+    return list(chosen)
 
 
 def put_layers(model, settings, worker=0, workers=1):
@@ -1196,12 +1153,6 @@ def merged_state_dict(model, replicas=None, dtype=None):
             round_(state[f'{name}.weight'], merged, i)
             for key in (*module.of_heads(), 'basis'):
                 state.pop(f'{name}.{key}', None)
-    for name, module in model.named_modules():
-        if isinstance(module, QKV):
-            for key in ('weight', 'bias'):
-                thirds = [f'{name}.{third}.{key}' for third in 'qkv']
-                if thirds[0] in state:
-                    state[f'{name}.{key}'] = torch.cat([state.pop(third) for third in thirds])
     return state
 
 

@@ -756,7 +756,7 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     assert (counts['heads'], counts['trainable']) == (heads, full - 12 * (2304 + 768) * 768 + heads)
     lowrank.apply_mhlora(llama, rank=8, factors='basis', merge_every=1)  # every weight moves
     assert lowrank.count_parameters(llama)['trainable'] == 6_738_415_616
-    lowrank.apply_mhlora(vit, ['q', 'v'], heads=1, rank=4)  # of MeLo
+    train_vit.put_heads(vit, {**train_vit.defaults, 'lowrank': 'q,v', 'rank': 4})  # of MeLo
     lowrank.freeze_rest(vit, ('logit',))
     counts = lowrank.count_parameters(vit)
     assert (counts['heads'], counts['logit'], counts['trainable']) == (147_456, 769 * 9, 147_456 + 769 * 9)
@@ -1051,12 +1051,14 @@ def test_heads_compute_the_same_in_a_loop_and_under_autocast():
 
 @pytest.mark.parametrize('make, targets, layers, settings', [
     (tiny_gpt, 'attn,mlp,logit', 9, {}), (tiny_llama, 'attn,mlp,logit', 15, dict(split=True)),
-    (tiny_vit, 'attn,mlp,logit', 9, dict(split=True, merge_reset=True)), (tiny_gpt, 'k,c_fc', 4, {}),
+    (tiny_vit, 'attn,mlp,logit', 9, dict(split=True, merge_reset=True)), (tiny_gpt, 'c_fc', 2, {}),
     (tiny_vit, 'q,v', 4, dict(split=True)), (tiny_vit, 'k', 2, {}), (tiny_vit, 'logit', 1, {}),
-    (tiny_vit, 'qkv', 2, {}), (tiny_llama, 'attn', 8, dict(factors='basis', split=True))])
+    (tiny_vit, 'qkv', 2, {}), (tiny_vit, 'attn,q', 8, {}), (tiny_llama, 'attn', 8, dict(factors='basis', split=True))])
 def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targets, layers, settings):
     net, plain = make(), make()
     x = normal(4, 3, 28, 28) if make is tiny_vit else tokens_of(4, 16)
+    if {'q', 'k'} & {*targets.split(',')}:
+        train_vit.split_qkv(net)
     names = lowrank.apply_mhlora(net, targets.split(','), 2, 3, 6.0, merge_every=2, **settings)
     assert len(names) == len(lowrank.lowrank_layers(net)) == layers
     close(net(x), plain(x))
@@ -1068,7 +1070,7 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targe
                 if factor is not None:
                     factor.data = factor.data * -1.5 + 0.02 * normal(*factor.shape, seed=step)
         state = copy.deepcopy(net.state_dict())
-        plain.load_state_dict(lowrank.merged_state_dict(net))
+        plain.load_state_dict(train_vit.fuse_qkv(lowrank.merged_state_dict(net)))
         with lowrank.averaged_heads(net):
             before = net.eval()(x)
         net.train()
@@ -1546,14 +1548,13 @@ def dropin(**group):
 LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(tiny_gpt(), ('q_proj',)), 'c_attn, c_fc, c_proj, lm_head'),
     (lambda: put(tiny_gpt(), rank=17), 'between 1 and 16'),
-    (lambda: put(tiny_vit(), ['attn', 'q']), "'attn,q' puts heads on blocks.0.attn.qkv"),
-    (lambda: put(tiny_vit(), ['v', 'qkv']), 'leave one'), (lambda: put(tiny_vit(), ['q_proj']), 'qkv'),
+    (lambda: put(tiny_vit(), ['q_proj']), 'qkv'),
     (lambda: put(linears(), 'attn'), "targets='attn' is a string"),
     (lambda: put(linears(attn=encoder_layer()), ('linear1',)), 'TransformerEncoderLayer'),
     (lambda: put(nn.TransformerEncoder(encoder_layer(), 2)), 'TransformerEncoderLayer'),
     (lambda: put(linears(attn=encoder_layer(type('Sub', (nn.TransformerEncoderLayer,), {})))), 'Sub'),
     (lambda: put(linears(attn=timm.models.beit.Attention(16, 2))), r"'attn' \(Attention\) reads"),
-    (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('q', 'v')),
+    (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('qkv',)),
      r"'attn' \(EvaAttention\) reads"),
     (lambda: put(shared_weight_but_not_bias(), ('attn', 'mlp')), 'but not its bias'),
     (lambda: put(hooked()), "'attn' has hooks"),
@@ -1627,8 +1628,6 @@ def test_missing_data_and_mistaken_commands_are_one_sentence(root, tmp_path, rea
 def test_what_is_replaced_passed_over_or_clamped_is_named(capsys):
     blocks = [f'transformer.h.{i}' for i in range(2)]
     assert lowrank.apply_mhlora(tiny_gpt(), ('c_fc',)) == [f'{block}.mlp.c_fc' for block in blocks]
-    thirds = [f'{block}.attn.c_attn.{part}' for block in blocks for part in 'qv']
-    assert lowrank.apply_mhlora(tiny_gpt(), ['q', 'v'], rank=2) == thirds
     capsys.readouterr()
     other = type('Sub', (nn.Linear,), {})(8, 8)
     put(linears(mlp=nn.Sequential(nn.Linear(16, 8), other)), ('attn', 'mlp'), rank=12, factors='basis',
@@ -2013,18 +2012,13 @@ def test_a_gradient_of_zero_does_not_stop_what_follows(rule):
 
 
 def test_layers_keep_what_the_linears_were_and_what_follows_may_change_their_output():
-    fused = nn.Sequential(OrderedDict(c_attn=nn.Linear(8, 12)))
-    net, x = linears(attn=fused, mlp=nn.Linear(12, 12)).double().eval(), normal(4, 5, 8)
-    fused.c_attn.weight.requires_grad_(False)
+    net, x = linears(mlp=nn.Linear(16, 12)).double().eval(), normal(4, 5, 8)
     before = F.relu(net.mlp(net.attn(x)))
-    lowrank.apply_mhlora(net, ('q', 'mlp'), rank=2)
-    assert not net.attn.c_attn.v.weight.requires_grad and net.attn.c_attn.v.bias.requires_grad
+    lowrank.apply_mhlora(net, ('mlp',), rank=2)
     assert not any(module.training for module in net.modules())
     after = F.relu(net.mlp(net.attn(x)), inplace=True)
     close(after, before)
     after.sum().backward()
-    with pytest.raises(ValueError, match='14 outputs'):
-        lowrank.apply_mhlora(linears(attn=nn.Sequential(OrderedDict(c_attn=nn.Linear(8, 14)))), ('q',))
     net = linears(mlp=nn.Linear(8, 8))
     net.other = net.mlp
     with pytest.raises(ValueError, match="called 'other'"):
@@ -2329,7 +2323,7 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', f'{resume} --out_dir={tmp_path}/none', 'ckpt.pt'),
             ('gpt', f'{resume} --out_dir={held["best"]}', 'weights alone'),
             ('gpt', f'{resume} --out_dir={held["damaged"]}', 'damaged'),
-            ('vit', '--lowrank=attn,q', 'qkv'),
+            ('gpt', '--lowrank=q', 'c_attn, c_fc'),
             ('vit', '--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"),
             ('vit', '--dataset=bloodmnist', 'prepare.py'), ('vit', '--n_head=3', 'num_heads', 'n_embd'),
             ('vit', '--init_from=nowhere.pt', 'nowhere.pt'),
@@ -3136,8 +3130,7 @@ def documents(tokens, end):
 @pytest.mark.parametrize('base, name, words', [
     ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'galore', []),
     ('llama', 'lte', ['--merge_every=2']), ('qwen2', 'lora', ['--lowrank=attn']),
-    ('llama', 'mhlora', ['--lowrank=attn,logit']), ('gpt', 'mhlora', ['--lowrank=q,v']),
-    ('gpt', 'lte', ['--merge_every=2', '--lowrank=k,c_fc,logit'])])
+    ('llama', 'mhlora', ['--lowrank=attn,logit']), ('gpt', 'lte', ['--merge_every=2', '--lowrank=c_fc,logit'])])
 def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
     script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
@@ -3160,8 +3153,6 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
         start(export, more)
         close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
         about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
-        if 'q,v' in str(words):
-            assert (about['r'], about['target_modules']) == (2 * METHODS[name]['heads'] * 3, ['c_attn'])
         (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
         with pytest.raises(ValueError, match='use_dora'):
             loaded(tmp_path / 'peft')
@@ -3179,8 +3170,12 @@ def built_again(out):
     """The model of a checkpoint with its heads."""
     state = saved(out)
     shape = state['model_config']
-    model = train_vit.create(shape, len(state['classes'])) if 'classes' in state else models.make_model(shape)
-    lowrank.put_layers(model.double(), state['settings'])
+    if 'classes' in state:
+        model = train_vit.create(shape, len(state['classes'])).double()
+        train_vit.put_heads(model, state['settings'])
+    else:
+        model = models.make_model(shape).double()
+        lowrank.put_layers(model, state['settings'])
     model.load_state_dict(state['model'])
     return model.eval()
 

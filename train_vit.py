@@ -93,6 +93,7 @@ import zipfile
 import numpy as np
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
@@ -141,13 +142,52 @@ def create(shape, num_classes, weights=False, path=''):
     return vit
 
 
+class QKV(nn.Module):
+    """timm's fused linear layer of queries, keys and values as three, so that each can have heads."""
+
+    def __init__(self, fused):
+        super().__init__()
+        rows, state = fused.out_features // 3, fused.state_dict()
+        for i, name in enumerate('qkv'):
+            part = nn.Linear(fused.in_features, rows, fused.bias is not None, device='meta')
+            own = {key: x[i * rows:(i + 1) * rows].clone() for key, x in state.items()}
+            part.load_state_dict(own, assign=True)
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def split_qkv(vit):
+    """Puts a QKV in the place of every fused linear layer, in place."""
+    for name, module in [*vit.named_modules()]:
+        if name.endswith('.qkv') and type(module) is nn.Linear:
+            vit.set_submodule(name, QKV(module))
+
+
+def fuse_qkv(state):
+    """The state dict of a model after `split_qkv` as it was before."""
+    state = dict(state)
+    for name in [name for name in state if '.qkv.q.' in name]:
+        parts = [state.pop(name.replace('.qkv.q.', f'.qkv.{part}.')) for part in 'qkv']
+        state[name.replace('.qkv.q.', '.qkv.')] = torch.cat(parts)
+    return state
+
+
+def put_heads(vit, settings, worker=0, workers=1):
+    """See lowrank.put_layers; where targets name q, k or v, qkv is split before."""
+    if not {'q', 'k', 'v'}.isdisjoint(settings['lowrank'].split(',')):
+        split_qkv(vit)
+    put_layers(vit, settings, worker, workers)
+
+
 def merged(checkpoint):
     """The state dict of a checkpoint's model with its heads merged, as timm has it."""
     s = checkpoint['settings']
     full = create(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
-    put_layers(full, s)
+    put_heads(full, s)
     load_weights(full, checkpoint['model'])
-    return merged_state_dict(full)
+    return fuse_qkv(merged_state_dict(full))
 
 
 def read_weights(path, shape, classes, keep=False):
@@ -300,7 +340,7 @@ def build(settings, where, classes, checkpoint=None):
     shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
     mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
-    put_layers(model, settings, where.rank, where.ranks)
+    put_heads(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
     if s.shard:

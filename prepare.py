@@ -670,9 +670,7 @@ def order_of(count, seed, epoch=0):
     """A permutation of range(count), int64, of (seed, epoch). NumPy promises that the bits of a generator stay
     what they are, and not the results of its `permutation`."""
     bits = np.random.Philox(key=seed + (epoch << 64)).random_raw(count)
-    order = np.argsort(bits, kind='stable')
-    order.flags.writeable = False
-    return order
+    return np.argsort(bits, kind='stable')
 
 
 class Split:

@@ -1,7 +1,7 @@
 # The ViT of vit_quickstart.py on inverted, coloured, rotated digits.
 # python train_vit.py config/vit_quickstart.py
 # python train_vit.py config/vit_digits_adapt.py config/methods/lora.py
-# Two CPU cores: 1 minute after vit_quickstart.py, test accuracy 0.96, AUC 0.998
+# Two CPU cores: 1 minute after vit_quickstart.py, test accuracy 0.94, AUC 0.995
 out_dir = 'out/vit_digits_adapt'
 init_from = 'out/vit_quickstart/best.pt'
 dataset = 'digits_shifted'

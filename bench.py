@@ -455,7 +455,7 @@ def measure_all(name, cells, only, measure, *keys, jobs=1):
 
 
 class OneAfterTheOther(lowrank.MHLoRALinear):
-    """Heads in a loop, as the study's first figure has them beside heads at once: the same, slower."""
+    """Heads in a loop: the same, slower. The study's first figure has both."""
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -721,10 +721,11 @@ def peaks(settings, ranks):
                 for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
         sent = on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps']
-        # of one process, and what all ranks have alike, torch saves tensor by tensor from where it is
+        # what all ranks have alike torch saves tensor by tensor, from where it is
         alive = {x for x, reference in watch.alive.items() if reference() is not None}
         saved = lowrank.gather_state(run.model, run.optimizer, run.replicas)
-        gathered = {x.untyped_storage()._cdata: x.nbytes for x in tree_leaves(saved) if torch.is_tensor(x)}
+        saved = filter(torch.is_tensor, tree_leaves(saved))
+        gathered = {x.untyped_storage()._cdata: x.nbytes for x in saved}
         host = sum(size for key, size in gathered.items() if key not in alive)
         return dict(weights=weights, state=state, **most, sent=sent, host=host)
 

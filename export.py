@@ -53,7 +53,7 @@ def of_a_run(checkpoint, dtype=None):
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
     put_layers(model, checkpoint['settings'])
-    model.load_state_dict(checkpoint['model'], assign=True)  # memory-mapped: what is merged takes memory
+    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
         del state['lm_head.weight']
@@ -205,8 +205,8 @@ def write_transformers(run, checkpoint, folder, dtype):
     prepare.carry([run], Path(folder))
     tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
     if not isinstance(tokens, prepare.HubTokenizer):
-        there = "that of gpt2 lies on the hub, as 'gpt2'" if tokens.name == 'gpt2' else 'bytes have none'
-        print(f'no tokenizer.json is written: {there}')
+        where = "that of gpt2 lies on the hub, as 'gpt2'"
+        print('no tokenizer.json is written:', where if tokens.name == 'gpt2' else 'bytes have none')
     if (run / 'config.json').is_file():
         said = read_json(run / 'config.json')
     else:

@@ -4,8 +4,8 @@ GaLore (Zhao et al. 2024, arXiv 2403.03507): Adam inside a low-rank subspace of 
     R = P^T G,   W <- W - lr * scale * P rho(R)        where m < n
     R = G Q,     W <- W - lr * scale * rho(R) Q^T      elsewhere
 
-with orthonormal P (m, r) or Q (n, r) taken anew from gradients now and then; rho is Adam, whose moments are
-those of R alone.
+with orthonormal P (m, r) or Q (n, r) taken anew from gradients now and then; rho is Adam, whose moments
+are those of R alone.
 
     LowRankAdamW(model)    for models with layers of lowrank.py; G never exists
     GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G: Fira, APOLLO,
@@ -32,9 +32,9 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 
 def is_left(shape, proj_type):
-    """Whether a matrix is projected from the left (P), or from the right (Q). 'std': on the side of the
-    smaller dimension, where moments are smaller, of a square matrix the right one; 'reverse_std': the
-    opposite."""
+    """Whether a matrix is projected from the left (P), or from the right (Q). 'std': on the side of
+    the smaller dimension, where moments are smaller, of a square matrix the right one; 'reverse_std':
+    the opposite."""
     tall = shape[0] >= shape[1]
     return {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False}[proj_type]
 
@@ -59,11 +59,11 @@ def basis_of(G, rank, left, basis='svd', old=None, seed=0):
     An orthonormal basis for the gradient G (m, n): P (m, rank) if `left`, else Q (n, rank).
 
     svd     the leading singular vectors (GaLore, algorithm 2), with the raw signs of the decomposition.
-    power   two steps of subspace iteration from the old basis, or from a random sketch of the range (Halko et
-            al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
+    power   two steps of subspace iteration from the old basis, or from a random sketch of the range
+            (Halko et al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
-    Where G is not finite the old basis stays; without any, some orthonormal one comes back. Nothing here
-    waits for the device, but CUDA's SVD does.
+    Where G is not finite the old basis stays; without any, some orthonormal one comes back. Nothing
+    here waits for the device, but CUDA's SVD does.
     """
     ok = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     if basis == 'svd':
@@ -72,7 +72,7 @@ def basis_of(G, rank, left, basis='svd', old=None, seed=0):
     elif basis == 'power':
         G = G if left else G.mT
         new = orthonormal(G @ gaussian(G.shape[1], rank, G, seed)) if old is None else old
-        for _ in range(2):  # at small ranks one has 0.978 of the SVD's energy, from a basis 200 steps old
+        for _ in range(2):  # one has 0.978 of the SVD's energy, from a basis 200 steps old
             # columns have length one in between: their squares stay in the range of float16
             new = orthonormal(G @ F.normalize(G.mT @ new, dim=0))
     else:
@@ -88,14 +88,15 @@ def basis_of(G, rank, left, basis='svd', old=None, seed=0):
 
 
 def project(G, basis, left):
-    """R = P^T G (r, n), or G Q (m, r), of G (m, n). P^T G is the transposed view of G^T P: rows of r numbers,
-    aligned where the n = 5461 of LLaMA-1B are not, take a third less time on a CPU."""
+    """R = P^T G (r, n), or G Q (m, r), of G (m, n). P^T G is the transposed view of G^T P: rows of r
+    numbers, aligned where the n = 5461 of LLaMA-1B are not, take a third less time on a CPU."""
     return (G.mT @ basis).mT if left else G @ basis
 
 
 def add_back_(W, U, basis, left, alpha, beta=1.0, key=0, first=0):
-    """W <- beta W + alpha P U, or beta W + alpha U Q^T, the product accumulated straight into W. In bfloat16
-    it exists for some rows at a time, and the sum is rounded at random (`lowrank.round_`: key, first)."""
+    """W <- beta W + alpha P U, or beta W + alpha U Q^T, the product accumulated straight into W. In
+    bfloat16 it exists for some rows at a time, and the sum is rounded at random (`lowrank.round_`: key,
+    first)."""
     X, Y = (basis, U) if left else (U, basis.mT)
     if W.dtype == torch.bfloat16:
         rows = max(BLOCK_OF_BITS // W.shape[1], 1)
@@ -411,11 +412,13 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if self.per_layer:
                 p.register_post_accumulate_grad_hook(self._complete)
         if not group['correct_bias']:
-            raise ValueError("correct_bias=False is not supported: leave it out, or take galore-torch's class")
+            raise ValueError('correct_bias=False is not supported: leave it out, or take '
+                             "galore-torch's class")
         if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
             raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
         if group['state_bits'] == 8 and not self.own.isdisjoint(group['params']):
-            raise ValueError('blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 or 16')
+            raise ValueError('blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 '
+                             'or 16')
         if not 0 <= group.get('momentum', 0) < 1:
             raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
         for name, p in zip(names, group['params']):
@@ -435,8 +438,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key, value in (galore_torch | own).items():
             group.setdefault(key, value)
         if group['proj_type'] == 'full':
-            raise ValueError("proj_type='full' projects both sides, which is not supported: set 'std', or take "
-                             "galore-torch's class")
+            raise ValueError("proj_type='full' projects both sides, which is not supported: set 'std', "
+                             "or take galore-torch's class")
         for key, allowed in dict(proj_type=('std', 'reverse_std', 'left', 'right'),
                                  basis=('svd', 'power', 'random'), rule=tuple(RULES)).items():
             if group[key] not in allowed:
@@ -559,7 +562,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def decoded(state, key):
-        """An entry of a parameter's state, moments of 8 bits in float32: shards have blocks of their own."""
+        """An entry of a state, moments of 8 bits in float32: shards have blocks of their own."""
         if f'{key}_top' not in state:
             return state[key]
         codes, tops = state[key], state[f'{key}_top']
@@ -707,8 +710,7 @@ class LowRankAdamW(GaLoreAdamW):
         return len(layer.trained) if self._coded(layer) else 1
 
     def _mean_of_moments(self, layer, x):
-        """The average of first moments x (heads, ...) over heads and ranks; in few bits, in no fewer than
-        3."""
+        """The average of first moments x (heads, ...) over heads and ranks, in 3 bits or more."""
         if self._coded(layer):
             return coded_mean(x, max(self.sync_bits, 3), layer.workers)
         return mean(x.mean(0), layer.workers)

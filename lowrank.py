@@ -836,14 +836,14 @@ def write(model, name, x):
 @torch.no_grad()
 def gather_state(model, optimizer=None, replicas=None):
     """
-    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by tensor, and what
-    travels is None on the others.
+    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by tensor, and
+    what travels is None on the others.
 
-    model: the state dict, of heads those of all ranks in global order, of replicas the average: what is
-    evaluated. With an optimizer of galore.py also optimizer: {name of a parameter: its state}, of heads in
-    the same order, of replicas (ranks, ...), of shards as if there were none, moments of 8 bits as float32;
-    replicas: {name: (ranks, ...)}; sketches: {name of a layer that is at one: (parts of all ranks, ...), or
-    None before its first gradient}.
+    model: the state dict, of heads those of all ranks in global order, of replicas the average: what
+    is evaluated. With an optimizer of galore.py also optimizer: {name of a parameter: its state}, of
+    heads in the same order, of replicas (ranks, ...), of shards as if there were none, with moments of
+    8 bits as float32; replicas: {name: (ranks, ...)}; sketches: {name of a layer that is at one: (parts
+    of all ranks, ...), or None before its first gradient}.
     """
     replicas, heads = replicas or {}, own_heads(model)
     own = set(replicas.values())
@@ -862,7 +862,9 @@ def gather_state(model, optimizer=None, replicas=None):
         if p in heads:
             return in_global_order(x).cpu()
         rows = x.flatten(0, 1).cpu()
-        return rows if len(rows) == len(p) else rows[:len(p)].clone()  # torch would write what is behind it
+        if len(rows) > len(p):  # torch would write what is behind a view, too
+            rows = rows[:len(p)].clone()
+        return rows
 
     def average(p):
         x = averaged_copy(p).to(p.dtype)
@@ -910,8 +912,8 @@ def stepped(model):
 
 
 def take(x, p, heads, replicas=()):
-    """What this rank has of x, a tensor of a checkpoint; p: the parameter or buffer that it is of; heads:
-    those that differ by rank; replicas: parameters of which each rank has its own."""
+    """What this rank has of x, a tensor of a checkpoint. p: the parameter or buffer that it is of;
+    heads: those that differ by rank; replicas: parameters of which each rank has its own."""
     rank, ranks = place()
     if is_sharded(p):
         return x[rows_here(p)]
@@ -922,21 +924,21 @@ def take(x, p, heads, replicas=()):
 
 @torch.no_grad()
 def load_weights(model, weights):
-    """Loads the 'model' of a checkpoint, each rank its own part. ValueError: it is that of another model."""
+    """Loads the 'model' of a checkpoint, each rank its part. ValueError: it is of another model."""
     own, heads = model.state_dict(keep_vars=True), own_heads(model)
     parts = {name: take(weights[name], p, heads) for name, p in own.items() if name in weights}
     odd = own.keys() ^ weights.keys()
     odd |= {name for name, x in parts.items() if x.shape != local(own[name]).shape}
     if odd:
-        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of the two, '
-                         'or has two shapes')
+        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of '
+                         'the two, or has two shapes')
     for name, x in parts.items():
         local(own[name]).copy_(x)
 
 
 @torch.no_grad()
 def load_state(model, optimizer, checkpoint, replicas=None):
-    """Loads a checkpoint, each rank its own part, and leaves it as it is. Heads and shards may come from
+    """Loads a checkpoint, each rank its part, and leaves it as it is. Heads and shards may come from
     another number of ranks; replicas may not, as each rank has its own (ValueError)."""
     replicas, heads, (rank, ranks) = replicas or {}, own_heads(model), place()
     load_weights(model, checkpoint['model'])
@@ -1008,13 +1010,13 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
 
-    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of them
-    in its dotted name is replaced. Other arguments: see MHLoRALinear; in a basis a rank above a layer's
-    smaller side is clamped. Linears that share their weight share one layer. An output layer whose weight is tied to an embedding gets
-    its own frozen copy, and the embedding stays trainable: the count of parameters rises.
-    Returns the names of the replaced layers and says how many of how many they are, and what it passed over.
-    ValueError: a target that matches nothing; layers that would pass heads over;
-    linears with hooks, or a forward of their own.
+    targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one of
+    them in its dotted name is replaced. Other arguments: see MHLoRALinear; in a basis a rank above a
+    layer's smaller side is clamped. Linears that share their weight share one layer. An output layer
+    whose weight is tied to an embedding gets its own frozen copy, and the embedding stays trainable: the
+    count of parameters rises. Returns the names of the replaced layers and says how many of how many
+    they are, and what it passed over. ValueError: a target that matches nothing; layers that would pass
+    heads over; linears with hooks, or a forward of their own.
     """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as ('attn', 'mlp')")
@@ -1032,8 +1034,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     others = {linear: name for name, linear in linears.items() if name not in chosen}
     for name, linear in chosen.items():
         if linear in others:
-            raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay without heads: "
-                             'give targets that name both')
+            raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay without "
+                             'heads: give targets that name both')
         own = vars(linear)
         if 'forward' in own or any(own[key] for key in own if key.endswith('_hooks')):
             raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer in its "

@@ -397,7 +397,8 @@ def _rope(theirs, need, path):
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
     typed(rope, dict.fromkeys(scaling, float), path)
     whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
-    need(whole or not kinds, ' or '.join(where), sorted(kinds), "rope_type 'default' or a whole 'llama3'")
+    need(whole or not kinds, ' or '.join(where), sorted(kinds),
+         "rope_type 'default' or a whole 'llama3'")
     found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
     return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
 
@@ -493,7 +494,8 @@ def read_tensors(folder, config):
     index = os.path.join(folder, 'model.safetensors.index.json')
     files = ['model.safetensors']
     if os.path.isfile(index):
-        files = sorted({*map(str, (read_json(index, {'weight_map': dict}).get('weight_map') or {}).values())})
+        found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
+        files = sorted({*map(str, found.values())})
     elif not os.path.isfile(os.path.join(folder, files[0])):
         raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
                                 'formats are not read): fetch it again, or save the model as safetensors')
@@ -523,15 +525,17 @@ def tensors_for_transformers(config, state):
 
 def from_nanogpt(checkpoint, path):
     """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
-    wanted = dict.fromkeys(('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'), int) | {'bias': bool}
+    numbers = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+    wanted = {**dict.fromkeys(numbers, int), 'bias': bool}
     found = typed(checkpoint['model_args'], wanted, path)
     for key in wanted:
         if found.get(key) is None:
-            raise ValueError(f"'{path}' has no {key} among its model_args: give one that nanoGPT's train.py "
-                             'wrote')
+            raise ValueError(f"'{path}' has no {key} among its model_args: give one that nanoGPT's "
+                             'train.py wrote')
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
-    return GPTConfig(**{key: found[key] for key in wanted}), {
-        name: x for name, x in state.items() if name != 'lm_head.weight' and not name.endswith('.attn.bias')}
+    state = {name: x for name, x in state.items() if not name.endswith('.attn.bias')}
+    state.pop('lm_head.weight', None)  # it is the embedding
+    return GPTConfig(**{key: found[key] for key in wanted}), state
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... f
 A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
 little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or
 images: the label, one byte (one a class where there are several labels), and the pixels (channels, size,
-size). They are written into a folder beside it, which takes its name when it is whole: an interrupted command,
-given again, begins anew. What is there stays (exit code 0 for the same command, 2 for another one), with
---overwrite until the new one is whole. Of two commands at once the second is refused.
+size). They are written into a folder beside it, which takes its name when it is whole: an interrupted
+command, given again, begins anew. What is there stays (exit code 0 for the same command, 2 for another one),
+with --overwrite until the new one is whole. Of two commands at once the second is refused.
 """
 import argparse
 import codecs
@@ -163,7 +163,8 @@ class HubTokenizer:
     @property
     def puts_space(self):
         """Whether it puts a space before every text, as LLaMA 2's does."""
-        return self.inner.encode('a', add_special_tokens=False).tokens[0].startswith(('\u2581', '\u0120'))
+        first, *_ = self.inner.encode('a', add_special_tokens=False).tokens
+        return first[0] in '\u2581\u0120'  # as SentencePiece, and byte-level tokens, spell it
 
     def encode_many(self, texts):
         """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
@@ -595,11 +596,11 @@ def write(folder, settings, fill, overwrite):
 def read_meta(path):
     """What meta.json of a data set says. DataError: another program wrote it."""
     meta = read_json(path, {
-        'kind': str, 'tokens': dict, 'images': dict, 'shards': list, 'vocab_size': int, 'prompts': bool,
-        'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
+        'kind': str, 'tokens': dict, 'images': dict, 'shards': list, 'vocab_size': int,
+        'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
     if not meta.get('shards') or meta.get('kind', 'tokens') not in meta:
-        raise DataError(f"'{path}' is not of prepare.py (it names no shards): move it away and prepare the "
-                        'data set again')
+        raise DataError(f"'{path}' is not of prepare.py (it names no shards): move it away and prepare "
+                        'the data set again')
     return meta
 
 
@@ -648,8 +649,8 @@ def verify(folder):
 
 
 def ensure(name, data_dir='data'):
-    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or MissingData. Of a
-    run's processes on a machine the first does it, and the others wait."""
+    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or
+    MissingData. Of a run's processes on a machine the first does it, and the others wait."""
     path = Path(data_dir, name, 'meta.json')
     if path.exists():
         return
@@ -667,8 +668,8 @@ def ensure(name, data_dir='data'):
 
 @lru_cache(maxsize=2)  # a batch may end an epoch and begin the next one
 def order_of(count, seed, epoch=0):
-    """A permutation of range(count), int64, of (seed, epoch). NumPy promises that the bits of a generator stay
-    what they are, and not the results of its `permutation`."""
+    """A permutation of range(count), int64, of (seed, epoch). NumPy promises that the bits of a
+    generator stay what they are, and not the results of its `permutation`."""
     bits = np.random.Philox(key=seed + (epoch << 64)).random_raw(count)
     return np.argsort(bits, kind='stable')
 
@@ -699,7 +700,7 @@ class Split:
             yield row, self.shards[shard], item - int(self.first[shard])
 
     def need_below(self, limit, numbers, what):
-        """OSError where an item is none of the data set: nothing else would say that a shard is damaged."""
+        """OSError where an item is none of the data set: a shard is damaged."""
         most = int(numbers.max(initial=0))
         if most >= limit:
             said = f'it holds {what} {most}, and there are {limit}: {ANEW}'
@@ -871,7 +872,7 @@ def arguments(argv):
         add = data.add_parser(name, allow_abbrev=False, **about).add_argument
         if name == 'verify':
             add('name', type=folder_name, help='of the folder')
-            add('--data_dir', metavar='FOLDER', default='data', help='of the folders of all data sets (data)')
+            add('--data_dir', metavar='FOLDER', default='data', help='of all data sets (data)')
             continue
         if name == 'text':
             add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
@@ -925,8 +926,8 @@ def from_text(args):
     if args.data == 'text' and has_prompts(args.input[0]):
         settings['prompts'] = True
     if args.data == 'text' and isinstance(encoding, HubTokenizer) and encoding.puts_space:
-        print('these tokens put a space before every text: before completions, too, as when a model answers, '
-              'and before the pieces in which a long .txt is read')
+        print('these tokens put a space before every text: before completions, too, as when a model '
+              'answers, and before the pieces in which a long .txt is read')
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
                                         val_below=int(fraction * 2**64))
 
@@ -958,7 +959,7 @@ def from_images(args):
 
 
 def main(argv):
-    """Prepares, or verifies, a data set. DataError: a user's mistake. One that is there is left alone."""
+    """Prepares, or verifies, a data set; one that is there is left alone. DataError: a mistake."""
     args = arguments(argv)
     if args.data == 'verify':
         return verify(Path(args.data_dir, args.name))

@@ -143,7 +143,7 @@ def create(shape, num_classes, weights=False, path=''):
 
 
 class QKV(nn.Module):
-    """timm's fused linear layer of queries, keys and values as three, so that each can have heads."""
+    """timm's fused layer of queries, keys and values as three, so that each can have heads."""
 
     def __init__(self, fused):
         super().__init__()
@@ -336,7 +336,8 @@ def build(settings, where, classes, checkpoint=None):
     theirs = timm.data.resolve_data_config({}, model=model)
     look = {key: theirs[key] for key in LOOK}
     if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):
-        raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic images')
+        raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic '
+                         'images')
     shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
     mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))

@@ -110,7 +110,8 @@ def load(namespace, known, argv):
         fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
     method = (methods or ['full'])[0]
 
-    plain, tables, given, table_in = {}, {}, {}, {}  # the last two: where each setting, and table, stands
+    plain, tables = {}, {}
+    given, table_in = {}, {}  # in which file each setting, and each table, stands
     for path in paths:
         for key, value in _run_file(path, {**known, **plain}, namespace).items():
             if not isinstance(value, dict):
@@ -169,13 +170,13 @@ def _help(namespace):
 
 
 def _run_file(path, seen, namespace):
-    """What a config file sets, {key: value}. It can compute with the settings that it sees, {key: value}."""
+    """What a config file sets, {key: value}. It can compute with the settings that it sees."""
     if not os.path.isfile(path):
         near = _nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
         fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a '='?")
     if not path.endswith('.py'):
         fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
-    scope = {'__builtins__': {**vars(builtins), **seen}}  # so that what the file sets is all there is beside
+    scope = {'__builtins__': {**vars(builtins), **seen}}  # beside these it holds what the file sets
     try:
         text = Path(path).read_text('utf-8')
         exec(compile(text, path, 'exec'), scope)
@@ -517,7 +518,7 @@ def sync_folder(path):
 
 
 def locked(path):
-    """The lock of a file, until it is released or this process ends; None where another process holds it."""
+    """The lock of a file, until it is released or this process ends; None: another one has it."""
     from filelock import FileLock, Timeout
     lock = FileLock(path)
     try:
@@ -527,7 +528,8 @@ def locked(path):
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"warning: the disk of '{path}' knows no locks: start no second command there", file=sys.stderr)
+        print(f"warning: the disk of '{path}' knows no locks: start no second command there",
+              file=sys.stderr)
     return lock
 
 
@@ -539,14 +541,15 @@ def written_beside(folder):
     """
     A new folder (Path) to write into, which takes the place of `folder` when all is written.
 
-    Until then it lies beside it under a drawn name, with a marker file that this process has locked. Killed at
-    any moment, the old folder or the new one is whole: the next command for `folder` removes what is left, or
-    says which is whole where the kill came between the two renames. Nothing without a marker is removed.
-    ValueError: another command is writing there; `folder` has no marker.
+    Until then it lies beside it under a drawn name, with a marker file that this process has locked.
+    Killed at any moment, the old folder or the new one is whole: the next command for `folder` removes
+    what is left, or says which is whole where the kill came between the two renames. Nothing without a
+    marker is removed. ValueError: another command is writing there; `folder` has no marker.
     """
     folder = Path(os.path.abspath(folder))
     drawn = f'{folder.name}.{os.urandom(4).hex()}'
-    writing, whole, old = (folder.with_name(f'{drawn}.{state}') for state in ('writing', 'whole', 'old'))
+    writing, whole, old = (folder.with_name(f'{drawn}.{state}')
+                           for state in ('writing', 'whole', 'old'))
     left = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
     locks = []
 
@@ -564,16 +567,16 @@ def written_beside(folder):
         for path in others:
             hold(path)
         if folder.exists() and not (folder / MARKER).is_file():
-            raise ValueError(f"'{folder}' is there, and was not written by this command (it has no {MARKER}): "
-                             'choose another name, or remove it')
+            raise ValueError(f"'{folder}' is there, and was not written by this command (it has no "
+                             f'{MARKER}): choose another name, or remove it')
         if folder.exists():
             hold(folder)
         ready = [f"{path.name} is the {'new' if path.suffix == '.whole' else 'old'} one"
                  for path in sorted(others) if path.suffix != '.writing']
         if ready and not folder.exists():
-            raise ValueError(f"a command was killed while it put a folder in the place of '{folder}'. Beside it "
-                             f"lies all of what was to be there: {', '.join(ready)}. Rename the one you want to "
-                             f"'{folder.name}', and remove any other")
+            raise ValueError(f"a command was killed while it replaced '{folder}'; whole beside it lie: "
+                             f"{', '.join(ready)}. Rename the one you want to '{folder.name}', and "
+                             'remove any other')
         for path in others:
             shutil.rmtree(path)
         yield writing
@@ -597,14 +600,14 @@ def write_json(path, value):
 
 
 def typed(found, wanted, path):
-    """A dict that others wrote. wanted: {key: type} of what is taken from it; a key may be left out, or None.
-    ValueError: a value in it, of the file at `path`, is of another type."""
+    """A dict that others wrote. wanted: {key: type} of what is taken from it; a key may be left out,
+    or None. ValueError: a value in it, of the file at `path`, is of another type."""
     for key, kind in wanted.items():
         value = found.get(key)
         right = isinstance(value, (int, float) if kind is float else kind)
         if value is not None and (not right or isinstance(value, bool) != (kind is bool)):
-            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, which is no {kind.__name__}: restore it, "
-                             'or fetch it again')
+            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, which is no {kind.__name__}: "
+                             'restore it, or fetch it again')
     return found
 
 
@@ -616,7 +619,8 @@ def read_json(path, wanted=()):
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"'{path}' is damaged or holds no JSON object: restore it, or fetch it again")
+        raise ValueError(f"'{path}' is damaged or holds no JSON object: restore it, or fetch it "
+                         'again')
     return typed(found, dict(wanted), path)
 
 
@@ -631,8 +635,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def save(run, name, about, resumable=False):
-    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable, the
-    rest of the state. Every rank takes part, and rank 0 writes. What is not finite is never written."""
+    """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable,
+    the rest of the state. Every rank takes part, and rank 0 writes; never what is not finite."""
     from lowrank import gather_state, not_finite
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
@@ -646,8 +650,8 @@ def save(run, name, about, resumable=False):
 
 
 def load_tensors(path):
-    """Tensors and plain types of torch.save, on the CPU, memory-mapped. One process of a host reads all of it
-    before, to compare the checksums of its zip. ValueError, FileNotFoundError."""
+    """Tensors and plain types of torch.save, on the CPU, memory-mapped. One process of a host reads all
+    of it before, to compare the checksums of its zip. ValueError, FileNotFoundError."""
     import torch
     if not os.path.isfile(path):
         there = os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt'))
@@ -663,19 +667,21 @@ def load_tensors(path):
         why = said(error)
         if isinstance(error, pickle.UnpicklingError):
             why = 'it holds other objects, and code in a file is not run'
-        raise ValueError(f"'{path}' is damaged or no checkpoint of tensors and plain types ({why}): restore "
-                         'it or train anew') from error
+        raise ValueError(f"'{path}' is damaged or no checkpoint of tensors and plain types ({why}): "
+                         'restore it or train anew') from error
 
 
 def as_checkpoint(found, path):
     """What `load_tensors` gave, if `save` wrote it in this format. ValueError: it did not."""
     from lowrank import FORMAT
-    if not isinstance(found, dict) or not {'format', 'edition'} & found.keys():  # once it was called edition
-        raise ValueError(f"'{path}' is not a checkpoint of this project (it does not say its format): check "
-                         '--out_dir')
+    known = 'format', 'edition'  # as it was called once
+    if not isinstance(found, dict) or not found.keys() & {*known}:
+        raise ValueError(f"'{path}' is not a checkpoint of this project (it does not say its format): "
+                         'check --out_dir')
     if found.get('format') != FORMAT:
         raise ValueError(f"'{path}' was written by another version of this project (format "
-                         f"{found.get('format')}, here {FORMAT}): go on with that version, or train anew")
+                         f"{found.get('format')}, here {FORMAT}): go on with that version, or train "
+                         'anew')
     return found
 
 
@@ -734,9 +740,9 @@ def open_run(settings, where, data):
 
 
 def _claim_folder(settings):
-    """Makes out_dir and locks it. A fresh run is refused (ValueError) where another one is, unless it is to be
-    overwritten, and where files that are no run's of ours (its config.json tells) have the names of its own.
-    eval_only changes nothing there."""
+    """Makes out_dir and locks it. A fresh run is refused (ValueError) where another one is, unless it is
+    to be overwritten, and where files that are no run's of ours (its config.json tells) have the names
+    of its own. eval_only changes nothing there."""
     out_dir, source = settings['out_dir'], settings['init_from']
 
     def refuse(why, other=''):

@@ -46,10 +46,11 @@ PEFT_NONE = """
 # -----------------------------------------------------------------------------
 # in
 
-def of_a_run(checkpoint, dtype=None):
-    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or a LLaMA."""
+def of_a_run(checkpoint, path, dtype=None):
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or LLaMA."""
     if 'tokenizer' not in checkpoint:
-        raise ValueError('it is the checkpoint of a ViT, which knows no text: give one of a GPT or a LLaMA')
+        raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a GPT or a "
+                         'LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
     put_layers(model, checkpoint['settings'])
@@ -133,7 +134,7 @@ def read_weights(source):
             shape, state = from_nanogpt(loaded, source)
             return shape, state.items(), None
         checkpoint = config.as_checkpoint(loaded, source)
-        shape, state = of_a_run(checkpoint)
+        shape, state = of_a_run(checkpoint, source)
         return shape, state.items(), checkpoint['tokenizer']
     folder, *rest = folders_of(source)
     if rest:
@@ -200,7 +201,7 @@ def write_tensors(folder, tensors, dtype):
 
 def write_transformers(run, checkpoint, folder, dtype):
     """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or ours."""
-    shape, state = of_a_run(checkpoint, dtype)
+    shape, state = of_a_run(checkpoint, run, dtype)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
     tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
@@ -303,7 +304,7 @@ def main(settings):
         if os.path.exists(s.to) and not s.overwrite:
             raise ValueError(f"'{s.to}' is already there: choose another --to, or replace it by "
                              '--overwrite=True')
-        with config.written_beside(s.to) as folder:
+        with config.written_beside(s.to, '.export_of_nanolowrank') as folder:
             if s.adapter or text:
                 (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
             else:

@@ -403,6 +403,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         group = self.param_groups[-1]
         names = group.get('param_names') or [f'parameter {i}' for i in range(len(group['params']))]
+        self._check_group(group, names)
         for name, p in zip(names, group['params']):
             self.order[p], self.group_of[p] = len(self.order), len(self.param_groups) - 1
             hooks = p._post_accumulate_grad_hooks or {}  # it has no public name
@@ -411,6 +412,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                  '(per_layer=True), which would go on: build the model anew')
             if self.per_layer:
                 p.register_post_accumulate_grad_hook(self._complete)
+
+    def _check_group(self, group, names):
+        """Fills in what a group leaves out. ValueError: a setting makes no sense."""
         if not group['correct_bias']:
             raise ValueError('correct_bias=False is not supported: leave it out, or take '
                              "galore-torch's class")
@@ -572,7 +576,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Moments of a parameter that `decoded` gave, in 8 bits again where its group has them."""
         state = self.state[p]
         coded = self.param_groups[self.group_of[p]]['state_bits'] == 8
-        if not coded or 'exp_avg_top' in state or 'exp_avg' not in state:
+        plain = 'exp_avg' in state and 'exp_avg_top' not in state
+        if not coded or not plain or state['exp_avg'].shape != local(p).shape:  # of R: the drop-in's
             return
         moments = {key: state.pop(key).flatten() for key in EIGHT_BITS if key in state}
         new_moments(state, local(p), 8, p, tuple(moments))
@@ -633,7 +638,7 @@ class LowRankAdamW(GaLoreAdamW):
                  if layer.factors == 'basis' and layer.trained.requires_grad}
         block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
         blocks = list(dict.fromkeys(block_of.values()))
-        if found and basis not in ('sketch', 'random'):
+        if basis not in ('sketch', 'random'):
             raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' never "
                              "form: set basis='sketch' or 'random', or train without such layers by "
                              "GaLoreAdamW (optimizer='galore')")

@@ -382,11 +382,6 @@ class MHLoRALinear(nn.Module):
         self.mine = shard_of(zeros, (long, self.rank), self.weight.device_mesh).requires_grad_()
         self.trained.register_post_accumulate_grad_hook(self._scatter)
 
-    def rows_of(self, R):
-        """What this rank holds of R, or of a moment of it, (heads, r, n) or (heads, m, r)."""
-        R = R if self.mine is None else self.by_direction(R[0]).mT
-        return R[rows_here(self.stepped)].contiguous()
-
     def _scatter(self, factor):
         rows = mean_slice(self.by_direction(factor.grad[0]).mT)
         factor.grad = None
@@ -925,15 +920,15 @@ def take(x, p, heads, replicas=()):
 @torch.no_grad()
 def load_weights(model, weights):
     """Loads the 'model' of a checkpoint, each rank its part. ValueError: it is of another model."""
-    own, heads = model.state_dict(keep_vars=True), own_heads(model)
-    parts = {name: take(weights[name], p, heads) for name, p in own.items() if name in weights}
-    odd = own.keys() ^ weights.keys()
-    odd |= {name for name, x in parts.items() if x.shape != local(own[name]).shape}
-    if odd:
+    own, heads, ranks = model.state_dict(keep_vars=True), own_heads(model), place()[1]
+    shapes = {name: (len(p) * ranks, *p.shape[1:]) if p in heads else (*p.shape,)
+              for name, p in own.items()}
+    saved = {name: (*x.shape,) for name, x in weights.items()}
+    if odd := dict(shapes.items() ^ saved.items()):
         raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of '
                          'the two, or has two shapes')
-    for name, x in parts.items():
-        local(own[name]).copy_(x)
+    for name, p in own.items():
+        local(p).copy_(take(weights[name], p, heads))
 
 
 @torch.no_grad()

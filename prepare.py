@@ -50,6 +50,7 @@ from config import in_one_line, read_json, refusals, replacing, write_json, writ
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
+MARKER = '.data_of_nanolowrank'  # a file in every data set
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
@@ -163,8 +164,8 @@ class HubTokenizer:
     @property
     def puts_space(self):
         """Whether it puts a space before every text, as LLaMA 2's does."""
-        first, *_ = self.inner.encode('a', add_special_tokens=False).tokens
-        return first[0] in '\u2581\u0120'  # as SentencePiece, and byte-level tokens, spell it
+        spelled = ''.join(self.inner.encode('a', add_special_tokens=False).tokens)
+        return spelled.startswith(('\u2581', '\u0120'))  # as SentencePiece and byte-level tokens have it
 
     def encode_many(self, texts):
         """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
@@ -535,8 +536,7 @@ def write_tokens(writer, documents, encoding, val_below):
         writer.begin()
         write_tokens(writer, documents, encoding, lowest + 1)
     if not all(meta['tokens'].values()):
-        raise DataError(f"'{writer.folder}' has too little text to train and to validate on "
-                        f"({meta['tokens']}): add some")
+        raise DataError(f"there is too little text to train and to validate on ({meta['tokens']}): add some")
     if isinstance(encoding, HubTokenizer):
         carry([encoding.folder], writer.folder / 'tokenizer')
 
@@ -551,8 +551,7 @@ def write_images(writer, images):
         writer.append(split, items)
         writer.close()
     if not all(writer.meta['images'].values()):
-        raise DataError(f"'{writer.folder}' has too few images for three splits ({writer.meta['images']}): "
-                        'add some')
+        raise DataError(f"there are too few images for three splits ({writer.meta['images']}): add some")
     lacking = {split: [name for name in classes if (split, name) not in seen] for split in SPLITS['images']}
     for split, names in lacking.items() if seen else ():
         if names:
@@ -572,7 +571,7 @@ def write(folder, settings, fill, overwrite):
         print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
         return
     kind, limit = settings.get('kind', 'tokens'), settings.get('limit')
-    with written_beside(folder) as beside, \
+    with written_beside(folder, MARKER) as beside, \
             tqdm(total=limit, unit=f' {kind}', unit_scale=True, disable=None) as bar:
         writer = Writer(beside, settings, bar)
         try:
@@ -594,13 +593,16 @@ def write(folder, settings, fill, overwrite):
 # reader
 
 def read_meta(path):
-    """What meta.json of a data set says. DataError: another program wrote it."""
+    """What meta.json of a data set says. ValueError: it is damaged, or another program wrote it."""
     meta = read_json(path, {
         'kind': str, 'tokens': dict, 'images': dict, 'shards': list, 'vocab_size': int,
         'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
-    if not meta.get('shards') or meta.get('kind', 'tokens') not in meta:
-        raise DataError(f"'{path}' is not of prepare.py (it names no shards): move it away and prepare "
-                        'the data set again')
+    images = meta.get('kind') == 'images'
+    needed = ['classes', 'task', 'channels', 'size', 'images'] if images else ['vocab_size', 'tokens']
+    for key in ('shards', *needed):
+        if not meta.get(key):
+            raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away and prepare "
+                            'the data set again')
     return meta
 
 

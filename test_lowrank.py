@@ -239,7 +239,7 @@ def test_files_run_in_their_order_tables_win_and_the_command_line_wins_over_all(
         m_galore="lowrank, factors, merge_every, rank = 'attn', 'basis', 1, 64\nbeta2 = 0.9",
         run="batch_size = 8\nlearning_rate = {'full': 1e-3, 'galore': n_layer * 1e-3}\nrank = {'galore': 4}\n"
             "beta1, alpha, lowrank, scale = {'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}, {'galore': 1}",
-        more='batch_size = 8\nbeta1 = 0.8', c='rate = 1.0', again="alpha = {'lte': 5.0}\nalpha_ = [alpha]")
+        more='batch_size = 8\nbeta1 = 0.8', c='rate = 1.0', again="alpha = {'lte': 5.0}", no="state_bits = {}")
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     got = config.load({}, known, ['--name=7', paths['a'], '--count=3', '--limit=2', '--flag=True'])
     assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
@@ -264,6 +264,8 @@ def test_files_run_in_their_order_tables_win_and_the_command_line_wins_over_all(
     assert all(other == first for other in others)
     merged = settings_of(train_gpt, FILES['lte'], '--learning_rate=1', run, paths['again'])
     assert (merged['alpha'], merged['beta1'], merged['lowrank']) == (5.0, 0.5, 'mlp')
+    with pytest.raises(SystemExit):  # a table that is for no method
+        settings_of(train_gpt, FILES['lte'], '--learning_rate=1', paths['no'])
     changed = {key: value for key, value in first.items() if value != train_gpt.defaults[key]}
     assert changed == dict(lowrank='attn', factors='basis', merge_every=1, rank=4, batch_size=8, seed=3,
                            scale=1.0, beta1=0.8, beta2=0.9, learning_rate=0.012,
@@ -1775,6 +1777,7 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
 RUNS = [line.split('|') for line in '''
 gpt_apollo            | apollo                                                      | one
 gpt_fira              | fira                                                        | one two
+gpt_fira_8            | fira --state_bits=8                                         | one
 gpt_full              | full                                                        | one two wander
 gpt_galolte           | galolte                                                     | one two wander again four
 gpt_galolte_2bit      | galolte_2bit                                                | again
@@ -2393,7 +2396,7 @@ def texts_of(root, name):
 
 def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*'))
-            if path.name != config.MARKER}
+            if not path.name.endswith('_of_nanolowrank')}
 
 
 def interrupt(what, times, call, kill):
@@ -2542,29 +2545,33 @@ def test_an_interrupted_command_leaves_the_old_data_set_or_the_new_one(tmp_path,
 
 
 def test_of_two_commands_at_once_the_second_is_refused_and_files_of_others_stay(tmp_path):
-    path = numbered(tmp_path / 'a.txt', 300)
+    path, folder = numbered(tmp_path / 'a.txt', 300), tmp_path / 'mine'
 
     def make(*words):
         prepare_text(tmp_path, path, '--name', 'mine', *words)
-    for words in ([], ['--overwrite']):
-        with config.written_beside(tmp_path / 'mine') as folder:  # another command
-            with pytest.raises(ValueError, match="another command is writing '.*mine' .in mine.*.writing"):
+    with config.written_beside(folder, prepare.MARKER) as writing:  # another command
+        for words in ([], ['--overwrite']):
+            with pytest.raises(ValueError, match="another command is writing '.*mine'"):
                 make(*words)
-            (folder / 'theirs').touch()
-        assert {*os.listdir(tmp_path / 'mine')} == {config.MARKER, 'theirs'} and not beside(tmp_path / 'mine')
-        shutil.rmtree(tmp_path / 'mine')
-    make(), make('--overwrite')
-    shutil.rmtree(tmp_path / 'mine')
-    theirs = tmp_path / 'mine.0123abcd.writing'
-    for folder in (theirs, tmp_path / 'mine'):
-        folder.mkdir()
-        (folder / 'train_000000.bin').write_bytes(b'theirs')
+        (writing / 'theirs').touch()
+    assert {*os.listdir(folder)} == {prepare.MARKER, 'theirs'} and not beside(folder)
+    make('--overwrite')
+    os.rename(folder, tmp_path / 'elsewhere')  # on another disk
+    folder.symlink_to(tmp_path / 'elsewhere')
+    for _ in range(2):
+        make('--overwrite')
+    assert folder.is_symlink() and len(files_of(folder)) == 3 and beside(tmp_path / 'elsewhere') == []
+    folder.unlink()
+    for theirs in (folder, tmp_path / 'mine.0123abcd.writing'):
+        theirs.mkdir()
+        (theirs / 'train_000000.bin').write_bytes(b'theirs')
+    (folder / '.export_of_nanolowrank').touch()
     for words in ([], ['--overwrite']):
         with pytest.raises(ValueError, match="mine' is there, and was not written"):
             make(*words)
-    assert {path.read_bytes() for path in tmp_path.glob('mine*/*')} == {b'theirs'}
+    assert {path.read_bytes() for path in tmp_path.glob('mine*/*.bin')} == {b'theirs'}
     for content in ('{"name": "a web page"}', '[]', 'hello'):
-        (tmp_path / 'mine' / 'meta.json').write_text(content)
+        (folder / 'meta.json').write_text(content)
         with pytest.raises(ValueError, match='meta.json.* (move it away|damaged)'):
             make()
 
@@ -2970,6 +2977,10 @@ def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded
     for again in (False, True) if per_layer else ():  # the earlier one would go on
         with pytest.raises(ValueError, match='parameter 0 is stepped in the backward pass by an earlier'):
             galore.GaLoreAdamW([first], per_layer=again)
+    third = nn.Parameter(torch.ones(6))
+    with pytest.raises(ValueError, match='state_bits=7'):  # leaves no hook
+        galore.GaLoreAdamW([dict(params=[third], state_bits=7)], per_layer=per_layer)
+    galore.GaLoreAdamW([third], per_layer=per_layer)
 
 
 def test_a_second_moment_in_bfloat16_decays():
@@ -3148,7 +3159,7 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     more = [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
     if name in ('galore', 'full'):
         refused(capsys, lambda: start(export, more), 'without --adapter')
-        assert sorted(os.listdir(tmp_path)) == ['hf', 'out']
+        assert not (tmp_path / 'peft').exists()
     else:
         start(export, more)
         close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
@@ -3216,9 +3227,9 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
         broken.setattr(export, 'config_json', None)
         with pytest.raises(TypeError):
             start(export, [*words, '--overwrite=True'])
-    assert files_of(tmp_path / 'hf') == before and os.listdir(tmp_path) == ['hf']
+    assert files_of(tmp_path / 'hf') == before and sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf']
     start(export, [*words, '--overwrite=True', '--dtype=bfloat16'])
-    assert os.listdir(tmp_path) == ['hf'] and files_of(tmp_path / 'hf') != before
+    assert sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf'] and files_of(tmp_path / 'hf') != before
 
 
 def test_a_vit_is_exported_for_timm(runs, tmp_path):

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 PLAIN = type(None), bool, int, float, str, tuple  # what a setting may be
-ANSWER = 600  # seconds that ranks wait for each other
+ANSWER = 1800  # seconds that ranks wait for each other, also while rank 0 writes 40 GB to a slow disk
 RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 # -----------------------------------------------------------------------------
@@ -95,10 +95,10 @@ def load(namespace, known, argv):
     Resolves the settings of a script, checks them and returns them as a dict.
 
     namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any order. A file
-    in a folder called methods is a method ('full' without one). A value that is a dict is a table by method,
-    such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one key are merged. Files run in their
-    order, and each sees what those before it set. The command line wins, then tables, wherever they stand,
-    then plain values, of which the last file's counts, then the defaults.
+    in a folder called methods is a method ('full' without one). A value that is a dict is a table by
+    method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one key are merged. Files run in
+    their order, and each sees the plain values of those before it. The command line wins, then tables,
+    wherever they stand, then plain values, of which the last file's counts, then the defaults.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -111,23 +111,25 @@ def load(namespace, known, argv):
     method = (methods or ['full'])[0]
 
     plain, tables = {}, {}
-    given, table_in = {}, {}  # in which file each setting, and each table, stands
+    given, table_in, entry_in = {}, {}, {}  # where a setting, a table, this method's entry in it stands
     for path in paths:
         for key, value in _run_file(path, {**known, **plain}, namespace).items():
             if not isinstance(value, dict):
                 plain[key] = _checked(known, key, value, where=f'in {path}')
                 given[key] = f'in {path}'
                 continue
+            table = tables.setdefault(key, {})
+            table_in[key] = f'in {path}'
             for name, entry in value.items():
                 if name not in (*_methods(), method):
                     near = _nearest(str(name), _methods())
                     fail(f"{key} in {path} is given for '{name}', no file of config/methods: did you mean "
                          f"'{near}'?")
-                entry = _checked(known, key, entry, where=f'for {name} in {path}')
-                tables.setdefault(key, {})[name] = entry
-            table_in[key] = f'in {path}'
+                table[name] = _checked(known, key, entry, where=f'for {name} in {path}')
+                if name == method:
+                    entry_in[key] = f'in {path}'
     chosen = {key: table[method] for key, table in tables.items() if method in table}
-    given.update({key: table_in[key] for key in chosen})
+    given.update(entry_in)
     settings = {**known, **plain, **chosen}
     for word in words:
         key, equals, text = word[2:].partition('=')
@@ -533,52 +535,41 @@ def locked(path):
     return lock
 
 
-MARKER = '.nanolowrank'  # a file in every folder that `written_beside` wrote
-
-
 @contextlib.contextmanager
-def written_beside(folder):
+def written_beside(folder, marker):
     """
     A new folder (Path) to write into, which takes the place of `folder` when all is written.
 
-    Until then it lies beside it under a drawn name, with a marker file that this process has locked.
-    Killed at any moment, the old folder or the new one is whole: the next command for `folder` removes
-    what is left, or says which is whole where the kill came between the two renames. Nothing without a
-    marker is removed. ValueError: another command is writing there; `folder` has no marker.
+    Until then it lies beside it under a drawn name, with a file called `marker`, which says what wrote
+    it; a lock beside keeps a second command for `folder` out. Killed at any moment, the old folder or
+    the new one is whole: the next command removes what is left, or says which is whole where the kill
+    came between the two renames. Nothing without a marker is removed or replaced. ValueError.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     drawn = f'{folder.name}.{os.urandom(4).hex()}'
     writing, whole, old = (folder.with_name(f'{drawn}.{state}')
                            for state in ('writing', 'whole', 'old'))
-    left = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
-    locks = []
-
-    def hold(path):
-        lock = locked(path / MARKER)
-        if lock is None:
-            raise ValueError(f"another command is writing '{folder}' (in {path.name}): wait for it")
-        locks.append(lock)
+    pattern = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
     folder.parent.mkdir(parents=True, exist_ok=True)
-    writing.mkdir()
+    lock = locked(folder.with_name(f'.{folder.name}.lock'))
+    if lock is None:
+        raise ValueError(f"another command is writing '{folder}': wait for it")
     try:
-        hold(writing)
-        others = [path for path in folder.parent.iterdir() if left.fullmatch(path.name)
-                  and path != writing and (path / MARKER).is_file()]
-        for path in others:
-            hold(path)
-        if folder.exists() and not (folder / MARKER).is_file():
+        if folder.exists() and not (folder / marker).is_file():
             raise ValueError(f"'{folder}' is there, and was not written by this command (it has no "
-                             f'{MARKER}): choose another name, or remove it')
-        if folder.exists():
-            hold(folder)
+                             f'{marker}; older versions wrote none): choose another name, or remove it')
+        left = [path for path in sorted(folder.parent.iterdir())
+                if pattern.fullmatch(path.name) and (path / marker).is_file()]
         ready = [f"{path.name} is the {'new' if path.suffix == '.whole' else 'old'} one"
-                 for path in sorted(others) if path.suffix != '.writing']
+                 for path in left if path.suffix != '.writing']
         if ready and not folder.exists():
             raise ValueError(f"a command was killed while it replaced '{folder}'; whole beside it lie: "
                              f"{', '.join(ready)}. Rename the one you want to '{folder.name}', and "
                              'remove any other')
-        for path in others:
+        for path in left:
             shutil.rmtree(path)
+        writing.mkdir()
+        (writing / marker).touch()
         yield writing
         sync_folder(writing)
         os.rename(writing, whole)
@@ -589,8 +580,7 @@ def written_beside(folder):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-        for lock in locks:
-            lock.release()
+        lock.release()
 
 
 def write_json(path, value):
@@ -680,8 +670,8 @@ def as_checkpoint(found, path):
                          'check --out_dir')
     if found.get('format') != FORMAT:
         raise ValueError(f"'{path}' was written by another version of this project (format "
-                         f"{found.get('format')}, here {FORMAT}): go on with that version, or train "
-                         'anew')
+                         f"{found.get('format', found.get('edition'))}, here {FORMAT}): go on with "
+                         'that version, or train anew')
     return found
 
 

@@ -441,6 +441,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         own = dict(basis='random' if group.get('rule') == 'apollo' else 'svd', rule='galore')
         for key, value in (galore_torch | own).items():
             group.setdefault(key, value)
+        if group['rule'] == 'apollo' and group['basis'] != 'random':
+            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
+                             "basis='random'")
         if group['proj_type'] == 'full':
             raise ValueError("proj_type='full' projects both sides, which is not supported: set 'std', "
                              "or take galore-torch's class")
@@ -452,9 +455,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key in ('rank', 'update_proj_gap'):
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
-        if group['rule'] == 'apollo' and group['basis'] != 'random':
-            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
-                             "basis='random'")
         clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
                    if group['rank'] > min(p.shape)]
         if clamped:

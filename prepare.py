@@ -46,7 +46,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import in_one_line, read_json, refusals, replacing, write_json, written_beside
+from config import (in_one_line, read_json, refusals, replacing, typed, write_json,
+                    written_beside)
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
@@ -595,12 +596,17 @@ def write(folder, settings, fill, overwrite):
 def read_meta(path):
     """What meta.json of a data set says. ValueError: it is damaged, or another program wrote it."""
     meta = read_json(path, {
-        'kind': str, 'tokens': dict, 'images': dict, 'shards': list, 'vocab_size': int,
+        'kind': str, 'tokens': dict, 'images': dict, 'bytes': dict, 'shards': list, 'vocab_size': int,
         'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
     images = meta.get('kind') == 'images'
     needed = ['classes', 'task', 'channels', 'size', 'images'] if images else ['vocab_size', 'tokens']
-    for key in ('shards', *needed):
-        if not meta.get(key):
+    said = [(key, meta.get(key)) for key in ('shards', *needed)]
+    for shard in meta.get('shards') or ():
+        wanted = {'file': str, 'split': str, 'sha256': str, 'images' if images else 'tokens': int}
+        found = typed(shard, wanted, path)
+        said += [(key, found.get(key)) for key in wanted]
+    for key, value in said:
+        if not value:
             raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away and prepare "
                             'the data set again')
     return meta

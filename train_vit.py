@@ -88,7 +88,6 @@ if __name__ == '__main__':
 import difflib
 import math
 import os
-import zipfile
 
 import numpy as np
 import timm
@@ -195,7 +194,9 @@ def read_weights(path, shape, classes, keep=False):
     merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
     is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
     refused (ValueError) where `keep` is True."""
-    found = config.load_tensors(path) if zipfile.is_zipfile(path) else {}
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'PK'
+    found = config.load_tensors(path) if zipped else {}
     if isinstance(found, dict) and 'model_config' in found:
         checkpoint = config.as_checkpoint(found, path)
         if 'classes' not in checkpoint:

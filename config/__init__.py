@@ -115,7 +115,9 @@ def load(namespace, known, argv):
     for path in paths:
         for key, value in _run_file(path, {**known, **plain}, namespace).items():
             if not isinstance(value, dict):
-                plain[key] = _checked(known, key, value, where=f'in {path}')
+                value = _checked(known, key, value, where=f'in {path}')
+                _say_if_replaced(key, plain, key, value, given.get(key), path)
+                plain[key] = value
                 given[key] = f'in {path}'
                 continue
             table = tables.setdefault(key, {})
@@ -125,9 +127,11 @@ def load(namespace, known, argv):
                     near = _nearest(str(name), _methods())
                     fail(f"{key} in {path} is given for '{name}', no file of config/methods: did you mean "
                          f"'{near}'?")
-                table[name] = _checked(known, key, entry, where=f'for {name} in {path}')
+                entry = _checked(known, key, entry, where=f'for {name} in {path}')
                 if name == method:
+                    _say_if_replaced(key, table, name, entry, entry_in.get(key), path)
                     entry_in[key] = f'in {path}'
+                table[name] = entry
     chosen = {key: table[method] for key, table in tables.items() if method in table}
     given.update(entry_in)
     settings = {**known, **plain, **chosen}
@@ -160,6 +164,12 @@ def load(namespace, known, argv):
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
     return settings
+
+
+def _say_if_replaced(key, values, name, value, where, path):
+    """Tells once a machine that a file sets a key to another value than one before it."""
+    if name in values and values[name] != value and os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{key}={value!r} in {path} takes the place of {values[name]!r} {where}')
 
 
 def _help(namespace):
@@ -540,24 +550,39 @@ def written_beside(folder, marker):
     """
     A new folder (Path) to write into, which takes the place of `folder` when all is written.
 
-    Until then it lies beside it under a drawn name, with a file called `marker`, which says what wrote
-    it; a lock beside keeps a second command for `folder` out. Killed at any moment, the old folder or
-    the new one is whole: the next command removes what is left, or says which is whole where the kill
-    came between the two renames. Nothing without a marker is removed or replaced. ValueError.
+    Until then it lies beside it under a drawn name, with a file called `marker`, which in the end names
+    all that was written; a lock beside keeps a second command for `folder` out. Killed at any moment,
+    the old folder or the new one is whole: the next command removes what is left, or says which is
+    whole where the kill came between the two renames. Nothing without a marker is removed or replaced,
+    and no folder with files that its marker does not name. ValueError.
     """
     folder = Path(os.path.realpath(folder))
     drawn = f'{folder.name}.{os.urandom(4).hex()}'
     writing, whole, old = (folder.with_name(f'{drawn}.{state}')
                            for state in ('writing', 'whole', 'old'))
     pattern = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
+
+    def remove(path):
+        gone = path.with_suffix('.writing')  # from now on it is not whole
+        os.rename(path, gone)
+        for entry in gone.iterdir():  # a kill leaves the marker
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != marker:
+                entry.unlink()
+        shutil.rmtree(gone)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(folder.with_name(f'.{folder.name}.lock'))
     if lock is None:
         raise ValueError(f"another command is writing '{folder}': wait for it")
     try:
-        if folder.exists() and not (folder / marker).is_file():
+        held = set(os.listdir(folder)) if folder.exists() else set()
+        if held and marker not in held:
             raise ValueError(f"'{folder}' is there, and was not written by this command (it has no "
                              f'{marker}; older versions wrote none): choose another name, or remove it')
+        if others := held and held - {*(folder / marker).read_text('utf-8').splitlines(), marker}:
+            raise ValueError(f"'{folder}' holds {min(others)}, which this command did not write, and would "
+                             'remove: move it away')
         left = [path for path in sorted(folder.parent.iterdir())
                 if pattern.fullmatch(path.name) and (path / marker).is_file()]
         ready = [f"{path.name} is the {'new' if path.suffix == '.whole' else 'old'} one"
@@ -567,17 +592,19 @@ def written_beside(folder, marker):
                              f"{', '.join(ready)}. Rename the one you want to '{folder.name}', and "
                              'remove any other')
         for path in left:
-            shutil.rmtree(path)
+            remove(path)
         writing.mkdir()
         (writing / marker).touch()
         yield writing
+        (writing / marker).write_text('\n'.join(sorted(os.listdir(writing))), 'utf-8')
         sync_folder(writing)
         os.rename(writing, whole)
         if folder.exists():
             os.rename(folder, old)
         os.rename(whole, folder)
         sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            remove(old)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
         lock.release()
@@ -590,8 +617,11 @@ def write_json(path, value):
 
 
 def typed(found, wanted, path):
-    """A dict that others wrote. wanted: {key: type} of what is taken from it; a key may be left out,
-    or None. ValueError: a value in it, of the file at `path`, is of another type."""
+    """A dict that others wrote into the file at `path`. wanted: {key: type} of what is taken from it; a
+    key may be left out, or None. ValueError: it is none, or a value in it is of another type."""
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' is damaged, or something else than is wanted: restore it, or fetch it "
+                         'again')
     for key, kind in wanted.items():
         value = found.get(key)
         right = isinstance(value, (int, float) if kind is float else kind)
@@ -608,9 +638,6 @@ def read_json(path, wanted=()):
             found = json.load(file)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"'{path}' is damaged or holds no JSON object: restore it, or fetch it "
-                         'again')
     return typed(found, dict(wanted), path)
 
 

@@ -2224,11 +2224,9 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
     """Torch gives up after eight graphs of one function, in silence."""
     from torch._dynamo.testing import CompileCounterWithBackend
     script, name, *words = words.split()
-    counter = CompileCounterWithBackend('aot_eager')
+    counter, losses, compile_ = CompileCounterWithBackend('aot_eager'), [], nn.Module.compile
     torch._dynamo.reset()
-    torch.compiler.set_default_backend(counter)
-    losses = []
-    try:
+    with mock.patch.object(nn.Module, 'compile', lambda part, **how: compile_(part, backend=counter, **how)):
         for compiled in (False, True):
             words = [*words, f'--compile={compiled}', '--n_layer=3']
             run, data = built(script, root, tmp_path, *method(name, *words))
@@ -2238,8 +2236,6 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
             graphs = counter.frame_count
             if script == 'gpt':
                 losses.append(train_gpt.evaluate(run, prepare.Tokens('tiny', 'val', 16, root)))
-    finally:
-        torch.compiler.set_default_backend(None)
     half = len(losses) // 2
     assert losses[:half] == pytest.approx(losses[half:], abs=1e-8) and losses[0] != losses[3]
     assert 1 <= graphs <= 2 + (script != 'vit')  # and the loss's

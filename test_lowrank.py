@@ -38,7 +38,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 from torchvision.transforms.functional import to_pil_image
 
 import bench
@@ -49,6 +49,7 @@ import lowrank
 import model as models
 import prepare
 import sample
+import textbook
 import train_gpt
 import train_llama
 import train_vit
@@ -784,239 +785,99 @@ def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
 
 
 # -----------------------------------------------------------------------------
-# every method, written down
+# every method, as textbook.py has it
 
 
-def orthonormal(Y):
-    Q, R = torch.linalg.qr(Y)
-    return Q * R.diagonal().sign()
+def test_the_textbook_has_every_method_and_no_other():
+    assert sorted(textbook.METHODS) == sorted(METHODS)
 
 
-class Textbook:
-    """Every method written down in full matrices: gradients of each row by autograd on ordinary weights.
+def newton_schulz(G, coefficients, steps, eps):
+    """torch's iteration of Muon in the precision of G: in 16 bits any rounding grows."""
+    (a, b, c), X = coefficients, G / G.norm().clamp_min(eps)
+    for _ in range(steps):
+        K = X @ X.mT
+        X = a * X + (b * K + c * K @ K) @ X
+    return X
 
-    A worker is a head that sees its own rows, or a rank with weights of its own; else there is one. What is
-    drawn at random (weights, A, first bases) is taken over from the model that is compared with it."""
 
-    def __init__(self, plain, model, optimizer, settings, ranks=1):
-        s = self.s = SimpleNamespace(**{'proj_type': 'std', **settings})
-        self.plain, self.model, self.optimizer = plain, model, optimizer
-        self.layers = {f'{name}.weight': layer for name, layer in model.named_modules()
-                       if isinstance(layer, lowrank.MHLoRALinear)}
-        self.apart = bool(self.layers) and s.split and s.heads > 1
-        self.replicas = ranks if s.sync == 'merge' else 1
-        start, self.workers = lowrank.merged_state_dict(model), s.heads if self.apart else self.replicas
-        own = {*dict(plain.named_parameters()), *self.layers}
-        self.W = [{name: start[name].clone() for name in start if name in own} for _ in range(self.workers)]
-        self.inside = [name for name, layer in self.layers.items() if layer.factors == 'basis']
-        if s.optimizer in ('galore', 'fira', 'apollo'):
-            self.inside = [name for name, p in plain.named_parameters()
-                           if p.dim() == 2 and ('attn' in name or 'mlp' in name)]
-        self.moments, self.bases, self.sketches, self.draws = {}, {}, {}, []
-        self.rests, self.averages = {}, {}  # Fira's and APOLLO's, SCALE's
-        self.draw_heads()
+def svd_of_one_sign(G, full_matrices, svd=torch.linalg.svd):
+    """The decomposition that G.T has, too: each pair of vectors may change its sign."""
+    U, S, Vh = svd(G, full_matrices=full_matrices)
+    sign = (U.sum(0) + Vh.sum(1)).sign()
+    return torch.return_types.linalg_svd((U * sign, S, Vh * sign[:, None]))
 
-    def draw_heads(self):
-        """LoRA's heads by worker and name, [A, B, A', B']: A orthogonal times sqrt(n / r), else zeros."""
-        self.heads = [{} for _ in self.W]
-        for name, layer in self.layers.items() if not self.inside else ():
-            for h, (A, B) in enumerate(zip(layer.A.detach(), layer.B.detach())):
-                close(A @ A.T * layer.rank / layer.in_features, eye(layer.rank))
-                assert not B.any() and A[0, 0].item() not in self.draws  # every draw is another
-                self.draws.append(A[0, 0].item())
-                self.heads[h % self.workers].setdefault(name, []).append([A.clone(), B.clone(), 0 * A, 0 * B])
 
-    def full(self, worker):
-        """{name: W + s mean_h (B A - B' A')}, what a worker computes with."""
-        W, scale = dict(self.W[worker]), self.s.alpha / self.s.rank
-        for name, heads in self.heads[worker].items():
-            W[name] = W[name] + scale * sum(B @ A - B0 @ A0 for A, B, A0, B0 in heads) / len(heads)
-        return W
+MUON = 'torch.optim._muon._zeropower_via_newtonschulz'
 
-    def merged(self):
-        every = [self.full(worker) for worker in range(self.workers)]
-        return {name: sum(W[name] for W in every) / len(every) for name in every[0]}
 
-    def loss(self, weights, x, y):
-        """The sum over the tokens of rows, or over images in [0, 255], as timm normalises them."""
+def book_of(plain, model, optimizer, settings, ranks=1):
+    """
+    What textbook.train takes for a run, from what it begins with: (forward, start, matrices, method).
+
+    plain: a model without anything low-rank, as a form; what is drawn at random in the run is handed over.
+    """
+    s, trained = SimpleNamespace(**settings), {p for p in model.parameters() if p.requires_grad}
+    layers = {f'{name}.weight': layer for name, layer in lowrank.named_layers(model).items()}
+    state, own = lowrank.merged_state_dict(model), dict(model.named_parameters())
+    names = {*dict(plain.named_parameters()), *layers}
+    trains = {name: state[name].clone() for name in state
+              if name in names and (name in layers or own[name] in trained)}
+    frozen = {name: state[name].clone() for name in names - trains.keys()}
+    inside = [name for name in trains if trains[name].dim() == 2 and ('attn' in name or 'mlp' in name)]
+    due, rules, drawn = {}, {}, []
+    blocks = {name: re.match(r'.*?\.\d+', name)[0] for name in layers if s.factors == 'basis'}
+    turns = list(dict.fromkeys(blocks.values()))
+    for name, block in blocks.items():  # blocks take turns, at merges
+        turn = turns.index(block) * (s.basis_every // s.merge_every) // len(turns)
+        due[name] = turn * s.merge_every
+    for name in trains if s.optimizer == 'scale' else ():
+        if 'head' in name or 'wte' in name:  # GPT's embedding is its output layer
+            rules[name] = functools.partial(textbook.scale, momentum=0.9)
+        elif 'wpe' in name or 'embed_tokens' in name:
+            rules[name] = functools.partial(textbook.scale, dim=0)
+    rules = {name: rule for name, rule in rules.items() if trains[name].dim() == 2}
+
+    def forward(W, x):
+        """Logits of tokens, or of images in [0, 255], as timm normalises them."""
         if x.dim() == 4:
             x = (x.double() / 255 - 0.5).expand(-1, 3, -1, -1) / 0.5
-        logits = functional_call(self.plain, weights, (x,), tie_weights='lm_head.weight' not in weights)
-        return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction='sum')
+        return functional_call(plain, {**frozen, **W}, (x,), tie_weights='lm_head.weight' not in W)
 
-    def gradients(self, worker, micro_batches):
-        """({name: (rows, m, n)}, losses (rows,)) of every row that a worker sees: the means are those
-        of all its targets, of which prompts have none. Where no sketch needs rows they are taken as one."""
-        x, y = (torch.cat([part[worker::self.workers] for part in parts]) for parts in zip(*micro_batches))
-        share, W = len(y) / (y >= 0).sum(), self.full(worker)
-        if self.inside and self.s.basis == 'sketch':
-            row = grad_and_value(lambda W, x, y: self.loss(W, x[None], y[None]))
-            G, losses = vmap(row, (None, 0, 0))(W, x, y)
-        else:
-            W = {name: w.detach().requires_grad_() for name, w in W.items()}
-            losses = self.loss(W, x, y)[None] / len(y)
-            G = {name: g[None] for name, g in zip(W, torch.autograd.grad(losses, [*W.values()]))}
-        return {name: share * g for name, g in G.items()}, share * losses.detach()
-
-    def rate(self, t):
-        s = self.s
-        part = min((t - s.warmup_iters) / (s.max_iters - s.warmup_iters), 1)
-        rate = s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * part)) / 2
-        if t < s.warmup_iters:
-            rate = s.learning_rate * (t + 1) / (s.warmup_iters + 1)
-        if s.merge_reset and t >= s.merge_every:
-            rate *= min((t % s.merge_every + 1) / (s.rewarm_iters + 1), 1)
-        return rate
-
-    def is_left(self, shape):
-        wide, kind = shape[0] < shape[1], self.s.proj_type
-        return kind == 'left' or wide and kind == 'std' or not wide and kind == 'reverse_std'
-
-    def renew_basis(self, t, name, G):
-        """P (m, r) and Q (n, r), one of which is the identity, for a gradient whose turn it is in step t."""
-        s, left, old, turn = self.s, self.is_left(G.shape), self.bases.get(name), 0
-        if name in self.layers:  # blocks take turns, at merges
-            blocks = list(dict.fromkeys(re.match(r'.*?\.\d+', name)[0] for name in self.inside))
-            turn = blocks.index(re.match(r'.*?\.\d+', name)[0])
-            turn = turn * (s.basis_every // s.merge_every) // len(blocks) * s.merge_every
-        until = (turn - t) % s.basis_every
-        self.sketching = s.basis == 'sketch' and (until or s.basis_every) <= 5
+    def draw(rows, rank, name, t, head=None):
+        if head is not None:
+            A = layers[name].A[head].detach()
+            drawn.append(A[0, 0].item())
+            assert len(drawn) == len({*drawn})  # every draw is another
+            return A.T
+        if name in layers:
+            return layers[name].basis.clone()
+        p = own[name]
         if s.optimizer == 'apollo':
-            seed = self.optimizer._seed(self.model.get_parameter(name), t // s.basis_every)
-            P = galore.gaussian(G.shape[not left], s.rank, G, seed) / math.sqrt(s.rank)
-            self.bases[name] = (P, eye(G.shape[1])) if left else (eye(G.shape[0]), P)
-            return
-        if old and until:
-            return
-        G = G if left else G.T
-        if s.basis == 'svd':  # of the drop-in
-            U, _, Vh = torch.linalg.svd(G if left else G.T, full_matrices=False)
-            P, Q = U[:, :s.rank], Vh[:s.rank].T
-        elif s.basis == 'random' or not old:
-            state = self.optimizer.state[self.model.get_parameter(name)]
-            P = Q = (self.layers[name].basis if name in self.layers else state['P' if left else 'Q']).clone()
-        elif s.basis == 'power':
-            P = Q = orthonormal(G @ G.T @ orthonormal(G @ G.T @ old[not left]))
-        else:
-            P = Q = orthonormal(self.sketches[name])
-        P, Q = P if left else eye(G.shape[1]), eye(G.shape[1]) if left else Q
-        for basis in (P, Q):
-            close(basis.T @ basis, eye(basis.shape[1]))
-        self.bases[name], self.sketches[name] = (P, Q), 0
-        for key, (M, V, age) in self.moments.items() if name in self.layers else ():
-            if key[0] == name:
-                C, D = P.T @ old[0], Q.T @ old[1]
-                self.moments[key] = C @ M @ D.T, C ** 2 @ V @ D.T ** 2, age
+            return galore.gaussian(rows, rank, p, optimizer._seed(p, t // s.basis_every))
+        other = s.basis == 'random' and not galore.is_left(p.shape, 'std')
+        return galore.gaussian(rows, rank, p, optimizer._seed(p, t) + other)
 
-    def step(self, t, micro_batches):
-        """Step t, from 0; returns the mean loss, and the norm of what is stepped on."""
-        s = self.s
-        G, losses = zip(*(self.gradients(worker, micro_batches) for worker in range(self.workers)))
-        steps = {}  # (name, worker or replica, head, factor): gradient
-        for name in self.W[0]:
-            mean = [g[name].mean(0) for g in G]
-            if name in self.heads[0]:
-                for worker, heads in enumerate(self.heads):
-                    for h, (A, B, _, _) in enumerate(heads[name]):
-                        dW = s.alpha / s.rank / len(heads[name]) * mean[worker]
-                        steps[name, worker, h, 1] = dW @ A.T
-                        if s.factors == 'both':
-                            steps[name, worker, h, 0] = B.T @ dW
-            elif name in self.layers:
-                self.renew_basis(t, name, sum(mean) / len(mean))
-                P, Q = self.bases[name]
-                steps.update({(name, worker): P.T @ g @ Q for worker, g in enumerate(mean)})
-                for g in torch.cat([g[name] for g in G]) if self.sketching else ():
-                    Y = g @ (g.T @ P) if self.is_left(g.shape) else g.T @ (g @ Q)
-                    self.sketches[name] = self.sketches[name] + Y / (P.T @ g @ Q).norm().clamp_min(1e-30)
-            elif self.model.get_parameter(name).requires_grad:
-                for r in range(self.replicas):
-                    steps[name, r] = sum(mean[r::self.replicas]) / len(mean[r::self.replicas])
-        groups = {}  # what is clipped together: of a head that sees its own rows, of a replica
-        for key, g in steps.items():
-            own = self.apart and key[0] in self.layers
-            groups.setdefault((own, key[1] if own else key[1] % self.replicas), []).append(g)
-        norms = [math.sqrt(sum(g.square().sum() for g in group)) for group in groups.values()]
-        for norm, group in zip(norms, groups.values()):
-            for g in group:
-                g *= min(1, s.grad_clip / (norm + 1e-6)) if s.grad_clip else 1
-        for key, g in steps.items():
-            self.update(t, *key, gradient=g)
-        if s.merge_every and (t + 1) % s.merge_every == 0:
-            self.merge()
-        return torch.cat(losses).mean().item(), math.hypot(*norms)
+    def rate(t):
+        part = min((t - s.warmup_iters) / (s.max_iters - s.warmup_iters), 1)
+        if t < s.warmup_iters:
+            return s.learning_rate * (t + 1) / (s.warmup_iters + 1)
+        return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * part)) / 2
+    same = ('heads', 'rank', 'alpha', 'merge_every', 'merge_reset', 'rewarm_iters', 'sync', 'sync_moments',
+            'optimizer', 'momentum', 'scale', 'basis', 'basis_every', 'beta1', 'beta2', 'weight_decay',
+            'grad_clip')
+    method = {key: settings[key] for key in same} | dict(
+        factors=s.factors if layers else '', split=bool(layers) and s.split and s.heads > 1,
+        workers=ranks if s.sync == 'merge' else 1, learning_rate=rate, draw=draw, due=due, rules=rules,
+        eps=1e-8 if layers or s.optimizer == 'adamw' else 1e-6, no_decay=('pos_embed', 'cls_token'))
+    return forward, trains, [*layers] or inside, method
 
-    def update(self, t, name, worker, *factor, gradient):
-        """One step of AdamW, or of GaLore's in a basis."""
-        s, lr, b, c, key = self.s, self.rate(t), self.s.beta1, self.s.beta2, (name, worker, *factor)
-        G = gradient
-        if name in self.inside and name not in self.layers:  # the drop-in, and Fira
-            self.renew_basis(t, name, G)
-            gradient = self.bases[name][0].T @ G @ self.bases[name][1]
-        M, V, age = self.moments.get(key, (0, 0, 0))
-        W = self.heads[worker][name][factor[0]][factor[1]] if factor else self.W[worker][name]
-        if s.optimizer == 'muon' and ('attn' in name or 'mlp' in name) and W.dim() == 2:
-            X = nn.Parameter(torch.zeros_like(gradient))
-            muon = torch.optim.Muon([X], lr=1.0, weight_decay=0.0, momentum=s.momentum,
-                                    adjust_lr_fn='match_rms_adamw')
-            X.grad, muon.state[X]['momentum_buffer'] = gradient, M + torch.zeros_like(gradient)
-            muon.step()
-            self.moments[key] = muon.state[X]['momentum_buffer'], torch.zeros_like(gradient), 0
-            P, Q = self.bases.get(name, (eye(W.shape[0]), eye(W.shape[1])))
-            W = (1 - lr * s.weight_decay) * W
-            move = lr * (s.scale * P @ X.detach() @ Q.T if name in self.inside else X.detach())
-            self.place(name, worker, W + move * (1 - lr * s.weight_decay * (name in self.inside)))
-            return
-        self.moments[key] = M, V, age = b * M + (1 - b) * gradient, c * V + (1 - c) * gradient ** 2, age + 1
-        if name in self.inside:  # as in galore-torch: eps before the correction, decay after the update
-            P, Q = self.bases[name]
-            N = M / (V.sqrt() + 1e-6)
-            move = s.scale * P @ N @ Q.T
-            if s.optimizer in ('fira', 'apollo'):
-                lines = (0, 1) if s.rank == 1 else 0 if self.is_left(W.shape) else 1
-                rest = G if s.optimizer == 'apollo' else G - s.scale * P @ gradient @ Q.T
-                rest = rest * (N.norm(dim=lines, keepdim=True)
-                               / (gradient.norm(dim=lines, keepdim=True) + 1e-8))
-                if name in self.rests:
-                    rest = rest / (max(rest.norm() / (self.rests[name] + 1e-8), 1.01) / 1.01)
-                self.rests[name] = rest.norm()
-                move = move + rest if s.optimizer == 'fira' else s.scale * rest
-            W = W - lr * math.sqrt(1 - c ** age) / (1 - b ** age) * move
-            W = W - lr * s.weight_decay * W
-        elif s.optimizer == 'scale' and W.dim() == 2:  # GPT's embedding is its output layer
-            output, table = 'head' in name or 'wte' in name, 'wpe' in name or 'embed_tokens' in name
-            M = 0.9 * self.averages.get(name, 0) + 0.1 * G
-            self.averages[name], M = M, M if output else G
-            size = M.square().mean(0 if table else 1, True).sqrt().clamp(1e-8)
-            W = W - lr * s.weight_decay * W - lr * M / size
-        else:
-            M, V = M / (1 - b ** age), V / (1 - c ** age)
-            if factor or W.dim() > 1 and name not in ('pos_embed', 'cls_token'):
-                W = W - lr * s.weight_decay * W
-            W = W - lr * M / (V.sqrt() + (1e-8 if s.optimizer == 'adamw' or s.lowrank else 1e-6))
-        if factor:
-            self.heads[worker][name][factor[0]][factor[1]] = W
-        else:
-            self.place(name, worker, W)
 
-    def place(self, name, worker, W):
-        for other in [worker] if name in self.layers else range(worker, self.workers, self.replicas):
-            self.W[other][name] = W
-
-    def merge(self):
-        """Weights are averaged over workers, in a basis first moments too; heads begin anew, or go on."""
-        mean = self.merged()
-        for W in self.W:
-            W.update({name: mean[name] for name in (mean if self.s.sync == 'merge' else self.layers)})
-        for name in self.inside if self.s.sync_moments else ():
-            M = sum(self.moments[name, worker][0] for worker in range(self.workers)) / self.workers
-            for worker in range(self.workers):
-                self.moments[name, worker] = M, *self.moments[name, worker][1:]
-        if self.s.merge_reset:
-            self.draw_heads()
-            self.moments = {key: moments for key, moments in self.moments.items() if len(key) < 4}
-        for head in (head for heads in self.heads for several in heads.values() for head in several):
-            head[2:] = head[:2]
+def merged_in_book(start, matrices, method, workers):
+    """{name: W} that is evaluated: what workers compute with, averaged."""
+    s = textbook.plan(start, matrices, method)
+    weights = [textbook.full(w, s) for w in workers]
+    return {name: sum(W[name] for W in weights) / len(weights) for name in start}
 
 
 class Reused(nn.Module):
@@ -1813,7 +1674,9 @@ llama_answers         | galore --dataset=answers                                
 gpt_bits              | galolte --sync_bits=2                                       | one two wander again four
 gpt_muons             | galolte --optimizer=muon --sync_bits=4 --sync_moments=False | one two wander
 gpt_relogit           | relora --lowrank=attn,logit                                 | one two
-gpt_replicas          | lte --sync=merge                                            | again written
+gpt_replicas          | lte --sync=merge                                            | again
+gpt_lte_pair          | lte --sync=merge --heads=2                                  | again written
+gpt_galolte_pair      | galolte_2bit --sync_bits=32 --heads=2                       | again written
 gpt_local_8           | local_adamw --sync_bits=8                                   | again written
 gpt_local_muon_32     | local_muon --sync_bits=32                                   | again written
 gpt_dropout           | full --dropout=0.1                                          | one
@@ -1935,6 +1798,8 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'reused galore --basis=random --per_layer=True --grad_clip=0']
 
 
+@mock.patch(MUON, newton_schulz)
+@mock.patch('torch.linalg.svd', svd_of_one_sign)
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
 def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tmp_path, words):
     """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end.
@@ -1946,25 +1811,34 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
             f'--min_lr={0.0004 if script == "vit" else 0.004}' + ' --scale=0.5' * scaled
             + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))
-    plain, module = plains[script], SCRIPTS[script]
+    plain, module, steps = plains[script], SCRIPTS[script], 4
     for key, value in vars(run.model.config).items() if script != 'vit' else ():
         assert run.settings.get(key) in (None, value), key
     if kind == 'reused':
         plain, run.model = Reused(), Reused()
         lowrank.put_layers(run.model, run.settings)
         run.net, run.optimizer = run.model, galore.make_optimizer(run.model, run.settings)
-    book, seed = Textbook(plain, run.model, run.optimizer, run.settings), run.settings['seed']
-    changes = min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8
-    for step in range(8 if changes else 4):
-        assert config.set_learning_rate(run.optimizer, run.settings, step) == pytest.approx(book.rate(step))
+    if min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8:
+        steps = 2 * max(run.settings['basis_every'] % 8, run.settings['merge_every'] % 8) + 1
+    batches = [seen(script, data, step, run.settings) for step in range(steps)]
+    joined = [tuple(map(torch.cat, zip(*batch))) for batch in batches]
+    forward, first, matrices, how = book_of(plain, run.model, run.optimizer, run.settings)
+    book = textbook.train(forward, first, joined, matrices, how)
+    for step, _ in enumerate(batches):
+        lr = config.set_learning_rate(run.optimizer, run.settings, step)
+        assert how['merge_reset'] or lr == pytest.approx(how['learning_rate'](step))
         heads = [run.heads] * (script != 'vit')
-        got = module.train_step(run, step, lambda i: data.batch(8, step, i, 2, seed, run.rows, *heads))
-        loss, norm = book.step(step, seen(script, data, step, run.settings))
-        norm = 0 if book.s.per_layer else norm  # what steps during the backward pass is gone
-        assert (got[0].item(), got[1].item()) == pytest.approx((loss, norm))
+        loss, norm = module.train_step(run, step, lambda i: data.batch(
+            8, step, i, 2, run.settings['seed'], run.rows, *heads))
+        wanted, workers = next(book)
+        assert loss.item() == pytest.approx(wanted.item())
+        if not run.settings['per_layer']:  # else what has stepped in the backward pass is gone
+            along = [*workers[0].rest.values(), *(g for w in workers for g in w.low.values())]
+            assert norm.item() == pytest.approx(math.hypot(*(g.norm().item() for g in along)))
         state = lowrank.merged_state_dict(run.model)
-        for key, W in book.merged().items():
-            close(state[key], W, 1e-7)
+        mean = merged_in_book(first, matrices, how, workers)
+        for key, W in mean.items():
+            close(state[key], W, 1e-8)
     lowrank.check_training(run.model, run.optimizer)
     assert all(p.grad is None for p in run.model.parameters())
     if script == 'vit':
@@ -1977,8 +1851,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         val = prepare.Tokens(run.settings['dataset'], 'val', 16, root)
         x, y = map(torch.cat, zip(*(val.fixed_batch(i, 2, 8)[:2] for i in range(2))))
         got = module.evaluate(run, val)
-    wanted = book.loss(book.merged(), x, y).item() / (y >= 0).sum().item()
-    assert got == pytest.approx(wanted, abs=1e-6) and run.model.training
+    wanted = F.cross_entropy(forward(mean, x).flatten(0, -2), y.flatten())
+    assert got == pytest.approx(wanted.item(), abs=1e-6) and run.model.training
 
 
 def test_a_gradient_may_lie_otherwise_than_its_parameter():
@@ -2068,30 +1942,31 @@ def test_a_merge_without_a_generator_draws_the_same_heads_on_every_rank():
     assert not torch.equal(layer.A, before)
 
 
+@mock.patch('torch.linalg.svd', svd_of_one_sign)
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('rule', ['galore', 'fira'])
 @pytest.mark.parametrize('proj_type', PROJ_TYPES)
 def test_the_drop_in_projects_either_side(shape, rule, proj_type):
-    (m, n), r = shape, 3
-    torch.manual_seed(0)
-    net, plain = nn.Sequential(), nn.Sequential()
-    for one in (net, plain):
-        one.add_module('attn', nn.Linear(n, m, bias=False).double())
-    group = dict(rank=r, scale=0.5, proj_type=proj_type, basis='svd')
-    groups = galore.param_groups(net, weight_decay=0.2, gap=3, rule=rule, **group)
+    (m, n), r, side = shape, 3, lambda x: x
+    left = {'left': True, 'right': False, 'std': m < n, 'reverse_std': m >= n}[proj_type]
+    if left:
+        side = torch.t
+    net = nn.Sequential()
+    net.add_module('attn', nn.Linear(n, m, bias=False).double())
+    group = dict(rank=r, scale=0.5, basis='svd')
+    groups = galore.param_groups(net, weight_decay=0.2, gap=3, rule=rule, proj_type=proj_type, **group)
     optimizer = galore.GaLoreAdamW(groups, lr=0.1, betas=(0.8, 0.95))
-    book = Textbook(plain, net, optimizer, {
-        **train_gpt.defaults, **group, 'optimizer': rule, 'basis_every': 3,
-        'learning_rate': 0.1, 'min_lr': 0.1, 'warmup_iters': 0, 'grad_clip': 0, 'weight_decay': 0.2,
-        'beta1': 0.8, 'beta2': 0.95})
+    p, state = net.attn.weight, {}
+    W, how = p.detach().clone(), dict(group, optimizer=rule, basis_every=3, beta1=0.8, beta2=0.95)
+    s = textbook.plan({'W': W}, ['W'], how)
     for step in range(8):  # refreshes at steps 0, 3, 6; the gradient grows, so that Fira limits it
-        x, y = normal(4, 5, n, seed=step) * 1.3 ** step, tokens_of(4, 5, high=m, seed=step)
-        optimizer.zero_grad()
-        F.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+        G = normal(m, n, seed=step) * 1.3 ** step
+        p.grad = G.clone()
         optimizer.step()
-        book.step(step, [(x, y)])
-        close(net.attn.weight, book.W[0]['attn.weight'], 1e-9)
-    left, state = book.is_left(shape), optimizer.state[net.attn.weight]
+        textbook.refresh([state], side(G)[None], 'W', step, s)
+        W = (1 - 0.1 * 0.2) * (W - 0.1 * side(textbook.RULES[rule](side(G), state, s)))
+        close(p, W, 1e-9)
+    state = optimizer.state[p]
     numbers = m * r + 2 * n * r if left else n * r + 2 * m * r
     assert sum(x.numel() for x in state.values() if torch.is_tensor(x) and x.dim()) == numbers
     assert ('P' in state, 'Q' in state) == (left, not left)
@@ -3465,11 +3340,13 @@ def several_ranks(root, out, me, port):
 
     os.environ.update(env)
     for name in that_hold('two', 'again'):
-        run_of_eight(name, root, f'{out}/{name}', f'{out}/{name}_again')
-        if 'wander' in RUNS[name][1]:
-            run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
-        if 'again' in RUNS[name][1]:
-            run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
+        iteration = newton_schulz if 'written' in RUNS[name][1] else torch.optim._muon._zeropower_via_newtonschulz
+        with mock.patch(MUON, iteration):
+            run_of_eight(name, root, f'{out}/{name}', f'{out}/{name}_again')
+            if 'wander' in RUNS[name][1]:
+                run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
+            if 'again' in RUNS[name][1]:
+                run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
     for more in (['--max_iters=6', '--shard=False'], ['--max_iters=8']):
         run('gpt_galore_shard', root, f'{out}/gpt_galore_shard_four', '--init_from=resume', *more)
     for name in ('gpt_local_adamw', 'gpt_replicas'):
@@ -3808,17 +3685,20 @@ def test_replicas_are_workers_as_they_are_written_down(root, plains, spawned, tm
     state, script, (which, *own) = saved(spawned / name), name.split('_')[0], RUNS[name][0].split()
     words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
     run, data = built(script, root, tmp_path, *words, ranks=2)
-    book = Textbook(plains[script], run.model, run.optimizer, run.settings, ranks=2)
-    for step in range(8):
-        book.step(step, seen(script, data, step, run.settings))
-    for key, Ws in state['replicas'].items():
-        for rank, W in enumerate(Ws):
-            close(W, book.W[rank][key], 3e-3 if name == 'gpt_local_8' else 1e-9)
-    for worker, heads in enumerate(book.heads):
-        for key, ((A, B, _, _),) in heads.items():
-            close(state['model'][key], book.W[worker][key], 1e-9)
-            close(state['model'][key[:-6] + 'A'][worker], A, 1e-9)
-            close(state['model'][key[:-6] + 'B'][worker], B, 1e-9)
+    run.optimizer.begin(0)  # draws bases
+    forward, first, matrices, how = book_of(plains[script], run.model, run.optimizer, run.settings, ranks=2)
+    batches = [seen(script, data, step, run.settings) for step in range(8)]
+    joined = [tuple(map(torch.cat, zip(*batch))) for batch in batches]
+    *_, (_, workers) = textbook.train(forward, first, joined, matrices, how)
+    for worker, w in enumerate(workers):
+        for key, Ws in state['replicas'].items():
+            close(Ws[worker], w.W[key], 3e-3 if name == 'gpt_local_8' else 1e-9)
+        for key in w.A:  # ours holds W of the last merge, and what it has of each head
+            A, B, A_merged, B_merged = (state['model'][key[:-6] + name][worker]
+                                        for name in ('A', 'B', 'A_merged', 'B_merged'))
+            close(A, w.A[key][0], 1e-9)
+            close(B, w.B[key][0], 1e-9)
+            close(state['model'][key] - how['alpha'] / how['rank'] * B_merged @ A_merged, w.W[key], 1e-9)
 
 
 def test_no_byte_is_sent_in_silence(spawned):

@@ -357,8 +357,11 @@ def orthogonalised(G, state, group, key):
     return move
 
 
-RULES = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank; None: R is enough
-WHOLE = {'scale': column_normalised, 'muon': orthogonalised}  # of groups without one
+# (G, R, U, state, group) -> minus the move; None: R is enough
+RULES = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank
+# (G, state, group, key) -> minus the move; state: of this G, see `average_of`; key: of rounding
+WHOLE = {'scale': column_normalised, 'muon': orthogonalised}  # of groups without a rank
+INSIDE = {'galore': None, 'muon': orthogonalised}  # of layers, G is R (heads, r, n) or (heads, m, r); None: Adam
 
 
 # -----------------------------------------------------------------------------
@@ -630,8 +633,8 @@ class LowRankAdamW(GaLoreAdamW):
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0, per_layer=False,
                  sync_bits=32, sync_moments=True, momentum=0.95):
-        if rule not in ('galore', 'muon'):
-            raise ValueError(f"{rule=} is not one of 'galore', 'muon'")
+        if rule not in INSIDE:
+            raise ValueError(f"{rule=} is not one of {', '.join(map(repr, INSIDE))}")
         if not basis_every >= 1:
             raise ValueError(f'{basis_every=} must be at least 1')
         found = {name: layer for name, layer in named_layers(model).items()
@@ -747,14 +750,15 @@ class LowRankAdamW(GaLoreAdamW):
             if not state.get('bases'):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward '
                                  'pass; where it was called, the first gradient is not finite')
-            if 'exp_avg' not in state and group['inside'] == 'galore':
+            rule = INSIDE[group['inside']]
+            if 'exp_avg' not in state and not rule:
                 new_moments(state, local(p), group['state_bits'], p)
             state['step'] += 1
             alpha, key = group['lr'] * group['scale'] * keep, self._seed(p, state['step'], 0)
             how = group['betas'], group['eps'], key
             U = None
-            if group['inside'] == 'muon':
-                U = orthogonalised(p.grad, state, group, key)
+            if rule:
+                U = rule(p.grad, state, group, key)
             elif layer.zero:
                 U = step_(local(p.grad), local(p.grad), state, 1.0, 0.0, *how, first_here(p))
             if layer.zero:
@@ -763,8 +767,8 @@ class LowRankAdamW(GaLoreAdamW):
                 if layer.mine is None:
                     U = U[0]
                 elif layer.left:  # W and P have rows of the same ranks
-                    U = (whole_of(U, len(p)) if group['inside'] == 'galore' else U).mT.contiguous()
-                elif group['inside'] == 'muon':
+                    U = (U if rule else whole_of(U, len(p))).mT.contiguous()
+                elif rule:
                     U = U[rows_here(p)]
                 add_back_(W, U, basis, layer.left, alpha, keep, key + 1, first)
             else:
@@ -796,8 +800,10 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     lowrank.KINDS) follow the rule, with rule='scale' those of the output and of embeddings, too; it says how
     many of how many. Others are plain; matrices get weight_decay, vectors and what the model's own
     no_weight_decay() names (timm) none. `param_names` goes along. leave: parameters to leave out.
-    ValueError: no matrix for the rule; factors that are always zero, on which only LowRankAdamW steps.
+    ValueError: an unknown rule; no matrix for it; factors that are always zero, on which only LowRankAdamW steps.
     """
+    if rule not in RULES | WHOLE:
+        raise ValueError(f"{rule=} is not one of {', '.join(map(repr, RULES | WHOLE))}")
     linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     output = {p for name, p in linear.items() if not {*KINDS['logit']}.isdisjoint(name.split('.'))}
     linear, tables = ({*linear.values()},
@@ -826,8 +832,10 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     if ruled and place()[0] == 0:
         found, others = len(ruled + outputs + embeddings), sum(p.dim() == 2 for _, p in matrices)
         print(f'{rule} on {found} of {found + others} matrices')
-    keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
-    keys = {'scale': dict(rule=rule), 'muon': dict(rule=rule, momentum=momentum)}.get(rule, keys)
+    if rule in WHOLE:
+        keys = dict(rule=rule, momentum=0.0 if rule == 'scale' else momentum)
+    else:
+        keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
     parts = ((ruled, weight_decay, keys), (outputs, weight_decay, dict(keys, momentum=0.9)),
              (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, {}), (vectors, 0.0, {}))
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
@@ -842,7 +850,7 @@ def make_optimizer(model, settings):
     if s['optimizer'] == 'adamw' or s['lowrank']:
         return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
                             basis_every=s['basis_every'], state_bits=s['state_bits'],
-                            rule='muon' if s['optimizer'] == 'muon' else 'galore',
+                            rule='galore' if s['optimizer'] == 'adamw' else s['optimizer'],
                             sync_bits=s['sync_bits'], sync_moments=s['sync_moments'],
                             momentum=s['momentum'], **common)
     groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],

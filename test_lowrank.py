@@ -1157,7 +1157,7 @@ def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
         ends += follow(galore.GaLoreAdamW([group], lr=0.01), [W], grads)
     close(ends[0], ends[1])
     for end in ends[2:]:
-        close(end, ends[0], 0.2 * ends[0].abs().max().item())
+        assert (end - ends[0]).norm() < 0.05 * ends[0].norm()
 
 
 def test_a_rank_is_clamped_and_said_once():

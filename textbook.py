@@ -135,7 +135,9 @@ def galore(G, state, s):
     """GaLore (2403.03507, algorithm 2): project, Adam inside the basis, project back."""
     Q = state['Q']
     R = G @ Q  # (m, r)
-    inside = muon if s.optimizer == 'muon' else adam  # part 6; inside a basis muon is ours
+    inside = adam
+    if s.factors == 'basis':  # or a rule of part 6, of which Muon is ours
+        inside = RULES[s.optimizer]
     N = inside(R, state, s)
     return s.scale * N @ Q.T
 

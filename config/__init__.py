@@ -82,8 +82,27 @@ def defaults(namespace):
             if not key.startswith('_') and isinstance(value, PLAIN)}
 
 
+METHODS = Path(__file__).parent / 'methods'
+
+
 def _methods():
-    return sorted(path.stem for path in Path(__file__).parent.glob('methods/*.py'))
+    return sorted(path.stem for path in METHODS.glob('*.py'))
+
+
+def _optimizers(known):
+    """{what optimizer may be: how the files of config/methods use it}: 'rank', it projects full gradients;
+    'basis', it steps in the basis of a layer; 'momentum', it has one."""
+    found = {'adamw': {'basis'}, 'galore': {'rank'}}  # of the drop-in there is no file
+    for path in METHODS.glob('*.py'):
+        method = {'lowrank': '', 'factors': '', 'optimizer': 'adamw', **_run_file(str(path), known, {})}
+        uses = found.setdefault(method['optimizer'], set())
+        if method['lowrank'] and method['factors'] == 'basis':
+            uses.add('basis')
+        elif 'rank' in method and not method['lowrank']:
+            uses.add('rank')
+        if 'momentum' in method:
+            uses.add('momentum')
+    return found
 
 
 def _nearest(word, words):
@@ -231,31 +250,29 @@ LEAST = dict.fromkeys((
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
-    optimizer=('adamw', 'galore', 'fira', 'apollo', 'scale', 'muon'),
     basis=('sketch', 'power', 'svd', 'random'), state_bits=(None, 32, 16, 8), sync_bits=(32, 8, 4, 2),
     dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
     param_dtype=('float32', 'bfloat16', 'float64'), augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
-PROJECTS = 'galore', 'fira', 'apollo'  # optimizers of full gradients that have a rank
-
+# s.uses: see `_optimizers`
 EFFECT = (  # a setting that does nothing beside the others is refused: (which, where they act, what it takes)
     ('heads factors split', lambda s: s.lowrank, "there are no low-rank layers: set lowrank='attn,mlp'"),
     ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
-    ('rank', lambda s: s.lowrank or s.optimizer in PROJECTS,
+    ('rank', lambda s: s.lowrank or 'rank' in s.uses,
      "nothing has a low rank: set lowrank='attn,mlp'"),
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
      "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
     ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
     ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
-     and (s.optimizer != 'muon' or s.momentum),
+     and ('momentum' not in s.uses or s.momentum),
      "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and for "
      'Muon a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: take config/methods/galolte.py, or set sync='merge'"),
-    ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or s.optimizer in PROJECTS,
+    ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or 'rank' in s.uses,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
-    ('momentum', lambda s: s.optimizer == 'muon', "it is Muon's: set optimizer='muon'"),
+    ('momentum', lambda s: 'momentum' in s.uses, "it is Muon's: set optimizer='muon'"),
     ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
@@ -269,7 +286,7 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits beside float32'),
     # heads
-    (lambda s: s.lowrank and s.optimizer != 'adamw' and (s.factors != 'basis' or s.optimizer != 'muon'),
+    (lambda s: s.lowrank and s.optimizer != 'adamw' and (s.factors != 'basis' or 'basis' not in s.uses),
      "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw' (in a basis "
      "'muon', too)"),
     (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
@@ -284,9 +301,9 @@ CHECKS = (  # what makes no sense together; after EFFECT there are layers to fac
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
      "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
      "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
-    (lambda s: s.sync == 'merge' and s.optimizer in ('galore', 'fira'),
+    (lambda s: s.sync == 'merge' and 'rank' in s.uses and s.basis != 'random',
      "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
-     "{optimizer!r}, such as 'adamw'"),
+     "{optimizer!r}, such as 'adamw', or basis='random'"),
     (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
      'sync_bits={sync_bits} is for heads in a basis and for whole weights: set sync_bits=32, or take '
      'config/methods/galolte_2bit.py or local_muon.py'),
@@ -328,8 +345,15 @@ def _check(settings, known, given):
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
             fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+    uses = ()
+    if 'optimizer' in settings:
+        optimizers = _optimizers(known)
+        if settings['optimizer'] not in optimizers:
+            fail(f"optimizer={settings['optimizer']!r} is not known: set one of "
+                 f"{', '.join(map(repr, sorted(optimizers)))}, or add a file to config/methods that sets it")
+        uses = optimizers[settings['optimizer']]
     s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, **settings}, vit='epochs' in settings,
-                        ranks=int(os.environ.get('WORLD_SIZE', 1)))
+                        uses=uses, ranks=int(os.environ.get('WORLD_SIZE', 1)))
     if 'lowrank' in settings:
         for key, where in given.items():
             if settings[key] != known[key] and (words := _without_effect(key, s)):

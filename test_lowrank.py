@@ -784,12 +784,53 @@ def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
     assert torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7 and not torch.equal(drawn(), best)
 
 
+@pytest.mark.parametrize('place', [*range(5), 'attention'])
+def test_dropout_is_where_gpt2_has_it(place):
+    """Embeddings, and in each block attention, its output and that of the MLP. Here at one place alone."""
+    net, idx, places = tiny_gpt(dropout=0.5), tokens_of(2, 16), []
+    attend, dropout = F.scaled_dot_product_attention, F.dropout
+
+    def attend_once(*args, dropout_p, **kwargs):
+        return attend(*args, dropout_p=dropout_p * (place == 'attention'), **kwargs)
+
+    def drop_once(x, p, training):
+        places.append(x)
+        return dropout(x, p, training and len(places) - 1 == place)
+    with mock.patch.object(F, 'dropout', drop_once):
+        with mock.patch.object(F, 'scaled_dot_product_attention', attend_once):
+            trained = net(idx, tokens_of(2, 16, seed=2))
+    assert len(places) == 5 and trained.item() != net.eval()(idx, tokens_of(2, 16, seed=2)).item()
+
+
+def test_dropout_is_another_in_each_step_and_on_each_rank_and_the_same_again(root, tmp_path):
+    run, data = built('gpt', root, tmp_path, '--dropout=0.2')
+    for group in run.optimizer.param_groups:
+        group['lr'] = 0.0
+
+    def loss(step, rank):
+        run.rank = rank
+        return train_gpt.train_step(run, step, lambda i: data.batch(8, 0, i))[0].item()
+    found = [loss(step, rank) for step in range(3) for rank in range(3)]
+    assert len({*found}) == 9 and found == [loss(step, rank) for step in range(3) for rank in range(3)]
+
+
 # -----------------------------------------------------------------------------
 # every method, as textbook.py has it
 
 
 def test_the_textbook_has_every_method_and_no_other():
     assert sorted(textbook.METHODS) == sorted(METHODS)
+
+
+def test_the_textbook_prints_a_row_for_each_method_and_where_the_fast_code_stands(capsys):
+    with mock.patch.object(textbook, 'toy', functools.partial(textbook.toy, steps=21)):
+        textbook.main()
+    head, *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == list(textbook.METHODS) and {*map(len, rows)} == {len(head)}
+    for row in rows:
+        trained, state, sent, first, end = map(float, row.split()[1:])
+        assert trained > 0 and state > 0 and sent > 0 and end < first < math.log(32) + 0.1
+    assert 'rank nothing' in last and 'lowrank.py' in last and 'galore.py' in last
 
 
 def newton_schulz(G, coefficients, steps, eps):
@@ -1241,6 +1282,7 @@ def test_8_bits_are_off_by_less_than_a_level(key):
     off = (total / 400 - x).abs() / bound.clamp_min(1e-30)
     assert off[x != 0 if dtype == torch.int8 else level >= 1].max() < 0.01  # right on average
     assert code.dtype == dtype and code.numel() == x.numel() and top.shape == (20,)
+    assert code.min() >= (-127 if dtype == torch.int8 else 1)  # the update divides by the second's root
 
 
 def test_an_8_bit_second_moment_decays_beside_one_that_does_not():
@@ -1553,6 +1595,9 @@ def test_augmentation_is_a_function_of_key_and_row():
     assert not torch.equal(both, augmented('flip,crop', (1, 3, 0)))
     turned = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, images)]
     assert 0 < sum(turned) < 8 and all(t or torch.equal(a, b) for t, a, b in zip(turned, flipped, images))
+    pair = torch.tensor([0, 1], dtype=torch.uint8).expand(4000, 1, 2, 2)
+    pair = train_vit.augmented(pair, 'flip', (0,), count=4000, rows=np.arange(4000))
+    assert pair[..., 0].double().mean().item() == pytest.approx(0.5, abs=0.03)  # every second one
     wide = F.pad(images.float(), (2, 2, 2, 2), mode='replicate').byte()
     for a, b in zip(augmented('crop', (0,)), wide):
         assert any(torch.equal(a, b[:, i:i + 16, j:j + 16]) for i in range(5) for j in range(5))
@@ -2792,6 +2837,15 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     square, turned = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
     lowrank.round_(turned, square.clone(), 7)
     assert torch.equal(turned.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
+    twice = rounded(x[:2**20].repeat(2), 7)  # no two blocks of 2^20 alike
+    assert (twice[:2**20] != twice[2**20:]).float().mean() > 0.1
+    W = torch.zeros(8, 2**18, dtype=torch.bfloat16)  # 4 rows are a block
+    X, Y = torch.ones(8, 1, dtype=torch.bfloat16), x[:2**18, None].bfloat16()
+    galore.add_back_(W, X, Y, False, 0.3)
+    assert (W[:4] != W[4:]).float().mean() > 0.1
+    M, V = torch.zeros(2, 50, 50, dtype=torch.bfloat16)
+    galore.write_moments({'exp_avg': M, 'exp_avg_sq': V}, [square, square], 7)
+    assert (M != V).float().mean() > 0.1
     layer = lowrank.MHLoRALinear(nn.Linear(50, 50), rank=2, factors='basis', merge_every=1)
     before = layer.weight.clone()
     lowrank.merged_state_dict(layer, dtype=torch.bfloat16)

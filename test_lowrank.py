@@ -1090,7 +1090,7 @@ def test_power_converges_to_the_svd_and_does_not_flip(m, n):
     assert (small.mT @ G).square().sum() >= energy
 
 
-@pytest.mark.parametrize('T, turns', [(1, 5), (5, 5), (10, 5), (1, 30)])
+@pytest.mark.parametrize('T, turns', [(1, 5), (5, 5), (10, 5), (10, 4), (1, 30)])
 def test_layers_take_turns_at_their_refreshes(T, turns):
     """Once in fifty steps each, no two of them in one, and after merges."""
     due = [[turn for turn in range(turns) if galore.refresh_in(step, 50, T, turn, turns) == 0]

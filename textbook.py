@@ -2,16 +2,16 @@
 Low-rank training, written down: every method of config/methods in plain PyTorch, rule by rule.
 
 Read it from top to bottom. `python textbook.py` trains a tiny language model by each method.
-Nothing here saves time or memory: all matrices are full. The fast code has to compute the same.
+Nothing here saves time or memory. The fast code has to compute the same.
 A number such as 2106.09685 is that of a paper on arxiv.org.
 
     W (m, n)  a weight, y = W x       A (r, n), B (m, r)  a head: B A, a change of W of rank r
-    G (m, n)  its gradient dL/dW      Q (n, r)            a basis: r directions, Q^T Q = 1
+    G (m, n)  its gradient dL/dW      Q (n, r)            a basis: r directions, orthonormal
     M, V      Adam's two averages     R (m, r)            G Q, the gradient in that basis
 
 A rule is a function (G, state, s) -> move; a step is W <- W - learning_rate * move. `state` is what
 a rule remembers of one weight until the next step: the memory that all of this is about. `s` are
-the settings of a method, see DEFAULTS. Steps t count from 0.
+the settings of a method, see DEFAULTS. Training steps t count from 0.
 """
 
 import functools
@@ -27,19 +27,18 @@ from torch.func import grad_and_value, vmap
 # A layer computes y = W x for each token. The chain rule gives G as the sum of all dL/dy x^T.
 
 def gradients(forward, W, x, y):
-    """The gradients of the mean loss, one for each sequence, {name: (sequences, m, n)}, and the
-    loss. Their mean is G; only `sketch`, in part 4, wants them one by one."""
-    share = len(y) / (y >= 0).sum()  # targets below 0, those of prompts, do not count
+    """The gradient of each sequence, {name: (sequences, m, n)}, and the loss. They are scaled so
+    that their mean is G; only `sketch`, in part 4, wants them one by one."""
+    share = len(y) / (y != -100).sum()  # targets of -100, those of prompts, do not count
 
     def loss_of(W, x, y):
         logits = forward(W, x[None]).flatten(0, -2)  # (time, words)
         return share * F.cross_entropy(logits, y.flatten(), reduction='sum')
-    each = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))
-    G, losses = each(W, x, y)
+    G, losses = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))(W, x, y)
     return G, losses.mean()
 
 def average(state, key, x, beta):
-    """The average of what came so far, which older x leave by and by. It begins at zero."""
+    """A running average of x. It begins at zero."""
     old = state.get(key, 0)
     state[key] = beta * old + (1 - beta) * x
     return state[key]
@@ -52,7 +51,7 @@ def adam(G, state, s):
     M = M / (1 - s.beta1**t)  # the weights of t gradients add up to this
     V = V / (1 - s.beta2**t)
     eps = s.eps
-    if 'Q' in state:  # part 4: GaLore's code has another one, added before V is corrected
+    if 'Q' in state:  # part 4: GaLore's code adds 1e-6, before V is corrected
         eps = 1e-6 / math.sqrt(1 - s.beta2**t)
     return M / (V.sqrt() + eps)
 
@@ -63,13 +62,14 @@ def adam(G, state, s):
 # ways to use it: train a change of W that has rank r (LoRA), or look at r directions of G (GaLore).
 
 def draw(rows, r, *what):
-    """A random matrix (rows, r). `what` says what for: a test looks it up in the fast code."""
+    """A random matrix (rows, r). `what` names it, for the tests, which draw as the fast code."""
     return torch.randn(rows, r)
 
 def orthonormal(Y):
     """Orthonormal columns that span those of Y. The signs make them unique."""
     Q, triangle = torch.linalg.qr(Y)
-    return Q * triangle.diagonal().sign()
+    signs = 1 - 2 * (triangle.diagonal() < 0)
+    return Q * signs
 
 def lora(A, B, s):
     """LoRA (2106.09685, equation 3): the change alpha / r B A of a W that itself stays.
@@ -93,10 +93,10 @@ def new_heads(w, name, t, s):
     w.state['A', name], w.state['B', name] = {}, {}
 
 # 3. Workers: LTE ----------------------------------------------------------------------------------
-# LTE (2402.16828, section 3) gives each head to a worker, which sees a part of the batch of its
-# own, for T steps without a word to the others. Then all go on from the mean of their weights. A
-# worker sends r (m + n) numbers in T steps where it sent T m n. Local SGD (1805.09767) does so with
-# whole weights. A worker w has w.W, w.A, w.B, {name: tensor}, and w.state, {('W', name): state}.
+# LTE (2402.16828, section 3) gives each head to a worker, which trains T steps alone, on its part
+# of the batch. Then all go on from the mean of their weights. A worker sends r (m + n) numbers in
+# T steps where it sent T m n. Local SGD (1805.09767) does so with whole weights.
+# A worker w has w.W, w.A, w.B, {name: tensor}, and w.state, {('W', name): state}.
 
 def full(w, s):
     """{name: W + lora(A, B)}: the weights that a worker computes with."""
@@ -110,17 +110,18 @@ def mean(tensors):
 
 def merge(workers, t, s):
     """All workers go on from the mean of what they compute with. ReLoRA (2307.05695) is one worker
-    that goes on with new heads (merge_reset), so that ranks add up."""
+    that goes on with new heads (merge_reset), so that ranks add up. Here Adam begins anew with
+    them; in the paper it keeps a little."""
     weights = [full(w, s) for w in workers]
-    for name in s.apart:
+    for name in s.apart:  # the weights of which each worker has its own
         W = mean([each[name] for each in weights])
         for w in workers:
             w.W[name] = W
             if s.merge_reset:
                 new_heads(w, name, t, s)
-            elif name in w.A:  # a head trains on, and W has what it adds already
+            elif name in w.A:  # a head trains on, and W gives up what it adds
                 w.W[name] = W - lora(w.A[name], w.B[name], s)
-    for name in s.shared:  # GaLoLTE, part 5
+    for name in s.shared:  # those whose M is averaged, too: GaLoLTE, part 5
         states = [w.state['W', name] for w in workers]
         M = mean([state['M'] for state in states])
         for state in states:
@@ -129,27 +130,25 @@ def merge(workers, t, s):
 # 4. GaLore ----------------------------------------------------------------------------------------
 # All of W trains, but Adam sees r directions of G only: it remembers 2 m r numbers, and Q. A basis
 # is on the smaller side of W. From here on that is n; of other matrices `train` hands over the
-# transpose. (GaLore's paper has it on the other side, P^T G in place of G Q.)
+# transpose. (In GaLore's paper all is transposed: P^T G in place of G Q.)
 
 def galore(G, state, s):
     """GaLore (2403.03507, algorithm 2): project, Adam inside the basis, project back."""
     Q = state['Q']
     R = G @ Q  # (m, r)
     inside = adam
-    if s.factors == 'basis':  # or a rule of part 6, of which Muon is ours
+    if s.factors == 'basis':  # Adam, or a rule of part 6: that Muon stands here is ours
         inside = RULES[s.optimizer]
     N = inside(R, state, s)
     return s.scale * N @ Q.T
 
 def sketch(G, Q):
     """Products with G^T G turn Q to the directions in which G is large. Here: the sum of one such
-    product for the G of each sequence, over its size in the basis, so that all count alike. It is
-    ours: thin products of dL/dy and x are enough, and the fast code never forms a G."""
-    Y = 0
-    for g in G:
-        R = g @ Q
-        Y += g.T @ R / R.norm().clamp(1e-30)  # without targets it is 0
-    return Y
+    product for the G of each sequence, divided by |G Q|, so that all count alike. It is ours: thin
+    products of dL/dy and x are enough, and the fast code never forms a G."""
+    R = G @ Q  # (sequences, m, r)
+    size = R.norm(dim=(1, 2), keepdim=True).clamp(1e-30)  # without targets it is 0
+    return (G.mT @ R / size).sum(0)  # (n, r)
 
 def new_basis(G, Q, Y, name, t, s):
     """The next Q (n, r) of G (m, n). Q: the old one, or None; Y (n, r): sketches."""
@@ -170,7 +169,8 @@ def new_basis(G, Q, Y, name, t, s):
     return orthonormal(s.draw(n, s.rank, name, t))  # 'random', and where 'sketch' begins
 
 def turn(state, C):
-    """The averages (m, r) as seen from the new basis (ours): C = old^T new. V is of squares."""
+    """The averages (m, r) as seen from the new basis (ours): C = old^T new. V as if directions had
+    nothing to do with each other."""
     if 'M' in state:
         state['M'] = state['M'] @ C
     if 'V' in state:
@@ -178,7 +178,7 @@ def turn(state, C):
 
 def refresh(states, G, name, t, s):
     """A new basis every basis_every steps, the same for all workers. states: of one weight, worker
-    by worker; G (sequences, m, n); t: steps since it was first due."""
+    by worker; G (sequences, m, n); t: steps since its second one was due, the first is at once."""
     first = states[0]
     old = first.get('Q')
     since = t % s.basis_every
@@ -186,17 +186,19 @@ def refresh(states, G, name, t, s):
         Q = new_basis(G.mean(0), old, first.get('Y'), name, t, s)
         for state in states:
             state.update(Q=Q, Y=0)
-            if old is not None and s.factors == 'basis':
+            if old is not None and s.factors == 'basis':  # galore-torch leaves them
                 turn(state, old.T @ Q)
     if s.basis == 'sketch' and since >= s.basis_every - 5:  # the five steps before a new basis
         first['Y'] += sketch(G, first['Q'])
 
 # 5. GaLore is LoRA; GaLoLTE -----------------------------------------------------------------------
-# Take a head with A = Q^T and B = 0, train B alone, and add B Q^T to W after every step. The
-# gradient of B is G Q, so Adam does what it does in GaLore (2502.13811): `duality` runs both.
+# Take a head with A = Q^T and B = 0, and train B alone. After every step add B Q^T to W, and set B
+# to 0 again. The gradient of B is G Q, so Adam does what it does in GaLore (2502.13811): `duality`
+# runs both.
 # So GaLore is LTE with one worker, A = Q^T and T = 1. GaLoLTE (ours) is that with H workers and
 # T > 1: each steps by `galore` on its own part of the batch, all in one basis. A merge averages W
-# and M, so that workers drift apart less. In T steps each sends (change of W) Q and M: 2 m r.
+# and M, so that workers drift apart less. In T steps each sends two matrices (m, r), which are
+# (change of W) Q and M, and now and then a sketch.
 
 def duality(m=8, n=6, r=4):
     """GaLore's move is that of the head which is described above."""
@@ -207,7 +209,7 @@ def duality(m=8, n=6, r=4):
     A = Q.T[None]  # (1, r, n)
     B = torch.zeros(1, m, r)
     _, dB = lora_gradients(G, A, B, s)
-    move = adam(dB, {'Q': Q}, s)  # of B
+    move = adam(dB, {'Q': Q}, s)  # of B, with GaLore's eps
     torch.testing.assert_close(lora(A, move, s), galore(G, {'Q': Q}, s))
 
 # 6. Rules for full gradients ----------------------------------------------------------------------
@@ -219,18 +221,17 @@ def muon(G, state, s):
     if s.momentum:
         M = average(state, 'M', G, s.momentum)
         X = s.momentum * M + (1 - s.momentum) * G  # Nesterov's: it looks ahead
-    X = X / X.norm()
-    for _ in range(5):  # Newton-Schulz: of X = U S V^T an odd polynomial takes S towards 1
+    X = X / X.norm().clamp(1e-7)
+    for _ in range(5):  # Newton-Schulz: of X = U S V^T an odd polynomial takes S near 1
         K = X.T @ X
         P = 2.0315 * K @ K - 4.7750 * K
         X = 3.4445 * X + X @ P
     size = 0.2 * math.sqrt(max(G.shape))
     return size * X
 
-def stretched(X, R, N, state, s):
-    """Adam made R into N: stretches each row of X as that row was; with r = 1 all rows alike.
+def stretched(X, R, N, state, s, dim=1):
+    """Adam made R into N: row i of X times |N_i| / |R_i|; with dim=(0, 1) all of X times |N| / |R|.
     Fira's limiter: |X|, before Adam corrects its averages, grows by at most 1% a step."""
-    dim = (0, 1) if s.rank == 1 else 1
     before = R.norm(dim=dim, keepdim=True)
     after = N.norm(dim=dim, keepdim=True)
     X = X * after / (before + 1e-8)
@@ -244,8 +245,8 @@ def stretched(X, R, N, state, s):
     return X / shrink
 
 def fira(G, state, s):
-    """Fira (2410.01623): GaLore, and what it drops of G moves W as well, stretched as what it
-    keeps. (In the paper it drops G - R Q^T; in its code, and here, R is scaled.)"""
+    """Fira (2410.01623): GaLore, and what it drops of G moves W as well, `stretched`.
+    (In the paper it drops G - R Q^T; in its code, and here, R is scaled.)"""
     Q = state['Q']
     R = G @ Q
     N = adam(R, state, s)
@@ -253,14 +254,17 @@ def fira(G, state, s):
     return s.scale * N @ Q.T + stretched(rest, R, N, state, s)
 
 def apollo(G, state, s):
-    """APOLLO (2412.05270, algorithm 1): all of G, stretched so. APOLLO-Mini has r = 1."""
+    """APOLLO (2412.05270, algorithm 1): all of G, `stretched`. APOLLO-Mini has r = 1."""
     R = G @ state['Q']
     N = adam(R, state, s)
-    return s.scale * stretched(G, R, N, state, s)
+    dim = 1
+    if s.rank == 1:
+        dim = (0, 1)
+    return s.scale * stretched(G, R, N, state, s, dim)
 
 def scale(G, state, s, momentum=0, dim=1):
-    """SCALE (2506.16659, algorithm 1): rows, one for each output, get a mean square of 1. momentum:
-    of the output layer; dim=0: of embeddings, whose rows are inputs."""
+    """SCALE (2506.16659, algorithm 1): rows, one for each output, get a mean square of 1 (as in its
+    code). momentum: of the output layer; dim=0: of embeddings, whose rows are inputs."""
     if momentum:
         G = average(state, 'M', G, momentum)
     size = G.square().mean(dim, keepdim=True).sqrt()
@@ -269,19 +273,19 @@ def scale(G, state, s, momentum=0, dim=1):
 # 7. Training --------------------------------------------------------------------------------------
 
 RULES = dict(adamw=adam, muon=muon, fira=fira, apollo=apollo, scale=scale, galore=galore)
-DEFAULTS = dict(  # as in the scripts, but factors='' is full rank; workers: of sync='merge'
+DEFAULTS = dict(  # as in the scripts; but factors='' is full rank, and workers are for sync='merge'
     factors='', heads=1, rank=4, alpha=4, split=False,
     merge_every=0, merge_reset=False, rewarm_iters=0, workers=1, sync='step', sync_moments=True,
     optimizer='adamw', momentum=0.95, scale=1, basis='sketch', basis_every=20,
     learning_rate=lambda t: 0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, grad_clip=1,
-    draw=draw, rules={}, due={}, no_decay=())  # {name: rule}, {name: step of the first basis}
+    draw=draw, no_decay=(), rules={}, due={})  # {name: rule}, {name: step of its second basis}
 
 def plan(start, matrices, method):
-    """The settings of a method, with DEFAULTS, and the names of the weights that it treats how."""
+    """The settings of a method, with DEFAULTS, and lists of names: which weights it treats how."""
     s = SimpleNamespace(**{**DEFAULTS, **method})
     rule = RULES[s.optimizer]
     s.low, s.shared = [], []
-    if s.factors:  # have heads, or a basis and nothing else
+    if s.factors:  # these have heads, or move in a basis alone
         s.low = matrices
     if s.factors == 'basis':
         rule = galore
@@ -324,7 +328,7 @@ def seen(w, name, G, s):
         return {('A', name): dA, ('B', name): dB}
     if name in s.low:
         Q = w.state['W', name]['Q']
-        G = G @ Q @ Q.T  # all that GaLore sees, and as long as R
+        G = G @ Q @ Q.T  # all that GaLore sees: clipping measures |R|
     return {('W', name): G}
 
 def clipped(found, s):
@@ -335,7 +339,7 @@ def clipped(found, s):
     return {key: factor * g for key, g in found.items()}
 
 def update(w, key, g, lr, s):
-    """One step of a worker. AdamW (1711.05101) decays matrices, and so do we by any rule."""
+    """One step of a worker. Matrices decay as in AdamW (1711.05101) by any rule; vectors do not."""
     kind, name = key
     tensors = vars(w)[kind]  # w.W, w.A or w.B
     rule = s.rules.get(name, adam) if kind == 'W' else adam
@@ -363,7 +367,7 @@ def step(workers, t, lr, s):
                 G = mean([other.G[name].mean(0) for other in workers])
             part = w.low if name in s.low else w.rest
             part.update(seen(w, name, G, s))
-        # the heads of one among several workers are a model of their own
+        # of several workers each clips its low-rank part alone: it is a model of its own
         parts = [w.low, w.rest] if len(workers) > 1 else [w.low | w.rest]
         for part in parts:
             for key, g in clipped(part, s).items():
@@ -396,14 +400,16 @@ def train(forward, start, batches, matrices, method):
 
 # 8. All methods on a toy --------------------------------------------------------------------------
 
-SPLIT = dict(heads=4, split=True, merge_every=10)
+SPLIT = dict(heads=4, split=True, merge_every=10)  # a head, or in a basis nothing, for each worker
 LOCAL = dict(workers=4, sync='merge', merge_every=10)
+OF_SCALE = {'output': functools.partial(scale, momentum=0.9),
+            'embed': functools.partial(scale, dim=0)}
 METHODS = {  # galore_lean and galolte_2bit differ from others in bits, and have 32 here
-    'full': {}, 'scale': dict(optimizer='scale'),
+    'full': {}, 'scale': dict(optimizer='scale', rules=OF_SCALE),
     'muon': dict(optimizer='muon'), 'muon_lean': dict(optimizer='muon', momentum=0),
     'fira': dict(optimizer='fira', basis='power', scale=0.25),
     'apollo': dict(optimizer='apollo', basis='random'),
-    'apollo_mini': dict(optimizer='apollo', basis='random', rank=1),
+    'apollo_mini': dict(optimizer='apollo', basis='random', rank=1, scale=2),
     'lora': dict(factors='both'), 'lora_fa': dict(factors='B'),
     'mhlora': dict(factors='both', heads=4, alpha=16),
     'relora': dict(factors='both', merge_every=20, merge_reset=True, rewarm_iters=5),
@@ -437,8 +443,8 @@ def count(tensors):
     return sum(x.numel() for x in tensors if torch.is_tensor(x))
 
 def numbers_sent(w, K, s):
-    """Numbers that one of K workers sends a step. What is one worker here may be many machines that
-    share the batch: each sends what it steps along."""
+    """Numbers that one of K workers sends a step, but for sketches. What is one worker here may be
+    many machines that share the batch: each sends what it steps along."""
     low, rest = count(w.low.values()), count(w.rest.values())
     if s.factors == 'basis':
         low = sum(s.rank * max(g.shape) for g in w.low.values())  # R, or (change of W) Q
@@ -455,12 +461,8 @@ def main():
     duality()
     start, batches = toy()
     matrices = ['up', 'down']
-    of_scale = {'output': functools.partial(scale, momentum=0.9),
-                'embed': functools.partial(scale, dim=0)}
     print('method        trained   state  bytes sent a step  first loss    last')  # of a worker
     for name, method in METHODS.items():
-        if name == 'scale':
-            method = {**method, 'rules': of_scale}
         torch.manual_seed(1)
         losses = []
         for loss, workers in train(forward, start, batches, matrices, method):

@@ -85,13 +85,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import galore
 import lowrank
+import rules
 import train_gpt
 import train_llama
 import train_vit
 from model import SIZES
 from prepare import ensure, read_meta
+from ranks import gather_state, is_sharded, local, per_rank_tensors
 
 HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -538,7 +539,7 @@ class Watch(TorchDispatchMode):
             return out
         for x in tree_leaves(out):
             # a sharded one is a shell around this rank's part
-            if not torch.is_tensor(x) or lowrank.is_sharded(x) or x.device.type == 'meta':
+            if not torch.is_tensor(x) or is_sharded(x) or x.device.type == 'meta':
                 continue
             if x.untyped_storage()._cdata not in self.alive:
                 storage = x.untyped_storage()
@@ -564,8 +565,8 @@ def watched():
     def copied(out, x, *_):  # a CPU's pieces fit its cache, and thousands of them take minutes here
         out.copy_(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch, \
-            mock.patch('lowrank.round_', copied), mock.patch('galore.round_', copied), \
-            mock.patch('galore.CHUNK_OF_A_CPU', galore.CHUNK):
+            mock.patch('rules.round_', copied), mock.patch('lowrank.round_', copied), \
+            mock.patch('galore.round_', copied), mock.patch('rules.CHUNK_OF_A_CPU', rules.CHUNK):
         yield watch
 
 
@@ -708,22 +709,22 @@ def peaks(settings, ranks):
 
         def before_step(*_):
             note('backward')
-            most['gradients'] = sum(lowrank.local(p.grad).nbytes for p in lowrank.stepped(run.model)
+            most['gradients'] = sum(local(p.grad).nbytes for p in lowrank.leaf_names(run.model)
                                     if p.grad is not None)
         run.optimizer.register_step_pre_hook(before_step)
         for _ in range(2):
             watch.start()
             step()
             note('step')
-        bases = [lowrank.local(layer.basis) for layer in lowrank.lowrank_layers(run.model)
+        bases = [local(layer.basis) for layer in lowrank.lowrank_layers(run.model)
                  if layer.factors == 'basis']
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
-                for x in map(lowrank.local, (*run.model.parameters(), *run.model.buffers()))}
+                for x in map(local, (*run.model.parameters(), *run.model.buffers()))}
         weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
         sent = on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps']
         # what all ranks have alike torch saves tensor by tensor, from where it is
         alive = {x for x, reference in watch.alive.items() if reference() is not None}
-        saved = lowrank.gather_state(run.model, run.optimizer, run.replicas)
+        saved = gather_state(run.model, lowrank.named_layers(run.model), run.optimizer, run.replicas)
         saved = filter(torch.is_tensor, tree_leaves(saved))
         gathered = {x.untyped_storage()._cdata: x.nbytes for x in saved}
         host = sum(size for key, size in gathered.items() if key not in alive)
@@ -848,7 +849,7 @@ def sent(settings, workers, steps):
             watch.start()
             step()
             counts.append(on_the_wire(watch.sent, workers) + (0 if settings['shard'] else run.ddp_bytes))
-    own = lowrank.own_heads(run.model)
+    own = per_rank_tensors(lowrank.lowrank_layers(run.model))
     mine = [x for p in own for x in run.optimizer.state[p].values() if torch.is_tensor(x)]
     return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in mine)
 

@@ -275,7 +275,8 @@ def write_peft(run, checkpoint, folder, dtype):
 def heads_side_by_side(state, name):
     """A (H r, n), B (m, H r) of a layer; of one without heads (0, n), (m, 0)."""
     W = state[f'{name}.weight'][None]  # (1, m, n)
-    return side_by_side(state.get(f'{name}.A', W[:, :0]), state.get(f'{name}.B', W[:, :, :0]))
+    A, B = state.get(f'{name}.A', W[:, :0]), state.get(f'{name}.B', W[:, :, :0])
+    return side_by_side(A.mT).mT, side_by_side(B)
 
 
 def write_timm(checkpoint, folder, dtype):

@@ -48,6 +48,8 @@ import galore
 import lowrank
 import model as models
 import prepare
+import ranks as processes
+import rules
 import sample
 import textbook
 import train_gpt
@@ -449,7 +451,7 @@ def test_every_item_once_an_epoch_in_the_same_order_on_any_number_of_ranks(data)
     for epoch, world_size in ((0, 1), (0, 2), (1, 1), (1, 3)):
         rows, first = [], epoch * count  # batches do not divide the epoch: what counts is the row of items
         for step in range(first // 12, (first + count) // 12 + 1):
-            ranks = [rows_of(data.batch(12, step, seed=5, rows=lowrank.rows_of(12, 1, rank, world_size)))
+            ranks = [rows_of(data.batch(12, step, seed=5, rows=processes.rows_of(12, 1, rank, world_size)))
                      for rank in range(world_size)]
             rows += [ranks[j % world_size][j // world_size] for j in range(12)]
         order = rows[first % 12:][:count]
@@ -464,7 +466,7 @@ def test_a_batch_depends_on_its_arguments_alone(data):
     whole = rows_of(data.batch(24, 2, seed=3))
     for heads, world_size in ((1, 1), (1, 2), (1, 3), (4, 1), (2, 2), (1, 4)):
         for rank in range(world_size):  # a row goes to the same of all heads, whatever the number of ranks
-            rows = rows_of(data.batch(24, 2, seed=3, rows=lowrank.rows_of(24, heads, rank, world_size)))
+            rows = rows_of(data.batch(24, 2, seed=3, rows=processes.rows_of(24, heads, rank, world_size)))
             parts = [whole[head * world_size + rank::heads * world_size] for head in range(heads)]
             assert rows == sum(parts, [])
 
@@ -612,7 +614,7 @@ PIXELS = np.zeros((30, 28, 28, 3), np.uint8)
 DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other things in it; what is said
     # checkpoints and weights
     (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'), (CKPT, None, 'train first'),
-    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 3}, 'format 3, here 4'),
+    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 5'),
     (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'), ('vit/best.pt', flipped(0.5), 'is damaged'),
     ('timm.pt', cut(0, 200), 'is damaged'), ('vit.safetensors', cut(0, 200), 'is damaged'),
     (SHARDED, cut(0, 3000), 'is damaged'), (SHARDED, None, 'is missing'),
@@ -833,23 +835,11 @@ def test_the_textbook_prints_a_row_for_each_method_and_where_the_fast_code_stand
     assert 'rank nothing' in last and 'lowrank.py' in last and 'galore.py' in last
 
 
-def newton_schulz(G, coefficients, steps, eps):
-    """torch's iteration of Muon in the precision of G: in 16 bits any rounding grows."""
-    (a, b, c), X = coefficients, G / G.norm().clamp_min(eps)
-    for _ in range(steps):
-        K = X @ X.mT
-        X = a * X + (b * K + c * K @ K) @ X
-    return X
-
-
 def svd_of_one_sign(G, full_matrices, svd=torch.linalg.svd):
     """The decomposition that G.T has, too: each pair of vectors may change its sign."""
     U, S, Vh = svd(G, full_matrices=full_matrices)
     sign = (U.sum(0) + Vh.sum(1)).sign()
     return torch.return_types.linalg_svd((U * sign, S, Vh * sign[:, None]))
-
-
-MUON = 'torch.optim._muon._zeropower_via_newtonschulz'
 
 
 def book_of(plain, model, optimizer, settings, ranks=1):
@@ -896,7 +886,7 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         p = own[name]
         if s.optimizer == 'apollo':
             return galore.gaussian(rows, rank, p, optimizer._seed(p, t // s.basis_every))
-        other = s.basis == 'random' and not galore.is_left(p.shape, 'std')
+        other = s.basis == 'random' and not galore.is_turned(p.shape, 'std')
         return galore.gaussian(rows, rank, p, optimizer._seed(p, t) + other)
 
     def rate(t):
@@ -974,9 +964,8 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targe
         for layer in lowrank.lowrank_layers(net):
             if layer.factors == 'basis':
                 layer.basis.copy_(torch.linalg.qr(normal(*layer.basis.shape, seed=step))[0])
-            for factor in (layer.A, layer.B):
-                if factor is not None:
-                    factor.data = factor.data * -1.5 + 0.02 * normal(*factor.shape, seed=step)
+            for factor in lowrank.heads_of(layer):
+                factor.data = factor.data * -1.5 + 0.02 * normal(*factor.shape, seed=step)
         state = copy.deepcopy(net.state_dict())
         plain.load_state_dict(train_vit.fuse_qkv(lowrank.merged_state_dict(net)))
         with lowrank.averaged_heads(net):
@@ -1085,7 +1074,7 @@ def test_power_converges_to_the_svd_and_does_not_flip(m, n):
         close(galore.orthonormal(Y), Y)
     for left in (True, False):  # cold, one call
         cold = galore.basis_of(G, 5, left, 'power')
-        assert galore.project(G, cold, left).square().sum() >= energy
+        assert ((G.mT if left else G) @ cold).square().sum() >= energy
     small = galore.basis_of((G * 1e-4).half(), 5, True, 'power').double()  # squares would vanish
     assert (small.mT @ G).square().sum() >= energy
 
@@ -1127,7 +1116,7 @@ def test_the_drop_in_resumes_bit_for_bit_from_torchs_state_dict(setting, dtype):
     assert {type(x) for x in values} <= {torch.Tensor, int}
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(double, 1e-14), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-4), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize('momentum', [None, 0.8, 0.0])
 def test_muon_is_torchs(dtype, tolerance, momentum):
     own = {} if momentum is None else {'momentum': momentum}
@@ -1171,10 +1160,10 @@ def test_what_few_bits_left_turns_with_the_basis(rule, momentum):
         optimizer.step()
         if step % 2:
             lowrank.merge(net, bits=2, state=optimizer.state)
-    basis, error = net.basis.clone(), optimizer.state[net.trained]['error'].clone()
+    basis, error = net.basis.clone(), optimizer.state[net.factor]['error'].clone()
     optimizer.begin(4)
     assert error.any() and not torch.equal(basis, net.basis)
-    close(optimizer.state[net.trained]['error'], net.basis.T @ basis @ error, 1e-6)
+    close(optimizer.state[net.factor]['error'], error @ basis.T @ net.basis, 1e-6)
 
 
 def test_a_merge_in_full_forgets_what_few_bits_left():
@@ -1188,7 +1177,7 @@ def test_a_merge_in_full_forgets_what_few_bits_left():
     assert state[p] == {'step': 1}
 
 
-@pytest.mark.parametrize('rule', galore.WHOLE)
+@pytest.mark.parametrize('rule', rules.FULL)
 def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
     grads = normal(3, 1, 64, 80)
     ends = []
@@ -1208,13 +1197,13 @@ def test_a_rank_is_clamped_and_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         follow(optimizer, [W], torch.ones(1, 1, 6, 9))
-    assert optimizer.state[W]['P'].shape == (6, 6)
+    assert optimizer.state[W]['basis'].shape == (6, 6)
     for basis in BASES:
         W = nn.Parameter(torch.zeros(9, 6))
         with pytest.warns(UserWarning, match=r'parameter 0 \(9, 6\)'):
             optimizer = galore.GaLoreAdamW([dict(params=[W], rank=8, basis=basis, proj_type='left')])
         follow(optimizer, [W], normal(1, 1, 9, 6, dtype=torch.float32))
-        assert optimizer.state[W]['P'].shape == (9, 6)
+        assert optimizer.state[W]['basis'].shape == (9, 6)
 
 
 @pytest.mark.parametrize('make', [tiny_gpt, tiny_llama, tiny_vit])
@@ -1252,12 +1241,12 @@ def test_a_step_needs_no_value_of_the_device_and_no_other_device():
     for shape, left in itertools.product(SHAPES, (True, False)):  # all but torch's fused Adam
         G = torch.ones(shape, device='meta')
         basis = galore.basis_of(G, 3, left)
-        R, C = galore.project(G, basis, left), torch.ones(3, 3, device='meta')
-        M, V = galore.turn_moments([R, R.square()], C, left)
-        galore.add_back_(G, M, basis, left, 0.1)
-        state = {'step': 1, 'rest_norm': M.norm(), 'P' if left else 'Q': basis}
-        assert galore.fira(G, R, V, state, group).shape == shape
-        assert galore.decode(*galore.encode(M.flatten(), 1, 127, 2, torch.int8), 127, 2).device.type == 'meta'
+        tall = G.mT if left else G
+        R = tall @ basis
+        galore.add_(G, R, basis, left, 0.1)
+        state = {'step': 1, 'rest_norm': R.norm()}
+        assert rules.fira(tall, R, R, basis, state, group).shape == tall.shape
+        assert rules.decode(*rules.encode(R.flatten(), 1, 127, 2, torch.int8), 127, 2).device.type == 'meta'
     net = nn.Linear(3, 3, device='meta')
     net.weight.grad = torch.ones(3, 3, device='meta')
     assert lowrank.clip_gradients(net, 1.0).device.type == 'meta'
@@ -1265,7 +1254,7 @@ def test_a_step_needs_no_value_of_the_device_and_no_other_device():
 
 @pytest.mark.parametrize('key', ['exp_avg', 'exp_avg_sq'])
 def test_8_bits_are_off_by_less_than_a_level(key):
-    levels, power, dtype = galore.EIGHT_BITS[key]
+    levels, power, dtype = rules.EIGHT_BITS[key]
     x = normal(5003, dtype=torch.float32) ** 3 * 1e-4
     x[700:1200] = 0
     if dtype == torch.uint8:
@@ -1275,8 +1264,8 @@ def test_8_bits_are_off_by_less_than_a_level(key):
     bound = size * ((level.floor() + 1) ** power - level.floor() ** power) / levels ** power
     total = torch.zeros_like(x)
     for age in range(400):
-        code, top = galore.encode(x, age, levels, power, dtype)
-        y = galore.decode(code, top, levels, power)
+        code, top = rules.encode(x, age, levels, power, dtype)
+        y = rules.decode(code, top, levels, power)
         assert ((y - x).abs() <= bound * (1 + 1e-5) + 1e-7 * size).all()
         total += y
     off = (total / 400 - x).abs() / bound.clamp_min(1e-30)
@@ -1288,12 +1277,12 @@ def test_8_bits_are_off_by_less_than_a_level(key):
 def test_an_8_bit_second_moment_decays_beside_one_that_does_not():
     state, R, spike = {'step': 0}, normal(64, 64, dtype=torch.float32), torch.zeros(16, 256)
     spike[:, 0] = 3.0  # in every block of 256
-    galore.new_moments(state, R, 8)
+    rules.new_moments(state, R, 8)
     for step in range(600):
         state['step'] += 1
         grad = R * (step == 0) + spike.view(64, 64)
-        galore.step_(grad, grad, state, 1.0, 0.0, (0.9, 0.999), 1e-8)
-    V, exact = galore.read_moments(state)[1].view(16, 256)[:, 1:], 0.001 * R.square() * 0.999 ** 599
+        rules.step_(grad, grad, state, 1.0, 0.0, (0.9, 0.999), 1e-8)
+    V, exact = rules.read_moments(state)[1].view(16, 256)[:, 1:], 0.001 * R.square() * 0.999 ** 599
     exact = exact.view(16, 256)[:, 1:]
     large = exact > 0.01 * exact.max()
     assert (V[large].sum() / exact[large].sum()).item() == pytest.approx(1, abs=0.2)
@@ -1339,7 +1328,7 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
     run, data = built('llama', root, tmp_path, *method('galore', '--basis_every=3'))
     first, second, *_ = lowrank.lowrank_layers(run.model)
     before = [layer.weight.clone() for layer in (first, second)]
-    first.trained.requires_grad_(False)
+    first.factor.requires_grad_(False)
     run.optimizer = galore.make_optimizer(run.model, run.settings)
     for step in range(4):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
@@ -1369,7 +1358,7 @@ def test_what_is_always_zero_takes_no_memory_whatever_torch_does(root, tmp_path)
     for other, size in ((net.to(torch.float32), held), (copy.deepcopy(net), held), (loaded(False), held),
                         (loaded(True), held), (copy.deepcopy(net).to('meta').to_empty(device='cpu'), held),
                         (copy.deepcopy(net).to(torch.bfloat16), held // 2)):
-        leaves = [layer.trained for layer in lowrank.lowrank_layers(other)]
+        leaves = [layer.factor for layer in lowrank.lowrank_layers(other)]
         assert bytes_held(other) == size and not any(leaf.any() for leaf in leaves)
         assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == 1
         galore.LowRankAdamW(other).begin(0)  # the layers still have their leaves
@@ -1543,7 +1532,7 @@ def test_what_is_replaced_passed_over_or_clamped_is_named(capsys):
         merge_every=1)
     said = capsys.readouterr().out
     assert '2 of 2 linear layers' in said and 'subclasses of nn.Linear: mlp.1' in said
-    assert "rank 12 is clamped to the smaller side of 2, such as ['attn']" in said
+    assert "rank 12 is clamped to the smaller side of 2, such as attn" in said
 
 
 # -----------------------------------------------------------------------------
@@ -1843,7 +1832,6 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'reused galore --basis=random --per_layer=True --grad_clip=0']
 
 
-@mock.patch(MUON, newton_schulz)
 @mock.patch('torch.linalg.svd', svd_of_one_sign)
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
 def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tmp_path, words):
@@ -2014,7 +2002,7 @@ def test_the_drop_in_projects_either_side(shape, rule, proj_type):
     state = optimizer.state[p]
     numbers = m * r + 2 * n * r if left else n * r + 2 * m * r
     assert sum(x.numel() for x in state.values() if torch.is_tensor(x) and x.dim()) == numbers
-    assert ('P' in state, 'Q' in state) == (left, not left)
+    assert state['basis'].shape == (min(m, n) if 'std' == proj_type else m if left else n, r)
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -2795,7 +2783,7 @@ def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(root, tm
 
 def rounded(x, key, first=0):
     out = torch.empty(x.shape, dtype=torch.bfloat16)
-    lowrank.round_(out, x.clone(), key, first)
+    rules.round_(out, x.clone(), key, first)
     return out.float()
 
 
@@ -2829,22 +2817,22 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     states = {}
     for first, last in ((0, 60), (0, 17), (17, 60)):  # rows of a step on bfloat16
         p, state = x[:60 * 400].view(60, 400)[first:last].bfloat16(), {'step': 3}
-        galore.new_moments(state, p, None)
+        rules.new_moments(state, p, None)
         where = dict(betas=(0.9, 0.99), eps=1e-8, key=7, first=first * 400)
-        galore.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
+        rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
         states[first, last] = torch.stack([p, *(x for x in state.values() if torch.is_tensor(x))])
     assert torch.equal(states[0, 60], torch.cat([states[0, 17], states[17, 60]], 1))
     square, turned = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
-    lowrank.round_(turned, square.clone(), 7)
+    rules.round_(turned, square.clone(), 7)
     assert torch.equal(turned.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
     twice = rounded(x[:2**20].repeat(2), 7)  # no two blocks of 2^20 alike
     assert (twice[:2**20] != twice[2**20:]).float().mean() > 0.1
     W = torch.zeros(8, 2**18, dtype=torch.bfloat16)  # 4 rows are a block
     X, Y = torch.ones(8, 1, dtype=torch.bfloat16), x[:2**18, None].bfloat16()
-    galore.add_back_(W, X, Y, False, 0.3)
+    galore.add_(W, X, Y, False, 0.3)
     assert (W[:4] != W[4:]).float().mean() > 0.1
     M, V = torch.zeros(2, 50, 50, dtype=torch.bfloat16)
-    galore.write_moments({'exp_avg': M, 'exp_avg_sq': V}, [square, square], 7)
+    rules.write_moments({'exp_avg': M, 'exp_avg_sq': V}, [square, square], 7)
     assert (M != V).float().mean() > 0.1
     layer = lowrank.MHLoRALinear(nn.Linear(50, 50), rank=2, factors='basis', merge_every=1)
     before = layer.weight.clone()
@@ -2864,8 +2852,8 @@ def test_small_steps_on_bfloat16_add_up(kind):
             net = lowrank.MHLoRALinear(linear, rank=4, factors='basis', merge_every=1)
             optimizer = galore.LowRankAdamW(net, lr=2e-5, basis_every=10**6)
             optimizer.begin(0)
-            net.basis.copy_(galore.basis_of(G.to(dtype), 4, left=True, basis='power'))
-            trained, grad = net.trained, galore.project(G.to(dtype), net.basis, left=True)[None]
+            net.basis.copy_(galore.basis_of(G.to(dtype), 4, turned=True, basis='power'))
+            trained, grad = net.factor, G.to(dtype).T @ net.basis
         else:
             group = {'full': {}, 'drop-in': group, 'fira': dict(group, rule='fira')}[kind]
             group['params'] = [linear.weight]
@@ -3328,30 +3316,30 @@ def test_what_few_bits_leave_is_sent_later_and_does_not_grow(bits):
     error, sent, meant, drawn = torch.zeros(4, 9, 33, dtype=double), 0, 0, []
     for step in range(100):
         x = normal(4, 9, 33, seed=step) * normal(9, 33, seed=1) ** 3  # spikes
-        sent, meant = sent + lowrank.coded_mean(x, bits, error=error), meant + x.mean(0)
+        sent, meant = sent + processes.coded_mean(x, bits, error=error), meant + x.mean(0)
         close(sent + error.mean(0), meant, 1e-9)
         drawn.append(((sent - meant).norm() / x.mean(0).norm()).item())
     assert max(drawn[50:]) < 1.3 * max(drawn[:50]) < {2: 6, 3: 2, 4: 1, 8: 0.05}[bits]
-    one = lowrank.coded_mean(x, bits)
-    assert one.shape == x.shape[1:] and not lowrank.coded_mean(0 * x, bits).any()
+    one = processes.coded_mean(x, bits)
+    assert one.shape == x.shape[1:] and not processes.coded_mean(0 * x, bits).any()
 
 
 def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of_what_is_none():
     for bits, off in {2: 0.12, 3: 0.04, 4: 0.0095, 8: 4e-5}.items():
-        x = normal(2000, lowrank.PACK)
-        codes = lowrank.pack(x, bits)
+        x = normal(2000, rules.PACK)
+        codes = rules.pack(x, bits)
         assert codes.shape == (2000, 8 * bits + 2) and codes.dtype == torch.uint8
-        assert (lowrank.unpack(codes, double) - x).square().mean() < off
-        for part in (x, x**9, F.one_hot(torch.arange(lowrank.PACK)).double(), 0 * x):
-            left = part - lowrank.unpack(lowrank.pack(part, bits), double)
+        assert (rules.unpack(codes, double) - x).square().mean() < off
+        for part in (x, x**9, F.one_hot(torch.arange(rules.PACK)).double(), 0 * x):
+            left = part - rules.unpack(rules.pack(part, bits), double)
             assert (left.norm(dim=1) <= 0.96 * part.norm(dim=1)).all()
         for odd in (math.nan, math.inf, -math.inf):
             x[3, 5] = odd
-            got = lowrank.unpack(lowrank.pack(x, bits), double)
-            assert got[3].isnan().all() and got.isnan().sum() == lowrank.PACK
+            got = rules.unpack(rules.pack(x, bits), double)
+            assert got[3].isnan().all() and got.isnan().sum() == rules.PACK
     for bits in (1, 16):
         with pytest.raises(ValueError, match=f'bits={bits} does not fit'):
-            lowrank.coded_mean(x[None], bits)
+            processes.coded_mean(x[None], bits)
 
 
 # -----------------------------------------------------------------------------
@@ -3394,13 +3382,11 @@ def several_ranks(root, out, me, port):
 
     os.environ.update(env)
     for name in that_hold('two', 'again'):
-        iteration = newton_schulz if 'written' in RUNS[name][1] else torch.optim._muon._zeropower_via_newtonschulz
-        with mock.patch(MUON, iteration):
-            run_of_eight(name, root, f'{out}/{name}', f'{out}/{name}_again')
-            if 'wander' in RUNS[name][1]:
-                run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
-            if 'again' in RUNS[name][1]:
-                run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
+        run_of_eight(name, root, f'{out}/{name}', f'{out}/{name}_again')
+        if 'wander' in RUNS[name][1]:
+            run(name, root, f'{out}/{name}_on', '--init_from=resume', '--max_iters=6')
+        if 'again' in RUNS[name][1]:
+            run(name, root, f'{out}/{name}_again', '--max_iters=8', '--init_from=resume')
     for more in (['--max_iters=6', '--shard=False'], ['--max_iters=8']):
         run('gpt_galore_shard', root, f'{out}/gpt_galore_shard_four', '--init_from=resume', *more)
     for name in ('gpt_local_adamw', 'gpt_replicas'):
@@ -3454,31 +3440,31 @@ def all_ranks_hold_the_same_bits(root, out):
         mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
         for step in range(6):
             train_gpt.train_step(mine, step, lambda _: data.batch(8, step, rows=mine.rows))
-        own = lowrank.own_heads(mine.model)
+        own = processes.per_rank_tensors(lowrank.lowrank_layers(mine.model))
         for x in (*mine.model.parameters(), *mine.model.buffers()):
-            assert x in own or torch.equal(*lowrank.gather(x)), name
+            assert x in own or torch.equal(*processes.gather(x)), name
 
 
 def few_bits_are_the_same_on_any_number_of_ranks():
-    rank, ranks = lowrank.place()
+    rank, ranks = processes.rank_and_world()
     here, error = torch.zeros(4 // ranks, 7, 33), torch.zeros(4, 7, 33)
     for step in range(5):
         x = normal(4, 7, 33, seed=step, dtype=torch.float32)
-        wanted = lowrank.coded_mean(x, 2, error=error)
-        got = lowrank.coded_mean(x[rank::ranks], 2, ranks, here)
+        wanted = processes.coded_mean(x, 2, error=error)
+        got = processes.coded_mean(x[rank::ranks], 2, ranks, here)
         assert torch.equal(got, wanted) and torch.equal(here, error[rank::ranks])
-        got, wanted = lowrank.mean_at(1, x[rank::ranks], ranks), lowrank.mean_at(0, x, 1)
+        got, wanted = processes.mean_at(1, x[rank::ranks], ranks), processes.mean_at(0, x, 1)
         assert rank != 1 or torch.equal(got, wanted) and (got - x.mean(0)).norm() < 3e-3 * got.norm()
-        assert torch.equal(lowrank.coded_same(1, got, 8), lowrank.coded_same(1, wanted, 8))
+        assert torch.equal(processes.coded_same(1, got, 8), processes.coded_same(1, wanted, 8))
     if rank == 1:
         here[0, 6, 32] = math.inf
-    got = lowrank.coded_mean(x[rank::ranks], 8, ranks, here)
+    got = processes.coded_mean(x[rank::ranks], 8, ranks, here)
     assert got.isfinite()[0].all() and got[6, 32].isnan()
 
 
 def ranks_send_what_is_counted():
     """A megabyte each; what the kernel says that the sockets of this process have sent."""
-    ranks, x = lowrank.place()[1], torch.ones(4, 2**16)
+    ranks, x = processes.rank_and_world()[1], torch.ones(4, 2**16)
 
     def count():
         torch.distributed.barrier()
@@ -3492,16 +3478,16 @@ def ranks_send_what_is_counted():
         return total
     net = nn.parallel.DistributedDataParallel(nn.Linear(512, 512, False))
     for call, share, counted in (
-            (lambda: lowrank.mean(x), 1, 0), (lambda: lowrank.gather(x), 1, 0),
-            (lambda: lowrank.exchanged(x), 1, 0), (lambda: lowrank.coded_mean(x[None], 8, ranks), 1, 0),
+            (lambda: processes.mean(x), 1, 0), (lambda: processes.gather(x), 1, 0),
+            (lambda: processes.exchanged(x), 1, 0), (lambda: processes.coded_mean(x[None], 8, ranks), 1, 0),
             (lambda: net(torch.ones(512)).sum().backward(), 1, 2 * 2**20 * 3 / 4),
-            (lambda: lowrank.mean_at(1, x[None], ranks), 1, 0),
-            (lambda: lowrank.mean_slice(x)(), 2, 0),  # gloo does all of an all_reduce
-            (lambda: lowrank.same(x), 3 / 4, 0)):  # a ring's last one sends nothing, of gloo's tree several
-        before, counted = count(), counted - lowrank.traffic['bytes']
+            (lambda: processes.mean_at(1, x[None], ranks), 1, 0),
+            (lambda: processes.mean_rows(x)(), 2, 0),  # gloo does all of an all_reduce
+            (lambda: processes.same(x), 3 / 4, 0)):  # a ring's last one sends nothing, of gloo's tree several
+        before, counted = count(), counted - processes.traffic['bytes']
         call()
-        counted += lowrank.traffic['bytes']
-        sent = lowrank.mean(torch.tensor(float(count() - before)))
+        counted += processes.traffic['bytes']
+        sent = processes.mean(torch.tensor(float(count() - before)))
         assert sent.item() == pytest.approx(share * counted, rel=0.03)
 
 
@@ -3522,35 +3508,36 @@ def shards_of_a_block_that_is_called_twice():
     one = Twice().double()
     lowrank.apply_mhlora(one, ('mlp',), rank=3, factors='basis', merge_every=1)
     two, rank = copy.deepcopy(one), torch.distributed.get_rank()
-    lowrank.shard(two, 'cpu')
+    processes.shard(two, lowrank.lowrank_layers(two), 'cpu')
     optimizers = [galore.LowRankAdamW(net, lr=0.01, basis_every=4) for net in (one, two)]
     for step in range(9):
         x = normal(4, 6, 9, seed=step)
         # as a backward pass that has failed leaves one
-        lowrank._running.append((lowrank.lowrank_layers(two)[0], lambda: normal(5 - rank, 3)))
+        processes._running.append((lowrank.lowrank_layers(two)[0].factor_rows, lambda: normal(5 - rank, 3)))
         for net, optimizer, rows in zip((one, two), optimizers, (x, x[rank::2])):
             optimizer.begin(step)
             net(rows).backward()
-            assert not lowrank._running
+            assert not processes._running
             lowrank.clip_gradients(net, 0.1)
             optimizer.step()
             optimizer.zero_grad()
     for name, x in two.state_dict().items():
-        close(lowrank.whole(x), one.state_dict()[name], 1e-12)
+        close(processes.full(x), one.state_dict()[name], 1e-12)
     lowrank.check_training(two, optimizers[1])
     for place in ('blocks.1.mlp', 'out'):
         tied = Twice()
         tied.blocks.append(nn.Sequential(OrderedDict(mlp=nn.Linear(9, 9))))
         tied.get_submodule(place).weight = tied.blocks[0].mlp.weight
         with pytest.raises(ValueError, match='blocks.0.mlp.weight is shared by two blocks, or by a block'):
-            lowrank.shard(tied, 'cpu')
+            processes.shard(tied, [], 'cpu')
 
 
 def shards_begin_with_the_bits_of_one_process(root, out):
     for words in (method('mhlora'), method('galolte', '--param_dtype=bfloat16', '--dtype=bfloat16')):
-        shards, one = (lowrank.gather_state(
-            built('llama', root, out, *words, f'--shard={shard}', ranks=2)[0].model) for shard in (True, False))
-        if lowrank.place()[0] == 0:
+        both = [built('llama', root, out, *words, f'--shard={shard}', ranks=2)[0].model
+                for shard in (True, False)]
+        shards, one = (processes.gather_state(model, lowrank.named_layers(model)) for model in both)
+        if processes.rank_and_world()[0] == 0:
             assert same_state(dict(shards['model']), dict(one['model']))
 
 
@@ -3568,15 +3555,15 @@ def one_rank_saves_what_all_ranks_load(root, out):
     for (p, state), q in zip(mine.optimizer.state.items(), again.optimizer.state):  # 8 bits to rounding
         other = again.optimizer.state[q]
         assert state.keys() == other.keys() and state['step'] == other['step']
-        for key in galore.EIGHT_BITS:
+        for key in rules.EIGHT_BITS:
             x, y = (galore.GaLoreAdamW.decoded(one, key) for one in (state, other))
             assert (x - y).abs().max() <= 1e-6 * x.abs().max() if x.numel() else True
     for p, q in zip(mine.model.parameters(), again.model.parameters()):
-        assert torch.equal(lowrank.local(p), lowrank.local(q))
+        assert torch.equal(processes.local(p), processes.local(q))
     state = config.load_checkpoint(f'{out}/../gpt_bits_shard/ckpt.pt')  # sketches of heads, then of ranks
     in_full, _ = built('gpt', root, out, *method('galolte', '--shard=True'), ranks=2, checkpoint=state)
     for name, sums in state['sketches'].items():
-        grads = lowrank.gather(in_full.model.get_submodule(name).sketch.grad)
+        grads = processes.gather(in_full.model.get_submodule(name).sketch.grad)
         assert grads.shape[:2] == (2, 1) and len(sums) == 4
         close(grads.mean((0, 1)), sums.mean(0), 1e-12)
     words = method('local_adamw', '--state_bits=8')  # moments of each rank's own
@@ -3585,8 +3572,9 @@ def one_rank_saves_what_all_ranks_load(root, out):
     config.save(mine, 'best.pt', dict(step=1, best_val_loss=0.0), resumable=True)
     torch.distributed.barrier()
     again, _ = built('gpt', root, out, *words, ranks=2, checkpoint=config.load_checkpoint(f'{out}/best.pt'))
-    assert same_state(*(lowrank.gather_state(one.model, one.optimizer, one.replicas)
-                        for one in (mine, again)))
+    layers = [lowrank.named_layers(one.model) for one in (mine, again)]
+    assert same_state(*(processes.gather_state(one.model, own, one.optimizer, one.replicas)
+                        for one, own in zip((mine, again), layers)))
 
 
 def a_run_in_shards_loses_a_rank(root, out):
@@ -3621,9 +3609,9 @@ def all_ranks_skip_a_step_that_overflows_on_one():
         moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
         assert {*moved, not torch.equal(alone, torch.ones(3))} == {step > 1}, step
     for layer in lowrank.lowrank_layers(gpt):  # the second gradient was lost, the sketch was not
-        assert optimizer.state[layer.trained]['bases'] == 2
+        assert optimizer.state[layer.factor]['bases'] == 2
     assert all(scaler.get_scale() == 2**14 for scaler in scalers)
-    assert all(torch.equal(*lowrank.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
+    assert all(torch.equal(*processes.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
 
 
 def no_rank_saves_what_is_not_finite_on_one(root, out):
@@ -3631,7 +3619,7 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
         one, data = built('gpt', root, f'{out}/{name}_nan', *method(name))
         train_gpt.train_step(one, 0, lambda micro_step: data.batch(8, 0, rows=one.rows))
         if one.rank == 1:
-            heads = next(iter(lowrank.own_heads(one.model) & one.optimizer.state.keys()))
+            heads = next(iter(processes.per_rank_tensors(lowrank.lowrank_layers(one.model)) & one.optimizer.state.keys()))
             one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
         with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
             config.save(one, 'ckpt.pt', dict(step=1), resumable=True)

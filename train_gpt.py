@@ -90,9 +90,10 @@ import torch
 import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers,
-                     shard)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, lowrank_layers, merge,
+                     put_layers)
 from model import GPT, GPTConfig, fill
+from ranks import mean, shard
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -122,7 +123,7 @@ def build(settings, where, vocabulary, checkpoint=None):
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
-        shard(model, where.device)
+        shard(model, lowrank_layers(model), where.device)
     return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 

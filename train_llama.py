@@ -92,9 +92,10 @@ import torch
 import prepare
 from export import carry_along, read_for
 from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, mean, merge, put_layers,
-                     shard, write)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, lowrank_layers, merge,
+                     put_layers)
 from model import SIZES, Llama, LlamaConfig, fill
+from ranks import mean, shard, write
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -127,7 +128,7 @@ def build(settings, where, vocabulary, checkpoint=None):
     layers = put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
-        shard(model, where.device)
+        shard(model, lowrank_layers(model), where.device)
     else:
         model.to_empty(device=where.device)
     model.tie()

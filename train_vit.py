@@ -98,8 +98,9 @@ from sklearn.metrics import roc_auc_score
 
 import prepare
 from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, load_weights, mean, merge,
-                     merged_state_dict, put_layers, shard)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, lowrank_layers, merge,
+                     merged_state_dict, named_layers, put_layers)
+from ranks import load_weights, mean, shard
 
 # -----------------------------------------------------------------------------
 # model
@@ -185,7 +186,7 @@ def merged(checkpoint):
     s = checkpoint['settings']
     full = create(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
     put_heads(full, s)
-    load_weights(full, checkpoint['model'])
+    load_weights(full, named_layers(full), checkpoint['model'])
     return fuse_qkv(merged_state_dict(full))
 
 
@@ -346,7 +347,7 @@ def build(settings, where, classes, checkpoint=None):
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
     if s.shard:
-        shard(model, where.device)
+        shard(model, lowrank_layers(model), where.device)
     run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std)
@@ -439,7 +440,7 @@ def test(run, data, meter, step):
     there = torch.tensor(float(not run.s.eval_only and os.path.exists(best)), device=run.device)
     share = mean(there).item()
     if share == 1:
-        load_weights(run.model, config.load_checkpoint(best)['model'])
+        load_weights(run.model, named_layers(run.model), config.load_checkpoint(best)['model'])
     elif share and run.rank == 0:
         print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')

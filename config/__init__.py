@@ -279,7 +279,7 @@ EFFECT = (  # a setting that does nothing beside the others is refused: (which, 
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
 CHECKS = (  # what makes no sense together; after EFFECT there are layers to factors, split and merge_reset.
-    # What a layer, an optimizer or lowrank.rows_of refuses themselves is not said again
+    # What a layer, an optimizer or ranks.rows_of refuses themselves is not said again
     (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
      'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
@@ -445,14 +445,15 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     import torch
 
-    from lowrank import (is_sharded, keep_out_of_ddp, load_state, local, not_finite, own_heads,
-                         replica_parameters, rows_of)
+    from lowrank import named_layers, not_finite, replica_parameters
+    from ranks import is_sharded, keep_out_of_ddp, load_state, local, per_rank_tensors, rows_of
+    layers = named_layers(model)
     s = SimpleNamespace(**settings)
     replicas = replica_parameters(model) if s.sync == 'merge' else {}
     scaler = torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16')
     if checkpoint or s.init_from != 'scratch':
         if checkpoint:
-            load_state(model, optimizer, checkpoint, replicas)
+            load_state(model, layers, optimizer, checkpoint, replicas)
             if checkpoint['scaler']:  # empty of a run without float16
                 scaler.load_state_dict(checkpoint['scaler'])
         if what := not_finite(model, optimizer if checkpoint else None):
@@ -465,7 +466,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
     # what others average, or what differs by rank
-    outside = {*optimizer.outside_ddp, *own_heads(model), *replicas.values()}
+    outside = {*optimizer.outside_ddp, *per_rank_tensors(layers.values()), *replicas.values()}
     carried = sum(p.nbytes for p in model.parameters() if p.requires_grad and p not in outside)
     net, ddp_bytes = model, 0
     if any(map(is_sharded, model.parameters())):  # both passes gather what ranks hold; gradients are reduced
@@ -678,10 +679,11 @@ def save_checkpoint(path, checkpoint):
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable,
     the rest of the state. Every rank takes part, and rank 0 writes; never what is not finite."""
-    from lowrank import gather_state, not_finite
+    from lowrank import named_layers, not_finite
+    from ranks import gather_state
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
-    found = gather_state(run.model, optimizer, run.replicas)
+    found = gather_state(run.model, named_layers(run.model), optimizer, run.replicas)
     if resumable:
         found['scaler'] = run.scaler.state_dict()
         run.saved = about['step']
@@ -714,7 +716,7 @@ def load_tensors(path):
 
 def as_checkpoint(found, path):
     """What `load_tensors` gave, if `save` wrote it in this format. ValueError: it did not."""
-    from lowrank import FORMAT
+    from ranks import FORMAT
     known = 'format', 'edition'  # as it was called once
     if not isinstance(found, dict) or not found.keys() & {*known}:
         raise ValueError(f"'{path}' is not a checkpoint of this project (it does not say its format): "
@@ -942,7 +944,8 @@ class Meter:
         import torch
         from tqdm import tqdm
 
-        from lowrank import count_parameters, traffic
+        from lowrank import count_parameters
+        from ranks import traffic
         s, counts = run.s, count_parameters(run.model)
         self.run, self.start, self.items, self.unit = run, step, items, unit
         self.sums, self.traffic = torch.zeros(3, device=run.device), traffic
@@ -973,7 +976,8 @@ class Meter:
     def line(self, step, lr):
         """A line of the log on the steps since the last one. Ends the run where something went wrong: what is
         not finite, a float16 run of which every step overflows, parameters that nothing steps on."""
-        from lowrank import check_training, mean
+        from lowrank import check_training
+        from ranks import mean
         run, sent = self.run, self.traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
         loss, norm, skipped = mean(self.sums).tolist()  # over all ranks

@@ -1,0 +1,506 @@
+"""
+Several processes: what they send each other, and what each has of a model.
+
+    each step    DDP            gradients, of GaLore's layers R (long, r); not those of split heads
+                 mean_rows      of a sharded layer: to each rank its rows of the mean R
+    a refresh    mean, same     a sketch (short, r) is averaged, its basis is that of rank 0
+    a merge      mean           what trains in a basis, and its first moment; whole replicas
+                 gather         the heads of LTE
+                 coded_mean     such means in 2 to 8 bits a number; what is left is sent next time
+    a save       gather_at      tensor by tensor to rank 0, which writes one file
+
+Heads are dealt like cards: of `world` ranks, rank k has the heads k, k + world, k + 2 world, ...
+`traffic` counts the bytes that this process sends in them, as a ring does; DDP's are not in it.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from rules import for_muon, in_blocks, orthogonalised, pack, unpack, wide
+
+FORMAT = 5  # of checkpoints
+
+traffic = {'bytes': 0}
+
+
+def rank_and_world():
+    """(rank, number of ranks) of this process; alone (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# -----------------------------------------------------------------------------
+# collectives; nccl takes contiguous tensors only
+
+
+def mean(x, world=None):
+    """The average of a tensor over ranks (world, None: all), in place; alone the tensor itself."""
+    world = rank_and_world()[1] if world is None else world
+    if world > 1:
+        traffic['bytes'] += 2 * x.nbytes * (world - 1) / world
+        dist.all_reduce(x)  # gloo has no average
+        x.div_(world)
+    return x
+
+
+def gather(x):
+    """The tensors x of all ranks, (world, *x.shape)."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return x.detach()[None]
+    x = x.detach().contiguous()
+    traffic['bytes'] += x.nbytes * (world - 1)
+    gathered = x.new_empty(world, *x.shape)
+    dist.all_gather(list(gathered), x)
+    return gathered
+
+
+def gather_at(target, x):
+    """The tensors x of all ranks, (world, *x.shape), at one of them; None at others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return x[None]
+    x = x.contiguous()
+    gathered = x.new_empty(world, *x.shape) if rank == target else None
+    dist.gather(x, None if gathered is None else list(gathered), target)
+    traffic['bytes'] += x.nbytes * (world - 1) / world  # targets take turns
+    return gathered
+
+
+def same(x, source=0):
+    """The tensor of one rank on all ranks, in place, to the last bit; alone the tensor itself."""
+    if rank_and_world()[1] > 1:
+        traffic['bytes'] += x.nbytes
+        dist.broadcast(x, source)
+    return x
+
+
+def exchanged(x):
+    """Of x (world, ...) rank k gets the k-th part of every rank's, (world, ...)."""
+    traffic['bytes'] += x.nbytes * (len(x) - 1) / len(x)
+    received = x.new_empty(x.shape)
+    dist.all_to_all_single(received, x.contiguous())
+    return received
+
+
+def averaged_copy(p):
+    """A copy of a parameter, averaged over ranks, in float32 or wider."""
+    return mean(p.detach().to(wide(p), copy=True))
+
+
+def in_global_order(x):
+    """(world, heads of one, ...) -> (heads, ...): the l-th head of rank k is head l * world + k."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def rows_of(batch_size, heads=1, rank=0, world=1):
+    """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j
+    is one of head j % (heads world), see `in_global_order`. ValueError where they do not divide it."""
+    step = heads * world
+    if batch_size % step:
+        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} ranks: '
+                         'set a multiple')
+    return [row for head in range(heads) for row in range(head * world + rank, batch_size, step)]
+
+
+def per_rank_tensors(layers):
+    """The set of what differs by rank: parameters and buffers of split heads that ranks share."""
+    return {x for layer in layers if layer.workers > 1 for x in layer.per_head().values()}
+
+
+def keep_out_of_ddp(net, tensors):
+    """Tells DistributedDataParallel, before it wraps `net`, which tensors to leave alone."""
+    named = (*net.named_parameters(), *net.named_buffers())
+    ddp = nn.parallel.DistributedDataParallel
+    ddp._set_params_and_buffers_to_ignore_for_model(  # it has no public name
+        net, [name for name, x in named if x in tensors])
+
+
+# -----------------------------------------------------------------------------
+# averages in few bits
+
+#   x of each head                 cut into as many slices as there are heads
+#   -> pack, exchange              the rank of head h gets slice h of every head
+#   -> average, pack, gather       every rank gets every averaged slice
+#
+# so no more numbers travel than in a ring, and all ranks end with the same bits, whatever their number.
+
+
+@torch.no_grad()
+def coded_mean(x, bits, world=1, error=None):
+    """
+    The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a number.
+
+    error, like x: what was left of earlier numbers is sent with these, and replaced by what is left
+    now (error feedback, Seide et al., 2014). Whose slice it is adds what is left of the average.
+    """
+    heads_here, numbers, dtype = len(x), x[0].numel(), wide(x)
+    heads = heads_here * world
+    rank = rank_and_world()[0] if world > 1 else 0
+    value = x.to(dtype) if error is None else x + error
+    value = in_blocks(value.reshape(heads_here, numbers), heads)  # (heads here, slices, blocks, 64)
+    codes = pack(value, bits)
+    received = codes
+    if world > 1:
+        parts = codes.unflatten(1, (heads_here, world))
+        parts = parts.permute(2, 0, 1, 3, 4)  # (world, heads here, slices there, blocks, bytes)
+        received = in_global_order(exchanged(parts))  # (heads, slices here, blocks, bytes)
+    average = sum(unpack(part, dtype) for part in received).div_(heads)  # in one order everywhere
+    codes_of_average = pack(average, bits)
+    if error is not None:
+        left = value.sub_(unpack(codes, dtype))
+        left_of_average = average.sub_(unpack(codes_of_average, dtype))
+        for i in range(heads_here):  # heads times, as it counts as one head's share
+            left[i, i * world + rank].add_(left_of_average[i], alpha=heads)
+        error.copy_(left.view(heads_here, -1)[:, :numbers].view(error.shape))
+    if world > 1:
+        codes_of_average = in_global_order(gather(codes_of_average))
+    return unpack(codes_of_average, dtype).flatten()[:numbers].view(x.shape[1:])
+
+
+@torch.no_grad()
+def mean_at(target, x, world):
+    """The average (...) of x (heads here, ...) over the heads of `world` ranks at one of them;
+    elsewhere it means nothing. In 6 bits, and what is left in 6 more: large directions of a sketch
+    would hide others."""
+    numbers, dtype = x[0].numel(), wide(x)
+    value = in_blocks(x.reshape(len(x), numbers).to(dtype))  # (heads here, 1, blocks, 64)
+    codes = pack(value, 6)
+    codes_of_left = pack(value - unpack(codes, dtype), 6)
+    codes = torch.stack([codes, codes_of_left], 1)  # (heads here, 2, 1, blocks, bytes)
+    if world > 1:
+        parts = gather_at(target, codes)
+        codes = codes if parts is None else in_global_order(parts)
+    average = sum(unpack(part, dtype).sum(0) for part in codes).div_(len(codes))
+    return average.flatten()[:numbers].view(x.shape[1:])
+
+
+def coded_same(source, x, bits):
+    """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
+    codes = same(pack(in_blocks(x.flatten()), bits), source)
+    return unpack(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
+
+
+def error_of(p, state):
+    """What few bits have left of a parameter's averages, in its state; zeros at first."""
+    if 'error' not in state:
+        state['error'] = torch.zeros_like(p, dtype=wide(p))
+    return state['error']
+
+
+@torch.no_grad()
+def average_replica(p, bits, state):
+    """The average of a parameter of which each rank has its own; in few bits that of its change
+    since the last one, `common`, which all ranks have in its state."""
+    if bits == 32 or 'common' not in state:
+        return averaged_copy(p)
+    change = p.to(wide(p)) - state['common']
+    error = error_of(p, state)
+    return coded_mean(change[None], bits, rank_and_world()[1], error[None]).add_(state['common'])
+
+
+# -----------------------------------------------------------------------------
+# shards: FSDP2 cuts a parameter into rows, an equal number for each rank, the last ones fewer
+
+
+def is_sharded(x):
+    """Whether a tensor is a DTensor, whose module takes 0.7 s to import."""
+    return hasattr(x, 'to_local')
+
+
+def local(x):
+    """This rank's rows of a sharded tensor; any other as it is."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def slice_here(size):
+    """The slice of `size` rows that this rank holds of a sharded tensor."""
+    rank, world = rank_and_world()
+    each = -(-size // world)
+    return slice(min(rank * each, size), min((rank + 1) * each, size))
+
+
+def rows_here(x):
+    """The slice of the rows of x that this rank holds: all of them, if x is not sharded."""
+    return slice_here(len(x)) if is_sharded(x) else slice(0, len(x) if x.dim() else 1)
+
+
+def first_here(x):
+    """The index of this rank's first number in a whole tensor, see rules.round_."""
+    return rows_here(x).start * x.shape[1:].numel()
+
+
+def padded_rows(rows, size):
+    """This rank's rows of a tensor (size, ...), with zeros after them: all ranks have as many."""
+    each = -(-size // dist.get_world_size())
+    return torch.cat([rows, rows.new_zeros(each - len(rows), *rows.shape[1:])])
+
+
+def gather_rows(rows, size):
+    """The tensor (size, ...) of which each rank holds its rows."""
+    return gather(padded_rows(rows, size)).flatten(0, 1)[:size]
+
+
+def full(x):
+    """All rows of a sharded tensor, on every rank; any other as it is."""
+    return gather_rows(x.to_local(), len(x)) if is_sharded(x) else x
+
+
+def from_rows(rows, shape, mesh):
+    """The DTensor of that shape of which this rank holds `rows`."""
+    from torch.distributed.tensor import DTensor, Shard
+    shape = torch.Size(shape)
+    stride = torch.empty(shape, device='meta').stride()
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+# W is frozen: FSDP2 gathers it for a pass, and reduces no gradient of it. The gradient R (long, r)
+# of a layer of GaLore is reduced here, so that each rank steps on its own rows alone:
+#
+#   backward of a layer      R of this rank's batch is in leaf.grad
+#   -> mean_rows             rows of the mean R travel while the layer before it computes
+#   -> finish_sum            they are added to rows.grad, at the next layer or the end of the pass
+
+_running = []  # (the leaf of rows, what waits for them) of the sum that runs; one at most
+
+
+def mean_rows(x):
+    """Begins the average of x (size, columns) over ranks. Returns a function that waits for it, and
+    gives this rank's rows."""
+    world, here = dist.get_world_size(), slice_here(len(x))
+    each = -(-len(x) // world)
+    padded = F.pad(x, (0, 0, 0, each * world - len(x))).contiguous()
+    traffic['bytes'] += padded.nbytes * (world - 1) / world
+    part = padded.new_empty(each, x.shape[1])
+    # its name from torch 2.13 on, and before
+    begin = getattr(dist, 'reduce_scatter_single', dist.reduce_scatter_tensor)
+    work = begin(part, padded, async_op=True)
+
+    def wait():
+        work.wait()
+        return part[:here.stop - here.start].div_(world)
+    return wait
+
+
+def finish_sum(drop=False):
+    """Waits for the sum that runs, if one does, and adds it up, or drops it: where a pass has failed
+    it is left from it."""
+    while _running:
+        rows, wait = _running.pop()
+        here = wait()
+        if drop:
+            continue
+        if rows.grad is None:
+            rows.grad = from_rows(here, rows.shape, rows.device_mesh)
+        else:
+            local(rows.grad).add_(here)
+
+
+def scatter_gradient(leaf, mesh):
+    """Of a leaf (size, columns) on every rank: from now on a backward pass adds this rank's rows of
+    the mean of leaf.grad to the gradient of what is returned, a DTensor of no memory."""
+    here = slice_here(len(leaf))
+    zeros = leaf.detach().new_zeros(()).expand(here.stop - here.start, leaf.shape[1])
+    rows = from_rows(zeros, leaf.shape, mesh).requires_grad_()
+
+    def scatter(leaf):
+        finish_sum()  # that of the layer after this one
+        _running.append((rows, mean_rows(leaf.grad)))
+        leaf.grad = None
+        # at the end of the pass, for its last layer: FSDP ends its own sums so, too
+        torch.autograd.Variable._execution_engine.queue_callback(finish_sum)
+    leaf.register_post_accumulate_grad_hook(scatter)
+    return rows
+
+
+def shard(model, layers, device):
+    """
+    Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves
+    it from the CPU to this rank's device; a block is there in whole while it computes.
+
+    To be called before an optimizer is built. layers: its low-rank ones. Alone it only moves the
+    model. One on the meta device gets memory for this rank's rows alone, whose values are then to be
+    set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and heads
+    that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one and
+    the rest.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    move = model.to_empty if next(model.parameters()).is_meta else model.to
+    if rank_and_world()[1] == 1:
+        print('one process holds all: shard=True does nothing')
+        move(device=device)
+        return
+    blocks = list(dict.fromkeys(model.blocks))
+    inside = {module for block in blocks for module in block.modules()}
+    rest = {p for module in model.modules() if module not in inside
+            for p in module.parameters(recurse=False)}
+    parts = [rest, *(set(block.parameters()) for block in blocks)]
+    for name, p in model.named_parameters():
+        if sum(p in part for part in parts) > 1:
+            raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which are '
+                             'sharded one by one: set shard=False, or untie it')
+    galore = [layer for layer in layers if layer.moves_weight]
+    for layer in galore:  # its basis is gathered with W
+        basis = layer._buffers.pop('basis')
+        layer.register_parameter('basis', nn.Parameter(basis, requires_grad=False))
+    left_alone = per_rank_tensors(layers) | {layer.factor for layer in galore}
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
+    move(device=device)
+    for layer in galore:
+        layer.shard_gradient()
+
+
+def orthogonalise_rows(moves, size):
+    """Orthogonalises matrices (size, n), of which this rank holds the rows `moves` (matrices, rows, n).
+    Of as many as there are ranks each rank gets one, and sends the rows of the result back."""
+    world, (_, here, n) = dist.get_world_size(), moves.shape
+    each = -(-size // world)
+    done = []
+    for some in for_muon(moves).split(world):
+        parts = F.pad(some, (0, 0, 0, each - here, 0, world - len(some)))  # (world, each, n)
+        X = exchanged(parts).flatten(0, 1)[:size]  # one matrix, (size, n)
+        X = F.pad(orthogonalised(X), (0, 0, 0, each * world - size))
+        rows = exchanged(X.view(world, each, n))  # of each matrix
+        done.append(rows[:len(some), :here])
+    return torch.cat(done)
+
+
+@torch.no_grad()
+def write(model, name, x):
+    """Writes the parameter of that name, of shards this rank's rows."""
+    p = model.get_parameter(name)
+    local(p).copy_(x[rows_here(p)])
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: one file, whatever the number of ranks
+
+
+@torch.no_grad()
+def gather_state(model, layers, optimizer=None, replicas=None):
+    """
+    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by tensor, and
+    what travels is None on the others. layers: {name: low-rank layer}.
+
+    model: the state dict, of heads those of all ranks in global order, of replicas the average: what
+    is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
+    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
+    with moments of 8 bits as float32; replicas: {name: (ranks, ...)}; sketches: {name of a layer
+    that is at one: (parts of all ranks, ...), or None before its first gradient}.
+    """
+    replicas, heads = replicas or {}, per_rank_tensors(layers.values())
+    own = set(replicas.values())
+
+    def collect(x, p):
+        """x, of the parameter or buffer p, of all ranks."""
+        if is_sharded(p):
+            x = padded_rows(local(x), len(p))
+        elif p not in heads | own:
+            return x  # all ranks have the same
+        x = gather_at(0, x)
+        if x is None:
+            return None
+        if p in own:
+            return x.cpu()
+        if p in heads:
+            return in_global_order(x).cpu()
+        rows = x.flatten(0, 1).cpu()
+        if len(rows) > len(p):  # torch would write what is behind a view, too
+            rows = rows[:len(p)].clone()
+        return rows
+
+    def average(p):
+        x = averaged_copy(p).to(p.dtype)
+        return x.cpu() if rank_and_world()[0] == 0 else None
+
+    found, once = {'format': FORMAT, 'model': {}}, {}  # tied weights have two names
+    for name, p in model.state_dict(keep_vars=True).items():
+        if p not in once:
+            once[p] = average(p) if p in own else collect(p.detach(), p)
+        found['model'][name] = once[p]
+    if optimizer is None:
+        return found
+    found.update(optimizer={}, replicas={}, sketches={})
+    for p, state in optimizer.state.items():
+        saved = found['optimizer'][optimizer.names[p]] = {}
+        for key, x in state.items():
+            if is_sharded(p) and key.endswith('_top'):
+                continue
+            if is_sharded(p):
+                x = optimizer.decoded(state, key)
+            if torch.is_tensor(x) and x.dim():
+                x = collect(x, p)
+            saved[key] = x
+    for name, p in replicas.items():
+        found['replicas'][name] = collect(p.detach(), p)
+    for name, layer in layers.items():
+        if layer.sketch is not None:
+            sums = layer.sketch.grad
+            sums = None if sums is None else gather_at(0, sums)
+            found['sketches'][name] = None if sums is None else in_global_order(sums).cpu()
+    return found
+
+
+def take(x, p, heads, replicas=()):
+    """What this rank has of x, a tensor of a checkpoint. p: the parameter or buffer that it is of;
+    heads: those that differ by rank; replicas: parameters of which each rank has its own."""
+    rank, world = rank_and_world()
+    if is_sharded(p):
+        return x[rows_here(p)]
+    if p in heads:
+        return x[rank::world]
+    return x[rank] if p in replicas else x
+
+
+@torch.no_grad()
+def load_weights(model, layers, weights):
+    """Loads the 'model' of a checkpoint, each rank its part. ValueError: it is of another model."""
+    own, world = model.state_dict(keep_vars=True), rank_and_world()[1]
+    heads = per_rank_tensors(layers.values())
+    shapes = {name: (len(p) * world, *p.shape[1:]) if p in heads else (*p.shape,)
+              for name, p in own.items()}
+    saved = {name: (*x.shape,) for name, x in weights.items()}
+    if odd := dict(shapes.items() ^ saved.items()):
+        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of '
+                         'the two, or has two shapes')
+    for name, p in own.items():
+        local(p).copy_(take(weights[name], p, heads))
+
+
+@torch.no_grad()
+def load_state(model, layers, optimizer, checkpoint, replicas=None):
+    """Loads a checkpoint, each rank its part, and leaves it as it is. Heads and shards may come from
+    another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    rank, world = rank_and_world()
+    replicas, heads = replicas or {}, per_rank_tensors(layers.values())
+    load_weights(model, layers, checkpoint['model'])
+    for name, p in replicas.items():
+        saved = checkpoint['replicas'].get(name, ())
+        if len(saved) != world:
+            raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own "
+                             f'parameters, and here are {world}: resume on as many as before')
+        p.copy_(saved[rank])
+    named, own = {name: p for p, name in optimizer.names.items()}, set(replicas.values())
+    for name, state in checkpoint['optimizer'].items():
+        p = named[name]
+        for key, x in state.items():
+            if is_sharded(p) and key.endswith('_top'):
+                continue
+            if is_sharded(p):
+                x = optimizer.decoded(state, key)
+            if torch.is_tensor(x):
+                x = take(x, p, heads, own) if x.dim() else x
+                x = x.to(p.device, copy=True)  # the file is mapped, and may be replaced
+            optimizer.state[p][key] = x
+        optimizer.encode_(p)
+    for name, sums in checkpoint['sketches'].items():
+        layer = layers[name]
+        layer.ask_sketch(parts=optimizer.sketch_parts(layer))
+        if sums is not None:  # of other parts each takes the average: a sketch is a sum
+            same_parts = len(sums) == world * len(layer.sketch)
+            part = sums[rank::world] if same_parts else sums.mean(0).expand_as(layer.sketch)
+            layer.sketch.grad = part.to(layer.sketch, copy=True)

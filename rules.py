@@ -1,0 +1,400 @@
+"""
+What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of layers or ranks.
+
+    step_               AdamW, on weights and moments of any dtype
+    PROJECTED           moves of a gradient seen in a basis: Fira, APOLLO
+    FULL, INSIDE        moves of a gradient as it is: SCALE, Muon; Adam
+    round_              float32 into bfloat16, up or down at random
+    encode, decode      moments in 8 bits
+    pack, unpack        what ranks send, in 2 to 8 bits
+
+A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay. `state` is that of a
+parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.optim.adamw import adamw
+
+
+def wide(x):
+    """A tensor's dtype, or float32, whichever is wider: what sums are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# -----------------------------------------------------------------------------
+# sixteen bits
+
+# bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So
+# weights and moments are rounded up or down at random, right on average (stochastic rounding, Gupta
+# et al., arXiv 1502.02551). The random bits of an element depend on a key and its index alone, so
+# that ranks, shards of a tensor and resumed runs agree. They are read from a table, at an offset for
+# each key and block.
+BLOCK_OF_BITS = 2**20  # numbers
+_tables = {}  # by device
+
+
+def _random_bits(device):
+    """16 random bits each, (2 BLOCK_OF_BITS,), int32."""
+    if device in _tables:
+        return _tables[device]
+    generator = torch.Generator().manual_seed(16)
+    table = torch.randint(2**16, (2 * BLOCK_OF_BITS,), generator=generator, dtype=torch.int32)
+    table = table.to(device)
+    if type(table) is torch.Tensor:  # and not a fake one, of a planner
+        _tables[device] = table
+    return table
+
+
+def round_(out, x, key, first=0):
+    """
+    out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's
+    becomes the upper one as often as it is near to it; what bfloat16 holds stays, inf and NaN too.
+
+    out, x: of one shape; key: an integer, another for every tensor and time; first: the index of
+    out's first element in the whole tensor. 6 passes over memory.
+    """
+    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
+        out.copy_(x)
+        return
+    flat = out.reshape(-1)
+    x = x.reshape(-1)
+    table = _random_bits(out.device)
+    size = 2**18 if out.device.type == 'cpu' else BLOCK_OF_BITS  # a CPU works in its cache
+    begin = first
+    while begin < first + len(flat):
+        end = min(first + len(flat), (begin // size + 1) * size)
+        here = slice(begin - first, end - first)
+        offset = hash((key, begin // BLOCK_OF_BITS)) % BLOCK_OF_BITS + begin % BLOCK_OF_BITS
+        # a copy; and CUDA's NaN has all bits set: one more would make it zero
+        part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
+        part.view(torch.int32).add_(table[offset:offset + end - begin]).bitwise_and_(-2**16)
+        flat[here] = part
+        begin = end
+    if not out.is_contiguous():  # flat may be a copy
+        out.copy_(flat.view(out.shape))
+
+
+# -----------------------------------------------------------------------------
+# eight bits, of moments
+
+# Blocks of 256 numbers share a float32, their largest magnitude `top` (Dettmers et al., 8-bit
+# optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power: fine steps
+# where numbers are small.
+BLOCK = 256
+EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
+              'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
+EVERY = slice(0, 2**62)  # numbers
+CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time
+
+
+def by_block(x):
+    """Numbers (numbers,), with zeros after them, (blocks, BLOCK)."""
+    return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
+
+
+def encode(x, age, levels, power, dtype):
+    """
+    Codes (numbers,) of `dtype` and tops (blocks,) of x (numbers,), float32.
+
+    Off by less than a level, and right on average: x goes up or down by a threshold that runs
+    through (0, 1) with `age`. To the nearest level a second moment would not decay by 0.1% a step.
+    Its codes are at least 1: the update divides by the root.
+    """
+    blocks = by_block(x)
+    size = blocks.abs()
+    top = size.amax(1, keepdim=True)  # (blocks, 1)
+    size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)  # level l is at l^power
+    shift = age * 0.7548776662 % 1.0  # not random
+    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + shift) % 1.0
+    low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
+    if power == 2:  # what lies between l^power and (l + 1)^power, times the threshold: 2 l + 1,
+        root = low
+        part = torch.addcmul(threshold, low, 2 * threshold)
+    else:  # or (2 l + 1) (2 l^2 + 2 l + 1)
+        root = low.square()
+        part = (2 * low).add_(1)
+        part.mul_(torch.add(part, root, alpha=2)).mul_(threshold)
+    code = low.add_(size.addcmul_(root, root, value=-1).gt_(part))
+    code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
+    return code.to(dtype).flatten()[:len(x)], top.flatten()
+
+
+def decode(code, top, levels, power):
+    """The numbers (numbers,), float32, that `encode` made into code (numbers,) and top (blocks,)."""
+    part = by_block(code.float().div_(levels))
+    part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
+    return part.mul_(top[:, None]).flatten()[:len(code)]
+
+
+def new_moments(state, like, bits, size=None, names=tuple(EIGHT_BITS)):
+    """Moments of zero for numbers like `like`, which may be a shard of `size` numbers. bits: None
+    (its dtype), 32, 16, or 8 (below 16 blocks 32). names: both moments, or the first alone."""
+    for name in names:
+        if bits == 8 and (size or like.numel()) >= 16 * BLOCK:
+            blocks = -(-like.numel() // BLOCK)
+            dtype = EIGHT_BITS[name][2]
+            state[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
+            state[f'{name}_top'] = torch.zeros(blocks, device=like.device)
+            continue
+        dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
+        if dtype == like.dtype != torch.bfloat16:  # see `is_fused`: the layout has to be the same
+            state[name] = torch.zeros_like(like)
+        else:
+            state[name] = like.new_zeros(like.shape, dtype=dtype)
+
+
+def read_moments(state, numbers=EVERY):
+    """First and second moment, if there is one, flat, in float32 or wider, or a chunk of them that
+    starts with a block."""
+    names = [name for name in EIGHT_BITS if name in state]
+    if 'exp_avg_top' not in state:
+        return [state[name].view(-1)[numbers].to(wide(state[name])) for name in names]
+    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
+    return [decode(state[name].view(-1)[numbers], state[f'{name}_top'][blocks], *EIGHT_BITS[name][:2])
+            for name in names]
+
+
+def write_moments(state, moments, key, numbers=EVERY, first=0):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first)."""
+    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
+    for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
+        x = x.flatten()
+        out = state[name].view(-1)[numbers]
+        if 'exp_avg_top' in state:
+            code, top = encode(x, state['step'], *kind)
+            out.copy_(code)
+            state[f'{name}_top'][blocks] = top
+        else:
+            round_(out, x, hash((key, name == 'exp_avg')), first + numbers.start)
+
+
+# -----------------------------------------------------------------------------
+# Adam
+
+
+def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
+    """torch's fused AdamW kernel on lists of tensors of one dtype; `age` counts these gradients."""
+    before = torch.full((len(params),), age - 1, dtype=torch.float32, device=params[0].device)
+    adamw(params, grads, M, V, [], list(before.unbind()), fused=True, amsgrad=False, maximize=False,
+          beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
+
+
+def is_fused(p, state):
+    """Whether torch's kernel can step on p and the moments themselves."""
+    return 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16
+
+
+def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
+    """
+    p <- keep p - lr rho, in place; the moments of `state` take grad in.
+
+        rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
+
+    has eps before the bias correction, as in galore-torch (after it in torch's kernel, which
+    computes this). p may be grad itself. Returns p, or that in another layout. One pass over
+    memory; where p or moments are in 16 or 8 bits, all is computed in float32, chunk by chunk, and
+    rounded at random (`round_`: key, first).
+    """
+    age = state['step']
+    eps = eps / math.sqrt(1 - betas[1] ** age)
+    decay = (1 - keep) / lr if lr else 0.0
+    M, V = state['exp_avg'], state['exp_avg_sq']
+    if p is not grad and 'exp_avg_top' not in state and p.stride() != M.stride():
+        state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()
+    elif is_fused(p, state):
+        if grad.stride() != M.stride():  # the kernel reads raw memory
+            is_p = p is grad
+            grad = torch.empty_like(M).copy_(grad)
+            p = grad if is_p else p
+        fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
+        return p
+    flat, flat_grad = p.reshape(-1), grad.reshape(-1)  # views, where they can be
+    chunk = CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK
+    for i in range(0, len(flat), chunk):
+        here = slice(i, min(i + chunk, len(flat)))
+        moments = read_moments(state, here)
+        dtype = torch.promote_types(p.dtype, moments[0].dtype)
+        part, g, M, V = (x.to(dtype) for x in (flat[here], flat_grad[here], *moments))
+        fused_adam_([part], [g], [M], [V], age, lr, betas, eps, decay)
+        round_(flat[here], part, key, first + i)
+        write_moments(state, [M, V], key, here, first)
+    return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
+
+
+def adam(G, state, group, key=0, first=0, size=None):
+    """Adam's move, rho of `step_`, in the place of G."""
+    if 'exp_avg' not in state:
+        new_moments(state, G, group['state_bits'], size)
+    return step_(G, G, state, -1.0, 0.0, group['betas'], group['eps'], key, first)  # 0 G + rho
+
+
+# -----------------------------------------------------------------------------
+# rules that see a gradient G (long, short) and R = G Q (long, r); N (long, r) is Adam's move of R
+
+
+def norm(x, dim):
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x))
+
+
+def adam_rate(R, N, state, group, dim):
+    """(|N| / |R| over `dim`, c), where the bias correction c is taken off N again."""
+    beta1, beta2 = group['betas']
+    c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
+    return norm(N, dim) / c / (norm(R, dim) + 1e-8), c
+
+
+def limited(phi, size, state):
+    """phi, lowered so that `size`, of phi times what it scales, grows by at most 1% a step. A size
+    of zero is passed over: from 0 the authors' code takes 2,000 steps to grow."""
+    if 'rest_norm' in state:
+        old = state['rest_norm']
+        limiter = torch.where(old > 0, (size / (old + 1e-8)).clamp_min(1.01) / 1.01, 1)
+        phi = phi / limiter
+        size = torch.where(size > 0, size / limiter, old)
+    state['rest_norm'] = size
+    return phi
+
+
+def fira(G, R, N, Q, state, group):
+    """
+    Fira (Chen et al. 2024, arXiv 2410.01623, and its authors' code): what R drops takes part, too:
+
+        alpha N Q^T + phi (G - alpha R Q^T),   phi = |N| / |R|, row by row; alpha: the group's scale
+
+    and the second term grows by at most 1% a step. By Pythagoras a row of G - alpha R Q^T has
+    |G|^2 - (2 alpha - alpha^2) |R|^2.
+    """
+    alpha = group['scale']
+    phi, c = adam_rate(R, N, state, group, 1)  # (long, 1)
+    rest = norm(G, 1).square() - (2 * alpha - alpha**2) * norm(R, 1).square()
+    size = (rest.clamp_min(0) * phi.square()).sum().sqrt()
+    phi = (limited(phi, size, state) * c).to(G.dtype)
+    inside = torch.addcmul(N, R, phi, value=-1)  # alpha (N - phi R) Q^T + phi G
+    return torch.addmm(G * phi, inside, Q.mT, alpha=alpha)
+
+
+def apollo(G, R, N, Q, state, group):
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random Q, only says
+    by how much Adam would scale each row of G: phi, as in `fira`. With rank 1 all rows have one
+    phi (APOLLO-Mini). The authors' scale is the square of this one."""
+    dim = None if group['rank'] == 1 else 1
+    phi, c = adam_rate(R, N, state, group, dim)
+    phi = limited(phi, torch.linalg.vector_norm(norm(G, dim) * phi), state)
+    return G * (phi * (c * group['scale'])).to(G.dtype)
+
+
+# -----------------------------------------------------------------------------
+# rules that see a gradient alone; rows of a shard, of a tensor of `size` numbers
+
+
+def averaged(G, state, group, key=0, first=0, size=None):
+    """The running average of G by the group's momentum, in float32 or wider; of momentum 0 G, and
+    no state."""
+    G = G.to(wide(G))
+    if not group['momentum']:  # a run may have had one before it was resumed
+        state.pop('exp_avg', None)
+        state.pop('exp_avg_top', None)
+        return G
+    if 'exp_avg' not in state:  # flat views are taken of it
+        new_moments(state, G.contiguous(), group['state_bits'], size, names=('exp_avg',))
+    M = read_moments(state)[0].view(G.shape).to(G.dtype).lerp_(G, 1 - group['momentum'])
+    write_moments(state, [M], key, first=first)
+    return M
+
+
+def normalised(G, state, group, key=0, first=0, size=None):
+    """SCALE (Glentis et al. 2025, arXiv 2506.16659): rows of G, or columns (the group's `dim`), get
+    a mean square of 1. The output layer has a momentum."""
+    G = averaged(G, state, group, key, first, size)
+    root = norm(G, group['dim']) / math.sqrt(G.shape[group['dim']])
+    return G / root.clamp_min(1e-8)
+
+
+def nesterov(G, state, group, key=0, first=0, size=None):
+    """What Muon makes orthogonal: the averaged gradient, a step ahead (Nesterov). Without momentum it
+    is G (as in SWAN, Ma et al. 2025, arXiv 2412.13148, which scales rows first)."""
+    M = averaged(G, state, group, key, first, size)
+    return G.to(M.dtype).lerp(M, group['momentum'])
+
+
+def for_muon(x):
+    """x in the dtype of Muon's products: bfloat16, but of float64, in which laws are checked."""
+    return x if x.dtype == torch.float64 else x.bfloat16()
+
+
+def orthogonalised(X, steps=5):
+    """X (..., m, n) with all singular values near 1, each matrix on its own, by Newton-Schulz
+    iterations (Muon, Jordan et al. 2024). See `for_muon`."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    shape = X.shape
+    X = for_muon(X).reshape(shape[:-2].numel(), *shape[-2:])  # (matrices, m, n)
+    is_tall = shape[-2] > shape[-1]
+    X = X.mT if is_tall else X  # K is on the smaller side
+    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):  # X <- a X + (b K + c K K) X
+        K = X @ X.mT
+        K = torch.baddbmm(K, K, K, beta=b, alpha=c)
+        X = torch.baddbmm(X, K, X, beta=a)
+    X = X.mT if is_tall else X
+    return X.view(shape)
+
+
+def muon_size(shape):
+    """What an orthogonalised matrix is multiplied by, so that AdamW's learning rates go (Moonlight, Liu
+    et al. 2025, arXiv 2502.16982)."""
+    return 0.2 * math.sqrt(max(shape[-2:]))
+
+
+# (G, R, N, Q, state, group) -> move; None: alpha N Q^T
+PROJECTED = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank
+# (G, state, group, key, first, size) -> move of the rows that are here; key, first: of `round_`
+FULL = {'scale': normalised, 'muon': nesterov}  # of groups without a rank
+INSIDE = {'galore': adam, 'muon': nesterov}  # of layers with a basis, where G is R
+ORTHOGONAL = 'muon',  # rules whose move is then orthogonalised
+
+
+# -----------------------------------------------------------------------------
+# two to eight bits, for the wire
+
+PACK = 64  # numbers that share a step, of 16 bits
+
+
+def in_blocks(x, slices=1):
+    """The numbers of x (..., numbers), with zeros after them, (..., slices, blocks, 64)."""
+    return F.pad(x, (0, -x.shape[-1] % (PACK * slices))).unflatten(-1, (slices, -1, PACK))
+
+
+def pack(x, bits):
+    """
+    x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the step.
+
+    A number is one of 2^bits odd multiples of half a step, which is that of least squares: what is
+    left is orthogonal to what is sent. A block with inf or NaN becomes NaN.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send numbers as they are')
+    half = 2 ** (bits - 1)
+    if bits == 2:  # nearly the best one for Gaussian numbers; with more bits the largest decides
+        step = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8
+    else:
+        step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True) / half
+    step = step.clamp_min(torch.finfo(x.dtype).tiny)
+    level = (x / step).floor_().clamp_(-half, half - 1).add_(0.5)
+    step = (x * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
+    words = level.add_(half - 0.5).long().unflatten(-1, (8, 8))  # eight numbers take `bits` bytes
+    words <<= bits * torch.arange(8, device=x.device)
+    packed = words.sum(-1, keepdim=True).view(torch.uint8)[..., :bits]  # (..., 8, bits)
+    return torch.cat([packed.flatten(-2), step.to(torch.bfloat16).view(torch.uint8)], -1)
+
+
+def unpack(codes, dtype):
+    """The numbers (..., 64) that `pack` made into codes."""
+    bits = codes.shape[-1] // 8
+    packed, step = codes.split([8 * bits, 2], -1)
+    words = F.pad(packed.reshape(-1, bits), (0, 8 - bits)).view(torch.int64)  # (8 blocks, 1)
+    level = words >> bits * torch.arange(8, device=codes.device) & 2**bits - 1  # (8 blocks, 8)
+    level = level.view(*codes.shape[:-1], PACK).to(dtype).sub_(2 ** (bits - 1) - 0.5)
+    return level.mul_(step.contiguous().view(torch.bfloat16))

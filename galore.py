@@ -111,8 +111,8 @@ def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
 
 
 def move_(W, move, lr, keep, key=0, first=0):
-    """W <- keep W - lr move, in place."""
-    round_(W, move.to(wide(W)).mul(-lr).add_(W, alpha=keep), key, first)
+    """W <- keep W - lr move, in place; the move is used up."""
+    round_(W, move.to(wide(W)).mul_(-lr).add_(W, alpha=keep), key, first)
 
 
 def decay_(W, keep, key=0, first=0):
@@ -358,7 +358,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             moves = orthogonalise_rows(moves, len(p))
         else:  # of a sharded factor ranks have whole heads
             moves = orthogonalised(moves)
-        return [move.to(dtype) * muon_size(p.shape) for move in moves]
+        return [move.to(dtype).mul_(muon_size(p.shape)) for move in moves]
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""

@@ -393,6 +393,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for i, p in zip(ids, (p for group in self.param_groups for p in group['params'])):
             saved = state_dict['state'].get(i, {})
             self.state[p].update({key: x.to(p.device) for key, x in saved.items() if torch.is_tensor(x)})
+        self.state_is_loaded()
+
+    def state_is_loaded(self):
+        """To be called where the state has come from outside."""
 
 
 # -----------------------------------------------------------------------------
@@ -480,12 +484,17 @@ class LowRankAdamW(GaLoreAdamW):
             wait = refresh_in(step, self.basis_every, T, self.turn[p], self.turns)
             if wait == 0 or not state['bases']:
                 self._refresh(p, layer, state)
-            self._open_window(layer, wait)
+            self._open_window(layer, state, wait)
         self.begun = True
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
+    def state_is_loaded(self):
+        """Windows that were open go on."""
         self.begun = False
+        for p, layer in self.layers.items():
+            layer.sketch = None
+            if 'sketch' in self.state[p]:
+                sums = self.state[p]['sketch']
+                layer.ask_sketch(len(sums), sums)
 
     def _average_moments(self, p, layer, state):
         """First moments after a merge: averaged over heads and ranks, in 3 bits or more."""
@@ -501,8 +510,8 @@ class LowRankAdamW(GaLoreAdamW):
         if self.basis == 'random' or not state['bases']:
             seed = self._seed(p, state['bases'])
             new = orthonormal(gaussian(*layer.basis.shape, layer.basis, seed))
-        elif layer.sketch is not None and layer.sketch.grad is not None:
-            Y = self._average_sketch(p, layer)
+        elif 'sketch' in state:
+            Y = self._average_sketch(p, layer, state['sketch'])
             new = orthonormal(Y).to(layer.basis.dtype)
             new = torch.where(Y.isfinite().all() & Y.any(), new, full(layer.basis))
         else:
@@ -516,9 +525,8 @@ class LowRankAdamW(GaLoreAdamW):
         local(layer.basis).copy_(new[rows_here(layer.basis)])
         state['bases'] += 1
 
-    def _average_sketch(self, p, layer):
-        """The sketch (short, r) of the sequences of all ranks."""
-        Y = layer.sketch.grad  # (parts, short, r)
+    def _average_sketch(self, p, layer, Y):
+        """The sketch (short, r) of the sequences of all ranks, of that of this one (parts, short, r)."""
         if self._coded(layer):
             return mean_at(self._owner(p), Y.mT, layer.workers).mT
         return mean(Y.mean(0))
@@ -535,13 +543,15 @@ class LowRankAdamW(GaLoreAdamW):
             E = state['error']
             E.copy_(E @ C.to(E.dtype).mT)
 
-    def _open_window(self, layer, wait):
-        """Sketches are added up in the last WINDOW steps before a refresh."""
+    def _open_window(self, layer, state, wait):
+        """Sketches are added up in the last WINDOW steps before a refresh, in the optimizer's state."""
         inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
         if wait == 0 or not inside:  # a resumed run may have another basis, or other windows
             layer.sketch = None
+            state.pop('sketch', None)
         if inside and layer.sketch is None:
-            layer.ask_sketch(parts=self.sketch_parts(layer))
+            layer.ask_sketch(self.sketch_parts(layer))
+            state['sketch'] = layer.sketch.grad
 
     def _coded(self, layer):
         """Whether averages of a layer are sent in few bits."""
@@ -584,9 +594,8 @@ class LowRankAdamW(GaLoreAdamW):
         add_(local(W), U, basis, turned, lr, keep, key, first_here(W))
 
     def state_bytes(self):
-        """Bytes of all tensors in the state, bases and sketches included."""
-        more = [x for layer in self.layers.values() for x in (layer.basis, layer.sketch) if x is not None]
-        return super().state_bytes() + sum(local(x).nbytes for x in more)
+        """Bytes of all tensors in the state, and of the layers' bases."""
+        return super().state_bytes() + sum(local(layer.basis).nbytes for layer in self.layers.values())
 
 
 # -----------------------------------------------------------------------------

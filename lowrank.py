@@ -311,11 +311,13 @@ class MHLoRALinear(nn.Module):
         return LowRankProduct.apply(x, self.weight, self.bias, into, out, self.sketch, groups, scale,
                                     self.moves_weight)
 
-    def ask_sketch(self, parts=1):
+    def ask_sketch(self, parts=1, sums=None):
         """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
-        short, r): of all, or of each of this rank's heads."""
+        short, r), to zeros or `sums`: of all, or of each of this rank's heads."""
         zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
-        self.sketch = zero.expand(parts, *self.basis.shape).requires_grad_()
+        leaf = zero.expand(parts, *self.basis.shape)
+        self.sketch = leaf.requires_grad_()
+        self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums
 
     def shard_gradient(self):
         """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a DTensor."""
@@ -697,8 +699,6 @@ def not_finite(model, optimizer=None):
     if optimizer:
         found |= {f'{key} of {name}': x for p, name in leaf_names(model).items()
                   for key, x in optimizer.state.get(p, {}).items()}
-        found |= {f'the sketch of {name}': layer.sketch.grad
-                  for name, layer in named_layers(model).items() if layer.sketch is not None}
     found = {name: x for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point()}
     # of one rank a shard may be empty
     largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) if x.numel() else

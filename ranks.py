@@ -389,8 +389,8 @@ def gather_state(model, layers, optimizer=None, replicas=None):
     model: the state dict, of heads those of all ranks in global order, of replicas the average: what
     is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
     state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
-    with moments of 8 bits as float32; replicas: {name: (ranks, ...)}; sketches: {name of a layer
-    that is at one: (parts of all ranks, ...), or None before its first gradient}.
+    with moments of 8 bits as float32, of sketches the parts of all ranks; and replicas: {name:
+    (ranks, ...)}.
     """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     own = set(replicas.values())
@@ -424,11 +424,15 @@ def gather_state(model, layers, optimizer=None, replicas=None):
         found['model'][name] = once[p]
     if optimizer is None:
         return found
-    found.update(optimizer={}, replicas={}, sketches={})
+    found.update(optimizer={}, replicas={})
     for p, state in optimizer.state.items():
         saved = found['optimizer'][optimizer.names[p]] = {}
         for key, x in state.items():
             if is_sharded(p) and key.endswith('_top'):
+                continue
+            if key == 'sketch':
+                x = gather_at(0, x)
+                saved[key] = None if x is None else in_global_order(x).cpu()
                 continue
             if is_sharded(p):
                 x = optimizer.decoded(state, key)
@@ -437,11 +441,6 @@ def gather_state(model, layers, optimizer=None, replicas=None):
             saved[key] = x
     for name, p in replicas.items():
         found['replicas'][name] = collect(p.detach(), p)
-    for name, layer in layers.items():
-        if layer.sketch is not None:
-            sums = layer.sketch.grad
-            sums = None if sums is None else gather_at(0, sums)
-            found['sketches'][name] = None if sums is None else in_global_order(sums).cpu()
     return found
 
 
@@ -492,15 +491,14 @@ def load_state(model, layers, optimizer, checkpoint, replicas=None):
                 continue
             if is_sharded(p):
                 x = optimizer.decoded(state, key)
+            if key == 'sketch':  # of other parts each takes the average: a sketch is a sum
+                parts = optimizer.sketch_parts(optimizer.layers[p])
+                same_parts = len(x) == world * parts
+                x = x[rank::world] if same_parts else x.mean(0).expand(parts, *x.shape[1:])
+            elif torch.is_tensor(x) and x.dim():
+                x = take(x, p, heads, own)
             if torch.is_tensor(x):
-                x = take(x, p, heads, own) if x.dim() else x
                 x = x.to(p.device, copy=True)  # the file is mapped, and may be replaced
             optimizer.state[p][key] = x
         optimizer.encode_(p)
-    for name, sums in checkpoint['sketches'].items():
-        layer = layers[name]
-        layer.ask_sketch(parts=optimizer.sketch_parts(layer))
-        if sums is not None:  # of other parts each takes the average: a sketch is a sum
-            same_parts = len(sums) == world * len(layer.sketch)
-            part = sums[rank::world] if same_parts else sums.mean(0).expand_as(layer.sketch)
-            layer.sketch.grad = part.to(layer.sketch, copy=True)
+    optimizer.state_is_loaded()

@@ -1116,6 +1116,32 @@ def test_the_drop_in_resumes_bit_for_bit_from_torchs_state_dict(setting, dtype):
     assert {type(x) for x in values} <= {torch.Tensor, int}
 
 
+@pytest.mark.parametrize('dtype', [double, torch.float32, torch.bfloat16])
+def test_a_window_of_sketches_resumes_bit_for_bit_from_torchs_state_dict(dtype):
+    def steps(net, optimizer, some):
+        for step in some:  # new bases at steps 0, 8, 16; sketches from 3, 11
+            optimizer.begin(step)
+            net(tokens_of(4, 16, seed=step), tokens_of(4, 16, seed=step + 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        net = tiny_llama().to(dtype)
+        lowrank.apply_mhlora(net, rank=3, factors='basis', merge_every=1)
+        return net, galore.LowRankAdamW(net, lr=0.01, basis_every=8)
+    straight, again = fresh(), fresh()
+    steps(*straight, range(18))
+    steps(*again, range(6))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in again], file)
+    file.seek(0)
+    again = fresh()
+    for part, state in zip(again, torch.load(file, weights_only=True)):
+        part.load_state_dict(state)
+    steps(*again, range(6, 18))
+    assert same_state(dict(straight[0].state_dict()), dict(again[0].state_dict()))
+
+
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-4), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize('momentum', [None, 0.8, 0.0])
 def test_muon_is_torchs(dtype, tolerance, momentum):
@@ -2686,7 +2712,6 @@ def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
     before = (tmp_path / 'ckpt.pt').read_bytes()
     tensors = [*run.model.parameters(), *run.model.buffers()]
     tensors += [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    tensors += [layer.sketch.grad for layer in lowrank.lowrank_layers(run.model) if layer.sketch is not None]
     for x, value in zip((x for x in tensors if x.is_floating_point()), itertools.cycle((math.nan, math.inf))):
         last = x.detach()[(-1,) * x.dim()]
         kept = last.clone()
@@ -3562,9 +3587,12 @@ def one_rank_saves_what_all_ranks_load(root, out):
         assert torch.equal(processes.local(p), processes.local(q))
     state = config.load_checkpoint(f'{out}/../gpt_bits_shard/ckpt.pt')  # sketches of heads, then of ranks
     in_full, _ = built('gpt', root, out, *method('galolte', '--shard=True'), ranks=2, checkpoint=state)
-    for name, sums in state['sketches'].items():
-        grads = processes.gather(in_full.model.get_submodule(name).sketch.grad)
+    sketches = {p: x for p, x in in_full.optimizer.state.items() if 'sketch' in x}
+    assert sketches
+    for p, found in sketches.items():
+        grads, sums = processes.gather(found['sketch']), state['optimizer'][in_full.optimizer.names[p]]['sketch']
         assert grads.shape[:2] == (2, 1) and len(sums) == 4
+        assert found['sketch'] is in_full.optimizer.layers[p].sketch.grad
         close(grads.mean((0, 1)), sums.mean(0), 1e-12)
     words = method('local_adamw', '--state_bits=8')  # moments of each rank's own
     mine, data = built('gpt', root, out, *words, ranks=2)

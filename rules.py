@@ -12,6 +12,7 @@ A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay.
 parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
 """
 
+import hashlib
 import math
 
 import torch
@@ -31,7 +32,8 @@ def wide(x):
 # weights and moments are rounded up or down at random, right on average (stochastic rounding, Gupta
 # et al., arXiv 1502.02551). The random bits of an element depend on a key and its index alone, so
 # that ranks, shards of a tensor and resumed runs agree. They are read from a table, at an offset for
-# each key and block.
+# each key and block. A block sees all 16-bit numbers equally often: a mean that is off by 3e-4 of a
+# spacing is a weight decay of 1e-6 a step.
 BLOCK_OF_BITS = 2**20  # numbers
 _tables = {}  # by device
 
@@ -41,11 +43,17 @@ def _random_bits(device):
     if device in _tables:
         return _tables[device]
     generator = torch.Generator().manual_seed(16)
-    table = torch.randint(2**16, (2 * BLOCK_OF_BITS,), generator=generator, dtype=torch.int32)
-    table = table.to(device)
+    table = torch.randperm(BLOCK_OF_BITS, generator=generator, dtype=torch.int32) % 2**16
+    table = table.repeat(2).to(device)
     if type(table) is torch.Tensor:  # and not a fake one, of a planner
         _tables[device] = table
     return table
+
+
+def _offset(key, block):
+    """A random place in the table: neighbouring blocks and keys have nothing to do with each other."""
+    words = f'{key} {block}'.encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % BLOCK_OF_BITS
 
 
 def round_(out, x, key, first=0):
@@ -67,7 +75,7 @@ def round_(out, x, key, first=0):
     while begin < first + len(flat):
         end = min(first + len(flat), (begin // size + 1) * size)
         here = slice(begin - first, end - first)
-        offset = hash((key, begin // BLOCK_OF_BITS)) % BLOCK_OF_BITS + begin % BLOCK_OF_BITS
+        offset = _offset(key, begin // BLOCK_OF_BITS) + begin % BLOCK_OF_BITS
         # a copy; and CUDA's NaN has all bits set: one more would make it zero
         part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
         part.view(torch.int32).add_(table[offset:offset + end - begin]).bitwise_and_(-2**16)

@@ -2828,6 +2828,19 @@ def test_rounding_is_right_on_average_and_independent_from_place_to_place_and_ti
         assert abs((noise * other).mean()) < 5 / math.sqrt(noise.numel())
 
 
+def test_rounding_drifts_nowhere_and_blocks_have_nothing_to_do_with_each_other():
+    x = normal(2**20, dtype=torch.float32)
+    spacing = 2.0 ** (x.abs().log2().floor() - 7)
+    drift = sum(((rounded(x, key) - x) / spacing).mean().item() for key in range(400)) / 400
+    assert abs(drift) < 1e-4  # its standard error is 2e-5
+    some = torch.full((2**20,), 1 + 2.0**-7 / 4)  # a quarter of the way: of a block a quarter goes up
+    assert (rounded(some, 5) > some).sum() == 2**18
+    offsets = [rules._offset(7, block) for block in range(1000)]
+    steps = {(b - a) % 2**20 for a, b in itertools.pairwise(offsets)}
+    assert len({*offsets}) > 990 and len(steps) > 990
+    assert np.std(offsets) == pytest.approx(2**20 / 12**0.5, rel=0.05)
+
+
 def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     codes = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16)
     for key in range(20):

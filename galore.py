@@ -148,8 +148,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there:
     `rank`, `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see
     `is_turned`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED). Groups
-    without `rank` follow torch.optim.AdamW, or a `rule` of rules.FULL, with `momentum`; 0 keeps no
-    moment. Any group: `state_bits` (see rules.new_moments).
+    without `rank` follow AdamW with that arithmetic, too; by rule='adamw' as in torch, or a `rule` of
+    rules.FULL, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see rules.new_moments).
 
     per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over
     ranks (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay
@@ -203,12 +203,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if not 0 <= group.get('momentum', 0) < 1:
             raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
         for name, p in zip(names, group['params']):
-            if p.dim() != 2 and {'rank', 'rule'} & group.keys():
+            if p.dim() != 2 and ('rank' in group or group.get('rule', 'adamw') != 'adamw'):
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
                                  'without rank and rule')
         if 'rank' in group:
             self._check_projected(group, names)
-        elif 'rule' in group:
+        elif group.get('rule', 'adamw') != 'adamw':
             group.setdefault('dim', 1)
             group.setdefault('momentum', 0.95 if group['rule'] == 'muon' else 0.0)
             if group['rule'] not in FULL:
@@ -278,15 +278,21 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if 'rank' in group:
             for W in params:
                 self._projected(W, self.state[W], group)
-        elif 'rule' in group:
+        elif group.get('rule', 'adamw') != 'adamw':
             for some in alike(params):
                 self._full(some, group)
         else:
             self._adamw(params, group)
 
     def _adamw(self, params, group):
-        """torch.optim.AdamW: eps after the bias correction, decay before the update."""
+        """AdamW. By rule='adamw' as in torch: eps after the bias correction, decay before the update;
+        else as in galore-torch: before, after."""
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
+        keep = 1.0 - lr * decay
+        as_torch = 'rule' in group
+        if not as_torch and lr:  # keep (W - lr rho)
+            lr = lr * keep
+            decay = (1.0 - keep) / lr
         fused = {}  # dtype and age: fused kernels take lists of one dtype
         for given in params:
             state, p, grad = self.state[given], local(given), local(given.grad)
@@ -298,11 +304,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
                 fused.setdefault((p.dtype, state['step']), []).append(tensors)
             else:
-                root = math.sqrt(1 - betas[1] ** state['step'])
-                step_(p, grad, state, lr, 1 - lr * decay, betas, eps * root,
-                      self._seed(given, state['step'], 0), first_here(given))
+                before = eps * math.sqrt(1 - betas[1] ** state['step']) if as_torch else eps
+                step_(p, grad, state, lr, keep, betas, before, self._seed(given, state['step'], 0),
+                      first_here(given))
         for (_, age), tensors in fused.items():
-            fused_adam_(*map(list, zip(*tensors)), age, lr, betas, eps, decay)
+            after = eps if as_torch else eps / math.sqrt(1 - betas[1] ** age)
+            fused_adam_(*map(list, zip(*tensors)), age, lr, betas, after, decay)
 
     def _basis(self, W, state, group, turned):
         """The basis (short, r) of a step, a new one where it is due."""
@@ -648,8 +655,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         keys = dict(rule=rule, momentum=0.0 if rule == 'scale' else momentum)
     else:
         keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
+    torchs = dict(rule='adamw')
     parts = ((ruled, weight_decay, keys), (outputs, weight_decay, dict(keys, momentum=0.9)),
-             (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, {}), (vectors, 0.0, {}))
+             (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, torchs), (vectors, 0.0, torchs))
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]
 

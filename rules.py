@@ -165,8 +165,9 @@ def read_moments(state, numbers=EVERY):
             for name in names]
 
 
-def write_moments(state, moments, key, numbers=EVERY, first=0):
-    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first)."""
+def write_moments(state, moments, key, numbers=EVERY, first=0, beta1=1.0):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first). A first
+    moment that a step moves by more than its last bit (`beta1`) goes to the nearest: less noise."""
     blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         x = x.flatten()
@@ -175,6 +176,8 @@ def write_moments(state, moments, key, numbers=EVERY, first=0):
             code, top = encode(x, state['step'], *kind)
             out.copy_(code)
             state[f'{name}_top'][blocks] = top
+        elif name == 'exp_avg' and beta1 <= 0.95:
+            out.copy_(x)
         else:
             round_(out, x, hash((key, name == 'exp_avg')), first + numbers.start)
 
@@ -228,7 +231,7 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
         part, g, M, V = (x.to(dtype) for x in (flat[here], flat_grad[here], *moments))
         fused_adam_([part], [g], [M], [V], age, lr, betas, eps, decay)
         round_(flat[here], part, key, first + i)
-        write_moments(state, [M, V], key, here, first)
+        write_moments(state, [M, V], key, here, first, betas[0])
     return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
 
 
@@ -309,7 +312,7 @@ def averaged(G, state, group, key=0, first=0, size=None):
     if 'exp_avg' not in state:  # flat views are taken of it
         new_moments(state, G.contiguous(), group['state_bits'], size, names=('exp_avg',))
     M = read_moments(state)[0].view(G.shape).to(G.dtype).lerp_(G, 1 - group['momentum'])
-    write_moments(state, [M], key, first=first)
+    write_moments(state, [M], key, first=first, beta1=group['momentum'])
     return M
 
 

@@ -1010,17 +1010,27 @@ def follow(optimizer, params, grads):
 @pytest.mark.parametrize('bits, steps, dtype, off', [  # narrow moments are exact at first
     (None, 6, double, 1e-12), (16, 1, double, 1e-12), (16, 1, torch.float32, 1e-6),
     (8, 1, torch.float32, 1e-6)])
-def test_without_rank_it_is_torch_adamw(bits, steps, dtype, off):
+def test_a_plain_group_is_torchs_or_galore_torchs_adamw(bits, steps, dtype, off):
     grads = [[normal(*shape, seed=step, dtype=dtype) for shape in ((64, 64), (7,), (2, 3, 4))]
              for step in range(steps)]
     hyper, ends = dict(lr=0.1, betas=(0.8, 0.95), eps=0.5, weight_decay=0.3), []
-    for make, more in ((galore.GaLoreAdamW, dict(state_bits=bits)),
+    for make, more in ((galore.GaLoreAdamW, dict(rule='adamw', state_bits=bits)),
                        (functools.partial(torch.optim.AdamW, fused=True), {}), (torch.optim.AdamW, {})):
         params = [nn.Parameter(torch.ones_like(g)) for g in grads[0]]
         ends.append(follow(make([dict(params=params, **more)], **hyper), params, grads))
     for mine, fused, plain in zip(*ends):
         assert bits or torch.equal(mine, fused)
         close(mine, plain, off)
+    params = [nn.Parameter(torch.ones_like(g)) for g in grads[0]]
+    ends = follow(galore.GaLoreAdamW([dict(params=params, state_bits=bits)], **hyper), params, grads)
+    for i, end in enumerate(ends):
+        W, M, V = torch.ones_like(end), 0, 0
+        for step in range(1, steps + 1):
+            G = grads[step - 1][i]
+            M, V = 0.8 * M + 0.2 * G, 0.95 * V + 0.05 * G**2
+            W = W - 0.1 * (1 - 0.95**step) ** 0.5 / (1 - 0.8**step) * M / (V.sqrt() + 0.5)
+            W = W - 0.1 * 0.3 * W
+        close(end, W, off)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -1034,10 +1044,12 @@ def test_it_is_galore_torch(shape):
     for proj_type in PROJ_TYPES:
         runs = []
         for cls in (Reference, galore.GaLoreAdamW):  # constructed alike, its own defaults included
-            W = nn.Parameter(torch.ones(shape))
+            W, plain = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
             group = dict(params=[W], rank=3, update_proj_gap=3, scale=0.25, proj_type=proj_type)
-            optimizer = cls([group], lr=0.01, weight_decay=0.1, no_deprecation_warning=True)
-            runs += follow(optimizer, [W], normal(8, 1, *shape, dtype=torch.float32))
+            optimizer = cls([group, dict(params=[plain])], lr=0.01, weight_decay=0.1,
+                            no_deprecation_warning=True)
+            grads = normal(8, 1, *shape, dtype=torch.float32)
+            runs.append(follow(optimizer, [W, plain], [(g, 1e-6 * g) for g, in grads]))
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
 

@@ -476,7 +476,7 @@ def stepper(settings, ranks=None):
     s, numbers = dict(settings), itertools.count()
     script = train_llama if 'size' in s else train_vit if 'img_size' in s else train_gpt
     # train='auto' asks what is loaded
-    lowrank.freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
+    config.freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
     s.update(init_from='scratch', compile=False)
     where = config.join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])

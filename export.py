@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-from lowrank import merged_state_dict, put_layers, side_by_side
+from lowrank import merged_state_dict, side_by_side
 from config import read_json
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_safetensors,
                    read_tensors, tensors_for_transformers)
@@ -53,7 +53,7 @@ def of_a_run(checkpoint, path, dtype=None):
                          'LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
-    put_layers(model, checkpoint['settings'])
+    config.put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):

@@ -606,7 +606,7 @@ class LowRankAdamW(GaLoreAdamW):
 
 
 # -----------------------------------------------------------------------------
-# from a model and settings
+# from a model
 
 
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
@@ -660,19 +660,3 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
              (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, torchs), (vectors, 0.0, torchs))
     return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
              'state_bits': state_bits, **keys} for part, decay, keys in parts if part]
-
-
-def make_optimizer(model, settings):
-    """The optimizer that a script's settings ask for, of a model that `lowrank.put_layers` has seen."""
-    s = settings
-    common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
-                  per_layer=s['per_layer'])
-    if s['optimizer'] == 'adamw' or s['lowrank']:
-        return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
-                            basis_every=s['basis_every'], state_bits=s['state_bits'],
-                            rule='galore' if s['optimizer'] == 'adamw' else s['optimizer'],
-                            sync_bits=s['sync_bits'], sync_moments=s['sync_moments'],
-                            momentum=s['momentum'], **common)
-    groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
-                          rule=s['optimizer'], state_bits=s['state_bits'], momentum=s['momentum'])
-    return GaLoreAdamW(groups, **common)

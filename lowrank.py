@@ -519,17 +519,6 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     return list(chosen)
 
 
-def put_layers(model, settings, worker=0, workers=1):
-    """Puts the low-rank layers that a script's settings ask for into a model, see `apply_mhlora`, and
-    returns them, each once, in the order in which their heads are drawn."""
-    if not settings['lowrank']:
-        return []
-    keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
-    names = apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys},
-                         worker=worker, workers=workers)
-    return list(dict.fromkeys(map(model.get_submodule, names)))
-
-
 def named_layers(model):
     """{name: layer} of the MHLoRALinear layers of a model, in order, each once."""
     return {name: module for name, module in model.named_modules()
@@ -691,22 +680,6 @@ def check_training(model, *optimizers):
                              'another optimizer takes no bases, and nothing there would train')
 
 
-@torch.no_grad()
-def not_finite(model, optimizer=None):
-    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None:
-    nothing. Every rank takes part. Waits for the device."""
-    found = dict([*model.named_parameters(), *model.named_buffers()])
-    if optimizer:
-        found |= {f'{key} of {name}': x for p, name in leaf_names(model).items()
-                  for key, x in optimizer.state.get(p, {}).items()}
-    found = {name: x for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point()}
-    # of one rank a shard may be empty
-    largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) if x.numel() else
-                           x.new_zeros((), dtype=torch.float64) for x in map(local, found.values())])
-    bad = mean((~largest.isfinite()).to(torch.float32)).tolist()
-    return next((name for name, share in zip(found, bad) if share), None)
-
-
 def count_parameters(model):
     """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp,
     logit, other); of heads that are split over ranks this rank's. Weights that GaLore moves count as
@@ -734,15 +707,3 @@ def freeze_rest(model, kinds=()):
     for name, p in model.named_parameters():
         if p not in heads and not is_wanted(name, kinds):
             p.requires_grad_(False)
-
-
-def freeze_as_set(model, settings, new=()):
-    """Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but
-    for heads on loaded weights 'factors', or 'classifier' where `new`, kinds of layers, did not come
-    with the weights."""
-    if settings['train'] == 'auto':
-        loaded = settings['init_from'] != 'scratch'
-        adapts = settings['lowrank'] and settings['factors'] != 'basis' and loaded
-        settings['train'] = ('classifier' if new else 'factors') if adapts else 'all'
-    if settings['train'] != 'all':
-        freeze_rest(model, new if settings['train'] == 'classifier' else ())

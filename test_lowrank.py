@@ -1367,7 +1367,7 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
     first, second, *_ = lowrank.lowrank_layers(run.model)
     before = [layer.weight.clone() for layer in (first, second)]
     first.factor.requires_grad_(False)
-    run.optimizer = galore.make_optimizer(run.model, run.settings)
+    run.optimizer = config.make_optimizer(run.model, run.settings)
     for step in range(4):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
     assert torch.equal(first.weight, before[0]) and not torch.equal(second.weight, before[1])
@@ -1887,8 +1887,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         assert run.settings.get(key) in (None, value), key
     if kind == 'reused':
         plain, run.model = Reused(), Reused()
-        lowrank.put_layers(run.model, run.settings)
-        run.net, run.optimizer = run.model, galore.make_optimizer(run.model, run.settings)
+        config.put_layers(run.model, run.settings)
+        run.net, run.optimizer = run.model, config.make_optimizer(run.model, run.settings)
     if min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8:
         steps = 2 * max(run.settings['basis_every'] % 8, run.settings['merge_every'] % 8) + 1
     batches = [seen(script, data, step, run.settings) for step in range(steps)]
@@ -1931,7 +1931,8 @@ def test_a_gradient_may_lie_otherwise_than_its_parameter():
     grads, ends = [[normal(5, 7, seed=step).mT] for step in range(3)], []
     for make in (galore.GaLoreAdamW, torch.optim.AdamW):
         p = nn.Parameter(torch.ones(7, 5, dtype=double))
-        ends += follow(make([p], lr=0.1, eps=1e-8, weight_decay=0.0), [p], grads)
+        groups = [dict(params=[p], rule='adamw')]
+        ends += follow(make(groups, lr=0.1, eps=1e-8, weight_decay=0.0), [p], grads)
     close(*ends)
 
 
@@ -1943,7 +1944,7 @@ def test_a_parameter_may_lie_otherwise_than_its_moments(view):
                                                        weights.clone())):
         p = nn.Parameter(view(first))
         grads = [[normal(*p.shape, seed=step)] for step in range(4)]
-        optimizer = make([p], lr=0.1, eps=1e-8, weight_decay=0.1)
+        optimizer = make([dict(params=[p], rule='adamw')], lr=0.1, eps=1e-8, weight_decay=0.1)
         follow(optimizer, [p], grads[:2])
         p.data = p.data.contiguous()  # as a checkpoint of another layout
         ends += follow(optimizer, [p], grads[2:])
@@ -3162,7 +3163,7 @@ def built_again(out):
         train_vit.put_heads(model, state['settings'])
     else:
         model = models.make_model(shape).double()
-        lowrank.put_layers(model, state['settings'])
+        config.put_layers(model, state['settings'])
     model.load_state_dict(state['model'])
     return model.eval()
 

@@ -91,9 +91,7 @@ import torch
 
 import prepare
 from export import carry_along, read_for
-from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, lowrank_layers, merge,
-                     put_layers)
+from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import SIZES, Llama, LlamaConfig, fill
 from ranks import mean, shard, write
 
@@ -125,8 +123,8 @@ def build(settings, where, vocabulary, checkpoint=None):
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
     model.to(getattr(torch, s.param_dtype))
-    layers = put_layers(model, settings, where.rank, where.ranks)
-    freeze_as_set(model, settings)
+    layers = config.put_layers(model, settings, where.rank, where.ranks)
+    config.freeze_as_set(model, settings)
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
     else:
@@ -138,7 +136,7 @@ def build(settings, where, vocabulary, checkpoint=None):
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
-    return config.assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
+    return config.assemble(model, asdict(model.config), config.make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 
 

@@ -97,9 +97,8 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 import prepare
-from galore import make_optimizer
-from lowrank import (averaged_heads, clip_gradients, drop_moments, freeze_as_set, lowrank_layers, merge,
-                     merged_state_dict, named_layers, put_layers)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge, merged_state_dict,
+                     named_layers)
 from ranks import load_weights, mean, shard
 
 # -----------------------------------------------------------------------------
@@ -175,10 +174,10 @@ def fuse_qkv(state):
 
 
 def put_heads(vit, settings, worker=0, workers=1):
-    """See lowrank.put_layers; where targets name q, k or v, qkv is split before."""
+    """See config.put_layers; where targets name q, k or v, qkv is split before."""
     if not {'q', 'k', 'v'}.isdisjoint(settings['lowrank'].split(',')):
         split_qkv(vit)
-    put_layers(vit, settings, worker, workers)
+    config.put_layers(vit, settings, worker, workers)
 
 
 def merged(checkpoint):
@@ -345,10 +344,10 @@ def build(settings, where, classes, checkpoint=None):
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     put_heads(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
-    freeze_as_set(model, settings, new=('logit',))
+    config.freeze_as_set(model, settings, new=('logit',))
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
-    run = config.assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
+    run = config.assemble(model, shape, config.make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std)
 

@@ -435,6 +435,71 @@ def keep_freed_memory():
             libc.mallopt(option, value)
 
 
+# -----------------------------------------------------------------------------
+# what settings say of a model and its optimizer
+
+
+def put_layers(model, settings, worker=0, workers=1):
+    """Puts the low-rank layers that a script's settings ask for into a model, see `apply_mhlora`, and
+    returns them, each once, in the order in which their heads are drawn."""
+    from lowrank import apply_mhlora
+    if not settings['lowrank']:
+        return []
+    keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
+    names = apply_mhlora(model, settings['lowrank'].split(','), **{key: settings[key] for key in keys},
+                         worker=worker, workers=workers)
+    return list(dict.fromkeys(map(model.get_submodule, names)))
+
+
+def freeze_as_set(model, settings, new=()):
+    """Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all', but
+    for heads on loaded weights 'factors', or 'classifier' where `new`, kinds of layers, did not come
+    with the weights."""
+    from lowrank import freeze_rest
+    if settings['train'] == 'auto':
+        loaded = settings['init_from'] != 'scratch'
+        adapts = settings['lowrank'] and settings['factors'] != 'basis' and loaded
+        settings['train'] = ('classifier' if new else 'factors') if adapts else 'all'
+    if settings['train'] != 'all':
+        freeze_rest(model, new if settings['train'] == 'classifier' else ())
+
+
+def make_optimizer(model, settings):
+    """The optimizer that a script's settings ask for, of a model that `lowrank.put_layers` has seen."""
+    from galore import GaLoreAdamW, LowRankAdamW, param_groups
+    s = settings
+    common = dict(lr=s['learning_rate'], betas=(s['beta1'], s['beta2']), seed=s['seed'],
+                  per_layer=s['per_layer'])
+    if s['optimizer'] == 'adamw' or s['lowrank']:
+        return LowRankAdamW(model, weight_decay=s['weight_decay'], scale=s['scale'], basis=s['basis'],
+                            basis_every=s['basis_every'], state_bits=s['state_bits'],
+                            rule='galore' if s['optimizer'] == 'adamw' else s['optimizer'],
+                            sync_bits=s['sync_bits'], sync_moments=s['sync_moments'],
+                            momentum=s['momentum'], **common)
+    groups = param_groups(model, s['weight_decay'], s['rank'], s['basis_every'], s['scale'], s['basis'],
+                          rule=s['optimizer'], state_bits=s['state_bits'], momentum=s['momentum'])
+    return GaLoreAdamW(groups, **common)
+
+
+def not_finite(model, optimizer=None):
+    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None:
+    nothing. Every rank takes part. Waits for the device."""
+    import torch
+
+    from lowrank import leaf_names
+    from ranks import local, mean
+    found = dict([*model.named_parameters(), *model.named_buffers()])
+    if optimizer:
+        found |= {f'{key} of {name}': x for p, name in leaf_names(model).items()
+                  for key, x in optimizer.state.get(p, {}).items()}
+    found = {name: x.detach() for name, x in found.items() if torch.is_tensor(x) and x.is_floating_point()}
+    # of one rank a shard may be empty
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf).to(torch.float64) if x.numel() else
+                           x.new_zeros((), dtype=torch.float64) for x in map(local, found.values())])
+    bad = mean((~largest.isfinite()).to(torch.float32)).tolist()
+    return next((name for name, share in zip(found, bad) if share), None)
+
+
 def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     What a run computes with, as attributes: those of `where` (see `join`); settings, and s, the same as
@@ -445,7 +510,7 @@ def assemble(model, shape, optimizer, settings, where, checkpoint=None):
     """
     import torch
 
-    from lowrank import named_layers, not_finite, replica_parameters
+    from lowrank import named_layers, replica_parameters
     from ranks import is_sharded, keep_out_of_ddp, load_state, local, per_rank_tensors, rows_of
     layers = named_layers(model)
     s = SimpleNamespace(**settings)
@@ -679,7 +744,7 @@ def save_checkpoint(path, checkpoint):
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if resumable,
     the rest of the state. Every rank takes part, and rank 0 writes; never what is not finite."""
-    from lowrank import named_layers, not_finite
+    from lowrank import named_layers
     from ranks import gather_state
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))

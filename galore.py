@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
-from ranks import (coded_mean, coded_same, finish_sum, first_here, full, gather_rows, is_sharded, local,
-                   mean, mean_at, orthogonalise_rows, per_rank_tensors, rank_and_world, rows_here, same)
-from rules import (BLOCK_OF_BITS, CHUNK, EIGHT_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, adam, decode,
-                   fused_adam_, is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
-                   step_, wide, write_moments)
+from ranks import (coded_mean, coded_same, finish_sum, first_here, full, gather_rows, is_sharded,
+                   local, mean, mean_at, orthogonalise_rows, per_rank_tensors, rank_and_world,
+                   rows_here, same)
+from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, adam, fused_adam_,
+                   is_fused, muon_size, new_moments, orthogonalised, read_moments, round_, step_,
+                   wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 
@@ -33,15 +34,17 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 
 def is_turned(shape, proj_type='std'):
-    """Whether the transpose of a matrix is seen as (long, short). 'std': so that the basis is on the
-    smaller side, where moments are smaller; 'reverse_std': on the other; 'left', 'right': of W."""
+    """Whether the transpose of a matrix is seen as (long, short). 'std': so that the basis is on
+    the smaller side, where moments are smaller; 'reverse_std': on the other; 'left', 'right': of
+    W."""
     tall = shape[0] >= shape[1]
     return {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False}[proj_type]
 
 
 def orthonormal(Y):
-    """Orthonormal columns that span those of Y (short, r), by QR in at least float32. The triangle's
-    diagonal is made positive, so that they are unique. LAPACK sees nothing that is not finite."""
+    """Orthonormal columns that span those of Y (short, r), by QR in at least float32. The
+    triangle's diagonal is made positive, so that they are unique. LAPACK sees nothing that is not
+    finite."""
     Y = torch.where(torch.isfinite(Y).all(), Y, 0)
     Q, triangle = torch.linalg.qr(Y.to(wide(Y)))
     signs = torch.where(triangle.diagonal() < 0, -1, 1)
@@ -90,8 +93,8 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
 
 
 def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
-    """
-    W <- keep W - lr U basis^T, of a turned W the transpose, in place: the product goes straight to W.
+    """ W <- keep W - lr U basis^T, of a turned W the transpose, in place: the product goes straight
+    to W.
 
     In bfloat16 it exists for some rows at a time, and the sum is rounded at random (key, first).
     """
@@ -147,18 +150,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
     Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there:
     `rank`, `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see
-    `is_turned`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED). Groups
-    without `rank` follow AdamW with that arithmetic, too; by rule='adamw' as in torch, or a `rule` of
-    rules.FULL, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see rules.new_moments).
+    `is_turned`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED).
+    Groups without `rank` follow AdamW with that arithmetic, too; by rule='adamw' as in torch, or a
+    `rule` of rules.FULL, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see
+    rules.new_moments).
 
-    per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged over
-    ranks (but for those in `own`, which differ by rank), and frees the gradient. The parameters stay
-    out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is the last. No other
-    optimizer of this class takes them after that. seed: of random bases and of rounding.
-    no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting that makes
-    no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the smaller side
-    of a matrix is clamped, with a warning.
-    """
+    per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged
+    over ranks (but for those in `own`, which differ by rank), and frees the gradient. The
+    parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is
+    the last. No other optimizer of this class takes them after that. seed: of random bases and of
+    rounding. no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
+    that makes no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the
+    smaller side of a matrix is clamped, with a warning. """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
                  correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False, own=()):
@@ -192,57 +195,45 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _check_group(self, group, names):
         """Fills in what a group leaves out. ValueError: a setting makes no sense."""
-        if not group['correct_bias']:
-            raise ValueError('correct_bias=False is not supported: leave it out, or take '
-                             "galore-torch's class")
-        if group.setdefault('state_bits', None) not in (None, 32, 16, 8):
-            raise ValueError(f"state_bits={group['state_bits']!r} is not one of None, 32, 16, 8")
-        if group['state_bits'] == 8 and not self.own.isdisjoint(group['params']):
-            raise ValueError('blocks of 8 bits cannot be saved head by head: set state_bits=None, 32 '
-                             'or 16')
-        if not 0 <= group.get('momentum', 0) < 1:
-            raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
-        for name, p in zip(names, group['params']):
-            if p.dim() != 2 and ('rank' in group or group.get('rule', 'adamw') != 'adamw'):
-                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
-                                 'without rank and rule')
+        rule = group.get('rule')
+        known = dict(state_bits=(None, 32, 16, 8), rule=('adamw', *FULL))
+        defaults = dict(state_bits=None)
         if 'rank' in group:
-            self._check_projected(group, names)
-        elif group.get('rule', 'adamw') != 'adamw':
-            group.setdefault('dim', 1)
-            group.setdefault('momentum', 0.95 if group['rule'] == 'muon' else 0.0)
-            if group['rule'] not in FULL:
-                raise ValueError(f"rule={group['rule']!r} without a rank is not one of "
-                                 f"{', '.join(map(repr, FULL))}")
-
-    def _check_projected(self, group, names):
-        """The same of a group with a rank."""
-        rule = group.setdefault('rule', 'galore')
-        group.setdefault('update_proj_gap', 200)
-        group.setdefault('scale', 0.25)
-        group.setdefault('proj_type', 'std')
-        group.setdefault('basis', 'random' if rule == 'apollo' else 'svd')
+            known.update(rule=tuple(PROJECTED), basis=('svd', 'power', 'random'),
+                         proj_type=('std', 'reverse_std', 'left', 'right'))
+            defaults.update(rule='galore', basis='random' if rule == 'apollo' else 'svd',
+                            proj_type='std', update_proj_gap=200, scale=0.25)
+        elif rule in FULL:
+            defaults.update(dim=1, momentum=0.95 if rule == 'muon' else 0.0)
+        for key, value in defaults.items():
+            group.setdefault(key, value)
         if rule == 'apollo' and group['basis'] != 'random':
             raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
                              "basis='random'")
-        if group['proj_type'] == 'full':
-            raise ValueError("proj_type='full' projects both sides, which is not supported: set 'std', "
-                             "or take galore-torch's class")
-        known = dict(proj_type=('std', 'reverse_std', 'left', 'right'), basis=('svd', 'power', 'random'),
-                     rule=tuple(PROJECTED))
-        for key, allowed in known.items():
-            if group[key] not in allowed:
-                raise ValueError(f"{key}={group[key]!r} is not known here: set one of "
-                                 f"{', '.join(map(repr, allowed))}")
-        for key in ('rank', 'update_proj_gap'):
+        for key in known.keys() & group.keys():
+            if group[key] not in known[key]:
+                rank = group.get('rank')
+                raise ValueError(f'{key}={group[key]!r} is not known, with {rank=}: set one of '
+                                 f"{', '.join(map(repr, known[key]))}")
+        if not group['correct_bias']:
+            raise ValueError("correct_bias=False is not supported: leave it out, or take "
+                             "galore-torch's class")
+        if not 0 <= group.get('momentum', 0) < 1:
+            raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
+        for key in {'rank', 'update_proj_gap'} & group.keys():
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
-        clamped = [f'{name} {tuple(p.shape)}' for name, p in zip(names, group['params'])
-                   if group['rank'] > min(p.shape)]
+        clamped = []
+        for name, p in zip(names, group['params']):
+            if p.dim() != 2 and ('rank' in group or rule in FULL):
+                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
+                                 'without rank and rule')
+            if group.get('rank', 0) > min(p.shape, default=1):
+                clamped.append(f'{name} {tuple(p.shape)}')
         if clamped:
             more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
-            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {clamped[0]}"
-                          f'{more}')
+            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of "
+                          f'{clamped[0]}{more}')
 
     def begin(self, step, micro_step=0, micro_steps=1):
         """To be called before each forward pass: which micro-batch of which step, from 0."""
@@ -262,7 +253,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; returns the closure's loss, or None. Parameters without a gradient are left alone."""
+        """One step; returns the closure's loss, or None. Parameters without a gradient are left
+        alone."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -278,15 +270,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if 'rank' in group:
             for W in params:
                 self._projected(W, self.state[W], group)
-        elif group.get('rule', 'adamw') != 'adamw':
+        elif group.get('rule') in FULL:
             for some in alike(params):
                 self._full(some, group)
         else:
             self._adamw(params, group)
 
     def _adamw(self, params, group):
-        """AdamW. By rule='adamw' as in torch: eps after the bias correction, decay before the update;
-        else as in galore-torch: before, after."""
+        """AdamW. By rule='adamw' as in torch: eps after the bias correction, decay before the
+        update; else as in galore-torch: before, after."""
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
         keep = 1.0 - lr * decay
         as_torch = 'rule' in group
@@ -297,7 +289,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for given in params:
             state, p, grad = self.state[given], local(given), local(given.grad)
             if 'step' not in state:
-                new_moments(state, p, group['state_bits'], given.numel())
+                new_moments(state, p, group['state_bits'])
                 state['step'] = 0
             state['step'] += 1
             if is_fused(p, state) and grad.stride() == p.stride() == state['exp_avg'].stride():
@@ -350,13 +342,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
             move_(local(W), move, group['lr'], keep, key + 1, first_here(W))
 
     def _moves(self, rules, name, params, group):
-        """What parameters of one shape move along, by a rule of that name; of shards the rows here."""
+        """What parameters of one shape move along, by a rule of that name; of shards the rows
+        here."""
         moves = []
         for p in params:
             state = self.state[p]
             state['step'] = state.get('step', 0) + 1
             key = self._seed(p, state['step'], 0)
-            moves.append(rules[name](local(p.grad), state, group, key, first_here(p), p.numel()))
+            moves.append(rules[name](local(p.grad), state, group, key, first_here(p)))
         if name not in ORTHOGONAL:
             return moves
         dtype, p = moves[0].dtype, params[0]
@@ -371,27 +364,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Bytes of all tensors in the state, bases included."""
         return sum(x.nbytes for state in self.state.values() for x in state.values()
                    if torch.is_tensor(x))
-
-    @staticmethod
-    def decoded(state, key):
-        """An entry of a state, moments of 8 bits in float32: shards have blocks of their own."""
-        if f'{key}_top' not in state:
-            return state[key]
-        codes, tops = state[key], state[f'{key}_top']
-        return decode(codes.flatten(), tops, *EIGHT_BITS[key][:2]).view(codes.shape)
-
-    def encode_(self, p):
-        """Moments of a parameter that `decoded` gave, in 8 bits again where its group has them."""
-        state = self.state[p]
-        coded = self.param_groups[self.group_of[p]]['state_bits'] == 8
-        plain = 'exp_avg' in state and 'exp_avg_top' not in state
-        if not coded or not plain or state['exp_avg'].shape != local(p).shape:  # of R: the drop-in's
-            return
-        moments = {key: state.pop(key).flatten() for key in EIGHT_BITS if key in state}
-        new_moments(state, local(p), 8, p.numel(), tuple(moments))
-        for i in range(0, local(p).numel(), CHUNK):
-            where = slice(i, i + CHUNK)
-            write_moments(state, [x[where] for x in moments.values()], 0, where)
 
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps the dtype that it has."""
@@ -411,8 +383,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def refresh_in(step, every, merge_every, turn, turns):
-    """Steps from this one (from 0) to the next in which the layers of a turn, of so many, take new bases:
-    after a merge, at turn / turns of a period of `every` steps, so that no step is slow or large."""
+    """Steps from this one (from 0) to the next in which the layers of a turn, of so many, take new
+    bases: after a merge, at turn / turns of a period of `every` steps, so that no step is slow or
+    large."""
     return (turn * (every // merge_every) // turns * merge_every - step) % every
 
 
@@ -420,22 +393,21 @@ class LowRankAdamW(GaLoreAdamW):
     """
     AdamW for all that a model trains, and GaLore for its layers with factors='basis'.
 
-    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's move of it goes
-    straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is set
-    first moments are averaged over heads and ranks after a merge, so that heads drift apart less.
-    rule: of rules.INSIDE: 'galore', which is Adam, or 'muon', with `momentum` (0 keeps no moment).
-    Groups are those of `param_groups`; scale multiplies lr inside a basis, where eps is 1e-6, as in
-    galore-torch; state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below 32, what is
-    averaged of split heads is sent in few bits. A basis is taken anew every basis_every steps, the
-    blocks of a model in turns, and the moments turn with it:
+    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's move of it
+    goes straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is
+    set first moments are averaged over heads and ranks after a merge, so that heads drift apart
+    less. rule: of rules.INSIDE: 'galore', which is Adam, or 'muon', with `momentum` (0 keeps no
+    moment). Groups are those of `param_groups`; scale multiplies lr inside a basis, where eps is
+    1e-6, as in galore-torch; state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below
+    32, what is averaged of split heads is sent in few bits. A basis is taken anew every basis_every
+    steps, the blocks of a model in turns, and the moments turn with it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
-    The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a new
-    basis would turn what is not merged.
-    """
+    The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a
+    new basis would turn what is not merged. """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0,
@@ -513,7 +485,8 @@ class LowRankAdamW(GaLoreAdamW):
         write_moments(state, [average.expand_as(M)], self._seed(p, state['step'], 1))
 
     def _refresh(self, p, layer, state):
-        """A new basis (short, r) for a layer, the same bits on all ranks; its moments turn with it."""
+        """A new basis (short, r) for a layer, the same bits on all ranks; its moments turn with
+        it."""
         if self.basis == 'random' or not state['bases']:
             seed = self._seed(p, state['bases'])
             new = orthonormal(gaussian(*layer.basis.shape, layer.basis, seed))
@@ -533,7 +506,8 @@ class LowRankAdamW(GaLoreAdamW):
         state['bases'] += 1
 
     def _average_sketch(self, p, layer, Y):
-        """The sketch (short, r) of the sequences of all ranks, of that of this one (parts, short, r)."""
+        """The sketch (short, r) of the sequences of all ranks, of that of this one (parts, short,
+        r)."""
         if self._coded(layer):
             return mean_at(self._owner(p), Y.mT, layer.workers).mT
         return mean(Y.mean(0))
@@ -551,7 +525,8 @@ class LowRankAdamW(GaLoreAdamW):
             E.copy_(E @ C.to(E.dtype).mT)
 
     def _open_window(self, layer, state, wait):
-        """Sketches are added up in the last WINDOW steps before a refresh, in the optimizer's state."""
+        """Sketches are added up in the last WINDOW steps before a refresh, in the optimizer's
+        state."""
         inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
         if wait == 0 or not inside:  # a resumed run may have another basis, or other windows
             layer.sketch = None
@@ -569,8 +544,8 @@ class LowRankAdamW(GaLoreAdamW):
         return self.index[p] % self.layers[p].workers
 
     def sketch_parts(self, layer):
-        """Into how many parts the sketch of a layer is cut: what is rounded is that of single heads,
-        to be the same on any number of ranks."""
+        """Into how many parts the sketch of a layer is cut: what is rounded is that of single
+        heads, to be the same on any number of ranks."""
         return layer.heads_here if self._coded(layer) else 1
 
     def _update(self, params, group):
@@ -612,51 +587,56 @@ class LowRankAdamW(GaLoreAdamW):
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
                  proj_type='std', state_bits=None, momentum=0.95, leave=()):
     """
-    The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch.optim.AdamW.
+    The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch's AdamW.
 
-    With a rank, or rule='muon', the matrices of attention and MLP (weights of nn.Linear below a module of
-    lowrank.KINDS) follow the rule, with rule='scale' those of the output and of embeddings, too; it says how
-    many of how many. Others are plain; matrices get weight_decay, vectors and what the model's own
-    no_weight_decay() names (timm) none. `param_names` goes along. leave: parameters to leave out.
-    ValueError: an unknown rule; no matrix for it; factors that are always zero, on which only LowRankAdamW steps.
+    With a rank, or a rule of rules.FULL, the matrices of attention and MLP (weights of nn.Linear
+    below a module of lowrank.KINDS) follow the rule, with rule='scale' those of the output and of
+    embeddings, too; it says how many of how many. Others follow AdamW; matrices get weight_decay,
+    vectors and what the model's own no_weight_decay() names (timm) none. `param_names` goes along.
+    leave: parameters to leave out. ValueError: an unknown rule; no matrix for it; factors that are
+    always zero, on which only LowRankAdamW steps.
     """
     if rule not in PROJECTED | FULL:
         raise ValueError(f"{rule=} is not one of {', '.join(map(repr, PROJECTED | FULL))}")
-    linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    output = {p for name, p in linear.items() if is_wanted(name, ['logit'])}
-    linear, tables = ({*linear.values()},
-                      {module.weight for module in model.modules() if isinstance(module, nn.Embedding)})
-    zeros = {layer.factor for layer in lowrank_layers(model)
-             if layer.moves_weight and layer.factor.requires_grad}
-    if not zeros <= {*leave}:
-        raise ValueError("layers with factors='basis' that are merged every step are no ordinary parameters: "
-                         'use galore.LowRankAdamW(model)')
-    ruled, outputs, embeddings, matrices, vectors = [], [], [], [], []
-    spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: the embedding of places, the class token
+    zeros = {layer.factor for layer in lowrank_layers(model) if layer.moves_weight}
+    if any(p.requires_grad and p not in leave for p in zeros):
+        raise ValueError("layers with factors='basis' that are merged every step are no ordinary "
+                         'parameters: use galore.LowRankAdamW(model)')
+    named = dict(model.named_modules())
+    linears = {module.weight: name for name, module in named.items() if isinstance(module, nn.Linear)}
+    output = {p for p, name in linears.items() if is_wanted(name, ['logit'])}
+    tables = {module.weight for module in named.values() if isinstance(module, nn.Embedding)}
+    spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: of places, and the class token
+    ruled = rank > 0 or rule in FULL
+
+    def part_of(name, p):
+        if ruled and p in linears and is_wanted(name, ['attn', 'mlp']):
+            return 'ruled'
+        if rule == 'scale' and p in output:
+            return 'output'
+        if rule == 'scale' and p in tables:
+            return 'tables'
+        return 'matrices' if p.dim() >= 2 and name not in spared else 'vectors'
+
+    parts = {part: {} for part in ('ruled', 'output', 'tables', 'matrices', 'vectors')}
     for name, p in model.named_parameters():  # lists tied parameters once
-        if not p.requires_grad or p in leave:
-            continue
-        inside = p in linear and is_wanted(name, ['attn', 'mlp'])
-        if inside and (rank > 0 or rule in FULL):
-            part = ruled
-        elif rule == 'scale' and p in output | tables:
-            part = outputs if p in output else embeddings
-        else:
-            part = matrices if p.dim() >= 2 and name not in spared else vectors
-        part.append((name, p))
-    if (rank > 0 or rule in FULL) and not ruled:
+        if p.requires_grad and p not in leave:
+            parts[part_of(name, p)][name] = p
+    if ruled and not parts['ruled']:
         below = ', '.join(KINDS['attn'] + KINDS['mlp'])
         raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take AdamW '
                          '(rank=0), or name your modules in lowrank.KINDS')
     if ruled and rank_and_world()[0] == 0:
-        found, others = len(ruled + outputs + embeddings), sum(p.dim() == 2 for _, p in matrices)
+        found = sum(len(parts[part]) for part in ('ruled', 'output', 'tables'))
+        others = sum(p.dim() == 2 for p in parts['matrices'].values())
         print(f'{rule} on {found} of {found + others} matrices')
     if rule in FULL:
         keys = dict(rule=rule, momentum=0.0 if rule == 'scale' else momentum)
     else:
-        keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis, rule=rule)
-    torchs = dict(rule='adamw')
-    parts = ((ruled, weight_decay, keys), (outputs, weight_decay, dict(keys, momentum=0.9)),
-             (embeddings, weight_decay, dict(keys, dim=0)), (matrices, weight_decay, torchs), (vectors, 0.0, torchs))
-    return [{'params': [p for _, p in part], 'param_names': [name for name, _ in part], 'weight_decay': decay,
-             'state_bits': state_bits, **keys} for part, decay, keys in parts if part]
+        keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
+                    rule=rule)
+    own = dict(ruled=keys, output=dict(keys, momentum=0.9), tables=dict(keys, dim=0),
+               matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
+    common = dict(weight_decay=weight_decay, state_bits=state_bits)
+    return [{**common, **own[part], 'params': [*params.values()], 'param_names': [*params]}
+            for part, params in parts.items() if params]

@@ -1,5 +1,5 @@
-"""
-Linear layers with low-rank weights: a frozen W beside heads B_h A_h, or beside a basis of its gradient.
+""" Linear layers with low-rank weights: a frozen W beside heads B_h A_h, or beside a basis of its
+gradient.
 
 W (m, n); H heads A (H, r, n), B (H, m, r); s = alpha / r.
 
@@ -41,8 +41,8 @@ def tall(x, shape):
 
 
 class LowRankProduct(torch.autograd.Function):
-    """
-    y = x W^T + scale (x into) out^T + b, in x's dtype: the product is added to the frozen one in place.
+    """ y = x W^T + scale (x into) out^T + b, in x's dtype: the product is added to the frozen one
+    in place.
 
     x (..., n), W (m, n), b (m,) or None; into (groups, n, r), out (groups, m, r), B A = out into^T;
     one of them may be a basis, and the other a factor, without groups. x is cut into equal parts,
@@ -116,12 +116,11 @@ def second_moment(u, v, vQ, sequences, parts=1):
     """
     Y = sum_s G_s^T (G_s Q) / |G_s Q| (parts, short, r), G_s = u_s^T v_s: what a sequence adds to G.
 
-    u (tokens, long), v (tokens, short), vQ = v Q (tokens, r), of one sequence after the other; no G_s
-    is formed. It is one step of subspace iteration towards the directions in which the gradients of
-    single sequences lie, and the same however sequences are spread over micro-batches and ranks. An
-    output layer gets all tokens in one row, each as a sequence. parts: of the batch, each as if its
-    mean loss were the loss. Zeros where it is not finite.
-    """
+    u (tokens, long), v (tokens, short), vQ = v Q (tokens, r), of one sequence after the other; no
+    G_s is formed. It is one step of subspace iteration towards the directions in which the
+    gradients of single sequences lie, and the same however sequences are spread over micro-batches
+    and ranks. An output layer gets all tokens in one row, each as a sequence. parts: of the batch,
+    each as if its mean loss were the loss. Zeros where it is not finite. """
     time, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
     u = u.view(sequences, time, u.shape[1])
     vQ = vQ.view(sequences, time, rank)
@@ -143,8 +142,8 @@ def second_moment(u, v, vQ, sequences, parts=1):
 
 
 class Zeros:
-    """The buffer behind all factors of a model that are always zero. Such a factor is a parameter so
-    that autograd, DDP and clipping see its .grad, R."""
+    """The buffer behind all factors of a model that are always zero. Such a factor is a parameter
+    so that autograd, DDP and clipping see its .grad, R."""
 
     def __init__(self, room=0):
         self.room, self.flat = room, None
@@ -167,10 +166,10 @@ class MHLoRALinear(nn.Module):
     """
     A linear layer with a frozen weight and H low-rank heads, or a basis and a factor trained in it.
 
-    linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays trainable.
-    heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see the top of
-    this file. merge_every: T, steps between merges; the training loop calls `merge` for T > 1. 0:
-    never, or at the end. merge_reset: a merge draws A anew and zeroes B, as it does where
+    linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays
+    trainable. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see
+    the top of this file. merge_every: T, steps between merges; the training loop calls `merge` for
+    T > 1. 0: never, or at the end. merge_reset: a merge draws A anew and zeroes B, as it does where
     merge_every is 0; else they train on (LTE), less A_merged and B_merged. worker, workers: of
     several ranks that share split heads, this one holds the heads worker::workers. zeros: the
     model's `Zeros`, None for a layer alone.
@@ -255,7 +254,8 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def draw_heads(self, generator=None):
-        """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that heads add nothing."""
+        """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that heads add
+        nothing."""
         A = local(self.A)
         here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]
         gain = math.sqrt(self.in_features / self.rank)
@@ -272,8 +272,8 @@ class MHLoRALinear(nn.Module):
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def pair(self, factor=None):
-        """(into, out), (heads here, n, r) and (heads here, m, r): out into^T is added to W. In a basis
-        that is (n, r) for all heads; factor: in place of the trained one."""
+        """(into, out), (heads here, n, r) and (heads here, m, r): out into^T is added to W. In a
+        basis that is (n, r) for all heads; factor: in place of the trained one."""
         if self.factors == 'basis':
             factor = self.factor if factor is None else factor
             is_tall = self.out_features >= self.in_features
@@ -320,7 +320,8 @@ class MHLoRALinear(nn.Module):
         self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums
 
     def shard_gradient(self):
-        """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a DTensor."""
+        """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a
+        DTensor."""
         with self._without_zero():
             pass  # the weight may be on another device now
         if self.factor.requires_grad:
@@ -347,8 +348,8 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, factor=None):
-        """What W becomes in a merge, in float32 or wider; of a sharded W this rank's rows. All ranks
-        take part. factor: see `pair_of_all`."""
+        """What W becomes in a merge, in float32 or wider; of a sharded W this rank's rows. All
+        ranks take part. factor: see `pair_of_all`."""
         W = local(self.weight).to(wide(self.weight))
         if self.moves_weight:
             return W
@@ -358,8 +359,8 @@ class MHLoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self, generator, key, bits=32, state=None):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then heads begin anew, or remember
-        what W has of them. bits, state: see lowrank.merge."""
+        """W <- `merged_weight`, rounded with a key (see `round_`); then heads begin anew, or
+        remember what W has of them. bits, state: see lowrank.merge."""
         self.merges += 1
         if self.moves_weight:
             return
@@ -478,16 +479,16 @@ def find_linears(model, targets):
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both',
                  split=False, merge_every=0, merge_reset=False, worker=0, workers=1):
-    """
-    Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the same.
+    """ Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the
+    same.
 
     targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one
     of them in its dotted name is replaced. Others: see MHLoRALinear; in a basis a rank above a
-    layer's smaller side is clamped. Linears that share their weight share one layer. An output layer
-    whose weight is tied to an embedding gets its own frozen copy, and the embedding stays trainable:
-    the count of parameters rises. Returns the names of the replaced layers and says how many of how
-    many they are, and what it passed over. ValueError: see `find_linears`, `refuse_what_bypasses`.
-    """
+    layer's smaller side is clamped. Linears that share their weight share one layer. An output
+    layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
+    trainable: the count of parameters rises. Returns the names of the replaced layers and says how
+    many of how many they are, and what it passed over. ValueError: see `find_linears`,
+    `refuse_what_bypasses`. """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as "
                          "('attn', 'mlp')")
@@ -543,7 +544,8 @@ def replica_parameters(model):
 
 
 def leaf_names(model):
-    """{what an optimizer steps on: its name}: parameters, but of sharded layers of GaLore the rows."""
+    """{what an optimizer steps on: its name}: parameters, but of sharded layers of GaLore the
+    rows."""
     names = {p: name for name, p in model.named_parameters()}
     for layer in lowrank_layers(model):
         if layer.factor_rows is not None:
@@ -563,9 +565,8 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
 
     generator: of new heads, the same on all ranks (None: of how often the model was merged; after a
     resume give one, such as of the step); its seed is also that of rounding. bits: of a number that
-    split heads in a basis or replicas send (see ranks.coded_mean). Below 32 `state`, an optimizer's,
-    keeps what is left; where it has nothing of a replica, that is sent in full.
-    """
+    split heads in a basis or replicas send (see ranks.coded_mean). Below 32 `state`, an
+    optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full. """
     layers = lowrank_layers(model)
     generator = generator or torch.Generator().manual_seed(layers[0].merges if layers else 0)
     seed = generator.initial_seed()
@@ -603,9 +604,9 @@ def averaged_heads(model, replicas=None):
 
 @torch.no_grad()
 def merged_state_dict(model, replicas=None, dtype=None):
-    """The state dict of the same model without heads: what is evaluated, merged into plain nn.Linear
-    weights (in `dtype`, or their own). The model stays as it is; all ranks take part. A weight that
-    was tied is there twice, see `apply_mhlora`."""
+    """The state dict of the same model without heads: what is evaluated, merged into plain
+    nn.Linear weights (in `dtype`, or their own). The model stays as it is; all ranks take part. A
+    weight that was tied is there twice, see `apply_mhlora`."""
     averages = {p: averaged_copy(p).to(p.dtype) for p in (replicas or {}).values()}
     state = model.state_dict()
     for name, p in model.state_dict(keep_vars=True).items():  # a tied weight has two names
@@ -681,9 +682,9 @@ def check_training(model, *optimizers):
 
 
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp,
-    logit, other); of heads that are split over ranks this rank's. Weights that GaLore moves count as
-    trainable."""
+    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn,
+    mlp, logit, other); of heads that are split over ranks this rank's. Weights that GaLore moves
+    count as trainable."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     galore = [layer for layer in lowrank_layers(model) if layer.moves_weight]
     moved = {layer.weight for layer in galore if layer.factor.requires_grad}

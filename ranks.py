@@ -96,7 +96,8 @@ def in_global_order(x):
 
 def rows_of(batch_size, heads=1, rank=0, world=1):
     """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j
-    is one of head j % (heads world), see `in_global_order`. ValueError where they do not divide it."""
+    is one of head j % (heads world), see `in_global_order`. ValueError where they do not divide
+    it."""
     step = heads * world
     if batch_size % step:
         raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} ranks: '
@@ -124,13 +125,14 @@ def keep_out_of_ddp(net, tensors):
 #   -> pack, exchange              the rank of head h gets slice h of every head
 #   -> average, pack, gather       every rank gets every averaged slice
 #
-# so no more numbers travel than in a ring, and all ranks end with the same bits, whatever their number.
+# so no more numbers travel than in a ring, and all ranks end with the same bits, whatever their
+# number.
 
 
 @torch.no_grad()
 def coded_mean(x, bits, world=1, error=None):
-    """
-    The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a number.
+    """ The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a
+    number.
 
     error, like x: what was left of earlier numbers is sent with these, and replaced by what is left
     now (error feedback, Seide et al., 2014). Whose slice it is adds what is left of the average.
@@ -284,8 +286,8 @@ def mean_rows(x):
 
 
 def finish_sum(drop=False):
-    """Waits for the sum that runs, if one does, and adds it up, or drops it: where a pass has failed
-    it is left from it."""
+    """Waits for the sum that runs, if one does, and adds it up, or drops it: where a pass has
+    failed it is left from it."""
     while _running:
         rows, wait = _running.pop()
         here = wait()
@@ -320,11 +322,10 @@ def shard(model, layers, device):
     it from the CPU to this rank's device; a block is there in whole while it computes.
 
     To be called before an optimizer is built. layers: its low-rank ones. Alone it only moves the
-    model. One on the meta device gets memory for this rank's rows alone, whose values are then to be
-    set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and heads
-    that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one and
-    the rest.
-    """
+    model. One on the meta device gets memory for this rank's rows alone, whose values are then to
+    be set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and
+    heads that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one
+    and the rest. """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     move = model.to_empty if next(model.parameters()).is_meta else model.to
@@ -355,8 +356,8 @@ def shard(model, layers, device):
 
 
 def orthogonalise_rows(moves, size):
-    """Orthogonalises matrices (size, n), of which this rank holds the rows `moves` (matrices, rows, n).
-    Of as many as there are ranks each rank gets one, and sends the rows of the result back."""
+    """Orthogonalises matrices (size, n), of which this rank holds the rows `moves` (matrices, rows,
+    n). Of as many as there are ranks each rank gets one, and sends the rows of the result back."""
     world, (_, here, n) = dist.get_world_size(), moves.shape
     each = -(-size // world)
     done = []
@@ -382,16 +383,13 @@ def write(model, name, x):
 
 @torch.no_grad()
 def gather_state(model, layers, optimizer=None, replicas=None):
-    """
-    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by tensor, and
-    what travels is None on the others. layers: {name: low-rank layer}.
+    """ What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by
+    tensor, and what travels is None on the others. layers: {name: low-rank layer}.
 
-    model: the state dict, of heads those of all ranks in global order, of replicas the average: what
-    is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
-    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
-    with moments of 8 bits as float32, of sketches the parts of all ranks; and replicas: {name:
-    (ranks, ...)}.
-    """
+    model: the state dict, of heads those of all ranks in global order, of replicas the average:
+    what is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
+    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none, of
+    sketches the parts of all ranks; and replicas: {name: (ranks, ...)}. """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     own = set(replicas.values())
 
@@ -428,15 +426,10 @@ def gather_state(model, layers, optimizer=None, replicas=None):
     for p, state in optimizer.state.items():
         saved = found['optimizer'][optimizer.names[p]] = {}
         for key, x in state.items():
-            if is_sharded(p) and key.endswith('_top'):
-                continue
-            if key == 'sketch':
+            if key == 'sketch':  # each rank has its own
                 x = gather_at(0, x)
-                saved[key] = None if x is None else in_global_order(x).cpu()
-                continue
-            if is_sharded(p):
-                x = optimizer.decoded(state, key)
-            if torch.is_tensor(x) and x.dim():
+                x = None if x is None else in_global_order(x).cpu()
+            elif torch.is_tensor(x) and x.dim():
                 x = collect(x, p)
             saved[key] = x
     for name, p in replicas.items():
@@ -472,8 +465,8 @@ def load_weights(model, layers, weights):
 
 @torch.no_grad()
 def load_state(model, layers, optimizer, checkpoint, replicas=None):
-    """Loads a checkpoint, each rank its part, and leaves it as it is. Heads and shards may come from
-    another number of ranks; replicas may not, as each rank has its own (ValueError)."""
+    """Loads a checkpoint, each rank its part, and leaves it as it is. Heads and shards may come
+    from another number of ranks; replicas may not, as each rank has its own (ValueError)."""
     rank, world = rank_and_world()
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     load_weights(model, layers, checkpoint['model'])
@@ -487,10 +480,6 @@ def load_state(model, layers, optimizer, checkpoint, replicas=None):
     for name, state in checkpoint['optimizer'].items():
         p = named[name]
         for key, x in state.items():
-            if is_sharded(p) and key.endswith('_top'):
-                continue
-            if is_sharded(p):
-                x = optimizer.decoded(state, key)
             if key == 'sketch':  # of other parts each takes the average: a sketch is a sum
                 parts = optimizer.sketch_parts(optimizer.layers[p])
                 same_parts = len(x) == world * parts
@@ -500,5 +489,4 @@ def load_state(model, layers, optimizer, checkpoint, replicas=None):
             if torch.is_tensor(x):
                 x = x.to(p.device, copy=True)  # the file is mapped, and may be replaced
             optimizer.state[p][key] = x
-        optimizer.encode_(p)
     optimizer.state_is_loaded()

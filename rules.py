@@ -1,5 +1,5 @@
-"""
-What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of layers or ranks.
+""" What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of
+layers or ranks.
 
     step_               AdamW, on weights and moments of any dtype
     PROJECTED           moves of a gradient seen in a basis: Fira, APOLLO
@@ -8,9 +8,8 @@ What a step makes of a gradient, and numbers in few bits. Functions of tensors; 
     encode, decode      moments in 8 bits
     pack, unpack        what ranks send, in 2 to 8 bits
 
-A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay. `state` is that of a
-parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
-"""
+A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay. `state` is that of
+a parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings. """
 
 import hashlib
 import math
@@ -31,9 +30,9 @@ def wide(x):
 # bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So
 # weights and moments are rounded up or down at random, right on average (stochastic rounding, Gupta
 # et al., arXiv 1502.02551). The random bits of an element depend on a key and its index alone, so
-# that ranks, shards of a tensor and resumed runs agree. They are read from a table, at an offset for
-# each key and block. A block sees all 16-bit numbers equally often: a mean that is off by 3e-4 of a
-# spacing is a weight decay of 1e-6 a step.
+# that ranks, shards of a tensor and resumed runs agree. They are read from a table, at an offset
+# for each key and block. A block sees all 16-bit numbers equally often: a mean that is off by 3e-4
+# of a spacing is a weight decay of 1e-6 a step.
 BLOCK_OF_BITS = 2**20  # numbers
 _tables = {}  # by device
 
@@ -51,7 +50,8 @@ def _random_bits(device):
 
 
 def _offset(key, block):
-    """A random place in the table: neighbouring blocks and keys have nothing to do with each other."""
+    """A random place in the table: neighbouring blocks and keys have nothing to do with each
+    other."""
     words = f'{key} {block}'.encode()
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % BLOCK_OF_BITS
 
@@ -88,24 +88,36 @@ def round_(out, x, key, first=0):
 # -----------------------------------------------------------------------------
 # eight bits, of moments
 
-# Blocks of 256 numbers share a float32, their largest magnitude `top` (Dettmers et al., 8-bit
-# optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power: fine steps
-# where numbers are small.
-BLOCK = 256
+# Blocks of up to 256 numbers of a row share a float32, their largest magnitude `top` (Dettmers et
+# al., 8-bit optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power: fine
+# steps where numbers are small. No block is cut by FSDP2, which cuts rows, or between heads.
+BLOCK, SHORTEST = 256, 16  # numbers; of a row that is coded
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
-EVERY = slice(0, 2**62)  # numbers
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time
 
 
+def as_rows(x):
+    """x (..., n) as (rows, n); where n is short and x no matrix, (len(x), all the rest)."""
+    leading = x.shape[:-1]
+    if x.dim() > 2 and x.shape[-1] < SHORTEST:
+        leading = x.shape[:1]
+    rows = leading.numel()
+    return x.reshape(rows, math.prod(x.shape[len(leading):]))
+
+
 def by_block(x):
-    """Numbers (numbers,), with zeros after them, (blocks, BLOCK)."""
-    return (F.pad(x, (0, -len(x) % BLOCK)) if len(x) % BLOCK else x).view(-1, BLOCK)
+    """x (rows, n) in blocks of one size, (rows, blocks, numbers), with zeros after a row if need be."""
+    n = x.shape[1]
+    blocks = -(-n // BLOCK)
+    if n % blocks:
+        x = F.pad(x, (0, -n % blocks))
+    return x.unflatten(1, (blocks, -1))
 
 
 def encode(x, age, levels, power, dtype):
     """
-    Codes (numbers,) of `dtype` and tops (blocks,) of x (numbers,), float32.
+    Codes (rows, n) of `dtype` and tops (rows, blocks) of x (rows, n), float32.
 
     Off by less than a level, and right on average: x goes up or down by a threshold that runs
     through (0, 1) with `age`. To the nearest level a second moment would not decay by 0.1% a step.
@@ -113,10 +125,11 @@ def encode(x, age, levels, power, dtype):
     """
     blocks = by_block(x)
     size = blocks.abs()
-    top = size.amax(1, keepdim=True)  # (blocks, 1)
+    top = size.amax(-1, keepdim=True)  # (rows, blocks, 1)
     size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)  # level l is at l^power
     shift = age * 0.7548776662 % 1.0  # not random
-    threshold = (torch.arange(BLOCK, device=x.device) * 0.6180339887 + shift) % 1.0
+    place = torch.arange(blocks.shape[-1], device=x.device)
+    threshold = (place * 0.6180339887 + shift) % 1.0
     low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
     if power == 2:  # what lies between l^power and (l + 1)^power, times the threshold: 2 l + 1,
         root = low
@@ -127,25 +140,27 @@ def encode(x, age, levels, power, dtype):
         part.mul_(torch.add(part, root, alpha=2)).mul_(threshold)
     code = low.add_(size.addcmul_(root, root, value=-1).gt_(part))
     code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
-    return code.to(dtype).flatten()[:len(x)], top.flatten()
+    return code.to(dtype).flatten(1)[:, :x.shape[1]], top.squeeze(-1)
 
 
 def decode(code, top, levels, power):
-    """The numbers (numbers,), float32, that `encode` made into code (numbers,) and top (blocks,)."""
+    """The numbers (rows, n), float32, that `encode` made into code and top."""
     part = by_block(code.float().div_(levels))
     part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
-    return part.mul_(top[:, None]).flatten()[:len(code)]
+    return part.mul_(top[..., None]).flatten(1)[:, :code.shape[1]]
 
 
-def new_moments(state, like, bits, size=None, names=tuple(EIGHT_BITS)):
-    """Moments of zero for numbers like `like`, which may be a shard of `size` numbers. bits: None
-    (its dtype), 32, 16, or 8 (below 16 blocks 32). names: both moments, or the first alone."""
+def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
+    """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8: vectors, and
+    matrices with short rows, have 32 then. names: both moments, or the first alone."""
     for name in names:
-        if bits == 8 and (size or like.numel()) >= 16 * BLOCK:
-            blocks = -(-like.numel() // BLOCK)
+        if bits == 8 and like.dim() > 1 and as_rows(like).shape[1] >= SHORTEST:
+            rows, n = as_rows(like).shape
+            leading = like.shape[:-1] if n == like.shape[-1] else like.shape[:1]
+            blocks = -(-n // BLOCK)
             dtype = EIGHT_BITS[name][2]
             state[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
-            state[f'{name}_top'] = torch.zeros(blocks, device=like.device)
+            state[f'{name}_top'] = torch.zeros(*leading, blocks, device=like.device)
             continue
         dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
         if dtype == like.dtype != torch.bfloat16:  # see `is_fused`: the layout has to be the same
@@ -154,32 +169,35 @@ def new_moments(state, like, bits, size=None, names=tuple(EIGHT_BITS)):
             state[name] = like.new_zeros(like.shape, dtype=dtype)
 
 
-def read_moments(state, numbers=EVERY):
-    """First and second moment, if there is one, flat, in float32 or wider, or a chunk of them that
-    starts with a block."""
-    names = [name for name in EIGHT_BITS if name in state]
-    if 'exp_avg_top' not in state:
-        return [state[name].view(-1)[numbers].to(wide(state[name])) for name in names]
-    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
-    return [decode(state[name].view(-1)[numbers], state[f'{name}_top'][blocks], *EIGHT_BITS[name][:2])
-            for name in names]
+def read_moments(state, rows=slice(None)):
+    """First and second moment, if there is one, or some rows of them (rows, n), see `as_rows`, in
+    float32 or wider."""
+    found = []
+    for name, (levels, power, _) in EIGHT_BITS.items():
+        if name not in state:
+            continue
+        x = as_rows(state[name])[rows]
+        if f'{name}_top' in state:
+            x = decode(x, state[f'{name}_top'].flatten(0, -2)[rows], levels, power)
+        found.append(x.to(wide(x)))
+    return found
 
 
-def write_moments(state, moments, key, numbers=EVERY, first=0, beta1=1.0):
-    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first). A first
-    moment that a step moves by more than its last bit (`beta1`) goes to the nearest: less noise."""
-    blocks = slice(numbers.start // BLOCK, -(-numbers.stop // BLOCK))
+def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first, of these
+    rows). A first moment that a step moves by more than its last bit (`beta1`) goes to the nearest:
+    less noise."""
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
-        x = x.flatten()
-        out = state[name].view(-1)[numbers]
-        if 'exp_avg_top' in state:
+        out = as_rows(state[name])[rows]
+        x = x.reshape(out.shape)
+        if f'{name}_top' in state:
             code, top = encode(x, state['step'], *kind)
             out.copy_(code)
-            state[f'{name}_top'][blocks] = top
+            state[f'{name}_top'].flatten(0, -2)[rows] = top
         elif name == 'exp_avg' and beta1 <= 0.95:
             out.copy_(x)
         else:
-            round_(out, x, hash((key, name == 'exp_avg')), first + numbers.start)
+            round_(out, x, hash((key, name == 'exp_avg')), first)
 
 
 # -----------------------------------------------------------------------------
@@ -222,23 +240,25 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
             p = grad if is_p else p
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
-    flat, flat_grad = p.reshape(-1), grad.reshape(-1)  # views, where they can be
-    chunk = CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK
-    for i in range(0, len(flat), chunk):
-        here = slice(i, min(i + chunk, len(flat)))
-        moments = read_moments(state, here)
-        dtype = torch.promote_types(p.dtype, moments[0].dtype)
-        part, g, M, V = (x.to(dtype) for x in (flat[here], flat_grad[here], *moments))
+    all_rows, grad_rows = as_rows(p), as_rows(grad)  # views, where they can be
+    n = all_rows.shape[1]
+    count = max((CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK) // n, 1)
+    for i in range(0, len(all_rows), count):
+        rows = slice(i, i + count)
+        M, V = read_moments(state, rows)
+        dtype = torch.promote_types(p.dtype, M.dtype)
+        tensors = all_rows[rows], grad_rows[rows], M, V
+        part, g, M, V = (x.to(dtype).contiguous() for x in tensors)  # the kernel reads raw memory
         fused_adam_([part], [g], [M], [V], age, lr, betas, eps, decay)
-        round_(flat[here], part, key, first + i)
-        write_moments(state, [M, V], key, here, first, betas[0])
-    return p if p.is_contiguous() else p.copy_(flat.view(p.shape))
+        round_(all_rows[rows], part, key, first + i * n)
+        write_moments(state, [M, V], key, rows, first + i * n, betas[0])
+    return p if p.is_contiguous() else p.copy_(all_rows.view(p.shape))
 
 
-def adam(G, state, group, key=0, first=0, size=None):
+def adam(G, state, group, key=0, first=0):
     """Adam's move, rho of `step_`, in the place of G."""
     if 'exp_avg' not in state:
-        new_moments(state, G, group['state_bits'], size)
+        new_moments(state, G, group['state_bits'])
     return step_(G, G, state, -1.0, 0.0, group['betas'], group['eps'], key, first)  # 0 G + rho
 
 
@@ -288,9 +308,9 @@ def fira(G, R, N, Q, state, group):
 
 
 def apollo(G, R, N, Q, state, group):
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random Q, only says
-    by how much Adam would scale each row of G: phi, as in `fira`. With rank 1 all rows have one
-    phi (APOLLO-Mini). The authors' scale is the square of this one."""
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270, and its authors' code): R, of a random Q, only
+    says by how much Adam would scale each row of G: phi, as in `fira`. With rank 1 all rows have
+    one phi (APOLLO-Mini). The authors' scale is the square of this one."""
     dim = None if group['rank'] == 1 else 1
     phi, c = adam_rate(R, N, state, group, dim)
     phi = limited(phi, torch.linalg.vector_norm(norm(G, dim) * phi), state)
@@ -298,10 +318,10 @@ def apollo(G, R, N, Q, state, group):
 
 
 # -----------------------------------------------------------------------------
-# rules that see a gradient alone; rows of a shard, of a tensor of `size` numbers
+# rules that see a gradient alone, of a shard its rows
 
 
-def averaged(G, state, group, key=0, first=0, size=None):
+def averaged(G, state, group, key=0, first=0):
     """The running average of G by the group's momentum, in float32 or wider; of momentum 0 G, and
     no state."""
     G = G.to(wide(G))
@@ -310,24 +330,24 @@ def averaged(G, state, group, key=0, first=0, size=None):
         state.pop('exp_avg_top', None)
         return G
     if 'exp_avg' not in state:  # flat views are taken of it
-        new_moments(state, G.contiguous(), group['state_bits'], size, names=('exp_avg',))
+        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
     M = read_moments(state)[0].view(G.shape).to(G.dtype).lerp_(G, 1 - group['momentum'])
     write_moments(state, [M], key, first=first, beta1=group['momentum'])
     return M
 
 
-def normalised(G, state, group, key=0, first=0, size=None):
+def normalised(G, state, group, key=0, first=0):
     """SCALE (Glentis et al. 2025, arXiv 2506.16659): rows of G, or columns (the group's `dim`), get
     a mean square of 1. The output layer has a momentum."""
-    G = averaged(G, state, group, key, first, size)
+    G = averaged(G, state, group, key, first)
     root = norm(G, group['dim']) / math.sqrt(G.shape[group['dim']])
     return G / root.clamp_min(1e-8)
 
 
-def nesterov(G, state, group, key=0, first=0, size=None):
-    """What Muon makes orthogonal: the averaged gradient, a step ahead (Nesterov). Without momentum it
-    is G (as in SWAN, Ma et al. 2025, arXiv 2412.13148, which scales rows first)."""
-    M = averaged(G, state, group, key, first, size)
+def nesterov(G, state, group, key=0, first=0):
+    """What Muon makes orthogonal: the averaged gradient, a step ahead (Nesterov). Without momentum
+    it is G (as in SWAN, Ma et al. 2025, arXiv 2412.13148, which scales rows first)."""
+    M = averaged(G, state, group, key, first)
     return G.to(M.dtype).lerp(M, group['momentum']) if group['momentum'] else M
 
 
@@ -357,14 +377,14 @@ def orthogonalised(X, steps=5):
 
 
 def muon_size(shape):
-    """What an orthogonalised matrix is multiplied by, so that AdamW's learning rates go (Moonlight, Liu
-    et al. 2025, arXiv 2502.16982)."""
+    """What an orthogonalised matrix is multiplied by, so that AdamW's learning rates go (Moonlight,
+    Liu et al. 2025, arXiv 2502.16982)."""
     return 0.2 * math.sqrt(max(shape[-2:]))
 
 
 # (G, R, N, Q, state, group) -> move; None: alpha N Q^T
 PROJECTED = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank
-# (G, state, group, key, first, size) -> move of the rows that are here; key, first: of `round_`
+# (G, state, group, key, first) -> move of the rows that are here; key, first: of `round_`
 FULL = {'scale': normalised, 'muon': nesterov}  # of groups without a rank
 INSIDE = {'galore': adam, 'muon': nesterov}  # of layers with a basis, where G is R
 ORTHOGONAL = 'muon',  # rules whose move is then orthogonalised
@@ -382,8 +402,8 @@ def in_blocks(x, slices=1):
 
 
 def pack(x, bits):
-    """
-    x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the step.
+    """ x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the
+    step.
 
     A number is one of 2^bits odd multiples of half a step, which is that of least squares: what is
     left is orthogonal to what is sent. A block with inf or NaN becomes NaN.

@@ -62,9 +62,9 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     """
     An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_turned`.
 
-    svd     the leading singular vectors (GaLore, algorithm 2), with the raw signs of the decomposition.
-    power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et al.
-            2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
+    svd     the leading singular vectors (GaLore, algorithm 2), with signs as LAPACK has them.
+    power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
+            al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
     Where G is not finite the old basis stays; without any, some orthonormal one comes back. Nothing
     here waits for the device, but CUDA's SVD does.
@@ -72,7 +72,8 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     tall = G.mT if turned else G
     if basis == 'svd':  # of G itself, as in galore-torch: signs of its transpose may be others
-        U, _, Vh = torch.linalg.svd(torch.where(finite, G, 0).to(wide(G)), full_matrices=False)
+        whole = torch.where(finite, G, 0).to(wide(G))
+        U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
         new = U[:, :rank] if turned else Vh[:rank].mT
     elif basis == 'power':
         new = old
@@ -103,19 +104,17 @@ def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
         rows = max(BLOCK_OF_BITS // W.shape[1], 1)
         for i in range(0, len(W), rows):
             part = W[i:i + rows]
-            new = (X[i:i + rows] @ Y).float().mul_(-lr).add_(part, alpha=keep)
+            new = (X[i:i + rows] @ Y).float()
+            new.mul_(-lr).add_(part, alpha=keep)
             round_(part, new, key, first + i * W.shape[1])
-    elif W.device.type == 'cpu' and W.dtype.itemsize >= 4 and W.stride(0) * W.element_size() % 64:
-        # MKL adds to rows that are not aligned slowly: columns by way of a buffer, 1.3 times faster
-        for w, y in zip(W.split(1024, 1), Y.split(1024, 1)):
-            w.mul_(keep).add_(X @ y, alpha=-lr)
     else:
         W.addmm_(X, Y, beta=keep, alpha=-lr)
 
 
 def move_(W, move, lr, keep, key=0, first=0):
     """W <- keep W - lr move, in place; the move is used up."""
-    round_(W, move.to(wide(W)).mul_(-lr).add_(W, alpha=keep), key, first)
+    new = move.to(wide(W)).mul_(-lr).add_(W, alpha=keep)
+    round_(W, new, key, first)
 
 
 def decay_(W, keep, key=0, first=0):
@@ -165,8 +164,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
                  correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False, own=()):
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise ValueError(f'{lr=}, {eps=} and {weight_decay=} must be at least 0, {betas=} in [0, 1)')
+        if not all(x >= 0 for x in (lr, eps, weight_decay, *betas)) or max(betas) >= 1:
+            raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.last, self.own = seed, per_layer, True, set(own)
         self.names, self.index, self.group_of = {}, {}, {}  # of a parameter; the last is an index
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -181,13 +180,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().add_param_group(group)
         group = self.param_groups[-1]
         first = len(self.index)
-        names = group.get('param_names') or [f'parameter {first + i}' for i in range(len(group['params']))]
+        numbered = [f'parameter {first + i}' for i in range(len(group['params']))]
+        names = group.get('param_names') or numbered
         self._check_group(group, names)
         for name, p in zip(names, group['params']):
             self.names[p], self.index[p] = name, len(self.index)
             self.group_of[p] = len(self.param_groups) - 1
             hooks = p._post_accumulate_grad_hooks or {}  # it has no public name
-            if any(isinstance(getattr(hook, '__self__', None), GaLoreAdamW) for hook in hooks.values()):
+            owners = [getattr(hook, '__self__', None) for hook in hooks.values()]
+            if any(isinstance(owner, GaLoreAdamW) for owner in owners):
                 raise ValueError(f'{name} is stepped in the backward pass by an earlier optimizer '
                                  '(per_layer=True), which would go on: build the model anew')
             if self.per_layer:
@@ -226,8 +227,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         clamped = []
         for name, p in zip(names, group['params']):
             if p.dim() != 2 and ('rank' in group or rule in FULL):
-                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
-                                 'without rank and rule')
+                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a '
+                                 'group without rank and rule')
             if group.get('rank', 0) > min(p.shape, default=1):
                 clamped.append(f'{name} {tuple(p.shape)}')
         if clamped:
@@ -292,15 +293,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 new_moments(state, p, group['state_bits'])
                 state['step'] = 0
             state['step'] += 1
-            if is_fused(p, state) and grad.stride() == p.stride() == state['exp_avg'].stride():
+            strides = {grad.stride(), p.stride(), state['exp_avg'].stride()}
+            if is_fused(p, state) and len(strides) == 1:
                 tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
                 fused.setdefault((p.dtype, state['step']), []).append(tensors)
             else:
-                before = eps * math.sqrt(1 - betas[1] ** state['step']) if as_torch else eps
-                step_(p, grad, state, lr, keep, betas, before, self._seed(given, state['step'], 0),
-                      first_here(given))
+                before = eps
+                if as_torch:
+                    before = eps * math.sqrt(1 - betas[1] ** state['step'])
+                key = self._seed(given, state['step'], 0)
+                step_(p, grad, state, lr, keep, betas, before, key, first_here(given))
         for (_, age), tensors in fused.items():
-            after = eps if as_torch else eps / math.sqrt(1 - betas[1] ** age)
+            after = eps
+            if not as_torch:
+                after = eps / math.sqrt(1 - betas[1] ** age)
             fused_adam_(*map(list, zip(*tensors)), age, lr, betas, after, decay)
 
     def _basis(self, W, state, group, turned):
@@ -308,7 +314,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rank = min(group['rank'], *W.shape)
         period, since = divmod(state['step'], group['update_proj_gap'])
         if group['rule'] == 'apollo':  # drawn again in each step: it takes no memory
-            drawn = gaussian(W.shape[0 if turned else 1], rank, W, self._seed(W, period))
+            short = W.shape[0] if turned else W.shape[1]
+            drawn = gaussian(short, rank, W, self._seed(W, period))
             return drawn.div_(math.sqrt(rank))
         if since == 0:
             state['basis'] = basis_of(W.grad, rank, turned, group['basis'], state.get('basis'),
@@ -371,7 +378,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ids = (i for group in state_dict['param_groups'] for i in group['params'])
         for i, p in zip(ids, (p for group in self.param_groups for p in group['params'])):
             saved = state_dict['state'].get(i, {})
-            self.state[p].update({key: x.to(p.device) for key, x in saved.items() if torch.is_tensor(x)})
+            for key, x in saved.items():
+                if torch.is_tensor(x):
+                    self.state[p][key] = x.to(p.device)
         self.state_is_loaded()
 
     def state_is_loaded(self):
@@ -417,15 +426,15 @@ class LowRankAdamW(GaLoreAdamW):
         if not basis_every >= 1:
             raise ValueError(f'{basis_every=} must be at least 1')
         if basis not in ('sketch', 'random'):
-            raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' never "
-                             "form: set basis='sketch' or 'random', or train without such layers by "
-                             "GaLoreAdamW (optimizer='galore')")
+            raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' "
+                             "never form: set basis='sketch' or 'random', or train without such "
+                             "layers by GaLoreAdamW (optimizer='galore')")
         found = {name: layer for name, layer in named_layers(model).items()
                  if layer.factors == 'basis' and layer.factor.requires_grad}
         for layer in found.values():
             if basis_every % layer.merge_every:
-                raise ValueError(f'{basis_every=} is no multiple of merge_every={layer.merge_every}: bases '
-                                 'are taken at merges, set one')
+                raise ValueError(f'{basis_every=} is no multiple of merge_every='
+                                 f'{layer.merge_every}: bases are taken at merges, set one')
         self.layers = {layer.leaf: layer for layer in found.values()}
         block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
         blocks = list(dict.fromkeys(block_of.values()))
@@ -437,9 +446,10 @@ class LowRankAdamW(GaLoreAdamW):
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
         if found:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
-            groups.append({'params': [*self.layers], 'param_names': [names[p] for p in self.layers],
-                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
-                           'state_bits': state_bits, 'momentum': momentum})
+            groups.append({'params': [*self.layers],
+                           'param_names': [names[p] for p in self.layers],
+                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
+                           'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
                          own=per_rank_tensors(lowrank_layers(model)))
 
@@ -455,8 +465,9 @@ class LowRankAdamW(GaLoreAdamW):
             if not state:
                 state.update(step=0, bases=0)
             if not self.begun and state['bases'] and not local(layer.basis).any():
-                raise ValueError("the optimizer's state was loaded, and not the bases that it is of: load "
-                                 "the model's state_dict, not the merged one, or leave that of the optimizer")
+                raise ValueError("the optimizer's state was loaded, and not the bases that it is "
+                                 "of: load the model's state_dict, not the merged one, or leave "
+                                 "that of the optimizer")
             T = layer.merge_every
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 self._average_moments(p, layer, state)
@@ -553,8 +564,9 @@ class LowRankAdamW(GaLoreAdamW):
             return super()._update(params, group)
         for p in params:
             if not self.state[p].get('bases'):
-                raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the forward '
-                                 'pass; where it was called, the first gradient is not finite')
+                raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the '
+                                 'forward pass; where it was called, the first gradient is not '
+                                 'finite')
         keep = 1.0 - group['lr'] * group['weight_decay']
         lr = group['lr'] * group['scale'] * keep
         for some in alike(params):
@@ -577,7 +589,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     def state_bytes(self):
         """Bytes of all tensors in the state, and of the layers' bases."""
-        return super().state_bytes() + sum(local(layer.basis).nbytes for layer in self.layers.values())
+        bases = [local(layer.basis) for layer in self.layers.values()]
+        return super().state_bytes() + sum(basis.nbytes for basis in bases)
 
 
 # -----------------------------------------------------------------------------
@@ -587,7 +600,7 @@ class LowRankAdamW(GaLoreAdamW):
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
                  proj_type='std', state_bits=None, momentum=0.95, leave=()):
     """
-    The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, for torch's AdamW.
+    The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, torch's AdamW.
 
     With a rank, or a rule of rules.FULL, the matrices of attention and MLP (weights of nn.Linear
     below a module of lowrank.KINDS) follow the rule, with rule='scale' those of the output and of
@@ -603,7 +616,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         raise ValueError("layers with factors='basis' that are merged every step are no ordinary "
                          'parameters: use galore.LowRankAdamW(model)')
     named = dict(model.named_modules())
-    linears = {module.weight: name for name, module in named.items() if isinstance(module, nn.Linear)}
+    linears = {module.weight: name for name, module in named.items()
+               if isinstance(module, nn.Linear)}
     output = {p for p, name in linears.items() if is_wanted(name, ['logit'])}
     tables = {module.weight for module in named.values() if isinstance(module, nn.Embedding)}
     spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: of places, and the class token
@@ -624,8 +638,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
             parts[part_of(name, p)][name] = p
     if ruled and not parts['ruled']:
         below = ', '.join(KINDS['attn'] + KINDS['mlp'])
-        raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take AdamW '
-                         '(rank=0), or name your modules in lowrank.KINDS')
+        raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take '
+                         'AdamW (rank=0), or name your modules in lowrank.KINDS')
     if ruled and rank_and_world()[0] == 0:
         found = sum(len(parts[part]) for part in ('ruled', 'output', 'tables'))
         others = sum(p.dim() == 2 for p in parts['matrices'].values())

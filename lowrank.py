@@ -152,7 +152,8 @@ class Zeros:
         """Zeros of that shape, in the dtype and on the device of `like`, without own memory."""
         size, flat = math.prod(shape), self.flat
         self.room = max(self.room, size)
-        if flat is None or len(flat) < self.room or (flat.dtype, flat.device) != (like.dtype, like.device):
+        fits = flat is not None and len(flat) >= self.room
+        if not fits or flat.dtype != like.dtype or flat.device != like.device:
             self.flat = torch.zeros(self.room, dtype=like.dtype, device=like.device)
         return self.flat[:size].view(shape)
 
@@ -191,14 +192,15 @@ class MHLoRALinear(nn.Module):
         if factors != 'basis' and alpha is not None and not alpha > 0:
             raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
         if factors != 'basis' and rank > min(m, n):
-            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} outputs: '
-                             f'set a rank between 1 and {min(m, n)}')
+            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
+                             f'outputs: set a rank between 1 and {min(m, n)}')
         if factors == 'basis' and not merge_every:
-            raise ValueError("factors='basis' trains a factor that merges into W: set merge_every=1 "
-                             '(GaLore) or more')
+            raise ValueError("factors='basis' trains a factor that merges into W: set "
+                             'merge_every=1 (GaLore) or more')
         if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
-            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged every '
-                             'step, are one head: set heads=1, or split=True and merge_every above 1')
+            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged '
+                             'every step, are one head: set heads=1, or split=True and merge_every '
+                             'above 1')
         if split and heads % workers:
             raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
         self.in_features, self.out_features = n, m
@@ -308,8 +310,8 @@ class MHLoRALinear(nn.Module):
             if x.shape[0] % groups:
                 raise ValueError(f'a batch of {x.shape[0]} does not split over {groups} heads: set '
                                  'batch_size to a multiple of heads times the number of ranks')
-        return LowRankProduct.apply(x, self.weight, self.bias, into, out, self.sketch, groups, scale,
-                                    self.moves_weight)
+        return LowRankProduct.apply(x, self.weight, self.bias, into, out, self.sketch, groups,
+                                    scale, self.moves_weight)
 
     def ask_sketch(self, parts=1, sums=None):
         """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
@@ -365,7 +367,7 @@ class MHLoRALinear(nn.Module):
         if self.moves_weight:
             return
         factor = None
-        if bits < 32 and self.split and self.factors == 'basis':  # a direction has blocks of its own
+        if bits < 32 and self.split and self.factors == 'basis':  # a direction has its own blocks
             error = error_of(self.factor, state[self.factor])
             factor = coded_mean(self.factor.mT, bits, self.workers, error.mT).mT
         elif bits < 32 and self.split:
@@ -441,12 +443,12 @@ def refuse_what_bypasses(model, targets):
         inside = [f'{name}.{part}' for part, child in module.named_modules()
                   if isinstance(child, nn.Linear)]
         if not kinds.isdisjoint(BYPASS) and any(is_wanted(part, targets) for part in inside):
-            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, and passes "
-                             'heads over in silence: leave it out of targets, or write its forward '
-                             'pass with calls')
+            raise ValueError(f"'{name}' ({kind}) reads its linear layers' weights itself, and "
+                             'passes heads over in silence: leave it out of targets, or write its '
+                             'forward pass with calls')
         if kind == 'Conv1D' and is_wanted(name, targets):
-            raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights into "
-                             'model.GPT')
+            raise ValueError(f"'{name}' is transformers' Conv1D, no nn.Linear: load the weights "
+                             'into model.GPT')
 
 
 def find_linears(model, targets):
@@ -457,23 +459,24 @@ def find_linears(model, targets):
     for target in targets:
         if not any(is_wanted(name, [target]) for name in linears):
             there = ', '.join(sorted({name.split('.')[-1] for name in linears}))
-            raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', 'logit' "
-                             f'or one of {there}')
+            raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', "
+                             f"'logit' or one of {there}")
     chosen = {name: linear for target in targets for name, linear in linears.items()
               if is_wanted(name, [target])}  # heads are drawn in this order
     others = {linear: name for name, linear in linears.items() if name not in chosen}
     biases = {}  # by weight
     for name, linear in chosen.items():
         if linear in others:
-            raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay without "
-                             'heads: give targets that name both')
+            raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay "
+                             'without heads: give targets that name both')
         own = vars(linear)
         if 'forward' in own or any(own[key] for key in own if key.endswith('_hooks')):
-            raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer in its "
-                             'place would not call: take them off, and put them on afterwards')
+            raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer "
+                             'in its place would not call: take them off, and put them on '
+                             'afterwards')
         if biases.setdefault(linear.weight, linear.bias) is not linear.bias:
-            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: give "
-                             'both one bias, or none')
+            raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: "
+                             'give both one bias, or none')
     return chosen, len(linears)
 
 
@@ -510,7 +513,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         said = f'low-rank weights on {len(chosen)} of {number} linear layers'
         clamped = [name for name in chosen if model.get_submodule(name).rank < rank]
         if clamped:
-            said += f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as {clamped[0]}'
+            said += f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as '
+            said += clamped[0]
         passed = [name for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and type(module) is not nn.Linear
                   and is_wanted(name, targets)]
@@ -672,8 +676,8 @@ def check_training(model, *optimizers):
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
     if lost:
         more = f' and {len(lost) - 1} more' * (len(lost) > 1)
-        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build the '
-                         'optimizer after apply_mhlora, or freeze it')
+        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build '
+                         'the optimizer after apply_mhlora, or freeze it')
     in_basis = {p for optimizer in optimizers for p in getattr(optimizer, 'layers', ())}
     for name, layer in named_layers(model).items():
         if layer.factors == 'basis' and layer.factor.requires_grad and layer.leaf not in in_basis:
@@ -688,7 +692,8 @@ def count_parameters(model):
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     galore = [layer for layer in lowrank_layers(model) if layer.moves_weight]
     moved = {layer.weight for layer in galore if layer.factor.requires_grad}
-    skip = {x for layer in galore for x in (layer.factor, layer.basis)}  # shards have a basis as parameter
+    # in shards a basis is a parameter
+    skip = {x for layer in galore for x in (layer.factor, layer.basis)}
     heads = heads_of(model)
     for name, p in model.named_parameters():  # a tied weight comes once, under its first name
         if p in skip:

@@ -100,8 +100,8 @@ def rows_of(batch_size, heads=1, rank=0, world=1):
     it."""
     step = heads * world
     if batch_size % step:
-        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} ranks: '
-                         'set a multiple')
+        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} '
+                         'ranks: set a multiple')
     return [row for head in range(heads) for row in range(head * world + rank, batch_size, step)]
 
 
@@ -340,8 +340,8 @@ def shard(model, layers, device):
     parts = [rest, *(set(block.parameters()) for block in blocks)]
     for name, p in model.named_parameters():
         if sum(p in part for part in parts) > 1:
-            raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which are '
-                             'sharded one by one: set shard=False, or untie it')
+            raise ValueError(f'{name} is shared by two blocks, or by a block and the rest, which '
+                             'are sharded one by one: set shard=False, or untie it')
     galore = [layer for layer in layers if layer.moves_weight]
     for layer in galore:  # its basis is gathered with W
         basis = layer._buffers.pop('basis')
@@ -388,8 +388,8 @@ def gather_state(model, layers, optimizer=None, replicas=None):
 
     model: the state dict, of heads those of all ranks in global order, of replicas the average:
     what is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
-    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none, of
-    sketches the parts of all ranks; and replicas: {name: (ranks, ...)}. """
+    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
+    of sketches the parts of all ranks; and replicas: {name: (ranks, ...)}. """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     own = set(replicas.values())
 
@@ -457,8 +457,8 @@ def load_weights(model, layers, weights):
               for name, p in own.items()}
     saved = {name: (*x.shape,) for name, x in weights.items()}
     if odd := dict(shapes.items() ^ saved.items()):
-        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one of '
-                         'the two, or has two shapes')
+        raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one '
+                         'of the two, or has two shapes')
     for name, p in own.items():
         local(p).copy_(take(weights[name], p, heads))
 

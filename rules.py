@@ -89,8 +89,8 @@ def round_(out, x, key, first=0):
 # eight bits, of moments
 
 # Blocks of up to 256 numbers of a row share a float32, their largest magnitude `top` (Dettmers et
-# al., 8-bit optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power: fine
-# steps where numbers are small. No block is cut by FSDP2, which cuts rows, or between heads.
+# al., 8-bit optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power:
+# fine steps where numbers are small. No block is cut by FSDP2, which cuts rows, or between heads.
 BLOCK, SHORTEST = 256, 16  # numbers; of a row that is coded
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
@@ -107,7 +107,8 @@ def as_rows(x):
 
 
 def by_block(x):
-    """x (rows, n) in blocks of one size, (rows, blocks, numbers), with zeros after a row if need be."""
+    """x (rows, n) in blocks of one size, (rows, blocks, numbers), with zeros after a row if need
+    be."""
     n = x.shape[1]
     blocks = -(-n // BLOCK)
     if n % blocks:
@@ -126,28 +127,32 @@ def encode(x, age, levels, power, dtype):
     blocks = by_block(x)
     size = blocks.abs()
     top = size.amax(-1, keepdim=True)  # (rows, blocks, 1)
-    size.div_(top.clamp_min(torch.finfo(x.dtype).tiny)).mul_(levels**power)  # level l is at l^power
-    shift = age * 0.7548776662 % 1.0  # not random
+    tiny = torch.finfo(x.dtype).tiny
+    size.div_(top.clamp_min(tiny)).mul_(levels**power)  # level l is at l^power
     place = torch.arange(blocks.shape[-1], device=x.device)
-    threshold = (place * 0.6180339887 + shift) % 1.0
-    low = (size.sqrt() if power == 2 else size.sqrt().sqrt_()).floor_().clamp_(max=levels - 1)
-    if power == 2:  # what lies between l^power and (l + 1)^power, times the threshold: 2 l + 1,
+    threshold = (place * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
+    if power == 2:  # the next level is 2 l + 1 away
+        low = size.sqrt().floor_().clamp_(max=levels - 1)
         root = low
-        part = torch.addcmul(threshold, low, 2 * threshold)
-    else:  # or (2 l + 1) (2 l^2 + 2 l + 1)
+        gap = 2 * low + 1
+    else:  # (2 l + 1) (2 l^2 + 2 l + 1)
+        low = size.sqrt().sqrt_().floor_().clamp_(max=levels - 1)
         root = low.square()
-        part = (2 * low).add_(1)
-        part.mul_(torch.add(part, root, alpha=2)).mul_(threshold)
-    code = low.add_(size.addcmul_(root, root, value=-1).gt_(part))
+        gap = 2 * low + 1
+        gap.mul_(gap + 2 * root)
+    goes_up = size.addcmul_(root, root, value=-1) > gap.mul_(threshold)
+    code = low + goes_up
     code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
-    return code.to(dtype).flatten(1)[:, :x.shape[1]], top.squeeze(-1)
+    code = code.to(dtype).flatten(1)[:, :x.shape[1]]
+    return code, top.squeeze(-1)
 
 
 def decode(code, top, levels, power):
     """The numbers (rows, n), float32, that `encode` made into code and top."""
     part = by_block(code.float().div_(levels))
     part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
-    return part.mul_(top[..., None]).flatten(1)[:, :code.shape[1]]
+    part = part.mul_(top[..., None])
+    return part.flatten(1)[:, :code.shape[1]]
 
 
 def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
@@ -155,12 +160,11 @@ def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
     matrices with short rows, have 32 then. names: both moments, or the first alone."""
     for name in names:
         if bits == 8 and like.dim() > 1 and as_rows(like).shape[1] >= SHORTEST:
-            rows, n = as_rows(like).shape
+            n = as_rows(like).shape[1]
             leading = like.shape[:-1] if n == like.shape[-1] else like.shape[:1]
-            blocks = -(-n // BLOCK)
-            dtype = EIGHT_BITS[name][2]
-            state[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
-            state[f'{name}_top'] = torch.zeros(*leading, blocks, device=like.device)
+            tops = *leading, -(-n // BLOCK)
+            state[name] = like.new_zeros(like.shape, dtype=EIGHT_BITS[name][2])
+            state[f'{name}_top'] = like.new_zeros(tops, dtype=torch.float32)
             continue
         dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
         if dtype == like.dtype != torch.bfloat16:  # see `is_fused`: the layout has to be the same
@@ -184,9 +188,9 @@ def read_moments(state, rows=slice(None)):
 
 
 def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
-    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first, of these
-    rows). A first moment that a step moves by more than its last bit (`beta1`) goes to the nearest:
-    less noise."""
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first, of
+    these rows). A first moment that a step moves by more than its last bit (`beta1`) goes to the
+    nearest: less noise."""
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         out = as_rows(state[name])[rows]
         x = x.reshape(out.shape)
@@ -331,7 +335,8 @@ def averaged(G, state, group, key=0, first=0):
         return G
     if 'exp_avg' not in state:  # flat views are taken of it
         new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
-    M = read_moments(state)[0].view(G.shape).to(G.dtype).lerp_(G, 1 - group['momentum'])
+    M = read_moments(state)[0].view(G.shape).to(G.dtype)
+    M = M.lerp_(G, 1 - group['momentum'])
     write_moments(state, [M], key, first=first, beta1=group['momentum'])
     return M
 
@@ -398,7 +403,8 @@ PACK = 64  # numbers that share a step, of 16 bits
 
 def in_blocks(x, slices=1):
     """The numbers of x (..., numbers), with zeros after them, (..., slices, blocks, 64)."""
-    return F.pad(x, (0, -x.shape[-1] % (PACK * slices))).unflatten(-1, (slices, -1, PACK))
+    x = F.pad(x, (0, -x.shape[-1] % (PACK * slices)))
+    return x.unflatten(-1, (slices, -1, PACK))
 
 
 def pack(x, bits):
@@ -409,7 +415,7 @@ def pack(x, bits):
     left is orthogonal to what is sent. A block with inf or NaN becomes NaN.
     """
     if not 2 <= bits <= 8:
-        raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send numbers as they are')
+        raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send them as they are')
     half = 2 ** (bits - 1)
     if bits == 2:  # nearly the best one for Gaussian numbers; with more bits the largest decides
         step = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8
@@ -421,7 +427,8 @@ def pack(x, bits):
     words = level.add_(half - 0.5).long().unflatten(-1, (8, 8))  # eight numbers take `bits` bytes
     words <<= bits * torch.arange(8, device=x.device)
     packed = words.sum(-1, keepdim=True).view(torch.uint8)[..., :bits]  # (..., 8, bits)
-    return torch.cat([packed.flatten(-2), step.to(torch.bfloat16).view(torch.uint8)], -1)
+    step = step.to(torch.bfloat16).view(torch.uint8)
+    return torch.cat([packed.flatten(-2), step], -1)
 
 
 def unpack(codes, dtype):
@@ -429,6 +436,8 @@ def unpack(codes, dtype):
     bits = codes.shape[-1] // 8
     packed, step = codes.split([8 * bits, 2], -1)
     words = F.pad(packed.reshape(-1, bits), (0, 8 - bits)).view(torch.int64)  # (8 blocks, 1)
-    level = words >> bits * torch.arange(8, device=codes.device) & 2**bits - 1  # (8 blocks, 8)
-    level = level.view(*codes.shape[:-1], PACK).to(dtype).sub_(2 ** (bits - 1) - 0.5)
+    places = bits * torch.arange(8, device=codes.device)
+    level = words >> places & 2**bits - 1  # (8 blocks, 8)
+    level = level.view(*codes.shape[:-1], PACK).to(dtype)
+    level = level.sub_(2 ** (bits - 1) - 0.5)
     return level.mul_(step.contiguous().view(torch.bfloat16))

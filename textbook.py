@@ -477,7 +477,7 @@ def main():
         print(f'{name:13}{trained:8}{kept:8}{sent:19.0f}', end='')
         print(f'{losses[0]:12.3f}{mean(losses[-10:]):8.3f}')
     print('These losses rank nothing: it is a toy.', end=' ')
-    print('The fast code stands in lowrank.py (heads, workers) and galore.py (bases, rules).')
+    print('The fast code stands in lowrank.py (heads, workers), galore.py (bases) and rules.py.')
 
 if __name__ == '__main__':
     main()

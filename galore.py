@@ -94,7 +94,8 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
 
 
 def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
-    """ W <- keep W - lr U basis^T, of a turned W the transpose, in place: the product goes straight
+    """
+    W <- keep W - lr U basis^T, of a turned W the transpose, in place: the product goes straight
     to W.
 
     In bfloat16 it exists for some rows at a time, and the sum is rounded at random (key, first).
@@ -112,9 +113,12 @@ def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
 
 
 def move_(W, move, lr, keep, key=0, first=0):
-    """W <- keep W - lr move, in place; the move is used up."""
-    new = move.to(wide(W)).mul_(-lr).add_(W, alpha=keep)
-    round_(W, new, key, first)
+    """W <- keep W - lr move, in place."""
+    if W.dtype == torch.bfloat16:
+        new = move.float() * -lr
+        round_(W, new.add_(W, alpha=keep), key, first)
+    else:
+        W.mul_(keep).add_(move, alpha=-lr)
 
 
 def decay_(W, keep, key=0, first=0):
@@ -160,7 +164,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     the last. No other optimizer of this class takes them after that. seed: of random bases and of
     rounding. no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
     that makes no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the
-    smaller side of a matrix is clamped, with a warning. """
+    smaller side of a matrix is clamped, with a warning.
+    """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
                  correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False, own=()):
@@ -391,11 +396,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
 # the optimizer of models with low-rank layers
 
 
-def refresh_in(step, every, merge_every, turn, turns):
-    """Steps from this one (from 0) to the next in which the layers of a turn, of so many, take new
-    bases: after a merge, at turn / turns of a period of `every` steps, so that no step is slow or
-    large."""
-    return (turn * (every // merge_every) // turns * merge_every - step) % every
+def steps_to_refresh(step, every, merge_every, block, blocks):
+    """Steps from this one (from 0) to the next in which the layers of a block, of so many, take new
+    bases: after a merge, at block / blocks of a period of `every` steps: no step is slow."""
+    first = block * (every // merge_every) // blocks * merge_every
+    return (first - step) % every
 
 
 class LowRankAdamW(GaLoreAdamW):
@@ -416,7 +421,8 @@ class LowRankAdamW(GaLoreAdamW):
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
     The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a
-    new basis would turn what is not merged. """
+    new basis would turn what is not merged.
+    """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0,
@@ -438,8 +444,8 @@ class LowRankAdamW(GaLoreAdamW):
         self.layers = {layer.leaf: layer for layer in found.values()}
         block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
         blocks = list(dict.fromkeys(block_of.values()))
-        self.turn = {layer.leaf: blocks.index(block_of[name]) for name, layer in found.items()}
-        self.turns = len(blocks)
+        self.block_of = {layer.leaf: blocks.index(block_of[name]) for name, layer in found.items()}
+        self.blocks = len(blocks)
         self.basis, self.basis_every = basis, basis_every
         self.sync_bits, self.sync_moments, self.begun = sync_bits, sync_moments, False
         names = leaf_names(model)
@@ -455,7 +461,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
-        """See GaLoreAdamW. Takes due bases from sketches, and starts sketches."""
+        """See GaLoreAdamW. After a merge first moments are averaged; then bases that are due are
+        taken, and windows of sketches opened and closed. What a failed pass left is dropped."""
         super().begin(step, micro_step, micro_steps)
         if micro_step:
             return
@@ -471,11 +478,82 @@ class LowRankAdamW(GaLoreAdamW):
             T = layer.merge_every
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 self._average_moments(p, layer, state)
-            wait = refresh_in(step, self.basis_every, T, self.turn[p], self.turns)
+            wait = steps_to_refresh(step, self.basis_every, T, self.block_of[p], self.blocks)
             if wait == 0 or not state['bases']:
                 self._refresh(p, layer, state)
             self._open_window(layer, state, wait)
         self.begun = True
+
+    def _refresh(self, p, layer, state):
+        """A new basis (short, r) for a layer, the same bits on all ranks; moments turn with it."""
+        if self.basis == 'random' or not state['bases']:  # nothing is known of gradients yet
+            seed = self._seed(p, state['bases'])
+            new = orthonormal(gaussian(*layer.basis.shape, layer.basis, seed))
+        elif 'sketch' in state:
+            Y = self._average_sketch(p, layer, state['sketch'])
+            new = orthonormal(Y).to(layer.basis.dtype)
+            new = torch.where(Y.isfinite().all() & Y.any(), new, full(layer.basis))
+        else:  # a run that had other windows before it was resumed
+            return
+        # merges never send a basis, and devices may round differently
+        if self._is_coded(layer):
+            new = coded_same(self._owner(p), new.mT, 8).mT
+        else:
+            new = same(new.contiguous())
+        self._rotate_moments(p, state, full(layer.basis), new)
+        local(layer.basis).copy_(new[rows_here(layer.basis)])
+        state['bases'] += 1
+
+    def _average_sketch(self, p, layer, Y):
+        """The sketch (short, r) of all ranks' sequences, of this one's (parts, short, r)."""
+        if self._is_coded(layer):  # each direction has blocks of its own
+            return mean_at(self._owner(p), Y.mT, layer.workers).mT
+        return mean(Y.mean(0))
+
+    def _rotate_moments(self, p, state, old, new):
+        """Moments in the old basis as seen from the new one, C = old^T new (r, r): M C and
+        V (C * C), exact if coordinates are uncorrelated."""
+        C = old.mT.to(wide(old)) @ new.to(wide(old))
+        if 'exp_avg' in state:
+            moments = [x.view(local(p).shape) for x in read_moments(state)]
+            moments = [x @ turn.to(x.dtype) for x, turn in zip(moments, (C, C.square()))]
+            write_moments(state, moments, self._seed(p, state['step'], 2), first=first_here(p))
+        if 'error' in state:  # what merges have left: it turns as first moments do
+            E = state['error']
+            E.copy_(E @ C.to(E.dtype))
+
+    def _open_window(self, layer, state, wait):
+        """Sketches are added up in the last WINDOW steps before a refresh: backward passes add to a
+        tensor of the optimizer's state."""
+        inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
+        if wait == 0 or not inside:  # a resumed run may have another basis, or other windows
+            layer.sketch = None
+            state.pop('sketch', None)
+        if inside and layer.sketch is None:
+            layer.ask_sketch(self.sketch_parts(layer))
+            state['sketch'] = layer.sketch.grad
+
+    def sketch_parts(self, layer):
+        """Into how many parts the sketch of a layer is cut: what is rounded is that of single
+        heads, to be the same on any number of ranks."""
+        return layer.heads_here if self._is_coded(layer) else 1
+
+    def _average_moments(self, p, layer, state):
+        """First moments after a merge: averaged over heads and ranks, in 3 bits or more."""
+        M = read_moments(state)[0].view(local(p).shape)  # (heads here, long, r)
+        if self._is_coded(layer):
+            average = coded_mean(M.mT, max(self.sync_bits, 3), layer.workers).mT
+        else:
+            average = mean(M.mean(0), layer.workers)
+        write_moments(state, [average.expand_as(M)], self._seed(p, state['step'], 1))
+
+    def _is_coded(self, layer):
+        """Whether averages of a layer are sent in few bits."""
+        return layer.split and self.sync_bits < 32
+
+    def _owner(self, p):
+        """The rank that takes the bases of a layer, where few bits are sent."""
+        return self.index[p] % self.layers[p].workers
 
     def state_is_loaded(self):
         """Windows that were open go on."""
@@ -486,87 +564,13 @@ class LowRankAdamW(GaLoreAdamW):
                 sums = self.state[p]['sketch']
                 layer.ask_sketch(len(sums), sums)
 
-    def _average_moments(self, p, layer, state):
-        """First moments after a merge: averaged over heads and ranks, in 3 bits or more."""
-        M = read_moments(state)[0].view(local(p).shape)  # (heads here, long, r)
-        if self._coded(layer):  # each direction in blocks of its own
-            average = coded_mean(M.mT, max(self.sync_bits, 3), layer.workers).mT
-        else:
-            average = mean(M.mean(0), layer.workers)
-        write_moments(state, [average.expand_as(M)], self._seed(p, state['step'], 1))
-
-    def _refresh(self, p, layer, state):
-        """A new basis (short, r) for a layer, the same bits on all ranks; its moments turn with
-        it."""
-        if self.basis == 'random' or not state['bases']:
-            seed = self._seed(p, state['bases'])
-            new = orthonormal(gaussian(*layer.basis.shape, layer.basis, seed))
-        elif 'sketch' in state:
-            Y = self._average_sketch(p, layer, state['sketch'])
-            new = orthonormal(Y).to(layer.basis.dtype)
-            new = torch.where(Y.isfinite().all() & Y.any(), new, full(layer.basis))
-        else:
-            return
-        # merges never send a basis, and devices may round differently
-        if self._coded(layer):
-            new = coded_same(self._owner(p), new.mT, 8).mT
-        else:
-            new = same(new.contiguous())
-        self._turn(p, state, full(layer.basis), new)
-        local(layer.basis).copy_(new[rows_here(layer.basis)])
-        state['bases'] += 1
-
-    def _average_sketch(self, p, layer, Y):
-        """The sketch (short, r) of the sequences of all ranks, of that of this one (parts, short,
-        r)."""
-        if self._coded(layer):
-            return mean_at(self._owner(p), Y.mT, layer.workers).mT
-        return mean(Y.mean(0))
-
-    def _turn(self, p, state, old, new):
-        """Moments in the old basis as seen from the new one, C = new^T old (r, r): M C^T and
-        V (C * C)^T, exact if coordinates are uncorrelated."""
-        C = new.to(wide(new)).mT @ old.to(wide(new))
-        if 'exp_avg' in state:
-            moments = [x.view(local(p).shape) for x in read_moments(state)]
-            moments = [x @ turn.to(x.dtype).mT for x, turn in zip(moments, (C, C.square()))]
-            write_moments(state, moments, self._seed(p, state['step'], 2), first=first_here(p))
-        if 'error' in state:  # what merges have left: it turns as the first moments do
-            E = state['error']
-            E.copy_(E @ C.to(E.dtype).mT)
-
-    def _open_window(self, layer, state, wait):
-        """Sketches are added up in the last WINDOW steps before a refresh, in the optimizer's
-        state."""
-        inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
-        if wait == 0 or not inside:  # a resumed run may have another basis, or other windows
-            layer.sketch = None
-            state.pop('sketch', None)
-        if inside and layer.sketch is None:
-            layer.ask_sketch(self.sketch_parts(layer))
-            state['sketch'] = layer.sketch.grad
-
-    def _coded(self, layer):
-        """Whether averages of a layer are sent in few bits."""
-        return layer.split and self.sync_bits < 32
-
-    def _owner(self, p):
-        """The rank that takes the bases of a layer, where few bits are sent."""
-        return self.index[p] % self.layers[p].workers
-
-    def sketch_parts(self, layer):
-        """Into how many parts the sketch of a layer is cut: what is rounded is that of single
-        heads, to be the same on any number of ranks."""
-        return layer.heads_here if self._coded(layer) else 1
-
     def _update(self, params, group):
         if 'inside' not in group:
             return super()._update(params, group)
         for p in params:
             if not self.state[p].get('bases'):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the '
-                                 'forward pass; where it was called, the first gradient is not '
-                                 'finite')
+                                 'forward pass')
         keep = 1.0 - group['lr'] * group['weight_decay']
         lr = group['lr'] * group['scale'] * keep
         for some in alike(params):

@@ -1,4 +1,5 @@
-""" Linear layers with low-rank weights: a frozen W beside heads B_h A_h, or beside a basis of its
+"""
+Linear layers with low-rank weights: a frozen W beside heads B_h A_h, or beside a basis of its
 gradient.
 
 W (m, n); H heads A (H, r, n), B (H, m, r); s = alpha / r.
@@ -31,24 +32,20 @@ from ranks import (average_replica, averaged_copy, coded_mean, error_of, first_h
 from rules import round_, wide
 
 
-def tall(x, shape):
-    """A view (long, short) of x, which has that shape, or some rows of what has it."""
-    return x if shape[0] >= shape[1] else x.mT
-
-
 # -----------------------------------------------------------------------------
 # the product
 
 
 class LowRankProduct(torch.autograd.Function):
-    """ y = x W^T + scale (x into) out^T + b, in x's dtype: the product is added to the frozen one
+    """
+    y = x W^T + scale (x into) out^T + b, in x's dtype: the product is added to the frozen one
     in place.
 
     x (..., n), W (m, n), b (m,) or None; into (groups, n, r), out (groups, m, r), B A = out into^T;
     one of them may be a basis, and the other a factor, without groups. x is cut into equal parts,
     one for each group. is_zero: the factor is known to be zero, so only its gradient is computed.
-    sketch (parts, short, r): a leaf that is not read; its .grad becomes `second_moment`. W gets no
-    gradient, and there are no second derivatives (torch raises).
+    sketch (parts, short, r): a leaf that is not read; `second_moment` is added to its .grad. W gets
+    no gradient, and there are no second derivatives (torch raises).
 
     Operations a token, forward and backward, R = groups r: 4 m n + 6 R (m + n) with both trained,
     4 m n + 2 R (m + n) where one is zero; a dense layer has 6 m n.
@@ -101,7 +98,7 @@ class LowRankProduct(torch.autograd.Function):
             u, v, vQ = (d, x, z) if trains_out else (x, d, dz)
             sequences = len(dy) if dy.dim() > 1 else 1
             d_sketch = second_moment(u, v, vQ.flatten(0, 1), sequences, ctx.parts)
-        # the mean loss has 1 / groups of that of each group's mean
+        # a head's loss is the mean over its own group: that over all has 1 / groups of its gradient
         if trains_into:
             dz = dz.mul_(groups) if groups != 1 else dz
             d_into = torch.bmm(x.view(groups, time, n).mT, dz).view(into.shape)
@@ -120,7 +117,8 @@ def second_moment(u, v, vQ, sequences, parts=1):
     G_s is formed. It is one step of subspace iteration towards the directions in which the
     gradients of single sequences lie, and the same however sequences are spread over micro-batches
     and ranks. An output layer gets all tokens in one row, each as a sequence. parts: of the batch,
-    each as if its mean loss were the loss. Zeros where it is not finite. """
+    each as if its mean loss were the loss. Zeros where it is not finite.
+    """
     time, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
     u = u.view(sequences, time, u.shape[1])
     vQ = vQ.view(sequences, time, rank)
@@ -269,13 +267,13 @@ class MHLoRALinear(nn.Module):
         local(self.B).zero_()
 
     def per_head(self):
-        """{name: tensor} of what each head has of its own, in the state dict."""
+        """{name: tensor} of what each head has of its own; in a basis the factor."""
         names = 'A', 'B', 'A_merged', 'B_merged', 'factor'
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def pair(self, factor=None):
         """(into, out), (heads here, n, r) and (heads here, m, r): out into^T is added to W. In a
-        basis that is (n, r) for all heads; factor: in place of the trained one."""
+        basis one of them is that basis, for all heads; factor: in place of the trained one."""
         if self.factors == 'basis':
             factor = self.factor if factor is None else factor
             is_tall = self.out_features >= self.in_features
@@ -312,27 +310,6 @@ class MHLoRALinear(nn.Module):
                                  'batch_size to a multiple of heads times the number of ranks')
         return LowRankProduct.apply(x, self.weight, self.bias, into, out, self.sketch, groups,
                                     scale, self.moves_weight)
-
-    def ask_sketch(self, parts=1, sums=None):
-        """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
-        short, r), to zeros or `sums`: of all, or of each of this rank's heads."""
-        zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
-        leaf = zero.expand(parts, *self.basis.shape)
-        self.sketch = leaf.requires_grad_()
-        self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums
-
-    def shard_gradient(self):
-        """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a
-        DTensor."""
-        with self._without_zero():
-            pass  # the weight may be on another device now
-        if self.factor.requires_grad:
-            self.factor_rows = scatter_gradient(self.factor, self.weight.device_mesh)
-
-    @property
-    def leaf(self):
-        """What an optimizer steps on in a basis: its .grad is R."""
-        return self.factor if self.factor_rows is None else self.factor_rows
 
     @torch.no_grad()
     def pair_of_all(self, factor=None):
@@ -381,6 +358,27 @@ class MHLoRALinear(nn.Module):
         else:
             self.A_merged.copy_(self.A)
             self.B_merged.copy_(self.B)
+
+    def ask_sketch(self, parts=1, sums=None):
+        """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
+        short, r), to zeros or `sums`: of all, or of each of this rank's heads."""
+        zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
+        leaf = zero.expand(parts, *self.basis.shape)
+        self.sketch = leaf.requires_grad_()
+        self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums
+
+    def shard_gradient(self):
+        """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a
+        DTensor."""
+        with self._without_zero():
+            pass  # the weight may be on another device now
+        if self.factor.requires_grad:
+            self.factor_rows = scatter_gradient(self.factor, self.weight.device_mesh)
+
+    @property
+    def leaf(self):
+        """What an optimizer steps on in a basis: its .grad is R."""
+        return self.factor if self.factor_rows is None else self.factor_rows
 
     # In each of these torch makes a view dense, or wants it in a state dict: the zero factor steps
     # aside
@@ -482,7 +480,8 @@ def find_linears(model, targets):
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both',
                  split=False, merge_every=0, merge_reset=False, worker=0, workers=1):
-    """ Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the
+    """
+    Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the
     same.
 
     targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one
@@ -491,7 +490,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
     trainable: the count of parameters rises. Returns the names of the replaced layers and says how
     many of how many they are, and what it passed over. ValueError: see `find_linears`,
-    `refuse_what_bypasses`. """
+    `refuse_what_bypasses`.
+    """
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as "
                          "('attn', 'mlp')")
@@ -570,7 +570,8 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     generator: of new heads, the same on all ranks (None: of how often the model was merged; after a
     resume give one, such as of the step); its seed is also that of rounding. bits: of a number that
     split heads in a basis or replicas send (see ranks.coded_mean). Below 32 `state`, an
-    optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full. """
+    optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full.
+    """
     layers = lowrank_layers(model)
     generator = generator or torch.Generator().manual_seed(layers[0].merges if layers else 0)
     seed = generator.initial_seed()
@@ -629,7 +630,7 @@ def merged_state_dict(model, replicas=None, dtype=None):
 
 
 def drop_moments(model, optimizer):
-    """Drops the optimizer's state of every A and B: after a reset it is that of other factors."""
+    """Drops the optimizer's state of every head: after a reset it is that of other heads."""
     for factor in heads_of(model):
         optimizer.state.pop(factor, None)
 

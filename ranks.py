@@ -35,7 +35,8 @@ def rank_and_world():
 
 
 def mean(x, world=None):
-    """The average of a tensor over ranks (world, None: all), in place; alone the tensor itself."""
+    """The average of a tensor over all ranks, in place. With world=1, where no other rank has it,
+    and in one process: the tensor itself."""
     world = rank_and_world()[1] if world is None else world
     if world > 1:
         traffic['bytes'] += 2 * x.nbytes * (world - 1) / world
@@ -131,7 +132,8 @@ def keep_out_of_ddp(net, tensors):
 
 @torch.no_grad()
 def coded_mean(x, bits, world=1, error=None):
-    """ The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a
+    """
+    The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a
     number.
 
     error, like x: what was left of earlier numbers is sent with these, and replaced by what is left
@@ -300,8 +302,8 @@ def finish_sum(drop=False):
 
 
 def scatter_gradient(leaf, mesh):
-    """Of a leaf (size, columns) on every rank: from now on a backward pass adds this rank's rows of
-    the mean of leaf.grad to the gradient of what is returned, a DTensor of no memory."""
+    """Of a leaf (size, columns) that every rank has: from now on a backward pass adds this rank's
+    rows of the mean of leaf.grad to the gradient of what is returned, a DTensor of no memory."""
     here = slice_here(len(leaf))
     zeros = leaf.detach().new_zeros(()).expand(here.stop - here.start, leaf.shape[1])
     rows = from_rows(zeros, leaf.shape, mesh).requires_grad_()
@@ -325,7 +327,8 @@ def shard(model, layers, device):
     model. One on the meta device gets memory for this rank's rows alone, whose values are then to
     be set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and
     heads that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one
-    and the rest. """
+    and the rest.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     move = model.to_empty if next(model.parameters()).is_meta else model.to
@@ -383,13 +386,15 @@ def write(model, name, x):
 
 @torch.no_grad()
 def gather_state(model, layers, optimizer=None, replicas=None):
-    """ What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by
+    """
+    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by
     tensor, and what travels is None on the others. layers: {name: low-rank layer}.
 
     model: the state dict, of heads those of all ranks in global order, of replicas the average:
     what is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
     state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
-    of sketches the parts of all ranks; and replicas: {name: (ranks, ...)}. """
+    of sketches the parts of all ranks; and replicas: {name: (ranks, ...)}.
+    """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     own = set(replicas.values())
 

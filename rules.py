@@ -1,4 +1,5 @@
-""" What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of
+"""
+What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of
 layers or ranks.
 
     step_               AdamW, on weights and moments of any dtype
@@ -9,7 +10,8 @@ layers or ranks.
     pack, unpack        what ranks send, in 2 to 8 bits
 
 A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay. `state` is that of
-a parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings. """
+a parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
+"""
 
 import hashlib
 import math
@@ -189,8 +191,8 @@ def read_moments(state, rows=slice(None)):
 
 def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
     """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first, of
-    these rows). A first moment that a step moves by more than its last bit (`beta1`) goes to the
-    nearest: less noise."""
+    these rows). With a beta1 of up to 0.95 the first one goes to the nearest: a step moves it by
+    more than its last bit, and that is less noise."""
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
         out = as_rows(state[name])[rows]
         x = x.reshape(out.shape)
@@ -408,7 +410,8 @@ def in_blocks(x, slices=1):
 
 
 def pack(x, bits):
-    """ x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the
+    """
+    x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the
     step.
 
     A number is one of 2^bits odd multiples of half a step, which is that of least squares: what is

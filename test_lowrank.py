@@ -1094,12 +1094,12 @@ def test_power_converges_to_the_svd_and_does_not_flip(m, n):
 @pytest.mark.parametrize('T, turns', [(1, 5), (5, 5), (10, 5), (10, 4), (1, 30)])
 def test_layers_take_turns_at_their_refreshes(T, turns):
     """Once in fifty steps each, no two of them in one, and after merges."""
-    due = [[turn for turn in range(turns) if galore.refresh_in(step, 50, T, turn, turns) == 0]
+    due = [[turn for turn in range(turns) if galore.steps_to_refresh(step, 50, T, turn, turns) == 0]
            for step in range(100)]
     assert due[:50] == due[50:] and sorted(sum(due[:50], [])) == [*range(turns)] and max(map(len, due)) == 1
     assert not any(some for step, some in enumerate(due) if step % T)
     for step, turn in itertools.product(range(50), range(turns)):
-        steps = galore.refresh_in(step, 50, T, turn, turns)
+        steps = galore.steps_to_refresh(step, 50, T, turn, turns)
         assert [turn in due[step + i] for i in range(steps + 1)] == [False] * steps + [True]
 
 

@@ -136,14 +136,14 @@ def encode(x, age, levels, power, dtype):
     if power == 2:  # the next level is 2 l + 1 away
         low = size.sqrt().floor_().clamp_(max=levels - 1)
         root = low
-        gap = 2 * low + 1
+        gap = (2 * low).add_(1)
     else:  # (2 l + 1) (2 l^2 + 2 l + 1)
         low = size.sqrt().sqrt_().floor_().clamp_(max=levels - 1)
         root = low.square()
-        gap = 2 * low + 1
-        gap.mul_(gap + 2 * root)
+        gap = (2 * low).add_(1)
+        gap.mul_(torch.add(gap, root, alpha=2))
     goes_up = size.addcmul_(root, root, value=-1) > gap.mul_(threshold)
-    code = low + goes_up
+    code = low.add_(goes_up)
     code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
     code = code.to(dtype).flatten(1)[:, :x.shape[1]]
     return code, top.squeeze(-1)

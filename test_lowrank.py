@@ -1317,6 +1317,20 @@ def test_8_bits_are_off_by_less_than_a_level(key, n):
     assert all(torch.equal(torch.cat(parts), all) for parts, all in zip(zip(*rows), (code, top)))
 
 
+@pytest.mark.parametrize('shape, tops', [
+    ((30, 40), (30, 1)), ((3, 600), (3, 3)), ((2, 6, 40), (2, 6, 1)), ((32, 3, 4, 4), (32, 1)),
+    ((0, 6, 40), (0, 6, 1)), ((64, 8), None), ((2, 3, 5), None), ((4096,), None), ((), None)])
+def test_blocks_of_8_bits_lie_in_rows(shape, tops):
+    state, x = {'step': 1}, normal(*shape, dtype=torch.float32)
+    rules.new_moments(state, x, 8)
+    rules.write_moments(state, [x, x.square()], 0)
+    assert [*map(type, state.values())].count(torch.Tensor) == (4 if tops else 2)
+    for found, wanted in zip(rules.read_moments(state), (x, x.square())):
+        off = 0.1 * x.abs().max() ** 2 if tops and x.numel() else 0.0
+        assert not tops or state['exp_avg_top'].shape == tops
+        close(found.view(shape), wanted, off)
+
+
 def test_an_8_bit_second_moment_decays_beside_one_that_does_not():
     state, R, spike = {'step': 0}, normal(64, 64, dtype=torch.float32), torch.zeros(16, 256)
     spike[:, 0] = 3.0  # in every block of 256
@@ -2872,11 +2886,12 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     for a, b in ((0, 1), (5, 2**20 + 3), (2**20, 2**21), (2**21 - 9, len(x))):
         assert torch.equal(rounded(x[a:b], 7, a), whole[a:b])
     states = {}
-    for first, last in ((0, 60), (0, 17), (17, 60)):  # rows of a step on bfloat16
+    for first, last, chunk in ((0, 60, 2**18), (0, 17, 2000), (17, 60, 2000)):  # rows of a step on bfloat16
         p, state = x[:60 * 400].view(60, 400)[first:last].bfloat16(), {'step': 3}
         rules.new_moments(state, p, None)
-        where = dict(betas=(0.9, 0.99), eps=1e-8, key=7, first=first * 400)
-        rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
+        where = dict(betas=(0.99, 0.99), eps=1e-8, key=7, first=first * 400)
+        with mock.patch.object(rules, 'CHUNK_OF_A_CPU', chunk):
+            rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
         states[first, last] = torch.stack([p, *(x for x in state.values() if torch.is_tensor(x))])
     assert torch.equal(states[0, 60], torch.cat([states[0, 17], states[17, 60]], 1))
     square, turned = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
@@ -2890,7 +2905,9 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     assert (W[:4] != W[4:]).float().mean() > 0.1
     M, V = torch.zeros(2, 50, 50, dtype=torch.bfloat16)
     rules.write_moments({'exp_avg': M, 'exp_avg_sq': V}, [square, square], 7)
-    assert (M != V).float().mean() > 0.1
+    assert (M != V).float().mean() > 0.1 and not torch.equal(M, square.bfloat16())
+    rules.write_moments({'exp_avg': M, 'exp_avg_sq': V}, [square, square], 7, beta1=0.95)
+    assert torch.equal(M, square.bfloat16()) and not torch.equal(V, square.bfloat16())
     layer = lowrank.MHLoRALinear(nn.Linear(50, 50), rank=2, factors='basis', merge_every=1)
     before = layer.weight.clone()
     lowrank.merged_state_dict(layer, dtype=torch.bfloat16)

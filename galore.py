@@ -129,9 +129,12 @@ def decay_(W, keep, key=0, first=0):
         W.mul_(keep)
 
 
-def alike(params, most=2**26):
-    """Lists of parameters of one shape, each of at most so many numbers, or as many of shards as
-    there are ranks: what Muon's products take at once."""
+def alike(params, rule):
+    """Lists of parameters of one shape that a rule takes at once: one, or for Muon's products at
+    most so many numbers, of shards as many parameters as there are ranks."""
+    if rule not in ORTHOGONAL:
+        return [[p] for p in params]
+    most = 2**21 if params[0].device.type == 'cpu' else 2**24  # a CPU works in its cache
     lists = {}
     for p in params:
         number = max(most // p.numel(), rank_and_world()[1] if is_sharded(p) else 1)
@@ -231,6 +234,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
         clamped = []
         for name, p in zip(names, group['params']):
+            if is_sharded(p) and group.get('dim') == 0:
+                raise ValueError(f'{name}: columns of a gradient are wanted, of which ranks hold '
+                                 "rows: take rule='adamw' or 'muon'")
             if p.dim() != 2 and ('rank' in group or rule in FULL):
                 raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a '
                                  'group without rank and rule')
@@ -277,7 +283,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             for W in params:
                 self._projected(W, self.state[W], group)
         elif group.get('rule') in FULL:
-            for some in alike(params):
+            for some in alike(params, group['rule']):
                 self._full(some, group)
         else:
             self._adamw(params, group)
@@ -288,7 +294,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
         keep = 1.0 - lr * decay
         as_torch = 'rule' in group
-        if not as_torch and lr:  # keep (W - lr rho)
+        if not as_torch and lr * keep:  # keep (W - lr rho)
             lr = lr * keep
             decay = (1.0 - keep) / lr
         fused = {}  # dtype and age: fused kernels take lists of one dtype
@@ -471,7 +477,10 @@ class LowRankAdamW(GaLoreAdamW):
             state = self.state[p]
             if not state:
                 state.update(step=0, bases=0)
-            if not self.begun and state['bases'] and not local(layer.basis).any():
+            if layer.sketch is not None:  # as backward passes have left it
+                state['sketch'] = layer.sketch.grad
+            basis = local(layer.basis)
+            if not self.begun and state['bases'] and basis.numel() and not basis.any():
                 raise ValueError("the optimizer's state was loaded, and not the bases that it is "
                                  "of: load the model's state_dict, not the merged one, or leave "
                                  "that of the optimizer")
@@ -563,6 +572,7 @@ class LowRankAdamW(GaLoreAdamW):
             if 'sketch' in self.state[p]:
                 sums = self.state[p]['sketch']
                 layer.ask_sketch(len(sums), sums)
+                self.state[p]['sketch'] = layer.sketch.grad
 
     def _update(self, params, group):
         if 'inside' not in group:
@@ -573,7 +583,7 @@ class LowRankAdamW(GaLoreAdamW):
                                  'forward pass')
         keep = 1.0 - group['lr'] * group['weight_decay']
         lr = group['lr'] * group['scale'] * keep
-        for some in alike(params):
+        for some in alike(params, group['inside']):
             for p, move in zip(some, self._moves(INSIDE, group['inside'], some, group)):
                 layer = self.layers[p]
                 key = self._seed(p, self.state[p]['step'], 0)
@@ -620,9 +630,10 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         raise ValueError("layers with factors='basis' that are merged every step are no ordinary "
                          'parameters: use galore.LowRankAdamW(model)')
     named = dict(model.named_modules())
-    linears = {module.weight: name for name, module in named.items()
+    linears = {name: module.weight for name, module in named.items()
                if isinstance(module, nn.Linear)}
-    output = {p for p, name in linears.items() if is_wanted(name, ['logit'])}
+    output = {p for name, p in linears.items() if is_wanted(name, ['logit'])}
+    linears = {*linears.values()}
     tables = {module.weight for module in named.values() if isinstance(module, nn.Embedding)}
     spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: of places, and the class token
     ruled = rank > 0 or rule in FULL

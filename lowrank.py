@@ -365,7 +365,7 @@ class MHLoRALinear(nn.Module):
         zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
         leaf = zero.expand(parts, *self.basis.shape)
         self.sketch = leaf.requires_grad_()
-        self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums
+        self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums.to(zero.dtype)
 
     def shard_gradient(self):
         """To be called when FSDP2 has sharded W: from now on R goes to factor_rows.grad, a
@@ -592,7 +592,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
 def averaged_heads(model, replicas=None):
     """While this lasts, the model is the one that is evaluated: split heads act on every token, and
     they and `replicas` are averaged. All ranks take part."""
-    split = [layer for layer in lowrank_layers(model) if layer.split]
+    split = {layer: layer.merged_pair for layer in lowrank_layers(model) if layer.split}
     own = {p: p.data for p in (replicas or {}).values()}
     try:
         for layer in split:
@@ -601,8 +601,8 @@ def averaged_heads(model, replicas=None):
             p.data = averaged_copy(p).to(p.dtype)
         yield
     finally:
-        for layer in split:
-            layer.merged_pair = None
+        for layer, pair in split.items():
+            layer.merged_pair = pair
         for p, data in own.items():
             p.data = data
 

@@ -132,7 +132,8 @@ def encode(x, age, levels, power, dtype):
     tiny = torch.finfo(x.dtype).tiny
     size.div_(top.clamp_min(tiny)).mul_(levels**power)  # level l is at l^power
     place = torch.arange(blocks.shape[-1], device=x.device)
-    threshold = (place * 0.6180339887 + age * 0.7548776662) % 1.0  # not random
+    shift = age * 0.7548776662 % 1.0  # in Python: float32 has no room for large ages
+    threshold = (place * 0.6180339887 + shift) % 1.0  # not random
     if power == 2:  # the next level is 2 l + 1 away
         low = size.sqrt().floor_().clamp_(max=levels - 1)
         root = low
@@ -237,18 +238,17 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
     eps = eps / math.sqrt(1 - betas[1] ** age)
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
-    if p is not grad and 'exp_avg_top' not in state and p.stride() != M.stride():
-        state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()
-    elif is_fused(p, state):
+    if is_fused(p, state) and (p is grad or p.stride() == M.stride()):
         if grad.stride() != M.stride():  # the kernel reads raw memory
             is_p = p is grad
             grad = torch.empty_like(M).copy_(grad)
             p = grad if is_p else p
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
+    state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()  # rows are views of them
     all_rows, grad_rows = as_rows(p), as_rows(grad)  # views, where they can be
-    n = all_rows.shape[1]
-    count = max((CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK) // n, 1)
+    n = all_rows.shape[1]  # 0 of a shard that is empty
+    count = max((CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK) // max(n, 1), 1)
     for i in range(0, len(all_rows), count):
         rows = slice(i, i + count)
         M, V = read_moments(state, rows)
@@ -330,13 +330,13 @@ def apollo(G, R, N, Q, state, group):
 def averaged(G, state, group, key=0, first=0):
     """The running average of G by the group's momentum, in float32 or wider; of momentum 0 G, and
     no state."""
-    G = G.to(wide(G))
+    given, G = G, G.to(wide(G))
     if not group['momentum']:  # a run may have had one before it was resumed
         state.pop('exp_avg', None)
         state.pop('exp_avg_top', None)
         return G
-    if 'exp_avg' not in state:  # flat views are taken of it
-        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
+    if 'exp_avg' not in state:  # rows are views of it
+        new_moments(state, given.contiguous(), group['state_bits'], names=('exp_avg',))
     M = read_moments(state)[0].view(G.shape).to(G.dtype)
     M = M.lerp_(G, 1 - group['momentum'])
     write_moments(state, [M], key, first=first, beta1=group['momentum'])

@@ -1215,6 +1215,41 @@ def test_a_merge_in_full_forgets_what_few_bits_left():
     assert state[p] == {'step': 1}
 
 
+@pytest.mark.parametrize('bits', [None, 16, 8])
+def test_a_rank_may_have_no_row_of_a_parameter(bits):
+    for shape in ((0,), (0, 40)):
+        p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
+        follow(galore.GaLoreAdamW([dict(params=[p], rule='adamw', state_bits=bits)]), [p], [[p.detach()]] * 2)
+
+
+@pytest.mark.parametrize('rule', rules.FULL)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_an_average_is_as_wide_as_its_parameter(rule, dtype):
+    W = nn.Parameter(torch.zeros(8, 6, dtype=dtype))
+    optimizer = galore.GaLoreAdamW([dict(params=[W], rule=rule, momentum=0.9)])
+    follow(optimizer, [W], [[normal(8, 6, dtype=dtype)]])
+    assert optimizer.state[W]['exp_avg'].dtype == dtype
+
+
+def test_an_output_layer_is_one_under_each_of_its_names():
+    net = nn.Module()
+    net.lm_head, net.mlp, net.proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+    net.proj.weight = net.lm_head.weight
+    groups = galore.param_groups(net, rule='scale')
+    assert [group['momentum'] for group in groups if 'lm_head.weight' in group['param_names']] == [0.9]
+
+
+def test_what_is_averaged_within_an_average_stays():
+    layer = lowrank.MHLoRALinear(nn.Linear(6, 5).double(), 2, 3, split=True, merge_every=2)
+    layer.B.data.normal_()
+    x = normal(4, 6)
+    with lowrank.averaged_heads(layer):
+        once = layer(x)
+        with lowrank.averaged_heads(layer):
+            pass
+        assert torch.equal(layer(x), once)
+
+
 @pytest.mark.parametrize('rule', rules.FULL)
 def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
     grads = normal(3, 1, 64, 80)
@@ -1304,7 +1339,7 @@ def test_8_bits_are_off_by_less_than_a_level(key, n):
     level = (x.abs() / size.clamp_min(1e-30)) ** (1 / power) * levels
     bound = size * ((level.floor() + 1) ** power - level.floor() ** power) / levels ** power
     total = torch.zeros_like(x)
-    for age in range(400):
+    for age in range(10**6, 10**6 + 400):
         code, top = rules.encode(x, age, levels, power, dtype)
         y = rules.decode(code, top, levels, power)
         assert ((y - x).abs() <= bound * (1 + 1e-5) + 1e-7 * size).all()

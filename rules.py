@@ -137,13 +137,13 @@ def encode(x, age, levels, power, dtype):
     if power == 2:  # the next level is 2 l + 1 away
         low = size.sqrt().floor_().clamp_(max=levels - 1)
         root = low
-        gap = (2 * low).add_(1)
+        most = torch.addcmul(threshold, low, 2 * threshold)
     else:  # (2 l + 1) (2 l^2 + 2 l + 1)
         low = size.sqrt().sqrt_().floor_().clamp_(max=levels - 1)
         root = low.square()
-        gap = (2 * low).add_(1)
-        gap.mul_(torch.add(gap, root, alpha=2))
-    goes_up = size.addcmul_(root, root, value=-1) > gap.mul_(threshold)
+        most = (2 * low).add_(1)
+        most.mul_(torch.add(most, root, alpha=2)).mul_(threshold)
+    goes_up = size.addcmul_(root, root, value=-1).gt_(most)
     code = low.add_(goes_up)
     code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
     code = code.to(dtype).flatten(1)[:, :x.shape[1]]

@@ -327,18 +327,23 @@ def apollo(G, R, N, Q, state, group):
 # rules that see a gradient alone, of a shard its rows
 
 
+def first_moment(G, state, group):
+    """The average that a rule keeps, zero at first, like G, in float32 or wider. `write_moments`
+    writes it; it may be the state's own memory."""
+    if 'exp_avg' not in state:  # rows are views of it
+        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
+    return read_moments(state)[0].view(G.shape).to(wide(G))
+
+
 def averaged(G, state, group, key=0, first=0):
     """The running average of G by the group's momentum, in float32 or wider; of momentum 0 G, and
     no state."""
-    given, G = G, G.to(wide(G))
     if not group['momentum']:  # a run may have had one before it was resumed
         state.pop('exp_avg', None)
         state.pop('exp_avg_top', None)
-        return G
-    if 'exp_avg' not in state:  # rows are views of it
-        new_moments(state, given.contiguous(), group['state_bits'], names=('exp_avg',))
-    M = read_moments(state)[0].view(G.shape).to(G.dtype)
-    M = M.lerp_(G, 1 - group['momentum'])
+        return G.to(wide(G))
+    M = first_moment(G, state, group)
+    M = M.lerp_(G.to(M.dtype), 1 - group['momentum'])
     write_moments(state, [M], key, first=first, beta1=group['momentum'])
     return M
 

@@ -23,9 +23,9 @@ from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
 from ranks import (coded_mean, coded_same, finish_sum, first_here, full, gather_rows, is_sharded,
                    local, mean, mean_at, orthogonalise_rows, per_rank_tensors, rank_and_world,
                    rows_here, same)
-from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, adam, fused_adam_,
-                   is_fused, muon_size, new_moments, orthogonalised, read_moments, round_, step_,
-                   wide, write_moments)
+from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, fused_adam_,
+                   is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
+                   rows_of_shape, step_, wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 
@@ -232,8 +232,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for key in {'rank', 'update_proj_gap'} & group.keys():
             if not (isinstance(group[key], int) and group[key] >= 1):
                 raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
-        clamped = []
+        clamped, short = [], []
         for name, p in zip(names, group['params']):
+            row = group.get('rank') or rows_of_shape(p.shape)[1]  # of a moment
+            coded = group['state_bits'] == 8 and group.get('momentum', 1)  # 0: there are none
+            if coded and p.dim() > 1 and row < SHORTEST:
+                short.append(name)
             if is_sharded(p) and group.get('dim') == 0:
                 raise ValueError(f'{name}: columns of a gradient are wanted, of which ranks hold '
                                  "rows: take rule='adamw' or 'muon'")
@@ -246,6 +250,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
             warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of "
                           f'{clamped[0]}{more}')
+        if short and rank_and_world()[0] == 0:
+            print(f'moments of {len(short)} matrices, such as {short[0]}, stay in 32 bits: their '
+                  f'rows have fewer than {SHORTEST} numbers')
 
     def begin(self, step, micro_step=0, micro_steps=1):
         """To be called before each forward pass: which micro-batch of which step, from 0."""

@@ -218,10 +218,14 @@ def local(x):
     return x.to_local() if is_sharded(x) else x
 
 
+def rows_each(size):
+    """How many of `size` rows a rank holds of a sharded tensor, but for the last ones."""
+    return -(-size // rank_and_world()[1])
+
+
 def slice_here(size):
     """The slice of `size` rows that this rank holds of a sharded tensor."""
-    rank, world = rank_and_world()
-    each = -(-size // world)
+    rank, each = rank_and_world()[0], rows_each(size)
     return slice(min(rank * each, size), min((rank + 1) * each, size))
 
 
@@ -237,8 +241,8 @@ def first_here(x):
 
 def padded_rows(rows, size):
     """This rank's rows of a tensor (size, ...), with zeros after them: all ranks have as many."""
-    each = -(-size // dist.get_world_size())
-    return torch.cat([rows, rows.new_zeros(each - len(rows), *rows.shape[1:])])
+    more = rows_each(size) - len(rows)
+    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])])
 
 
 def gather_rows(rows, size):
@@ -272,8 +276,7 @@ _running = []  # (the leaf of rows, what waits for them) of the sum that runs; o
 def mean_rows(x):
     """Begins the average of x (size, columns) over ranks. Returns a function that waits for it, and
     gives this rank's rows."""
-    world, here = dist.get_world_size(), slice_here(len(x))
-    each = -(-len(x) // world)
+    world, here, each = dist.get_world_size(), slice_here(len(x)), rows_each(len(x))
     padded = F.pad(x, (0, 0, 0, each * world - len(x))).contiguous()
     traffic['bytes'] += padded.nbytes * (world - 1) / world
     part = padded.new_empty(each, x.shape[1])
@@ -361,8 +364,8 @@ def shard(model, layers, device):
 def orthogonalise_rows(moves, size):
     """Orthogonalises matrices (size, n), of which this rank holds the rows `moves` (matrices, rows,
     n). Of as many as there are ranks each rank gets one, and sends the rows of the result back."""
-    world, (_, here, n) = dist.get_world_size(), moves.shape
-    each = -(-size // world)
+    world, each = dist.get_world_size(), rows_each(size)
+    _, here, n = moves.shape
     done = []
     for some in for_muon(moves).split(world):
         parts = F.pad(some, (0, 0, 0, each - here, 0, world - len(some)))  # (world, each, n)

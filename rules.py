@@ -99,13 +99,19 @@ EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time
 
 
+def rows_of_shape(shape):
+    """The dimensions before a row, and the numbers of a row: the last dimension, or where that is
+    short and it is no matrix, all but the first."""
+    leading = shape[:-1]
+    if len(shape) > 2 and shape[-1] < SHORTEST:
+        leading = shape[:1]
+    return leading, math.prod(shape[len(leading):])
+
+
 def as_rows(x):
-    """x (..., n) as (rows, n); where n is short and x no matrix, (len(x), all the rest)."""
-    leading = x.shape[:-1]
-    if x.dim() > 2 and x.shape[-1] < SHORTEST:
-        leading = x.shape[:1]
-    rows = leading.numel()
-    return x.reshape(rows, math.prod(x.shape[len(leading):]))
+    """x as (rows, n), see `rows_of_shape`."""
+    leading, n = rows_of_shape(x.shape)
+    return x.reshape(leading.numel(), n)
 
 
 def by_block(x):
@@ -161,10 +167,9 @@ def decode(code, top, levels, power):
 def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
     """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8: vectors, and
     matrices with short rows, have 32 then. names: both moments, or the first alone."""
+    leading, n = rows_of_shape(like.shape)
     for name in names:
-        if bits == 8 and like.dim() > 1 and as_rows(like).shape[1] >= SHORTEST:
-            n = as_rows(like).shape[1]
-            leading = like.shape[:-1] if n == like.shape[-1] else like.shape[:1]
+        if bits == 8 and like.dim() > 1 and n >= SHORTEST:
             tops = *leading, -(-n // BLOCK)
             state[name] = like.new_zeros(like.shape, dtype=EIGHT_BITS[name][2])
             state[f'{name}_top'] = like.new_zeros(tops, dtype=torch.float32)

@@ -1366,6 +1366,14 @@ def test_blocks_of_8_bits_lie_in_rows(shape, tops):
         close(found.view(shape), wanted, off)
 
 
+def test_rows_too_short_for_8_bits_are_said(capsys):
+    params = [nn.Parameter(torch.zeros(shape)) for shape in ((20, 30), (30, 8), (30,))]
+    galore.GaLoreAdamW([dict(params=params, state_bits=8)])
+    assert 'moments of 1 matrices, such as parameter 1, stay in 32 bits' in capsys.readouterr().out
+    galore.GaLoreAdamW([dict(params=params[:1], state_bits=8, rank=4), dict(params=params[1:])])
+    assert 'such as parameter 0, stay in 32 bits' in capsys.readouterr().out
+
+
 def test_an_8_bit_second_moment_decays_beside_one_that_does_not():
     state, R, spike = {'step': 0}, normal(64, 64, dtype=torch.float32), torch.zeros(16, 256)
     spike[:, 0] = 3.0  # in every block of 256

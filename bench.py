@@ -93,6 +93,7 @@ import train_vit
 from model import SIZES
 from prepare import ensure, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
+from run import freeze_as_set, join, peak_memory_bytes
 
 HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -476,9 +477,9 @@ def stepper(settings, ranks=None):
     s, numbers = dict(settings), itertools.count()
     script = train_llama if 'size' in s else train_vit if 'img_size' in s else train_gpt
     # train='auto' asks what is loaded
-    config.freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
+    freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
     s.update(init_from='scratch', compile=False)
-    where = config.join(s) if ranks is None else SimpleNamespace(
+    where = join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
     layer = s.pop('layer', lowrank.MHLoRALinear)
     with contextlib.redirect_stdout(None), mock.patch('lowrank.MHLoRALinear', layer):
@@ -744,10 +745,10 @@ def of_depth(measure, settings, shallow=5):
 def grown(settings):
     """Bytes by which the peak resident size grows over three training steps, in a fresh process."""
     ctypes.CDLL(None).mallopt(-3, 1 << 18)  # what is freed goes back to the system at once
-    before = config.peak_memory_bytes('cpu')
+    before = peak_memory_bytes('cpu')
     step = stepper(settings, ranks=1)[1]
     step(), step(), step()
-    return config.peak_memory_bytes('cpu') - before
+    return peak_memory_bytes('cpu') - before
 
 
 def memory(options):

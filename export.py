@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-from lowrank import merged_state_dict, side_by_side
 from config import read_json
+from lowrank import merged_state_dict, side_by_side
 from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_safetensors,
                    read_tensors, tensors_for_transformers)
+from run import as_checkpoint, load_checkpoint, load_tensors, put_layers
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 PEFT_NONE = """
@@ -53,7 +54,7 @@ def of_a_run(checkpoint, path, dtype=None):
                          'LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
-    config.put_layers(model, checkpoint['settings'])
+    put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
@@ -129,11 +130,11 @@ def read_weights(source):
     run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
     """
     if os.path.isfile(source) or source.endswith('.pt'):
-        loaded = config.load_tensors(source)
+        loaded = load_tensors(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
             shape, state = from_nanogpt(loaded, source)
             return shape, state.items(), None
-        checkpoint = config.as_checkpoint(loaded, source)
+        checkpoint = as_checkpoint(loaded, source)
         shape, state = of_a_run(checkpoint, source)
         return shape, state.items(), checkpoint['tokenizer']
     folder, *rest = folders_of(source)
@@ -297,7 +298,7 @@ def write_timm(checkpoint, folder, dtype):
 def main(settings):
     s = SimpleNamespace(**settings)
     with config.refusals():
-        checkpoint = config.load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
+        checkpoint = load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
         dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
         if not s.to:

@@ -33,6 +33,7 @@ import torch
 import prepare
 from export import folders_of, read_weights
 from model import fill, generate, make_model
+from run import join
 
 
 def read(source):
@@ -53,7 +54,7 @@ def read(source):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = config.join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
+    where = join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
         model, tokens = read(s.init_from or f'{s.out_dir}/{s.checkpoint}')
     model.to(where.device).eval()

@@ -55,6 +55,8 @@ import textbook
 import train_gpt
 import train_llama
 import train_vit
+from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, need_same, put_layers, save,
+                 save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning')  # of vmap
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
@@ -102,7 +104,7 @@ def tiny(script, root, out, *words):
 
 
 def saved(out, name='ckpt.pt'):
-    return config.load_checkpoint(f'{out}/{name}')
+    return load_checkpoint(f'{out}/{name}')
 
 
 def train(script, root, out, *words):
@@ -126,7 +128,7 @@ def built(script, root, out, *words, checkpoint=None, ranks=1):
     else:
         data = prepare.Tokens(settings['dataset'], 'train', 16, root)
         about = data.vocab_size
-    return SCRIPTS[script].build(settings, config.join(settings), about, checkpoint), data
+    return SCRIPTS[script].build(settings, join(settings), about, checkpoint), data
 
 
 def records(out, name='log.jsonl'):
@@ -412,21 +414,21 @@ def test_every_config_file_goes_with_every_method_it_has_a_rate_for():
 
 def test_what_may_not_change_has_to_be_the_same_on_resume():
     checkpoint = {'settings': {**train_gpt.defaults, 'train': 'all'}, 'optimizer': {}}
-    assert config.MAY_CHANGE <= {*train_gpt.defaults, *train_vit.defaults}
+    assert MAY_CHANGE <= {*train_gpt.defaults, *train_vit.defaults}
     for key in train_gpt.defaults:
         settings = {**train_gpt.defaults, key: 'something else'}
         if key in ('batch_size', 'gradient_accumulation_steps'):  # both, to the same number of rows
             with pytest.raises(ValueError, match='12 rows a step'):
-                config.need_same(settings, checkpoint)
+                need_same(settings, checkpoint)
             settings.update(batch_size=6, gradient_accumulation_steps=2)
-        if key in config.MAY_CHANGE:
-            config.need_same(settings, checkpoint)
+        if key in MAY_CHANGE:
+            need_same(settings, checkpoint)
             assert settings['train'] == 'all'  # 'auto' is what the run made of it
         else:
             with pytest.raises(ValueError, match=f"trained with {key}=.*this run says 'something else'"):
-                config.need_same(settings, checkpoint)
+                need_same(settings, checkpoint)
     with pytest.raises(ValueError, match='another script .*n_mlp'):
-        config.need_same({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
+        need_same({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
 
 
 # -----------------------------------------------------------------------------
@@ -573,7 +575,7 @@ def readers(root, tmp_path_factory):
     (folder / 'a.parquet').write_bytes(parquet(text=[f'text {i}' for i in range(99)]))
 
     def resumed(path):
-        run, _ = built('gpt', root, folder / 'gpt', *words, checkpoint=config.load_checkpoint(path))
+        run, _ = built('gpt', root, folder / 'gpt', *words, checkpoint=load_checkpoint(path))
         assert run.optimizer.state
 
     def weights(path):
@@ -682,12 +684,12 @@ def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_old_one(tmp_path
         def __reduce__(self):
             raise KeyboardInterrupt
     path = f'{tmp_path}/ckpt.pt'
-    config.save_checkpoint(path, {'step': 1})
+    save_checkpoint(path, {'step': 1})
     with pytest.raises(KeyboardInterrupt):
-        config.save_checkpoint(path, {'step': 2, 'weights': torch.ones(9), 'more': Interrupts()})
+        save_checkpoint(path, {'step': 2, 'weights': torch.ones(9), 'more': Interrupts()})
     assert torch.load(path) == {'step': 1}
     with pytest.raises(FileNotFoundError, match='take --checkpoint=ckpt.pt'):
-        config.load_checkpoint(f'{tmp_path}/best.pt')
+        load_checkpoint(f'{tmp_path}/best.pt')
 
 
 # -----------------------------------------------------------------------------
@@ -1429,7 +1431,7 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
     first, second, *_ = lowrank.lowrank_layers(run.model)
     before = [layer.weight.clone() for layer in (first, second)]
     first.factor.requires_grad_(False)
-    run.optimizer = config.make_optimizer(run.model, run.settings)
+    run.optimizer = make_optimizer(run.model, run.settings)
     for step in range(4):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
     assert torch.equal(first.weight, before[0]) and not torch.equal(second.weight, before[1])
@@ -1866,13 +1868,13 @@ def run(name, root, out, *words):
 
 def run_of_eight(name, root, out, at_four):
     """A run of RUNS, and its folder as a kill after the evaluation of step 4 leaves it: `at_four`."""
-    restart = config.Meter.restart
+    restart = Meter.restart
 
     def copies(meter):
         restart(meter)
         if meter.run.saved == 4 and meter.run.rank == 0 and not os.path.exists(at_four):
             shutil.copytree(out, at_four)
-    with mock.patch.object(config.Meter, 'restart', copies):
+    with mock.patch.object(Meter, 'restart', copies):
         run(name, root, out, '--max_iters=8')
 
 
@@ -1950,8 +1952,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         assert run.settings.get(key) in (None, value), key
     if kind == 'reused':
         plain, run.model = Reused(), Reused()
-        config.put_layers(run.model, run.settings)
-        run.net, run.optimizer = run.model, config.make_optimizer(run.model, run.settings)
+        put_layers(run.model, run.settings)
+        run.net, run.optimizer = run.model, make_optimizer(run.model, run.settings)
     if min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8:
         steps = 2 * max(run.settings['basis_every'] % 8, run.settings['merge_every'] % 8) + 1
     batches = [seen(script, data, step, run.settings) for step in range(steps)]
@@ -1959,7 +1961,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
     forward, first, matrices, how = book_of(plain, run.model, run.optimizer, run.settings)
     book = textbook.train(forward, first, joined, matrices, how)
     for step, _ in enumerate(batches):
-        lr = config.set_learning_rate(run.optimizer, run.settings, step)
+        lr = set_learning_rate(run.optimizer, run.settings, step)
         assert how['merge_reset'] or lr == pytest.approx(how['learning_rate'](step))
         heads = [run.heads] * (script != 'vit')
         loss, norm = module.train_step(run, step, lambda i: data.batch(
@@ -2113,7 +2115,7 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
     run, data = built(script, root, tmp_path, *words)
     assert run.scaler.get_scale() == 65536
     about = dict(best_val_auc=0.0, classes=data.classes) if script == 'vit' else dict(best_val_loss=0.0)
-    config.save(run, 'ckpt.pt', dict(step=0, **about), resumable=True)
+    save(run, 'ckpt.pt', dict(step=0, **about), resumable=True)
     checkpoint = saved(tmp_path)
     checkpoint['scaler']['scale'] = 8.0
     again, _ = built(script, root, tmp_path, *words, '--init_from=resume', checkpoint=checkpoint)
@@ -2660,9 +2662,9 @@ def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
 def test_memory_does_not_grow_with_the_archive(tmp_path):
     path = archive(tmp_path, size=224, counts={'train': 400, 'val': 9, 'test': 9})
     assert path.stat().st_size > 60e6
-    code = ('import config, prepare, sys, tqdm, filelock\n'
-            "before = config.peak_memory_bytes('cpu'); prepare.main(sys.argv[1:])\n"
-            "print(config.peak_memory_bytes('cpu') - before)")
+    code = ('import prepare, run, sys\n'
+            "before = run.peak_memory_bytes('cpu'); prepare.main(sys.argv[1:])\n"
+            "print(run.peak_memory_bytes('cpu') - before)")
     command = ['pathmnist', '--size', '224', '--path', str(tmp_path), '--data_dir', str(tmp_path)]
     run = subprocess.run([sys.executable, '-c', code, *command], cwd=HERE, capture_output=True, check=True)
     assert 0 < int(run.stdout.split()[-1]) < 30e6, run.stdout
@@ -2721,7 +2723,7 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
     (tmp_path / 'config.json').unlink()
     (tmp_path / 'theirs').write_text('precious')
     (tmp_path / 'ckpt.pt.tmp').symlink_to(tmp_path / 'theirs')  # it is removed, and not written through
-    config.unlock()  # as the end of a process does
+    unlock()  # as the end of a process does
     with open(tmp_path / '.lock', 'w') as lock:  # another process trains there
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         refused(capsys, run(), 'another run')
@@ -2784,7 +2786,7 @@ def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
     run, data = built('llama', root, tmp_path, *method(name, '--n_layer=1'))
     for step in range(4):
         train_llama.train_step(run, step, lambda micro_step: data.batch(8, step, rows=run.rows))
-    config.save(run, 'ckpt.pt', dict(step=4), resumable=True)
+    save(run, 'ckpt.pt', dict(step=4), resumable=True)
     before = (tmp_path / 'ckpt.pt').read_bytes()
     tensors = [*run.model.parameters(), *run.model.buffers()]
     tensors += [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
@@ -2793,15 +2795,15 @@ def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
         kept = last.clone()
         last.fill_(value)
         with pytest.raises(SystemExit, match='at step 5 is not finite.*ckpt.pt of step 4'):
-            config.save(run, 'ckpt.pt', dict(step=5), resumable=True)
+            save(run, 'ckpt.pt', dict(step=5), resumable=True)
         last.copy_(kept)
     assert (tmp_path / 'ckpt.pt').read_bytes() == before
-    config.save(run, 'ckpt.pt', dict(step=5), resumable=True)  # all of it is whole again
+    save(run, 'ckpt.pt', dict(step=5), resumable=True)  # all of it is whole again
 
 
 def test_a_float16_run_counts_the_steps_it_skips_and_ends_if_it_skips_them_all(root, tmp_path):
     run, data = built('gpt', root, tmp_path, '--param_dtype=float32', '--dtype=float16')
-    meter = config.Meter(run, 0, 128, 'tokens')
+    meter = Meter(run, 0, 128, 'tokens')
     next(run.model.parameters()).register_hook(lambda grad: grad * math.inf)
     with pytest.raises(SystemExit, match='every gradient at step 40 is not finite.*no checkpoint'):
         for step in range(40):
@@ -3229,7 +3231,7 @@ def built_again(out):
         train_vit.put_heads(model, state['settings'])
     else:
         model = models.make_model(shape).double()
-        config.put_layers(model, state['settings'])
+        put_layers(model, state['settings'])
     model.load_state_dict(state['model'])
     return model.eval()
 
@@ -3342,10 +3344,10 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
     path = tmp_path / 'mine' / 'a' / '0.png'
     wide, turned = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
-    for said, save in (('8 bits', lambda: wide.save(path)),
+    for said, write in (('8 bits', lambda: wide.save(path)),
                        ('damaged', lambda: path.write_bytes(b'no picture')),
                        ('damaged', lambda: turned.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
-        save()
+        write()
         with pytest.raises(prepare.DataError, match=f'0.png.*{said}'):
             prepare.main([*words, '--overwrite'])
     assert len(prepare.Images('images', 'train', tmp_path / 'data')) == len(splits[0])
@@ -3398,7 +3400,7 @@ def test_no_code_of_a_file_runs(readers, tmp_path, kind):
     else:
         with open(path, 'wb') as file:
             pickle.dump(RunsCode(ran), file)
-    for read in (readers['vit.safetensors'][1], config.load_checkpoint):
+    for read in (readers['vit.safetensors'][1], load_checkpoint):
         with pytest.raises(ValueError, match=f"weights.{kind}' is damaged or"):
             read(path)
         assert not ran.exists()
@@ -3663,10 +3665,10 @@ def one_rank_saves_what_all_ranks_load(root, out):
     out.mkdir(exist_ok=True)
     for step in range(2):
         train_llama.train_step(mine, step, lambda micro_step: data.batch(8, step, rows=mine.rows))
-    config.save(mine, 'ckpt.pt', dict(step=1, best_val_loss=0.0), resumable=True)
+    save(mine, 'ckpt.pt', dict(step=1, best_val_loss=0.0), resumable=True)
     torch.distributed.barrier()
     assert {*files_of(out)} == {'ckpt.pt'}
-    checkpoint = config.load_checkpoint(f'{out}/ckpt.pt')
+    checkpoint = load_checkpoint(f'{out}/ckpt.pt')
     again, _ = built('llama', root, out, *words, '--init_from=resume', ranks=2, checkpoint=checkpoint)
     states = [run.optimizer.state for run in (mine, again)]
     assert any('exp_avg_top' in state for state in states[0].values())
@@ -3674,7 +3676,7 @@ def one_rank_saves_what_all_ranks_load(root, out):
         assert same_state(state, other)
     for p, q in zip(mine.model.parameters(), again.model.parameters()):
         assert torch.equal(processes.local(p), processes.local(q))
-    state = config.load_checkpoint(f'{out}/../gpt_bits_shard/ckpt.pt')  # sketches of heads, then of ranks
+    state = load_checkpoint(f'{out}/../gpt_bits_shard/ckpt.pt')  # sketches of heads, then of ranks
     in_full, _ = built('gpt', root, out, *method('galolte', '--shard=True'), ranks=2, checkpoint=state)
     sketches = {p: x for p, x in in_full.optimizer.state.items() if 'sketch' in x}
     assert sketches
@@ -3686,9 +3688,9 @@ def one_rank_saves_what_all_ranks_load(root, out):
     words = method('local_adamw', '--state_bits=8')  # moments of each rank's own
     mine, data = built('gpt', root, out, *words, ranks=2)
     train_gpt.train_step(mine, 0, lambda micro_step: data.batch(8, 0, rows=mine.rows))
-    config.save(mine, 'best.pt', dict(step=1, best_val_loss=0.0), resumable=True)
+    save(mine, 'best.pt', dict(step=1, best_val_loss=0.0), resumable=True)
     torch.distributed.barrier()
-    again, _ = built('gpt', root, out, *words, ranks=2, checkpoint=config.load_checkpoint(f'{out}/best.pt'))
+    again, _ = built('gpt', root, out, *words, ranks=2, checkpoint=load_checkpoint(f'{out}/best.pt'))
     layers = [lowrank.named_layers(one.model) for one in (mine, again)]
     assert same_state(*(processes.gather_state(one.model, own, one.optimizer, one.replicas)
                         for one, own in zip((mine, again), layers)))
@@ -3718,7 +3720,7 @@ def all_ranks_skip_a_step_that_overflows_on_one():
         optimizer.begin(step)
         for loss, scaler, stepping in zip((net(idx, idx), alone.sum()), scalers, (optimizer, fused)):
             scaler.scale(loss * much).backward()
-            config.unscale(scaler, stepping)
+            unscale(scaler, stepping)
             lowrank.clip_gradients(gpt, 1.0)
             scaler.step(stepping)
             scaler.update()
@@ -3739,7 +3741,7 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
             heads = next(iter(processes.per_rank_tensors(lowrank.lowrank_layers(one.model)) & one.optimizer.state.keys()))
             one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
         with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
-            config.save(one, 'ckpt.pt', dict(step=1), resumable=True)
+            save(one, 'ckpt.pt', dict(step=1), resumable=True)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -3824,7 +3826,7 @@ def test_a_fresh_run_removes_the_old_one_and_what_makes_it_ours_last(runs, tmp_p
     out, removed = shutil.copytree(runs('gpt_full', 4), tmp_path / 'a'), []
     settings = {**saved(out)['settings'], 'init_from': 'scratch', 'out_dir': str(out)}
     with mock.patch.object(os, 'remove', lambda path: (removed.append(path), os.unlink(path))):
-        config.start_run(settings, 0)  # a kill leaves a folder that is known as ours
+        start_run(settings, 0)  # a kill leaves a folder that is known as ours
     names = [os.path.basename(path) for path in removed if not path.endswith('.tmp')]
     assert names == ['ckpt.pt', 'best.pt', 'log.jsonl', 'config.json']
 

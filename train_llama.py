@@ -94,13 +94,15 @@ from export import carry_along, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import SIZES, Llama, LlamaConfig, fill
 from ranks import mean, shard, write
+from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer, open_run,
+                 put_layers, save, set_learning_rate, stop_requested, unscale)
 
 
 def build(settings, where, vocabulary, checkpoint=None):
     """
-    What a run computes with, see `config.assemble`.
+    What a run computes with, see `run.assemble`.
 
-    where: from config.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
+    where: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
     settings['train'], if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
@@ -123,8 +125,8 @@ def build(settings, where, vocabulary, checkpoint=None):
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
                          f'vocab_size={vocabulary}, or choose other data')
     model.to(getattr(torch, s.param_dtype))
-    layers = config.put_layers(model, settings, where.rank, where.ranks)
-    config.freeze_as_set(model, settings)
+    layers = put_layers(model, settings, where.rank, where.ranks)
+    freeze_as_set(model, settings)
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
     else:
@@ -136,7 +138,7 @@ def build(settings, where, vocabulary, checkpoint=None):
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
-    return config.assemble(model, asdict(model.config), config.make_optimizer(model, settings), settings=settings,
+    return assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
                            where=where, checkpoint=checkpoint)
 
 
@@ -165,7 +167,7 @@ def train_step(run, step, batch):
         loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    config.unscale(run.scaler, run.optimizer)
+    unscale(run.scaler, run.optimizer)
     norm = clip_gradients(run.model, s.grad_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -184,7 +186,7 @@ def evaluate(run, data):
     s, losses = run.s, []
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
-        while len(losses) < s.eval_iters and not config.stop_requested():
+        while len(losses) < s.eval_iters and not stop_requested():
             losses.append(loss_of(run, *data.fixed_batch(
                 len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)))
     run.model.train()
@@ -193,30 +195,30 @@ def evaluate(run, data):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = config.join(settings)
+    where = join(settings)
     with config.refusals():
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
-        checkpoint = config.open_run(settings, where, train_data.fingerprint)
+        checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
-        meter = config.Meter(run, step, tokens, 'tokens')
+        meter = Meter(run, step, tokens, 'tokens')
         if run.rank == 0:
             carry_along(settings)
     del checkpoint
-    config.catch_signals()
+    catch_signals()
     start, stop = step, False
     while True:
-        lr = config.set_learning_rate(run.optimizer, settings, step)
+        lr = set_learning_rate(run.optimizer, settings, step)
         last = stop or step >= s.max_iters or s.eval_only
 
         if last or step % s.eval_interval == 0:
             val_loss = evaluate(run, val_data)
             stop = val_loss is None  # a signal wants the checkpoint soon
             if not stop:
-                units = config.in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
+                units = in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
                 meter.log(step, {'val_loss': val_loss, **units})
             # also where a run resumes at its best, as it may have been killed before it wrote best.pt
             better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
@@ -224,9 +226,9 @@ def main(settings):
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
                          tokenizer=train_data.meta.get('tokenizer', ''))
             if step > start:
-                config.save(run, 'ckpt.pt', about, resumable=True)
+                save(run, 'ckpt.pt', about, resumable=True)
             if better:
-                config.save(run, 'best.pt', about)
+                save(run, 'best.pt', about)
             meter.restart()
         if last or stop:
             break
@@ -236,7 +238,7 @@ def main(settings):
             rows=run.rows, heads=run.heads))
         meter.add(loss, norm)
         step += 1
-        stop = config.stop_requested()
+        stop = stop_requested()
         due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == s.max_iters
         if stop or due:
             meter.line(step, lr)

@@ -100,6 +100,9 @@ import prepare
 from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge, merged_state_dict,
                      named_layers)
 from ranks import load_weights, mean, shard
+from run import (Meter, as_checkpoint, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
+                 load_tensors, make_optimizer, open_run, put_layers, save, set_learning_rate, stop_requested,
+                 unscale)
 
 # -----------------------------------------------------------------------------
 # model
@@ -174,10 +177,10 @@ def fuse_qkv(state):
 
 
 def put_heads(vit, settings, worker=0, workers=1):
-    """See config.put_layers; where targets name q, k or v, qkv is split before."""
+    """See run.put_layers; where targets name q, k or v, qkv is split before."""
     if not {'q', 'k', 'v'}.isdisjoint(settings['lowrank'].split(',')):
         split_qkv(vit)
-    config.put_layers(vit, settings, worker, workers)
+    put_layers(vit, settings, worker, workers)
 
 
 def merged(checkpoint):
@@ -196,9 +199,9 @@ def read_weights(path, shape, classes, keep=False):
     refused (ValueError) where `keep` is True."""
     with open(path, 'rb') as file:
         zipped = file.read(2) == b'PK'
-    found = config.load_tensors(path) if zipped else {}
+    found = load_tensors(path) if zipped else {}
     if isinstance(found, dict) and 'model_config' in found:
-        checkpoint = config.as_checkpoint(found, path)
+        checkpoint = as_checkpoint(found, path)
         if 'classes' not in checkpoint:
             raise ValueError(f"'{path}' is the checkpoint of a GPT or a LLaMA: give one of a ViT")
         saved, known = checkpoint['model_config'], checkpoint['classes']
@@ -318,8 +321,8 @@ def draw_confusion(matrix, classes, path):
 
 
 def build(settings, where, classes, checkpoint=None):
-    """What a run computes with, see `config.assemble`; besides size, crop_pct, interpolation, mean, std: how
-    it sees images. where: from config.join; classes: names; checkpoint: to go on from. Writes
+    """What a run computes with, see `run.assemble`; besides size, crop_pct, interpolation, mean, std: how
+    it sees images. where: from run.join; classes: names; checkpoint: to go on from. Writes
     settings['train'], if it is 'auto'."""
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -344,10 +347,10 @@ def build(settings, where, classes, checkpoint=None):
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     put_heads(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
-    config.freeze_as_set(model, settings, new=('logit',))
+    freeze_as_set(model, settings, new=('logit',))
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
-    run = config.assemble(model, shape, config.make_optimizer(model, settings), settings=settings, where=where,
+    run = assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
                           checkpoint=checkpoint)
     return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std)
 
@@ -382,7 +385,7 @@ def train_step(run, step, batch):
         loss = criterion(logits_of(run, images), labels) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
-    config.unscale(run.scaler, run.optimizer)
+    unscale(run.scaler, run.optimizer)
     norm = clip_gradients(run.model, s.grad_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -406,7 +409,7 @@ def evaluate(run, data, name):
     labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)  # (n,) or (n, classes)
     logits, i = torch.zeros(len(data), data.num_classes, dtype=wide, device=run.device), 0
     with averaged_heads(run.model, run.replicas):
-        while i < batches and not config.stop_requested():
+        while i < batches and not stop_requested():
             images, y = data.fixed_batch(i, batch_size, run.rank, world_size=run.ranks)
             mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
             rows = len(y)  # of the last batch maybe none; but in shards all ranks have to compute together
@@ -439,7 +442,7 @@ def test(run, data, meter, step):
     there = torch.tensor(float(not run.s.eval_only and os.path.exists(best)), device=run.device)
     share = mean(there).item()
     if share == 1:
-        load_weights(run.model, named_layers(run.model), config.load_checkpoint(best)['model'])
+        load_weights(run.model, named_layers(run.model), load_checkpoint(best)['model'])
     elif share and run.rank == 0:
         print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')
@@ -454,7 +457,7 @@ def test(run, data, meter, step):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = config.join(settings)
+    where = join(settings)
     with config.refusals():
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
@@ -462,17 +465,17 @@ def main(settings):
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
-        checkpoint = config.open_run(settings, where, train_data.fingerprint)
+        checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, classes, checkpoint=checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '
-        meter = config.Meter(run, step, images, unit='images', more=epochs)
+        meter = Meter(run, step, images, unit='images', more=epochs)
     del checkpoint
-    config.catch_signals()
+    catch_signals()
     start, stop = step, False
     while True:
-        lr = config.set_learning_rate(run.optimizer, settings, step)
+        lr = set_learning_rate(run.optimizer, settings, step)
         last = stop or step >= steps or s.eval_only
 
         if last or step % s.eval_interval == 0:
@@ -486,9 +489,9 @@ def main(settings):
             best_val_auc = record['val_auc'] if better else best_val_auc
             about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint, classes=classes)
             if step > start:
-                config.save(run, 'ckpt.pt', about, resumable=True)
+                save(run, 'ckpt.pt', about, resumable=True)
             if better:
-                config.save(run, 'best.pt', about)
+                save(run, 'best.pt', about)
             meter.restart()
         if last or stop:
             break
@@ -498,7 +501,7 @@ def main(settings):
             rows=run.rows))
         meter.add(loss, norm)
         step += 1
-        stop = config.stop_requested()
+        stop = stop_requested()
         due = step % s.log_interval == 0 or step % s.eval_interval == 0 or step == steps
         if stop or due:
             meter.line(step, lr)

@@ -4,10 +4,9 @@ A run's model as others read it: transformers, PEFT (its heads alone), timm (a V
 $ python export.py --out_dir=out/mine --to=mine-hf
 $ python export.py --out_dir=out/mine --to=mine-lora --adapter=True
 
-And the other way, for the training scripts and sample.py: `read_weights`.
+The other way: hub.py.
 """
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -29,166 +28,22 @@ if __name__ == '__main__':
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 import prepare
 from config import read_json
-from lowrank import merged_state_dict, side_by_side
-from model import (GPTConfig, config_json, from_nanogpt, make_model, read_config, read_safetensors,
-                   read_tensors, tensors_for_transformers)
-from run import as_checkpoint, load_checkpoint, load_tensors, put_layers
+from hub import SHAPE, config_json, create_vit, merged_vit, of_a_run, tensors_for_transformers
+from lowrank import side_by_side
+from run import load_checkpoint
 
 SHARD = 5e9  # bytes of a safetensors file, at most
-PEFT_NONE = """
-    use_dora use_rslora modules_to_save rank_pattern alpha_pattern lora_bias layer_replication
-    trainable_token_indices target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config
-    velora_config kasa_config use_gks corda_config eva_config loftq_config revision
-    """.split()  # what is refused where an adapter sets it
-
-# -----------------------------------------------------------------------------
-# in
-
-def of_a_run(checkpoint, path, dtype=None):
-    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or LLaMA."""
-    if 'tokenizer' not in checkpoint:
-        raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a GPT or a "
-                         'LLaMA')
-    with torch.device('meta'):
-        model = make_model(checkpoint['model_config'])
-    put_layers(model, checkpoint['settings'])
-    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
-    state, shape = merged_state_dict(model, dtype=dtype), model.config
-    if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
-        del state['lm_head.weight']
-    else:  # heads on `logit` part the two
-        shape.tied = False
-    return shape, state
-
-
-def folders_of(source):
-    """Folders with what lies beside the weights of init_from; that of an adapter's base comes last."""
-    if os.path.isfile(source):  # of a run
-        return [os.path.join(os.path.dirname(source), 'tokenizer')]
-    folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
-    about = os.path.join(folder, 'adapter_config.json')
-    if os.path.isfile(about):
-        base = read_json(about, {'base_model_name_or_path': str}).get('base_model_name_or_path')
-        return [folder, *folders_of(base or '')]
-    return [folder]
-
-
-def with_adapter(folder, shape, tensors):
-    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged into it, in
-    float32; a LoRA of a tied output layer parts it from the embedding, which stays.
-
-    ValueError: what PEFT can do and we do not read, by its key."""
-    about = read_json(os.path.join(folder, 'adapter_config.json'),
-                      {'r': int, 'lora_alpha': float, 'peft_type': str, 'bias': str})
-    supported = {key: not about.get(key) for key in PEFT_NONE} | {
-        'peft_type': about.get('peft_type') == 'LORA', 'bias': about.get('bias', 'none') == 'none',
-        'init_lora_weights':  # others change the base
-            about.get('init_lora_weights', True) in (True, False, 'gaussian', 'orthogonal', 'eva')}
-    for key in ('r', 'lora_alpha'):
-        supported[key] = (about.get(key) or 0) > 0
-    for key in supported:
-        if not supported[key]:
-            raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not "
-                             'supported: merge it by PEFT first')
-    path = os.path.join(folder, 'adapter_model.safetensors')
-    factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
-    if shape.tied and any(name.startswith('lm_head.') for name in factors):
-        shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
-    return shape, _added(tensors, factors, about, path)
-
-
-def parted(tensors):
-    """(name, tensor) of a tied model, and the embedding once more as its output layer."""
-    for name, x in tensors:
-        yield name, x
-        if name.endswith(('wte.weight', 'embed_tokens.weight')):
-            yield 'lm_head.weight', x
-
-
-def _added(tensors, factors, about, path):
-    """Yields (name, tensor) with the LoRA {name: factor} of a file added."""
-    for name, x in tensors:
-        A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
-        if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
-            raise ValueError(f"'{path}' has no A and B of rank r={about['r']} for {name}: fetch it again")
-        if A is not None:
-            x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / about['r'])
-        yield name, x
-    if factors:
-        raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: check "
-                         'base_model_name_or_path')
-
-
-def read_weights(source):
-    """
-    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
-
-    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a
-    run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
-    """
-    if os.path.isfile(source) or source.endswith('.pt'):
-        loaded = load_tensors(source)
-        if isinstance(loaded, dict) and 'model_args' in loaded:
-            shape, state = from_nanogpt(loaded, source)
-            return shape, state.items(), None
-        checkpoint = as_checkpoint(loaded, source)
-        shape, state = of_a_run(checkpoint, source)
-        return shape, state.items(), checkpoint['tokenizer']
-    folder, *rest = folders_of(source)
-    if rest:
-        shape, tensors, tokens = read_weights(rest[0])
-        return *with_adapter(folder, shape, tensors), tokens
-    shape = read_config(folder)
-    known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
-    return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None
-
-
-def read_for(settings, kind):
-    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
-    `read_weights`. ValueError: it does not go with the settings, or with the tokens of the data."""
-    source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
-    shape, tensors, tokens = read_weights(source)
-    if not isinstance(shape, kind):
-        what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
-        raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
-    if many > shape.block_size:
-        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
-                         f"of '{source}': set a smaller one")
-    held = prepare.read_meta(Path(settings['data_dir'], dataset, 'meta.json'))['tokenizer']
-    if tokens is None:
-        print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' ({held}) are "
-              'the same is up to you')
-    elif tokens != held:
-        raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights ({tokens}): "
-                         "prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
-    return shape, tensors
-
-
-def carry_along(settings):
-    """Copies into tokenizer/ of a run that begins what belongs to its tokens and to loaded weights,
-    and notes the name of these."""
-    if settings['init_from'] == 'resume' or settings['eval_only']:
-        return
-    target, sources = Path(settings['out_dir'], 'tokenizer'), []
-    if settings['init_from'] != 'scratch':
-        sources = folders_of(settings['init_from'])[::-1]
-    prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
-                  (*prepare.TOKENIZER, 'config.json'))
-    if target.exists():
-        about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
-        config.write_json(target / 'base.json', about)
-
 
 # -----------------------------------------------------------------------------
 # out
 
 def write_tensors(folder, tensors, dtype):
     """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, one by one."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     tensors = dict(tensors)
     sizes = {name: torch.empty_like(x, dtype=dtype, device='meta') for name, x in tensors.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
@@ -222,14 +77,13 @@ def write_peft(run, checkpoint, folder, dtype):
     What heads that train on over merges (LTE) have put into W telescopes to it. Thirds of a fused projection
     are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's LoRA is exact beside
     the weight; merged by PEFT it would move the embedding as well. ValueError: there is none."""
-    from safetensors.torch import save_file
     s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
     base = about.get('init_from') if text else s['init_from']
     layers = {}  # of the base: layers of ours
     for name in (name.removesuffix('.A') for name in state if name.endswith('.A')):
         fused, _, third = name.rpartition('.')
-        if third in ('q', 'k', 'v') and fused.endswith('.qkv'):  # of a ViT, see train_vit.QKV
+        if third in ('q', 'k', 'v') and fused.endswith('.qkv'):  # of a ViT, see hub.QKV
             layers[fused] = [f'{fused}.{third}' for third in 'qkv']
         elif text or not name.startswith('head'):  # as a distilled ViT's other classifier is called, too
             layers[name] = [name]
@@ -255,8 +109,7 @@ def write_peft(run, checkpoint, folder, dtype):
         parts[f'base_model.model.{name}.lora_B.weight'] = B.to(dtype).contiguous()
     whole = {}
     if not text:
-        import train_vit
-        whole = {name: x.to(dtype).contiguous() for name, x in train_vit.merged(checkpoint).items()
+        whole = {name: x.to(dtype).contiguous() for name, x in merged_vit(checkpoint).items()
                  if name.startswith('head')}
     parts |= {f'base_model.model.{name}': x for name, x in whole.items()}
     linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() > 1]
@@ -285,12 +138,10 @@ def write_timm(checkpoint, folder, dtype):
 
     timm 1.0.20 to 24 cannot read it."""
     import timm
-
-    import train_vit
     shape, classes = checkpoint['model_config'], checkpoint['classes']
-    plain = train_vit.create(shape, len(classes))
-    plain.load_state_dict(train_vit.merged(checkpoint))
-    changes = {theirs: shape[ours] for ours, theirs in train_vit.SHAPE.items() if shape[ours] is not None}
+    plain = create_vit(shape, len(classes))
+    plain.load_state_dict(merged_vit(checkpoint))
+    changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
     timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
 

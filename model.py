@@ -1,19 +1,16 @@
 """
-GPT-2 and the LLaMA family: configuration, layers, initialisation, weights in and out.
+GPT-2 and the LLaMA family: configuration, layers, initialisation, text.
 
 Parameters are named as in nanoGPT, and in transformers' LlamaForCausalLM. Nothing here knows LoRA or GaLore.
 """
 
 import math
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from config import read_json, typed
 
 # -----------------------------------------------------------------------------
 # what both models share
@@ -354,217 +351,6 @@ class Llama(LanguageModel):
         positions, c = torch.arange(idx.shape[1], device=idx.device), self.config
         cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)  # once for all layers
         return self.model.norm(self.through_blocks(self.embedding(idx), cos, sin))
-
-
-# -----------------------------------------------------------------------------
-# weights in and out, in transformers' layout: config.json and safetensors
-#
-# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
-# nn.Linear has (out, in).
-
-FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
-            'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-KEYS = {  # of config.json: ours
-    GPTConfig: dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
-                    n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
-    LlamaConfig: dict(max_position_embeddings='block_size', vocab_size='vocab_size', hidden_size='n_embd',
-                      num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
-                      num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
-                      tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
-MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}  # ours is then theirs
-ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
-    GPTConfig: dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
-                    scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
-                    add_cross_attention=(False,), quantization_config=(None,)),
-    LlamaConfig: dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
-                      attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
-                      quantization_config=(None,))}
-NO_MATTER = set("""
-    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
-    use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
-    rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
-    transformers.js_config n_ctx n_inner attn_pdrop embd_pdrop resid_pdrop task_specific_params
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    gradient_checkpointing output_attentions output_hidden_states return_dict""".split())
-
-
-def _rope(theirs, need, path):
-    """A config.json of any version, with the keys of transformers 4 about rotary positions."""
-    where = 'rope_parameters', 'rope_scaling'
-    parts = [theirs.get(key) or {} for key in where]
-    rope = {**parts[0], **parts[1]}
-    kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts} - {'default'}
-    scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
-    typed(rope, dict.fromkeys(scaling, float), path)
-    whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
-    need(whole or not kinds, ' or '.join(where), sorted(kinds),
-         "rope_type 'default' or a whole 'llama3'")
-    found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
-    return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
-
-
-def read_config(folder):
-    """The GPTConfig or LlamaConfig that a folder's config.json stands for.
-
-    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout is a
-    matter of training and stays 0. ValueError: the value of a key is not supported. FileNotFoundError."""
-    path = os.path.join(folder, 'config.json')
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
-                                'layout')
-    theirs = read_json(path, {'model_type': str, 'rope_parameters': dict, 'rope_scaling': dict,
-                              'layer_types': list, 'sliding_window': int})
-
-    def need(good, key, value, supported):
-        if not good:
-            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, and what is supported is {supported}: "
-                             'give another model')
-
-    family = theirs.get('model_type')
-    need(family in list(FAMILIES), 'model_type', family, ', '.join(FAMILIES))
-    kind = GPTConfig if family == 'gpt2' else LlamaConfig
-    if kind is LlamaConfig:
-        theirs = _rope(theirs, need, path)
-    ours, known = {}, {field.name: field for field in fields(kind)}
-    typed(theirs, {key: known[mine].type for key, mine in KEYS[kind].items()}, path)
-    for key, mine in KEYS[kind].items():
-        field = known[mine]
-        value = ours[mine] = theirs.get(key, field.default if mine in MAY_LACK else None)
-        fine = field.default is None if value is None else field.type in (bool, dict) or value > 0
-        need(fine, key, value, f'{field.type.__name__}, numbers above 0')
-    for key, values in ONLY[kind].items():
-        need(theirs.get(key, values[0]) in values, key, theirs.get(key), repr(values[0]))
-    strange = [key for key, value in theirs.items()
-               if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
-    if strange:
-        print(f"'{path}': {', '.join(strange)} not known here and passed over")
-    if kind is GPTConfig:
-        inner = theirs.get('n_inner')
-        need(inner in (None, 4 * ours['n_embd']), 'n_inner', inner, 'four times n_embd')
-        return GPTConfig(**ours)
-    if family == 'qwen3':
-        ours['head_size'] = ours['head_size'] or 128  # as transformers has it
-    for layer in theirs.get('layer_types') or ():
-        need(layer in ('full_attention', 'sliding_attention'), 'layer_types', layer, 'full_attention')
-    window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
-    if window and (family == 'mistral' or theirs.get('use_sliding_window')):
-        need(window > 0, 'sliding_window', window, 'int above 0')
-        ours['block_size'] = min(ours['block_size'], window)
-    return LlamaConfig(**ours, family=family)
-
-
-def config_json(config):
-    """What config.json says of a GPTConfig or LlamaConfig, a dict."""
-    family = getattr(config, 'family', 'gpt2')
-    said = {key: getattr(config, mine) for key, mine in KEYS[type(config)].items()}
-    if family == 'gpt2':
-        said.update(dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout))
-    elif config.rope_scaling:
-        said['rope_scaling'] = {'rope_type': 'llama3', **config.rope_scaling}
-    if family == 'mistral':
-        said['sliding_window'] = None
-    return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
-
-
-def _turned(name, x):
-    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and back."""
-    kinds = '.c_attn.weight', '.c_proj.weight', '.c_fc.weight'
-    return x.T if name.startswith('transformer.h.') and name.endswith(kinds) and x.dim() == 2 else x
-
-
-def read_safetensors(path):
-    """Yields (name, tensor) of a file. ValueError, FileNotFoundError: it is damaged, or missing."""
-    from safetensors import SafetensorError, safe_open
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
-    try:
-        with safe_open(path, 'pt') as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
-                         'again') from None
-
-
-def read_tensors(folder, config):
-    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its index's shards.
-
-    ValueError, FileNotFoundError: a file is damaged, or missing."""
-    gpt = isinstance(config, GPTConfig)
-    index = os.path.join(folder, 'model.safetensors.index.json')
-    files = ['model.safetensors']
-    if os.path.isfile(index):
-        found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
-        files = sorted({*map(str, found.values())})
-    elif not os.path.isfile(os.path.join(folder, files[0])):
-        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
-                                'formats are not read): fetch it again, or save the model as safetensors')
-    for file in files:
-        if os.path.basename(file) != file:
-            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the folder again")
-        for name, x in read_safetensors(os.path.join(folder, file)):
-            if gpt and not name.startswith(('transformer.', 'lm_head.')):
-                name = f'transformer.{name}'
-            buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
-            if not buffer and not (config.tied and name == 'lm_head.weight'):
-                yield name, _turned(name, x) if gpt else x
-
-
-def tensors_for_transformers(config, state):
-    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama.
-
-    GPT-2 always has biases: where ours has none they are zeros."""
-    gpt = isinstance(config, GPTConfig)
-    for name, x in state.items():
-        if config.tied and name == 'lm_head.weight':
-            continue
-        yield name, _turned(name, x) if gpt else x
-        if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
-            yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
-
-
-def from_nanogpt(checkpoint, path):
-    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
-    numbers = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
-    wanted = {**dict.fromkeys(numbers, int), 'bias': bool}
-    found = typed(checkpoint['model_args'], wanted, path)
-    for key in wanted:
-        if found.get(key) is None:
-            raise ValueError(f"'{path}' has no {key} among its model_args: give one that nanoGPT's "
-                             'train.py wrote')
-    state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
-    state = {name: x for name, x in state.items() if not name.endswith('.attn.bias')}
-    state.pop('lm_head.weight', None)  # it is the embedding
-    return GPTConfig(**{key: found[key] for key in wanted}), state
-
-
-@torch.no_grad()
-def fill(model, tensors, source, write=None):
-    """
-    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
-    Returns the model. ValueError: the two do not go together.
-
-    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its names.
-    """
-    model.tie()
-    write = write or (lambda name, x: model.get_parameter(name).copy_(x))
-    wanted, names = dict(model.named_parameters()), {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for name, x in tensors:
-        parameter = wanted.pop(name, None)
-        if parameter is None:
-            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration "
-                             'lacks: give another model')
-        if parameter.shape != x.shape or not x.is_floating_point():
-            raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
-                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
-                             'its configuration')
-        for name in names[parameter]:
-            write(name, x)
-    if wanted:
-        raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")
-    return model
 
 
 def make_model(shape):

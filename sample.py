@@ -31,8 +31,8 @@ if __name__ == '__main__':
 import torch
 
 import prepare
-from export import folders_of, read_weights
-from model import fill, generate, make_model
+from hub import fill, folders_of, read_weights
+from model import generate, make_model
 from run import join
 
 

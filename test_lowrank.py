@@ -45,6 +45,7 @@ import bench
 import config
 import export
 import galore
+import hub
 import lowrank
 import model as models
 import prepare
@@ -194,7 +195,7 @@ def tiny_llama(**changes):
 def tiny_vit():
     torch.manual_seed(0)
     shape = dict(model='vit_tiny_patch16_224', img_size=28, patch_size=14, n_layer=2, n_head=2, n_embd=16)
-    return train_vit.create(shape, 9).double()
+    return hub.create_vit(shape, 9).double()
 
 
 ANSWERS = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'} for i in range(200)]
@@ -580,7 +581,7 @@ def readers(root, tmp_path_factory):
 
     def weights(path):
         shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
-        train_vit.read_weights(path, shape, ['normal', 'pneumonia'])
+        hub.read_vit(path, shape, ['normal', 'pneumonia'])
 
     def model(path):
         loaded(os.path.dirname(path))
@@ -767,7 +768,7 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     assert (counts['heads'], counts['trainable']) == (heads, full - 12 * (2304 + 768) * 768 + heads)
     lowrank.apply_mhlora(llama, rank=8, factors='basis', merge_every=1)  # every weight moves
     assert lowrank.count_parameters(llama)['trainable'] == 6_738_415_616
-    train_vit.put_heads(vit, {**train_vit.defaults, 'lowrank': 'q,v', 'rank': 4})  # of MeLo
+    hub.put_heads(vit, {**train_vit.defaults, 'lowrank': 'q,v', 'rank': 4})  # of MeLo
     lowrank.freeze_rest(vit, ('logit',))
     counts = lowrank.count_parameters(vit)
     assert (counts['heads'], counts['logit'], counts['trainable']) == (147_456, 769 * 9, 147_456 + 769 * 9)
@@ -958,7 +959,7 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targe
     net, plain = make(), make()
     x = normal(4, 3, 28, 28) if make is tiny_vit else tokens_of(4, 16)
     if {'q', 'k'} & {*targets.split(',')}:
-        train_vit.split_qkv(net)
+        hub.split_qkv(net)
     names = lowrank.apply_mhlora(net, targets.split(','), 2, 3, 6.0, merge_every=2, **settings)
     assert len(names) == len(lowrank.lowrank_layers(net)) == layers
     close(net(x), plain(x))
@@ -969,7 +970,7 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targe
             for factor in lowrank.heads_of(layer):
                 factor.data = factor.data * -1.5 + 0.02 * normal(*factor.shape, seed=step)
         state = copy.deepcopy(net.state_dict())
-        plain.load_state_dict(train_vit.fuse_qkv(lowrank.merged_state_dict(net)))
+        plain.load_state_dict(hub.fuse_qkv(lowrank.merged_state_dict(net)))
         with lowrank.averaged_heads(net):
             before = net.eval()(x)
         net.train()
@@ -2188,8 +2189,8 @@ def test_heads_on_loaded_weights_train_alone(root, tmp_path):
                for name, value in donor.transformer.state_dict().items()}
     weights['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the causal mask, of old files
     safetensors.torch.save_file(weights, path / 'model.safetensors')
-    config.write_json(f'{path}/config.json', models.config_json(donor.config))
-    loaded = models.fill(models.GPT(models.read_config(path)), models.read_tensors(path, donor.config), path)
+    config.write_json(f'{path}/config.json', hub.config_json(donor.config))
+    loaded = hub.fill(models.GPT(hub.read_config(path)), hub.read_tensors(path, donor.config), path)
     close(loaded(idx), donor.float()(idx), 1e-6)
     for name, trains in (('lora', 'factors'), ('galore', 'all'), ('full', 'all')):
         words = loading(tiny('gpt', root, tmp_path / name, *method(name), f'--init_from={path}'))
@@ -3046,16 +3047,16 @@ GOLDEN = f'{HERE}/assets/golden'
 
 def loaded(source):
     """The model of a folder or a file, in float64, and what its tokens are called."""
-    shape, tensors, tokens = export.read_weights(str(source))
-    return models.fill(models.make_model(shape).double(), tensors, source).eval(), tokens
+    shape, tensors, tokens = hub.read_weights(str(source))
+    return hub.fill(models.make_model(shape).double(), tensors, source).eval(), tokens
 
 
 def out_of(model, folder):
     """Writes a model as a transformers folder."""
     os.mkdir(folder)
-    export.write_tensors(folder, models.tensors_for_transformers(model.config, model.state_dict()),
+    export.write_tensors(folder, hub.tensors_for_transformers(model.config, model.state_dict()),
                          next(model.parameters()).dtype)
-    config.write_json(f'{folder}/config.json', models.config_json(model.config))
+    config.write_json(f'{folder}/config.json', hub.config_json(model.config))
     return folder
 
 
@@ -3227,8 +3228,8 @@ def built_again(out):
     state = saved(out)
     shape = state['model_config']
     if 'classes' in state:
-        model = train_vit.create(shape, len(state['classes'])).double()
-        train_vit.put_heads(model, state['settings'])
+        model = hub.create_vit(shape, len(state['classes'])).double()
+        hub.put_heads(model, state['settings'])
     else:
         model = models.make_model(shape).double()
         put_layers(model, state['settings'])
@@ -3307,7 +3308,7 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs,
     about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
     parts = safetensors.torch.load_file(tmp_path / 'peft' / 'adapter_model.safetensors')
     assert (about['target_modules'], about['modules_to_save']) == (wanted, ['head'])
-    merged = train_vit.merged(state)
+    merged = hub.merged_vit(state)
     for name, x in saved(base.parent, 'best.pt')['model'].items():  # as PEFT does it
         A, B = (parts.pop(f'base_model.model.{name[:-7]}.lora_{factor}.weight', None) for factor in 'AB')
         if A is not None:
@@ -3816,7 +3817,7 @@ def test_a_checkpoint_of_shards_is_read_as_one_of_one_process(root, runs, spawne
     start(export, [f'--out_dir={out}', f'--to={tmp_path}/hf', '--dtype=float64'])
     close(loaded(tmp_path / 'hf')[0](idx), alone, 1e-9)
     shape = dict(model=None, n_layer=None, n_embd=None, n_head=None, img_size=28, patch_size=14)
-    ours, theirs = (train_vit.read_weights(f'{one}/best.pt', shape, ['normal', 'pneumonia'])[1]
+    ours, theirs = (hub.read_vit(f'{one}/best.pt', shape, ['normal', 'pneumonia'])[1]
                     for one in (spawned / 'vit_galore_shard', runs('vit_galore', 8)))
     for key, x in theirs.items():
         close(ours[key], x, 1e-9)

@@ -88,9 +88,9 @@ if __name__ == '__main__':
 import torch
 
 import prepare
-from export import carry_along, read_for
+from hub import carry_along, fill, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
-from model import GPT, GPTConfig, fill
+from model import GPT, GPTConfig
 from ranks import mean, shard
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer, open_run,
                  put_layers, save, set_learning_rate, stop_requested, unscale)

@@ -85,149 +85,21 @@ defaults = config.defaults(globals())
 if __name__ == '__main__':
     settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
 
-import difflib
 import math
 import os
 
 import numpy as np
 import timm
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 
 import prepare
-from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge, merged_state_dict,
-                     named_layers)
+from hub import LOOK, SHAPE, create_vit, put_heads, read_vit
+from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge, named_layers
 from ranks import load_weights, mean, shard
-from run import (Meter, as_checkpoint, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
-                 load_tensors, make_optimizer, open_run, put_layers, save, set_learning_rate, stop_requested,
-                 unscale)
-
-# -----------------------------------------------------------------------------
-# model
-
-SHAPE = {'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
-         'n_head': 'num_heads'}
-LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by weights of timm's
-
-
-def create(shape, num_classes, weights=False, path=''):
-    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True),
-    or a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
-    ValueError: a name, a shape or weights that do not go together."""
-    name = shape['model']
-    if ':' not in name and not timm.is_model(name):  # a name with a colon is a place, such as hf-hub:timm/...
-        near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
-        raise ValueError(f"model={name!r} is not known to timm {timm.__version__}: did you mean '{near}'?")
-    changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
-    overlay = {key: shape[key] for key in LOOK if key in shape}
-    if path:  # with as many classes as the model nothing is dropped
-        overlay.update(state_dict=weights, num_classes=num_classes)
-    try:
-        vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
-                                pretrained_cfg_overlay=overlay, **changes)
-    except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, "
-                         'or set init_from to a file of them (model.safetensors)') from None
-    except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError, ValueError) as error:
-        what = f"the weights '{path}'" if path else changes or 'the pretrained weights'
-        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, '
-                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
-    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
-        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
-    if 0 in vit.patch_embed.grid_size:
-        embed = vit.patch_embed
-        raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: raise '
-                         'img_size or lower patch_size')
-    vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
-    return vit
-
-
-class QKV(nn.Module):
-    """timm's fused layer of queries, keys and values as three, so that each can have heads."""
-
-    def __init__(self, fused):
-        super().__init__()
-        rows, state = fused.out_features // 3, fused.state_dict()
-        for i, name in enumerate('qkv'):
-            part = nn.Linear(fused.in_features, rows, fused.bias is not None, device='meta')
-            own = {key: x[i * rows:(i + 1) * rows].clone() for key, x in state.items()}
-            part.load_state_dict(own, assign=True)
-            self.add_module(name, part)
-
-    def forward(self, x):
-        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
-
-
-def split_qkv(vit):
-    """Puts a QKV in the place of every fused linear layer, in place."""
-    for name, module in [*vit.named_modules()]:
-        if name.endswith('.qkv') and type(module) is nn.Linear:
-            vit.set_submodule(name, QKV(module))
-
-
-def fuse_qkv(state):
-    """The state dict of a model after `split_qkv` as it was before."""
-    state = dict(state)
-    for name in [name for name in state if '.qkv.q.' in name]:
-        parts = [state.pop(name.replace('.qkv.q.', f'.qkv.{part}.')) for part in 'qkv']
-        state[name.replace('.qkv.q.', '.qkv.')] = torch.cat(parts)
-    return state
-
-
-def put_heads(vit, settings, worker=0, workers=1):
-    """See run.put_layers; where targets name q, k or v, qkv is split before."""
-    if not {'q', 'k', 'v'}.isdisjoint(settings['lowrank'].split(',')):
-        split_qkv(vit)
-    put_layers(vit, settings, worker, workers)
-
-
-def merged(checkpoint):
-    """The state dict of a checkpoint's model with its heads merged, as timm has it."""
-    s = checkpoint['settings']
-    full = create(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
-    put_heads(full, s)
-    load_weights(full, named_layers(full), checkpoint['model'])
-    return fuse_qkv(merged_state_dict(full))
-
-
-def read_weights(path, shape, classes, keep=False):
-    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its heads
-    merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
-    is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
-    refused (ValueError) where `keep` is True."""
-    with open(path, 'rb') as file:
-        zipped = file.read(2) == b'PK'
-    found = load_tensors(path) if zipped else {}
-    if isinstance(found, dict) and 'model_config' in found:
-        checkpoint = as_checkpoint(found, path)
-        if 'classes' not in checkpoint:
-            raise ValueError(f"'{path}' is the checkpoint of a GPT or a LLaMA: give one of a ViT")
-        saved, known = checkpoint['model_config'], checkpoint['classes']
-        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
-            if shape[key] not in (None, saved[key]):
-                raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
-                                 f'{shape[key]!r}: set the same, or choose another init_from')
-        shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
-        weights, same = merged(checkpoint), known == list(classes)
-    else:
-        try:
-            weights = timm.models.load_state_dict(path, weights_only=True)
-        except Exception as error:  # of pickle, zipfile, safetensors
-            raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
-                             'init_from') from None
-        known = weights.get('head.bias', ())
-        same = len(known) == len(classes)
-    if not same and keep:
-        raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
-                         f'{len(classes)} of the data: evaluate it on its own data, or train first')
-    if not same:  # as timm draws it
-        width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
-        weights['head.weight'] = torch.nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
-        weights['head.bias'] = torch.zeros(len(classes))
-    return shape, weights
-
+from run import (Meter, assemble, catch_signals, freeze_as_set, join, load_checkpoint, make_optimizer,
+                 open_run, save, set_learning_rate, stop_requested, unscale)
 
 # -----------------------------------------------------------------------------
 # images
@@ -330,13 +202,13 @@ def build(settings, where, classes, checkpoint=None):
     if checkpoint:
         shape, source = {**LOOK, **checkpoint['model_config']}, ''
     elif os.path.isfile(source):
-        shape, weights = read_weights(source, shape, classes, keep=s.eval_only)
+        shape, weights = read_vit(source, shape, classes, keep=s.eval_only)
     elif source == 'scratch':
         shape.update(LOOK)
     elif source != 'pretrained':
         raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained', or the "
                          'path of a best.pt or of weights of timm')
-    model = create(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
+    model = create_vit(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
     theirs = timm.data.resolve_data_config({}, model=model)
     look = {key: theirs[key] for key in LOOK}
     if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):

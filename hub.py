@@ -1,0 +1,503 @@
+"""
+Weights of others, in and out: transformers, PEFT, nanoGPT, timm. Reading for the training scripts and
+sample.py; export.py writes.
+"""
+
+import dataclasses
+import difflib
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+
+import config
+import prepare
+from config import read_json, typed
+from lowrank import merged_state_dict, named_layers
+from model import GPTConfig, LlamaConfig, make_model
+from ranks import load_weights
+from run import as_checkpoint, load_tensors, put_layers
+
+# -----------------------------------------------------------------------------
+# transformers' layout: config.json and safetensors
+#
+# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
+# nn.Linear has (out, in).
+
+FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
+            'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
+KEYS = {  # of config.json: ours
+    GPTConfig: dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
+                    n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
+    LlamaConfig: dict(max_position_embeddings='block_size', vocab_size='vocab_size', hidden_size='n_embd',
+                      num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
+                      num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
+                      tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
+MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}  # ours is then theirs
+ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
+    GPTConfig: dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
+                    scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
+                    add_cross_attention=(False,), quantization_config=(None,)),
+    LlamaConfig: dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
+                      attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
+                      quantization_config=(None,))}
+NO_MATTER = set("""
+    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
+    use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
+    rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
+    transformers.js_config n_ctx n_inner attn_pdrop embd_pdrop resid_pdrop task_specific_params
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    gradient_checkpointing output_attentions output_hidden_states return_dict""".split())
+
+
+def _rope(theirs, need, path):
+    """A config.json of any version, with the keys of transformers 4 about rotary positions."""
+    where = 'rope_parameters', 'rope_scaling'
+    parts = [theirs.get(key) or {} for key in where]
+    rope = {**parts[0], **parts[1]}
+    kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts} - {'default'}
+    scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
+    typed(rope, dict.fromkeys(scaling, float), path)
+    whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
+    need(whole or not kinds, ' or '.join(where), sorted(kinds),
+         "rope_type 'default' or a whole 'llama3'")
+    found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
+    return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
+
+
+def read_config(folder):
+    """The GPTConfig or LlamaConfig that a folder's config.json stands for.
+
+    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout is a
+    matter of training and stays 0. ValueError: the value of a key is not supported. FileNotFoundError."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
+                                'layout')
+    theirs = read_json(path, {'model_type': str, 'rope_parameters': dict, 'rope_scaling': dict,
+                              'layer_types': list, 'sliding_window': int})
+
+    def need(good, key, value, supported):
+        if not good:
+            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, and what is supported is {supported}: "
+                             'give another model')
+
+    family = theirs.get('model_type')
+    need(family in list(FAMILIES), 'model_type', family, ', '.join(FAMILIES))
+    kind = GPTConfig if family == 'gpt2' else LlamaConfig
+    if kind is LlamaConfig:
+        theirs = _rope(theirs, need, path)
+    ours, known = {}, {field.name: field for field in fields(kind)}
+    typed(theirs, {key: known[mine].type for key, mine in KEYS[kind].items()}, path)
+    for key, mine in KEYS[kind].items():
+        field = known[mine]
+        value = ours[mine] = theirs.get(key, field.default if mine in MAY_LACK else None)
+        fine = field.default is None if value is None else field.type in (bool, dict) or value > 0
+        need(fine, key, value, f'{field.type.__name__}, numbers above 0')
+    for key, values in ONLY[kind].items():
+        need(theirs.get(key, values[0]) in values, key, theirs.get(key), repr(values[0]))
+    strange = [key for key, value in theirs.items()
+               if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
+    if strange:
+        print(f"'{path}': {', '.join(strange)} not known here and passed over")
+    if kind is GPTConfig:
+        inner = theirs.get('n_inner')
+        need(inner in (None, 4 * ours['n_embd']), 'n_inner', inner, 'four times n_embd')
+        return GPTConfig(**ours)
+    if family == 'qwen3':
+        ours['head_size'] = ours['head_size'] or 128  # as transformers has it
+    for layer in theirs.get('layer_types') or ():
+        need(layer in ('full_attention', 'sliding_attention'), 'layer_types', layer, 'full_attention')
+    window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
+    if window and (family == 'mistral' or theirs.get('use_sliding_window')):
+        need(window > 0, 'sliding_window', window, 'int above 0')
+        ours['block_size'] = min(ours['block_size'], window)
+    return LlamaConfig(**ours, family=family)
+
+
+def config_json(config):
+    """What config.json says of a GPTConfig or LlamaConfig, a dict."""
+    family = getattr(config, 'family', 'gpt2')
+    said = {key: getattr(config, mine) for key, mine in KEYS[type(config)].items()}
+    if family == 'gpt2':
+        said.update(dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), config.dropout))
+    elif config.rope_scaling:
+        said['rope_scaling'] = {'rope_type': 'llama3', **config.rope_scaling}
+    if family == 'mistral':
+        said['sliding_window'] = None
+    return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
+
+
+def _turned(name, x):
+    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and back."""
+    kinds = '.c_attn.weight', '.c_proj.weight', '.c_fc.weight'
+    return x.T if name.startswith('transformer.h.') and name.endswith(kinds) and x.dim() == 2 else x
+
+
+def read_safetensors(path):
+    """Yields (name, tensor) of a file. ValueError, FileNotFoundError: it is damaged, or missing."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
+    try:
+        with safe_open(path, 'pt') as tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
+                         'again') from None
+
+
+def read_tensors(folder, config):
+    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its index's shards.
+
+    ValueError, FileNotFoundError: a file is damaged, or missing."""
+    gpt = isinstance(config, GPTConfig)
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    files = ['model.safetensors']
+    if os.path.isfile(index):
+        found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
+        files = sorted({*map(str, found.values())})
+    elif not os.path.isfile(os.path.join(folder, files[0])):
+        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
+                                'formats are not read): fetch it again, or save the model as safetensors')
+    for file in files:
+        if os.path.basename(file) != file:
+            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the folder again")
+        for name, x in read_safetensors(os.path.join(folder, file)):
+            if gpt and not name.startswith(('transformer.', 'lm_head.')):
+                name = f'transformer.{name}'
+            buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
+            if not buffer and not (config.tied and name == 'lm_head.weight'):
+                yield name, _turned(name, x) if gpt else x
+
+
+def tensors_for_transformers(config, state):
+    """Yields (name, tensor), in transformers' names and shapes, of a state dict of GPT or Llama.
+
+    GPT-2 always has biases: where ours has none they are zeros."""
+    gpt = isinstance(config, GPTConfig)
+    for name, x in state.items():
+        if config.tied and name == 'lm_head.weight':
+            continue
+        yield name, _turned(name, x) if gpt else x
+        if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
+            yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
+
+
+def from_nanogpt(checkpoint, path):
+    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
+    numbers = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+    wanted = {**dict.fromkeys(numbers, int), 'bias': bool}
+    found = typed(checkpoint['model_args'], wanted, path)
+    for key in wanted:
+        if found.get(key) is None:
+            raise ValueError(f"'{path}' has no {key} among its model_args: give one that nanoGPT's "
+                             'train.py wrote')
+    state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
+    state = {name: x for name, x in state.items() if not name.endswith('.attn.bias')}
+    state.pop('lm_head.weight', None)  # it is the embedding
+    return GPTConfig(**{key: found[key] for key in wanted}), state
+
+
+@torch.no_grad()
+def fill(model, tensors, source, write=None):
+    """
+    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
+    Returns the model. ValueError: the two do not go together.
+
+    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its names.
+    """
+    model.tie()
+    write = write or (lambda name, x: model.get_parameter(name).copy_(x))
+    wanted, names = dict(model.named_parameters()), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for name, x in tensors:
+        parameter = wanted.pop(name, None)
+        if parameter is None:
+            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration "
+                             'lacks: give another model')
+        if parameter.shape != x.shape or not x.is_floating_point():
+            raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
+                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
+                             'its configuration')
+        for name in names[parameter]:
+            write(name, x)
+    if wanted:
+        raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")
+    return model
+
+
+# -----------------------------------------------------------------------------
+# what init_from names, of text
+
+PEFT_NONE = """
+    use_dora use_rslora modules_to_save rank_pattern alpha_pattern lora_bias layer_replication
+    trainable_token_indices target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config
+    velora_config kasa_config use_gks corda_config eva_config loftq_config revision
+    """.split()  # what is refused where an adapter sets it
+
+
+def of_a_run(checkpoint, path, dtype=None):
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or LLaMA."""
+    if 'tokenizer' not in checkpoint:
+        raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a GPT or a "
+                         'LLaMA')
+    with torch.device('meta'):
+        model = make_model(checkpoint['model_config'])
+    put_layers(model, checkpoint['settings'])
+    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
+    state, shape = merged_state_dict(model, dtype=dtype), model.config
+    if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
+        del state['lm_head.weight']
+    else:  # heads on `logit` part the two
+        shape.tied = False
+    return shape, state
+
+
+def folders_of(source):
+    """Folders with what lies beside the weights of init_from; that of an adapter's base comes last."""
+    if os.path.isfile(source):  # of a run
+        return [os.path.join(os.path.dirname(source), 'tokenizer')]
+    folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
+    about = os.path.join(folder, 'adapter_config.json')
+    if os.path.isfile(about):
+        base = read_json(about, {'base_model_name_or_path': str}).get('base_model_name_or_path')
+        return [folder, *folders_of(base or '')]
+    return [folder]
+
+
+def with_adapter(folder, shape, tensors):
+    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged into it, in
+    float32; a LoRA of a tied output layer parts it from the embedding, which stays.
+
+    ValueError: what PEFT can do and we do not read, by its key."""
+    about = read_json(os.path.join(folder, 'adapter_config.json'),
+                      {'r': int, 'lora_alpha': float, 'peft_type': str, 'bias': str})
+    supported = {key: not about.get(key) for key in PEFT_NONE} | {
+        'peft_type': about.get('peft_type') == 'LORA', 'bias': about.get('bias', 'none') == 'none',
+        'init_lora_weights':  # others change the base
+            about.get('init_lora_weights', True) in (True, False, 'gaussian', 'orthogonal', 'eva')}
+    for key in ('r', 'lora_alpha'):
+        supported[key] = (about.get(key) or 0) > 0
+    for key in supported:
+        if not supported[key]:
+            raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not "
+                             'supported: merge it by PEFT first')
+    path = os.path.join(folder, 'adapter_model.safetensors')
+    factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
+    if shape.tied and any(name.startswith('lm_head.') for name in factors):
+        shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
+    return shape, _added(tensors, factors, about, path)
+
+
+def parted(tensors):
+    """(name, tensor) of a tied model, and the embedding once more as its output layer."""
+    for name, x in tensors:
+        yield name, x
+        if name.endswith(('wte.weight', 'embed_tokens.weight')):
+            yield 'lm_head.weight', x
+
+
+def _added(tensors, factors, about, path):
+    """Yields (name, tensor) with the LoRA {name: factor} of a file added."""
+    for name, x in tensors:
+        A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
+        if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
+            raise ValueError(f"'{path}' has no A and B of rank r={about['r']} for {name}: fetch it again")
+        if A is not None:
+            x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / about['r'])
+        yield name, x
+    if factors:
+        raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: check "
+                         'base_model_name_or_path')
+
+
+def read_weights(source):
+    """
+    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
+
+    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a
+    run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
+    """
+    if os.path.isfile(source) or source.endswith('.pt'):
+        loaded = load_tensors(source)
+        if isinstance(loaded, dict) and 'model_args' in loaded:
+            shape, state = from_nanogpt(loaded, source)
+            return shape, state.items(), None
+        checkpoint = as_checkpoint(loaded, source)
+        shape, state = of_a_run(checkpoint, source)
+        return shape, state.items(), checkpoint['tokenizer']
+    folder, *rest = folders_of(source)
+    if rest:
+        shape, tensors, tokens = read_weights(rest[0])
+        return *with_adapter(folder, shape, tensors), tokens
+    shape = read_config(folder)
+    known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
+    return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None
+
+
+def read_for(settings, kind):
+    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
+    `read_weights`. ValueError: it does not go with the settings, or with the tokens of the data."""
+    source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
+    shape, tensors, tokens = read_weights(source)
+    if not isinstance(shape, kind):
+        what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
+        raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
+    if many > shape.block_size:
+        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
+                         f"of '{source}': set a smaller one")
+    held = prepare.read_meta(Path(settings['data_dir'], dataset, 'meta.json'))['tokenizer']
+    if tokens is None:
+        print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' ({held}) are "
+              'the same is up to you')
+    elif tokens != held:
+        raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights ({tokens}): "
+                         "prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
+    return shape, tensors
+
+
+def carry_along(settings):
+    """Copies into tokenizer/ of a run that begins what belongs to its tokens and to loaded weights,
+    and notes the name of these."""
+    if settings['init_from'] == 'resume' or settings['eval_only']:
+        return
+    target, sources = Path(settings['out_dir'], 'tokenizer'), []
+    if settings['init_from'] != 'scratch':
+        sources = folders_of(settings['init_from'])[::-1]
+    prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
+                  (*prepare.TOKENIZER, 'config.json'))
+    if target.exists():
+        about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
+        config.write_json(target / 'base.json', about)
+
+
+# -----------------------------------------------------------------------------
+# a ViT of timm, whose import takes longer than torch's: only where it is called
+
+SHAPE = {'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
+         'n_head': 'num_heads'}
+LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by weights of timm's
+
+
+def create_vit(shape, num_classes, weights=False, path=''):
+    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True),
+    or a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
+    ValueError: a name, a shape or weights that do not go together."""
+    import timm
+    name = shape['model']
+    if ':' not in name and not timm.is_model(name):  # a name with a colon is a place, such as hf-hub:timm/...
+        near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
+        raise ValueError(f"model={name!r} is not known to timm {timm.__version__}: did you mean '{near}'?")
+    changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
+    overlay = {key: shape[key] for key in LOOK if key in shape}
+    if path:  # with as many classes as the model nothing is dropped
+        overlay.update(state_dict=weights, num_classes=num_classes)
+    try:
+        vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
+                                pretrained_cfg_overlay=overlay, **changes)
+    except OSError as error:
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, "
+                         'or set init_from to a file of them (model.safetensors)') from None
+    except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError, ValueError) as error:
+        what = f"the weights '{path}'" if path else changes or 'the pretrained weights'
+        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, '
+                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
+    if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
+        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
+    if 0 in vit.patch_embed.grid_size:
+        embed = vit.patch_embed
+        raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: raise '
+                         'img_size or lower patch_size')
+    vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
+    return vit
+
+
+class QKV(nn.Module):
+    """timm's fused layer of queries, keys and values as three, so that each can have heads."""
+
+    def __init__(self, fused):
+        super().__init__()
+        rows, state = fused.out_features // 3, fused.state_dict()
+        for i, name in enumerate('qkv'):
+            part = nn.Linear(fused.in_features, rows, fused.bias is not None, device='meta')
+            own = {key: x[i * rows:(i + 1) * rows].clone() for key, x in state.items()}
+            part.load_state_dict(own, assign=True)
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def split_qkv(vit):
+    """Puts a QKV in the place of every fused linear layer, in place."""
+    for name, module in [*vit.named_modules()]:
+        if name.endswith('.qkv') and type(module) is nn.Linear:
+            vit.set_submodule(name, QKV(module))
+
+
+def fuse_qkv(state):
+    """The state dict of a model after `split_qkv` as it was before."""
+    state = dict(state)
+    for name in [name for name in state if '.qkv.q.' in name]:
+        parts = [state.pop(name.replace('.qkv.q.', f'.qkv.{part}.')) for part in 'qkv']
+        state[name.replace('.qkv.q.', '.qkv.')] = torch.cat(parts)
+    return state
+
+
+def put_heads(vit, settings, worker=0, workers=1):
+    """See run.put_layers; where targets name q, k or v, qkv is split before."""
+    if not {'q', 'k', 'v'}.isdisjoint(settings['lowrank'].split(',')):
+        split_qkv(vit)
+    put_layers(vit, settings, worker, workers)
+
+
+def merged_vit(checkpoint):
+    """The state dict of a checkpoint's model with its heads merged, as timm has it."""
+    s = checkpoint['settings']
+    full = create_vit(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
+    put_heads(full, s)
+    load_weights(full, named_layers(full), checkpoint['model'])
+    return fuse_qkv(merged_state_dict(full))
+
+
+def read_vit(path, shape, classes, keep=False):
+    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its heads
+    merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
+    is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
+    refused (ValueError) where `keep` is True."""
+    import timm
+    with open(path, 'rb') as file:
+        zipped = file.read(2) == b'PK'
+    found = load_tensors(path) if zipped else {}
+    if isinstance(found, dict) and 'model_config' in found:
+        checkpoint = as_checkpoint(found, path)
+        if 'classes' not in checkpoint:
+            raise ValueError(f"'{path}' is the checkpoint of a GPT or a LLaMA: give one of a ViT")
+        saved, known = checkpoint['model_config'], checkpoint['classes']
+        for key in ('model', 'n_layer', 'n_embd', 'n_head'):
+            if shape[key] not in (None, saved[key]):
+                raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
+                                 f'{shape[key]!r}: set the same, or choose another init_from')
+        shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
+        weights, same = merged_vit(checkpoint), known == list(classes)
+    else:
+        try:
+            weights = timm.models.load_state_dict(path, weights_only=True)
+        except Exception as error:  # of pickle, zipfile, safetensors
+            raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
+                             'init_from') from None
+        known = weights.get('head.bias', ())
+        same = len(known) == len(classes)
+    if not same and keep:
+        raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
+                         f'{len(classes)} of the data: evaluate it on its own data, or train first')
+    if not same:  # as timm draws it
+        width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
+        weights['head.weight'] = nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
+        weights['head.bias'] = torch.zeros(len(classes))
+    return shape, weights

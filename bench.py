@@ -488,7 +488,7 @@ def stepper(settings, ranks=None):
 
     def batch(micro_step):
         if script is train_vit:
-            images = torch.randint(256, (rows, 3, run.size, run.size), dtype=torch.uint8)
+            images = torch.randint(256, (rows, 3, run.look.size, run.look.size), dtype=torch.uint8)
             return images, torch.randint(9, (rows,))
         return torch.randint(run.model.config.vocab_size, (2, rows, s['block_size'])).unbind()
     return run, lambda: script.train_step(run, next(numbers), batch)

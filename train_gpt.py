@@ -5,8 +5,9 @@ $ python train_gpt.py config/quickstart.py config/methods/mhlora.py
 $ python train_gpt.py config/gpt2.py config/methods/lte.py --batch_size=8
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_gpt.py config/gpt2.py config/methods/lte.py
-The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 seconds).
-Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
+The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 s).
+Two nodes: the same line on both, and in place of --standalone --nnodes=2 --rdzv_backend=c10d
+--rdzv_endpoint=HOST:PORT.
 """
 
 import sys
@@ -19,15 +20,16 @@ import config
 # settings: GPT-2 124M on CNN/DailyMail, full rank
 # run
 out_dir = 'out/gpt2'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
-#                       a transformers folder, a hub name ('gpt2'), a .pt of nanoGPT or ours
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else
+#                       scratch), a transformers folder, a hub name ('gpt2'), a .pt of nanoGPT or
+#                       ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: a step trains batch_size * gradient_accumulation_steps sequences in all, on any number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps sequences, on any number of ranks
 dataset = 'cnn_dailymail'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 12  # sequences of a micro-batch, over all ranks
@@ -46,26 +48,28 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or name
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
+#                   (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
-train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
-merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
-merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads
+#                 'factors'
+merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
+merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
-sync_moments = True  # average first moments, too, at merges in a basis; False: fewer bytes, heads drift apart
-sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
+sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
+sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
+sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
 # optimizer
-optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
-#                      in a basis, too, beside AdamW on what is in none
-basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power' (subspace
-#                   iteration) or 'random'
+optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or
+#                      'muon', in a basis, too, beside AdamW on what is in none
+basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
+#                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
-shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
-per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
+per_layer = False  # update a parameter in the backward pass, and free its gradient; no grad_clip
 learning_rate = 6e-4
 max_iters = 10000  # steps
 weight_decay = 0.1  # on matrices only
@@ -76,14 +80,14 @@ warmup_iters = 200
 min_lr = None  # the cosine's end, None: a tenth of learning_rate
 # system
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
-dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
+dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes come at once
 
 import torch
 
@@ -91,14 +95,14 @@ import prepare
 from hub import carry_along, fill, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import GPT, GPTConfig
-from ranks import mean, shard
-from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer, open_run,
-                 put_layers, save, set_learning_rate, stop_requested, unscale)
+from ranks import mean, rows_of, shard
+from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
+                 open_run, put_layers, save, set_learning_rate, stop_requested, unscale)
 
 
 def build(settings, where, vocabulary, checkpoint=None):
     """
-    What a run computes with, see `run.assemble`.
+    The model and its optimizer, ready to train: a `run.Run`.
 
     where: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
     settings['train'], if it is 'auto'.
@@ -109,8 +113,8 @@ def build(settings, where, vocabulary, checkpoint=None):
     if checkpoint:
         shape = GPTConfig(**checkpoint['model_config'])
     elif s.init_from == 'scratch':
-        shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer, n_head=s.n_head,
-                          n_embd=s.n_embd, bias=s.bias)
+        shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer,
+                          n_head=s.n_head, n_embd=s.n_embd, bias=s.bias)
     else:
         shape, loaded = read_for(settings, GPTConfig)
     model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
@@ -118,22 +122,23 @@ def build(settings, where, vocabulary, checkpoint=None):
         fill(model, loaded, s.init_from)
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     if vocabulary > shape.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
-                         f'vocab_size={vocabulary}, or choose other data')
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
+                         f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
     put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
-    return assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
-                           where=where, checkpoint=checkpoint)
+    optimizer = make_optimizer(model, settings)
+    return assemble(model, asdict(model.config), optimizer, settings, where, checkpoint)
 
 
 def loss_of(run, x, y, weights=None):
-    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
+    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted
+    sum."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [x, y] if weights is None else [x, y, weights]
-    if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
+    if run.device_type == 'cuda':  # pinned: the copy overlaps with what the GPU still has to do
         batch = [part.pin_memory() for part in batch]
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
@@ -142,16 +147,17 @@ def loss_of(run, x, y, weights=None):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this
-    rank, and weights of rows where the data have prompts. Returns the mean loss and the norm of the gradient
-    before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge.
+
+    batch(micro_step) gives the tokens (x, y) of this rank, and weights of rows where the data have
+    prompts. Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     if s.dropout:
         torch.manual_seed(hash((s.seed, step, run.rank)))  # the same masks after a resume
     for micro_step in range(micro_steps):
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases; which micro-batch is the last
         loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -161,8 +167,8 @@ def train_step(run, step, batch):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if s.merge_every and (step + 1) % s.merge_every == 0:
-        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas, bits=s.sync_bits,
-              state=run.optimizer.state)
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas,
+              bits=s.sync_bits, state=run.optimizer.state)
         if s.merge_reset:
             drop_moments(run.model, run.optimizer)
     return total, norm
@@ -170,15 +176,18 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data):
-    """Mean loss of the fixed batches of a split, with heads averaged; None where a signal came meanwhile."""
+    """Mean loss of the fixed batches of a split, with heads averaged; None where a signal came."""
     s, losses = run.s, []
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not stop_requested():
-            losses.append(loss_of(run, *data.fixed_batch(
-                len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)))
+            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank,
+                                     world_size=run.ranks)
+            losses.append(loss_of(run, *batch))
     run.model.train()
-    return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
+    if len(losses) < s.eval_iters:
+        return None
+    return mean(torch.stack(losses).mean()).item()
 
 
 def main(settings):
@@ -187,6 +196,9 @@ def main(settings):
     with config.refusals():
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
+        # of a micro-batch the rows that this rank trains on; each split head has its part of them
+        heads = s.heads if s.lowrank and s.split else 1
+        rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
         checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
@@ -196,6 +208,11 @@ def main(settings):
         if run.rank == 0:
             carry_along(settings)
     del checkpoint
+
+    def batch(micro_step):
+        return train_data.batch(s.batch_size, step, micro_step, seed=s.seed, rows=rows, heads=heads,
+                                accumulation=s.gradient_accumulation_steps)
+
     catch_signals()
     start, stop = step, False
     while True:
@@ -205,12 +222,13 @@ def main(settings):
         if last or step % s.eval_interval == 0:
             val_loss = evaluate(run, val_data)
             stop = val_loss is None  # a signal wants the checkpoint soon
+            better = False
             if not stop:
                 units = in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
                 meter.log(step, {'val_loss': val_loss, **units})
-            # also where a run resumes at its best, as it may have been killed before it wrote best.pt
-            better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
-            best_val_loss = val_loss if better else best_val_loss
+                # also where a run resumes at its best: it may have been killed before best.pt
+                better = not s.eval_only and step > 0 and val_loss <= best_val_loss
+                best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
                          tokenizer=train_data.meta.get('tokenizer', ''))
             if step > start:
@@ -221,9 +239,7 @@ def main(settings):
         if last or stop:
             break
 
-        loss, norm = train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
-            rows=run.rows, heads=run.heads))
+        loss, norm = train_step(run, step, batch)
         meter.add(loss, norm)
         step += 1
         stop = stop_requested()

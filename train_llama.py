@@ -5,8 +5,9 @@ $ python train_llama.py config/llama_quickstart.py config/methods/galore.py
 $ python train_llama.py config/llama_60m.py config/methods/galore.py --rank=64
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_llama.py config/llama_1b.py config/methods/galore.py
-The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 seconds).
-Two nodes: the same line on both, --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT for --standalone.
+The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 s).
+Two nodes: the same line on both, and in place of --standalone --nnodes=2 --rdzv_backend=c10d
+--rdzv_endpoint=HOST:PORT.
 """
 
 import functools
@@ -17,18 +18,18 @@ from types import SimpleNamespace
 import config
 
 # -----------------------------------------------------------------------------
-# settings: LLaMA 60M on C4, full rank, with the batch and the steps of GaLore's paper (arXiv 2403.03507)
+# settings: LLaMA 60M on C4, full rank, batch and steps as in GaLore's paper (arXiv 2403.03507)
 # run
 out_dir = 'out/llama'  # checkpoints, log.jsonl, config.json
-init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
-#                       a transformers folder, a hub name, a .pt of ours
+init_from = 'scratch'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else
+#                       scratch), a transformers folder, a hub name, a .pt of ours
 overwrite = False  # True: replace a run that out_dir already holds
 eval_interval = 250  # steps between evaluations; each writes a checkpoint
 eval_iters = 50  # batches of an evaluation, always the same ones
 eval_only = False  # evaluate once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: a step trains batch_size * gradient_accumulation_steps sequences in all, on any number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps sequences, on any number of ranks
 dataset = 'c4'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 32  # sequences of a micro-batch, over all ranks
@@ -48,26 +49,28 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or name
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
+#                   (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
-train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads 'factors'
-merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
-merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads
+#                 'factors'
+merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
+merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
-sync_moments = True  # average first moments, too, at merges in a basis; False: fewer bytes, heads drift apart
-sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
+sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
+sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
+sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
 # optimizer
-optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
-#                      in a basis, too, beside AdamW on what is in none
-basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power' (subspace
-#                   iteration) or 'random'
+optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or
+#                      'muon', in a basis, too, beside AdamW on what is in none
+basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
+#                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
-shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
-per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
+per_layer = False  # update a parameter in the backward pass, and free its gradient; no grad_clip
 learning_rate = 1e-3
 max_iters = 10000  # steps
 weight_decay = 0.0  # on matrices only
@@ -78,14 +81,14 @@ warmup_iters = 1000
 min_lr = None  # the cosine's end, None: a tenth of learning_rate
 # system
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
-dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
+dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes come at once
 
 import torch
 
@@ -93,14 +96,14 @@ import prepare
 from hub import carry_along, fill, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import SIZES, Llama, LlamaConfig
-from ranks import mean, shard, write
-from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer, open_run,
-                 put_layers, save, set_learning_rate, stop_requested, unscale)
+from ranks import mean, rows_of, shard, write
+from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
+                 open_run, put_layers, save, set_learning_rate, stop_requested, unscale)
 
 
 def build(settings, where, vocabulary, checkpoint=None):
     """
-    What a run computes with, see `run.assemble`.
+    The model and its optimizer, ready to train: a `run.Run`.
 
     where: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
     settings['train'], if it is 'auto'.
@@ -113,17 +116,17 @@ def build(settings, where, vocabulary, checkpoint=None):
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
             raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
-        width, depth, many, hidden = (mine or usual for mine, usual in
-                                      zip((s.n_embd, s.n_layer, s.n_head, s.n_mlp), SIZES[s.size]))
-        shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), width, n_layer=depth,
-                            n_head=many, n_mlp=hidden, n_kv_head=s.n_kv_head or many)
+        width, depth, heads, hidden = SIZES[s.size]
+        shape = LlamaConfig(s.block_size, s.vocab_size or max(32000, vocabulary), s.n_embd or width,
+                            n_layer=s.n_layer or depth, n_head=s.n_head or heads,
+                            n_mlp=s.n_mlp or hidden, n_kv_head=s.n_kv_head)
     else:
         shape, loaded = read_for(settings, LlamaConfig)
     with torch.device('meta'):
-        plain, model = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
+        model, plain = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
     if vocabulary > shape.vocab_size:
-        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model {shape.vocab_size}: set '
-                         f'vocab_size={vocabulary}, or choose other data')
+        raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
+                         f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
     model.to(getattr(torch, s.param_dtype))
     layers = put_layers(model, settings, where.rank, where.ranks)
     freeze_as_set(model, settings)
@@ -132,22 +135,23 @@ def build(settings, where, vocabulary, checkpoint=None):
     else:
         model.to_empty(device=where.device)
     model.tie()
-    if not checkpoint:  # one by one: nobody ever holds more than the part of the model that is to stay
+    if not checkpoint:  # one by one: nobody ever holds more of the model than what is to stay
         if loaded is None:
             loaded = plain.drawn(device=where.device, dtype=getattr(torch, s.param_dtype))
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
-    return assemble(model, asdict(model.config), make_optimizer(model, settings), settings=settings,
-                           where=where, checkpoint=checkpoint)
+    optimizer = make_optimizer(model, settings)
+    return assemble(model, asdict(model.config), optimizer, settings, where, checkpoint)
 
 
 def loss_of(run, x, y, weights=None):
-    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted sum."""
+    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted
+    sum."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [x, y] if weights is None else [x, y, weights]
-    if run.device_type == 'cuda':  # pinned, so that the copy overlaps with what the GPU still has to do
+    if run.device_type == 'cuda':  # pinned: the copy overlaps with what the GPU still has to do
         batch = [part.pin_memory() for part in batch]
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
@@ -156,14 +160,15 @@ def loss_of(run, x, y, weights=None):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives the tokens (x, y) of this
-    rank, and weights of rows where the data have prompts. Returns the mean loss and the norm of the gradient
-    before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge.
+
+    batch(micro_step) gives the tokens (x, y) of this rank, and weights of rows where the data have
+    prompts. Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     for micro_step in range(micro_steps):
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases; which micro-batch is the last
         loss = loss_of(run, *batch(micro_step)) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -173,8 +178,8 @@ def train_step(run, step, batch):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if s.merge_every and (step + 1) % s.merge_every == 0:
-        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas, bits=s.sync_bits,
-              state=run.optimizer.state)
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas,
+              bits=s.sync_bits, state=run.optimizer.state)
         if s.merge_reset:
             drop_moments(run.model, run.optimizer)
     return total, norm
@@ -182,15 +187,18 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data):
-    """Mean loss of the fixed batches of a split, with heads averaged; None where a signal came meanwhile."""
+    """Mean loss of the fixed batches of a split, with heads averaged; None where a signal came."""
     s, losses = run.s, []
     run.model.eval()
     with averaged_heads(run.model, run.replicas):
         while len(losses) < s.eval_iters and not stop_requested():
-            losses.append(loss_of(run, *data.fixed_batch(
-                len(losses), s.eval_iters, s.batch_size, rank=run.rank, world_size=run.ranks)))
+            batch = data.fixed_batch(len(losses), s.eval_iters, s.batch_size, rank=run.rank,
+                                     world_size=run.ranks)
+            losses.append(loss_of(run, *batch))
     run.model.train()
-    return mean(torch.stack(losses).mean()).item() if len(losses) == s.eval_iters else None
+    if len(losses) < s.eval_iters:
+        return None
+    return mean(torch.stack(losses).mean()).item()
 
 
 def main(settings):
@@ -199,6 +207,9 @@ def main(settings):
     with config.refusals():
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
+        # of a micro-batch the rows that this rank trains on; each split head has its part of them
+        heads = s.heads if s.lowrank and s.split else 1
+        rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
         checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
@@ -208,6 +219,11 @@ def main(settings):
         if run.rank == 0:
             carry_along(settings)
     del checkpoint
+
+    def batch(micro_step):
+        return train_data.batch(s.batch_size, step, micro_step, seed=s.seed, rows=rows, heads=heads,
+                                accumulation=s.gradient_accumulation_steps)
+
     catch_signals()
     start, stop = step, False
     while True:
@@ -217,12 +233,13 @@ def main(settings):
         if last or step % s.eval_interval == 0:
             val_loss = evaluate(run, val_data)
             stop = val_loss is None  # a signal wants the checkpoint soon
+            better = False
             if not stop:
                 units = in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
                 meter.log(step, {'val_loss': val_loss, **units})
-            # also where a run resumes at its best, as it may have been killed before it wrote best.pt
-            better = not stop and not s.eval_only and step > 0 and val_loss <= best_val_loss
-            best_val_loss = val_loss if better else best_val_loss
+                # also where a run resumes at its best: it may have been killed before best.pt
+                better = not s.eval_only and step > 0 and val_loss <= best_val_loss
+                best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,
                          tokenizer=train_data.meta.get('tokenizer', ''))
             if step > start:
@@ -233,9 +250,7 @@ def main(settings):
         if last or stop:
             break
 
-        loss, norm = train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
-            rows=run.rows, heads=run.heads))
+        loss, norm = train_step(run, step, batch)
         meter.add(loss, norm)
         step += 1
         stop = stop_requested()

@@ -1,12 +1,14 @@
 """
-Trains a vision transformer of timm: fine-tuning or from scratch, whole or by a method of config/methods:
+Trains a vision transformer of timm, pretrained or from scratch, whole or by a method of
+config/methods:
 
 $ python train_vit.py config/vit_quickstart.py
 $ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16
-$ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt --eval_only=True
+$ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt \\
+      --eval_only=True
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_vit.py config/vit_base_pathmnist.py
-The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 seconds).
+The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 s).
 """
 
 import sys
@@ -18,21 +20,22 @@ import config
 # settings: ViT-B/16 on PathMNIST, full fine-tuning of timm's pretrained weights
 # run
 out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, confusion.png
-init_from = 'pretrained'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else scratch),
-#                          'pretrained' (timm's hub), or a file: timm's weights, a best.pt of ours
+init_from = 'pretrained'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else
+#                          scratch), 'pretrained' (timm's hub), or a file: timm's weights, a best.pt
+#                          of ours
 overwrite = False  # True: replace a run that out_dir already holds
-eval_interval = 500  # steps between evaluations on the whole validation split; each writes a checkpoint
+eval_interval = 500  # steps between evaluations on the validation split; each writes a checkpoint
 eval_only = False  # evaluate on the validation and test splits once and stop
 log_interval = 10  # steps between lines of the log
 seed = 1337
-# data: a step trains batch_size * gradient_accumulation_steps images in all, on any number of ranks
+# data: a step trains batch_size * gradient_accumulation_steps images, on any number of ranks
 dataset = 'pathmnist_224'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
 batch_size = 32  # images of a micro-batch, over all ranks
 gradient_accumulation_steps = 1  # micro-batches of a step
 augment = ''  # '' or a comma list of 'flip' (left and right) and 'crop' (moved by up to an eighth)
 # model
-model = 'vit_base_patch16_224'  # timm's name of it; the next five: as it has them, unless they are set
+model = 'vit_base_patch16_224'  # timm's name; the next five: as it has them, unless they are set
 img_size = None  # images of another size are resized on the device
 patch_size = None
 n_layer = None
@@ -40,31 +43,34 @@ n_head = None
 n_embd = None
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
 # low-rank layers: config/methods has a file for each method
-lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit', names of modules
+lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 'logit' or names of
+#               modules
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient (GaLore)
+factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
+#                   (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
-train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (a linear probe without
-#                 heads); 'auto': 'all', but on loaded weights with heads 'classifier'
-merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 with factors='basis': GaLore
-merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old ones on (LTE)
+train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (without
+#                 heads a linear probe); 'auto': 'all', but with heads on loaded weights
+#                 'classifier'
+merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
+merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
-sync = 'step'  # parameters without heads: every 'step', or, on ranks, its own till a 'merge' (LTE)
-sync_moments = True  # average first moments, too, at merges in a basis; False: fewer bytes, heads drift apart
-sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2 and what they leave the next time
+sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
+sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
+sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
 # optimizer
-optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or 'muon',
-#                      in a basis, too, beside AdamW on what is in none
-basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power' (subspace
-#                   iteration) or 'random'
+optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or
+#                      'muon', in a basis, too, beside AdamW on what is in none
+basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
+#                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
 state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
-shard = False  # True: each rank holds only its rows of every weight, gradient and moment (FSDP2)
-per_layer = False  # update every parameter during the backward pass and free its gradient; without grad_clip
+shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
+per_layer = False  # update a parameter in the backward pass, and free its gradient; no grad_clip
 learning_rate = 1e-4
 epochs = 0  # passes over the training images; above 0 it sets max_iters
 max_iters = 3000  # steps
@@ -76,17 +82,18 @@ warmup_iters = 100
 min_lr = 0.0
 # system
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
-dtype = 'auto'  # computation: 'auto', 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
+dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
 compile = False  # torch.compile
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
 if __name__ == '__main__':
-    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes are answered at once
+    settings = config.load(globals(), defaults, sys.argv[1:])  # before torch: mistakes come at once
 
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import timm
@@ -96,19 +103,24 @@ from sklearn.metrics import roc_auc_score
 
 import prepare
 from hub import LOOK, SHAPE, create_vit, put_heads, read_vit
-from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge, named_layers
-from ranks import load_weights, mean, shard
-from run import (Meter, assemble, catch_signals, freeze_as_set, join, load_checkpoint, make_optimizer,
-                 open_run, save, set_learning_rate, stop_requested, unscale)
+from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge,
+                     named_layers)
+from ranks import load_weights, mean, rows_of, shard
+from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
+                 make_optimizer, open_run, save, set_learning_rate, stop_requested, unscale)
 
 # -----------------------------------------------------------------------------
 # images
 
 
 def augmented(images, augment, key, *, count, rows):
-    """Flips and crops of uint8 images (rows, channels, size, size) on their device, a pure function of the
-    key: draws are made for all `count` images of the micro-batch, of which these are the given rows. A crop
-    is the image moved by up to an eighth, its edge repeated."""
+    """
+    Flips and crops of uint8 images (rows, channels, size, size) on their device: a pure function of
+    the key.
+
+    Draws are made for all `count` images of the micro-batch, of which these are the given rows. A
+    crop is the image moved by up to an eighth, its edge repeated.
+    """
     draws = torch.from_numpy(np.random.default_rng(key).random((count, 3))[rows])  # (rows, 3)
     size = images.shape[-1]
     most = size // 8 if 'crop' in augment else 0
@@ -116,21 +128,45 @@ def augmented(images, augment, key, *, count, rows):
     places = torch.arange(size) + moves.T[..., None]  # (2, rows, size)
     down, across = places.clamp(0, size - 1).to(images.device, non_blocking=True)
     if 'flip' in augment:
-        across = torch.where(draws[:, 2:].to(images.device) < 0.5, across.flip(1), across)
+        is_flipped = draws[:, 2:].to(images.device) < 0.5
+        across = torch.where(is_flipped, across.flip(1), across)
     images = images.gather(2, down[:, None, :, None].expand_as(images))
     return images.gather(3, across[:, None, None, :].expand_as(images))
 
 
-def normalised(images, run, dtype):
-    """What a model takes, (rows, 3, size, size), of uint8 images (rows, 1 or 3, other, other) on their
-    device, as timm evaluates them: the middle of what is resized to size / crop_pct. run: see `build`."""
+@dataclass
+class Look:
+    """How a model sees images: the middle (size, size) of what is resized to size / crop_pct, less
+    mean, over std (3, 1, 1)."""
+    size: int
+    crop_pct: float
+    interpolation: str
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def look_of(model, shape, device):
+    """The `Look` of a timm model, as its weights are evaluated. ValueError: it is not supported."""
+    theirs = timm.data.resolve_data_config({}, model=model)
+    found = {key: theirs[key] for key in LOOK}
+    if not 0.1 < found['crop_pct'] <= 1 or found['interpolation'] not in ('bilinear', 'bicubic'):
+        raise ValueError(f'{found} is not supported: choose a model that is evaluated on bicubic '
+                         'images')
+    mean = torch.tensor(theirs['mean'], device=device).view(3, 1, 1)
+    std = torch.tensor(theirs['std'], device=device).view(3, 1, 1)
+    return Look(shape['img_size'] or theirs['input_size'][-1], **found, mean=mean, std=std)
+
+
+def normalised(images, look, dtype):
+    """What a model takes, (rows, 3, size, size), of uint8 images (rows, 1 or 3, other, other) on
+    their device, as timm evaluates them; look: a `Look`."""
     x = images.to(torch.promote_types(dtype, torch.float32)).expand(-1, 3, -1, -1)
-    side = math.floor(run.size / run.crop_pct)
+    side = math.floor(look.size / look.crop_pct)
     if x.shape[-1] != side:
-        x = F.interpolate(x, (side, side), mode=run.interpolation, antialias=True).clamp(0, 255)
-    first = round((side - run.size) / 2)
-    x = x[..., first:first + run.size, first:first + run.size]
-    return ((x / 255 - run.mean) / run.std).to(dtype)
+        x = F.interpolate(x, (side, side), mode=look.interpolation, antialias=True).clamp(0, 255)
+    first = round((side - look.size) / 2)
+    x = x[..., first:first + look.size, first:first + look.size]
+    return ((x / 255 - look.mean) / look.std).to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +174,8 @@ def normalised(images, run, dtype):
 
 
 def criterion(logits, labels):
-    """Mean cross entropy of labels (rows,), or binary cross entropy of labels (rows, classes)."""
+    """Mean cross entropy of labels (rows,), or binary cross entropy of labels (rows, classes) that
+    are 0 or 1: an image may have several."""
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
@@ -146,85 +183,74 @@ def criterion(logits, labels):
 
 def measure(logits, labels):
     """
-    Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the confusion matrix.
+    Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the
+    confusion matrix, whose rows are true classes.
 
-    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no matrix
-    (None), and the accuracy of a class is that of its yes or no. Rows of the matrix are true classes. The AUC
-    is the mean over classes, but for those that no image or every one has; the accuracy of none is None.
+    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no
+    matrix (None), and the accuracy of a class is that of its yes or no. The AUC is the mean over
+    classes, but for those that no image or every one has; the accuracy of none is None.
     """
     n, classes = logits.shape
-    scores = (logits.softmax(1) if labels.dim() == 1 else logits.sigmoid()).double().numpy()
-    labels = labels.numpy()
-    truth = labels if labels.ndim == 2 else np.eye(classes)[labels]
-    columns = [1] if classes == 2 and labels.ndim == 1 else range(classes)
-    areas = [roc_auc_score(truth[:, i], scores[:, i]) for i in columns if 0 < truth[:, i].mean() < 1]
+    several = labels.dim() == 2
+    scores = logits.sigmoid() if several else logits.softmax(1)
+    scores, labels = scores.double().numpy(), labels.numpy()
+    truth = labels if several else np.eye(classes)[labels]  # (n, classes)
+    columns = [1] if classes == 2 and not several else range(classes)
+    areas = [roc_auc_score(truth[:, i], scores[:, i]) for i in columns
+             if 0 < truth[:, i].mean() < 1]
     auc = float(np.mean(areas)) if areas else math.nan
-    if labels.ndim == 2:
+    if several:
         right = (scores > 0.5) == labels
         return float(right.mean()), auc, right.mean(0).tolist(), None
-    matrix = np.bincount(labels * classes + scores.argmax(1), minlength=classes**2).reshape(classes, classes)
+    pairs = labels * classes + scores.argmax(1)  # (n,): true class, predicted class
+    matrix = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
     by_class = [row[i] / row.sum() if row.any() else None for i, row in enumerate(matrix)]
     return float(matrix.trace() / n), auc, by_class, matrix
-
-
-def draw_confusion(matrix, classes, path):
-    """A picture of a confusion matrix: counts (of up to 40 classes), and as colour the share of each true
-    class."""
-    from matplotlib.figure import Figure
-    few = len(classes) <= 40
-    size = 2.5 + 0.45 * min(len(classes), 40)
-    figure = Figure((size, size), layout='constrained')
-    axes = figure.subplots()
-    share = matrix / matrix.sum(1, keepdims=True).clip(1)
-    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for (true, said), count in np.ndenumerate(matrix) if few else ():
-        colour = 'white' if share[true, said] > 0.5 else 'black'
-        axes.text(said, true, count, ha='center', va='center', size=8, color=colour)
-    names = [name if len(name) < 25 else f'{name[:23]}..' for name in classes]
-    look = dict(parse_math=False, size=10 if few else 400 / len(classes))
-    axes.set_xticks(range(len(names)), names, rotation=90, **look)
-    axes.set_yticks(range(len(names)), names, **look)
-    axes.set(xlabel='predicted', ylabel='true')
-    figure.savefig(path, dpi=120)
 
 
 # -----------------------------------------------------------------------------
 # a run
 
 
+@dataclass
+class ViTRun(Run):
+    look: Look = None
+
+
 def build(settings, where, classes, checkpoint=None):
-    """What a run computes with, see `run.assemble`; besides size, crop_pct, interpolation, mean, std: how
-    it sees images. where: from run.join; classes: names; checkpoint: to go on from. Writes
-    settings['train'], if it is 'auto'."""
+    """
+    The model and its optimizer, ready to train: a `ViTRun`.
+
+    where: from run.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it
+    is 'auto'.
+    """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
-    shape, weights, source = {key: settings[key] for key in ('model', *SHAPE)}, False, s.init_from
+    shape, weights, path = {key: settings[key] for key in ('model', *SHAPE)}, False, ''
     if checkpoint:
-        shape, source = {**LOOK, **checkpoint['model_config']}, ''
-    elif os.path.isfile(source):
-        shape, weights = read_vit(source, shape, classes, keep=s.eval_only)
-    elif source == 'scratch':
+        shape = {**LOOK, **checkpoint['model_config']}
+    elif os.path.isfile(s.init_from):
+        path = s.init_from
+        shape, weights = read_vit(path, shape, classes, keep=s.eval_only)
+    elif s.init_from == 'scratch':
         shape.update(LOOK)
-    elif source != 'pretrained':
-        raise ValueError(f"init_from={source!r} is no file: set 'scratch', 'resume', 'pretrained', or the "
-                         'path of a best.pt or of weights of timm')
-    model = create_vit(shape, len(classes), weights or source == 'pretrained', path=source if weights else '')
-    theirs = timm.data.resolve_data_config({}, model=model)
-    look = {key: theirs[key] for key in LOOK}
-    if not 0.1 < look['crop_pct'] <= 1 or look['interpolation'] not in ('bilinear', 'bicubic'):
-        raise ValueError(f'{look} is not supported: choose a model that is evaluated on bicubic '
-                         'images')
-    shape, size = {**shape, **look}, shape['img_size'] or theirs['input_size'][-1]
-    mean, std = (torch.tensor(theirs[key], device=where.device).view(3, 1, 1) for key in ('mean', 'std'))
+    elif s.init_from == 'pretrained':
+        weights = True
+    else:
+        raise ValueError(f"init_from={s.init_from!r} is no file: set 'scratch', 'resume', "
+                         "'pretrained', or the path of a best.pt or of weights of timm")
+    model = create_vit(shape, len(classes), weights, path)
+    look = look_of(model, shape, where.device)
+    shape.update({key: getattr(look, key) for key in LOOK})
     model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
     put_heads(model, settings, where.rank, where.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
     if s.shard:
         shard(model, lowrank_layers(model), where.device)
-    run = assemble(model, shape, make_optimizer(model, settings), settings=settings, where=where,
-                          checkpoint=checkpoint)
-    return SimpleNamespace(**vars(run), **look, size=size, mean=mean, std=std)
+    optimizer = make_optimizer(model, settings)
+    run = assemble(model, shape, optimizer, settings, where, checkpoint)
+    return ViTRun(**vars(run), look=look)
 
 
 def to_device(run, x):
@@ -232,9 +258,21 @@ def to_device(run, x):
     return x.pin_memory().to(run.device, non_blocking=True) if run.device_type == 'cuda' else x
 
 
+def batch_of(run, data, rows, step, micro_step):
+    """Images and labels of a micro-batch on this rank's device: those of the given rows, augmented."""
+    s = run.s
+    images, labels = data.batch(s.batch_size, step, micro_step, seed=s.seed, rows=rows,
+                                accumulation=s.gradient_accumulation_steps)
+    images, labels = to_device(run, images), to_device(run, labels)
+    if s.augment:
+        key = s.seed, step, micro_step
+        images = augmented(images, s.augment, key, count=s.batch_size, rows=rows)
+    return images, labels
+
+
 def logits_of(run, images):
     """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
-    x = normalised(images, run, getattr(torch, run.s.param_dtype))
+    x = normalised(images, run.look, getattr(torch, run.s.param_dtype))
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
         y = run.net(x)
@@ -243,17 +281,16 @@ def logits_of(run, images):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge. batch(micro_step) gives this rank's images and
-    labels. Returns the mean loss and the norm of the gradient before clipping, tensors.
+    One step, from 0: forward, backward, clip, step, merge.
+
+    batch(micro_step) gives this rank's images and labels, on its device. Returns the mean loss and
+    the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     for micro_step in range(micro_steps):
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
-        run.optimizer.begin(step, micro_step, micro_steps)  # bases, and which micro-batch is the last
-        images, labels = (to_device(run, x) for x in batch(micro_step))
-        if s.augment:
-            key = s.seed, step, micro_step
-            images = augmented(images, s.augment, key, count=s.batch_size, rows=run.rows)
+        run.optimizer.begin(step, micro_step, micro_steps)  # bases; which micro-batch is the last
+        images, labels = batch(micro_step)
         loss = criterion(logits_of(run, images), labels) / micro_steps
         run.scaler.scale(loss).backward()
         total += loss.detach()
@@ -263,8 +300,8 @@ def train_step(run, step, batch):
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if s.merge_every and (step + 1) % s.merge_every == 0:
-        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas, bits=s.sync_bits,
-              state=run.optimizer.state)
+        merge(run.model, torch.Generator().manual_seed(s.seed + step + 1), run.replicas,
+              bits=s.sync_bits, state=run.optimizer.state)
         if s.merge_reset:
             drop_moments(run.model, run.optimizer)
     return total, norm
@@ -272,24 +309,25 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data, name):
-    """A whole split: a record for the log, and the confusion matrix; None, None where a signal came
-    meanwhile. Ranks share the work, and each gets all scores."""
+    """A whole split: a record for the log, and the confusion matrix; None, None where a signal
+    came. Ranks share the work, and each gets all scores."""
     batch_size, batches = run.s.batch_size, -(-len(data) // run.s.batch_size)
     run.model.eval()
     wide = torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32)
     _, y = data.fixed_batch(0, 1)
-    labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)  # (n,) or (n, classes)
-    logits, i = torch.zeros(len(data), data.num_classes, dtype=wide, device=run.device), 0
+    logits = torch.zeros(len(data), data.num_classes, dtype=wide, device=run.device)
+    labels = torch.zeros(len(data), *y.shape[1:], dtype=y.dtype, device=run.device)
+    i = 0
     with averaged_heads(run.model, run.replicas):
         while i < batches and not stop_requested():
             images, y = data.fixed_batch(i, batch_size, run.rank, world_size=run.ranks)
-            mine = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
-            rows = len(y)  # of the last batch maybe none; but in shards all ranks have to compute together
+            of_rank = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
+            rows = len(y)  # of the last batch maybe none; but in shards all ranks compute together
             if not rows and run.s.shard:
                 images, y = data.fixed_batch(0, 1)
             if len(y):
-                logits[mine] = logits_of(run, to_device(run, images))[:rows]
-                labels[mine] = to_device(run, y)[:rows]
+                logits[of_rank] = logits_of(run, to_device(run, images))[:rows]
+                labels[of_rank] = to_device(run, y)[:rows]
             i += 1
     run.model.train()
     if i < batches:
@@ -301,30 +339,31 @@ def evaluate(run, data, name):
     if not math.isfinite(loss):
         return {f'{name}_loss': loss}, None  # the log ends the run
     accuracy, auc, by_class, matrix = measure(logits.cpu(), labels.cpu())
-    record = {'loss': loss, 'acc': accuracy, 'auc': auc, 'acc_by_class': by_class}
-    return {f'{name}_{key}': value for key, value in record.items()}, matrix
+    return {f'{name}_loss': loss, f'{name}_acc': accuracy, f'{name}_auc': auc,
+            f'{name}_acc_by_class': by_class}, matrix
 
 
 def test(run, data, meter, step):
-    """The last evaluation, on the test split, by the best weights if this run trained any: logged, printed by
-    class, and drawn."""
-    best, picture = f'{run.s.out_dir}/best.pt', f'{run.s.out_dir}/confusion.png'
+    """The last evaluation, on the test split, by the best weights if this run trained any: logged,
+    and printed by class. The log keeps the confusion matrix, which assets/figures.py draws."""
+    best = f'{run.s.out_dir}/best.pt'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
-    there = torch.tensor(float(not run.s.eval_only and os.path.exists(best)), device=run.device)
-    share = mean(there).item()
+    is_there = not run.s.eval_only and os.path.exists(best)
+    share = mean(torch.tensor(float(is_there), device=run.device)).item()
     if share == 1:
         load_weights(run.model, named_layers(run.model), load_checkpoint(best)['model'])
     elif share and run.rank == 0:
         print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')
-    if record:
-        meter.log(step, record)
-    if record and run.rank == 0:
+    if record is None:
+        return
+    if matrix is not None:
+        record['test_confusion'], record['classes'] = matrix.tolist(), data.classes
+    meter.log(step, record)
+    if run.rank == 0:
         shares = ('no images' if x is None else f'{x:.3f}' for x in record['test_acc_by_class'])
         print('accuracy by class: ' + ', '.join(map(' '.join, zip(data.classes, shares))))
-        if matrix is not None and not (run.s.eval_only and os.path.exists(picture)):
-            draw_confusion(matrix, data.classes, picture)
 
 
 def main(settings):
@@ -337,13 +376,20 @@ def main(settings):
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
+        # of a micro-batch the rows that this rank trains on; each split head has its part of them
+        heads = s.heads if s.lowrank and s.split else 1
+        rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
         checkpoint = open_run(settings, where, train_data.fingerprint)
-        run = build(settings, where, classes, checkpoint=checkpoint)
+        run = build(settings, where, classes, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '
         meter = Meter(run, step, images, unit='images', more=epochs)
     del checkpoint
+
+    def batch(micro_step):
+        return batch_of(run, train_data, rows, step, micro_step)
+
     catch_signals()
     start, stop = step, False
     while True:
@@ -353,13 +399,16 @@ def main(settings):
         if last or step % s.eval_interval == 0:
             record, _ = evaluate(run, val_data, 'val')
             stop = record is None  # a signal wants the checkpoint soon
+            better = False
             if not stop:
                 meter.log(step, record)
-            # the last of equals, or where AUC is undefined; also where a run resumes at its best, as it may
-            # have been killed before it wrote best.pt
-            better = not stop and not s.eval_only and step > 0 and not record['val_auc'] < best_val_auc
-            best_val_auc = record['val_auc'] if better else best_val_auc
-            about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint, classes=classes)
+                # the last of equals, or where AUC is undefined; also where a run resumes at its
+                # best: it may have been killed before it wrote best.pt
+                auc = record['val_auc']
+                better = not s.eval_only and step > 0 and not auc < best_val_auc
+                best_val_auc = auc if better else best_val_auc
+            about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint,
+                         classes=classes)
             if step > start:
                 save(run, 'ckpt.pt', about, resumable=True)
             if better:
@@ -368,9 +417,7 @@ def main(settings):
         if last or stop:
             break
 
-        loss, norm = train_step(run, step, lambda micro_step: train_data.batch(
-            s.batch_size, step, micro_step, accumulation=s.gradient_accumulation_steps, seed=s.seed,
-            rows=run.rows))
+        loss, norm = train_step(run, step, batch)
         meter.add(loss, norm)
         step += 1
         stop = stop_requested()

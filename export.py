@@ -19,7 +19,7 @@ out_dir = 'out/gpt2'  # the folder of a run
 checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
 to = ''  # the folder to write
 adapter = False  # True: the heads alone, as PEFT's LoRA of the weights that the run began from
-dtype = 'auto'  # of the weights written: 'auto' (the run's), 'float32', 'bfloat16', 'float16', 'float64'
+dtype = 'auto'  # of what is written: the run's, or 'float32', 'bfloat16', 'float16', 'float64'
 overwrite = False  # True: replace a folder of an earlier export
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
@@ -43,7 +43,8 @@ SHARD = 5e9  # bytes of a safetensors file, at most
 # out
 
 def write_tensors(folder, tensors, dtype):
-    """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, one by one."""
+    """Writes (name, tensor) in a dtype as model.safetensors, or as shards and their index, one by
+    one."""
     tensors = dict(tensors)
     sizes = {name: torch.empty_like(x, dtype=dtype, device='meta') for name, x in tensors.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
@@ -56,74 +57,108 @@ def write_tensors(folder, tensors, dtype):
 
 
 def write_transformers(run, checkpoint, folder, dtype):
-    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or ours."""
+    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or
+    ours."""
     shape, state = of_a_run(checkpoint, run, dtype)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
-    tokens, dtype = prepare.tokenizer(checkpoint['tokenizer'], run), str(dtype).removeprefix('torch.')
-    if not isinstance(tokens, prepare.HubTokenizer):
-        where = "that of gpt2 lies on the hub, as 'gpt2'"
-        print('no tokenizer.json is written:', where if tokens.name == 'gpt2' else 'bytes have none')
+    tokens = prepare.tokenizer(checkpoint['tokenizer'], run)
+    if tokens.name == 'gpt2':
+        print("no tokenizer.json is written: that of gpt2 lies on the hub, as 'gpt2'")
+    elif not isinstance(tokens, prepare.HubTokenizer):
+        print('no tokenizer.json is written: bytes have none')
     if (run / 'config.json').is_file():
         said = read_json(run / 'config.json')
     else:
-        said = {**config_json(shape), 'bos_token_id': tokens.eot_token, 'eos_token_id': tokens.eot_token}
-    said |= {'tie_word_embeddings': shape.tied, 'torch_dtype': dtype, 'dtype': dtype}  # transformers 4, and 5
+        said = config_json(shape)
+        said.update(bos_token_id=tokens.eot_token, eos_token_id=tokens.eot_token)
+    name = str(dtype).removeprefix('torch.')
+    # transformers 4 and 5
+    said.update(tie_word_embeddings=shape.tied, torch_dtype=name, dtype=name)
     config.write_json(f'{folder}/config.json', said)
 
 
 def write_peft(run, checkpoint, folder, dtype):
-    """The heads of a checkpoint as one LoRA: (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...].
-    What heads that train on over merges (LTE) have put into W telescopes to it. Thirds of a fused projection
-    are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's LoRA is exact beside
-    the weight; merged by PEFT it would move the embedding as well. ValueError: there is none."""
+    """
+    The heads of a checkpoint as one LoRA:
+
+        (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...]
+
+    What heads that train on over merges (LTE) have put into W telescopes to it. Thirds of a fused
+    projection are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's
+    LoRA is exact beside the weight; merged by PEFT it would move the embedding as well. ValueError:
+    there is none.
+    """
     s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
     base = about.get('init_from') if text else s['init_from']
-    layers = {}  # of the base: layers of ours
-    for name in (name.removesuffix('.A') for name in state if name.endswith('.A')):
-        fused, _, third = name.rpartition('.')
-        if third in ('q', 'k', 'v') and fused.endswith('.qkv'):  # of a ViT, see hub.QKV
-            layers[fused] = [f'{fused}.{third}' for third in 'qkv']
-        elif text or not name.startswith('head'):  # as a distilled ViT's other classifier is called, too
-            layers[name] = [name]
-    for wrong, sentence in (
-            (not layers, 'the run has no heads in its blocks'),
-            (s['factors'] == 'basis' or s['merge_reset'],
-             'GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads hold it'),
-            (s['train'] == 'all', "the run trains more than its heads (train='all')"),
-            (about.get('adapted'),
-             f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'),
-            (base in (None, 'scratch', 'resume') or text and os.path.isfile(base),
-             f'the run began from {base!r}, and an adapter belongs to weights that others can load')):
-        if wrong:
-            raise ValueError(f'{sentence}: export the merged model, without --adapter')
-    pairs, parts = {}, {}
+    layers = layers_with_heads(state, text)
+    refuse_peft(s, layers, base, about.get('adapted'), text)
+    pairs = {}
     for name, ours in layers.items():
         A, B = zip(*(heads_side_by_side(state, part) for part in ours))
-        pairs[name] = torch.cat(A), torch.block_diag(*B)  # (R, n), (m, R): R = H r, of k thirds k H r
+        pairs[name] = torch.cat(A), torch.block_diag(*B)  # (R, n), (m, R): H r, of k thirds k H r
     R = max(len(A) for A, _ in pairs.values())
+    tensors = {}
     for name, (A, B) in pairs.items():  # of one rank: the rest is zeros
-        A, B = F.pad(A, (0, 0, 0, R - len(A))), F.pad(B, (0, R - len(A)))
-        parts[f'base_model.model.{name}.lora_A.weight'] = A.to(dtype).contiguous()
-        parts[f'base_model.model.{name}.lora_B.weight'] = B.to(dtype).contiguous()
-    whole = {}
+        more = R - len(A)
+        tensors[f'{name}.lora_A.weight'] = F.pad(A, (0, 0, 0, more))
+        tensors[f'{name}.lora_B.weight'] = F.pad(B, (0, more))
+    classifier = {}
     if not text:
-        whole = {name: x.to(dtype).contiguous() for name, x in merged_vit(checkpoint).items()
-                 if name.startswith('head')}
-    parts |= {f'base_model.model.{name}': x for name, x in whole.items()}
-    linears = [name[:-7] for name, x in state.items() if name.endswith('.weight') and x.dim() > 1]
-    last = {name.split('.')[-1] for name in layers}  # short names, where they mean no other layer
-    short = all(name in layers for name in linears if name.split('.')[-1] in last)
+        classifier = {name: x for name, x in merged_vit(checkpoint).items()
+                      if name.startswith('head')}
+    tensors = {f'base_model.model.{name}': x.to(dtype).contiguous()
+               for name, x in {**tensors, **classifier}.items()}
+    save_file(tensors, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
+    linears = [name.removesuffix('.weight') for name, x in state.items()
+               if name.endswith('.weight') and x.dim() > 1]
+    short = {name.split('.')[-1] for name in layers}
+    means_more = any(name.split('.')[-1] in short and name not in layers for name in linears)
     config.write_json(f'{folder}/adapter_config.json', {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM' if text else None, 'inference_mode': True,
         'base_model_name_or_path': os.path.abspath(base) if os.path.exists(base) else base,
-        'r': R, 'lora_alpha': s['alpha'] * R / (s['heads'] * s['rank']), 'lora_dropout': 0.0, 'bias': 'none',
+        'r': R, 'lora_alpha': s['alpha'] * R / (s['heads'] * s['rank']), 'lora_dropout': 0.0,
+        'bias': 'none',
         'fan_in_fan_out': text and 'n_mlp' not in checkpoint['model_config'],  # GPT-2's Conv1D
-        'target_modules': sorted(last) if short else list(layers),
-        'modules_to_save': sorted({name.split('.')[0] for name in whole}) or None})
-    save_file(parts, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
+        'target_modules': list(layers) if means_more else sorted(short),
+        'modules_to_save': sorted({name.split('.')[0] for name in classifier}) or None})
     prepare.carry([run], Path(folder))
+
+
+def layers_with_heads(state, text):
+    """{name of a layer of the base: names of ours} of a state dict, whose thirds of a qkv are three
+    layers (see hub.QKV). A ViT's classifier, or two, is left out: it is saved whole."""
+    layers = {}
+    for name in state:
+        name, _, last = name.rpartition('.')
+        if last != 'A':
+            continue
+        fused, _, third = name.rpartition('.')
+        if third in ('q', 'k', 'v') and fused.endswith('.qkv'):
+            layers[fused] = [f'{fused}.{third}' for third in 'qkv']
+        elif text or not name.startswith('head'):
+            layers[name] = [name]
+    return layers
+
+
+def refuse_peft(s, layers, base, adapted, text):
+    """ValueError: the heads of a run, whose settings are s, are not all of what it trained, or
+    belong to weights that nobody else has."""
+    why = None
+    if not layers:
+        why = 'the run has no heads in its blocks'
+    elif s['factors'] == 'basis' or s['merge_reset']:
+        why = ('GaLore, GaLoLTE and ReLoRA train what they merge into the weights, and no heads '
+               'hold it')
+    elif s['train'] == 'all':
+        why = "the run trains more than its heads (train='all')"
+    elif adapted:
+        why = f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'
+    elif base in (None, 'scratch', 'resume') or text and os.path.isfile(base):
+        why = f'the run began from {base!r}, and an adapter belongs to weights that others can load'
+    if why:
+        raise ValueError(f'{why}: export the merged model, without --adapter')
 
 
 def heads_side_by_side(state, name):
@@ -150,7 +185,8 @@ def main(settings):
     s = SimpleNamespace(**settings)
     with config.refusals():
         checkpoint = load_checkpoint(f'{s.out_dir}/{s.checkpoint}')
-        dtype = getattr(torch, checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype)
+        dtype = checkpoint['settings']['param_dtype'] if s.dtype == 'auto' else s.dtype
+        dtype = getattr(torch, dtype)
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
         if not s.to:
             raise ValueError("to='' names no folder to write: set --to=FOLDER")
@@ -158,12 +194,14 @@ def main(settings):
             raise ValueError(f"'{s.to}' is already there: choose another --to, or replace it by "
                              '--overwrite=True')
         with config.written_beside(s.to, '.export_of_nanolowrank') as folder:
-            if s.adapter or text:
-                (write_peft if s.adapter else write_transformers)(run, checkpoint, folder, dtype)
+            if s.adapter:
+                write_peft(run, checkpoint, folder, dtype)
+            elif text:
+                write_transformers(run, checkpoint, folder, dtype)
             else:
                 write_timm(checkpoint, folder, dtype)
-    print(f"'{s.to}' holds {'the heads' if s.adapter else 'the model'} of {s.out_dir}/{s.checkpoint}, step "
-          f"{checkpoint['step']}")
+    what = 'the heads' if s.adapter else 'the model'
+    print(f"'{s.to}' holds {what} of {s.out_dir}/{s.checkpoint}, step {checkpoint['step']}")
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """
-Weights of others, in and out: transformers, PEFT, nanoGPT, timm. Reading for the training scripts and
-sample.py; export.py writes.
+Weights of others, in and out: transformers, PEFT, nanoGPT, timm. Reading for the training scripts
+and sample.py; export.py writes.
 """
 
 import dataclasses
@@ -24,96 +24,117 @@ from run import as_checkpoint, load_tensors, put_layers
 # -----------------------------------------------------------------------------
 # transformers' layout: config.json and safetensors
 #
-# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in, out) where
-# nn.Linear has (out, in).
+# Names of tensors are ours, but the hub's files of GPT-2 leave out 'transformer.', and hold (in,
+# out) where nn.Linear has (out, in).
 
 FAMILIES = {'gpt2': 'GPT2LMHeadModel', 'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
             'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
 KEYS = {  # of config.json: ours
-    GPTConfig: dict(n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
-                    n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
-    LlamaConfig: dict(max_position_embeddings='block_size', vocab_size='vocab_size', hidden_size='n_embd',
-                      num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
-                      num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
-                      tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
-MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}  # ours is then theirs
-ONLY = {  # keys that change what is computed: the values that we have, first the one of a key left out
-    GPTConfig: dict(activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
-                    scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
-                    add_cross_attention=(False,), quantization_config=(None,)),
-    LlamaConfig: dict(hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
-                      attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
-                      quantization_config=(None,))}
+    GPTConfig: dict(
+        n_positions='block_size', vocab_size='vocab_size', n_layer='n_layer', n_head='n_head',
+        n_embd='n_embd', layer_norm_epsilon='norm_eps', tie_word_embeddings='tied'),
+    LlamaConfig: dict(
+        max_position_embeddings='block_size', vocab_size='vocab_size', hidden_size='n_embd',
+        num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
+        num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
+        tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
+# where they lack one of these, our default is theirs
+MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}
+# keys that change what is computed: the values that we have, first the one of a key left out
+ONLY = {
+    GPTConfig: dict(
+        activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,), reorder_and_upcast_attn=(False,),
+        add_cross_attention=(False,), quantization_config=(None,)),
+    LlamaConfig: dict(
+        hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
+        attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
+        quantization_config=(None,))}
+# keys that change nothing of what is computed
 NO_MATTER = set("""
-    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype transformers_version
-    use_cache initializer_range bos_token_id eos_token_id pad_token_id unk_token_id pretraining_tp
+    _name_or_path _model_name_or_path architectures model_type torch_dtype dtype
+    transformers_version use_cache initializer_range bos_token_id eos_token_id pad_token_id
+    unk_token_id pretraining_tp
     rope_parameters sliding_window use_sliding_window max_window_layers layer_types is_llama_config
     transformers.js_config n_ctx n_inner attn_pdrop embd_pdrop resid_pdrop task_specific_params
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
     gradient_checkpointing output_attentions output_hidden_states return_dict""".split())
 
 
-def _rope(theirs, need, path):
+def need(good, path, key, value, supported):
+    """ValueError where a value in the config.json at `path` is not good."""
+    if not good:
+        raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, and what is supported is "
+                         f'{supported}: give another model')
+
+
+def with_rope(theirs, path):
     """A config.json of any version, with the keys of transformers 4 about rotary positions."""
-    where = 'rope_parameters', 'rope_scaling'
-    parts = [theirs.get(key) or {} for key in where]
+    parts = [theirs.get(key) or {} for key in ('rope_parameters', 'rope_scaling')]
     rope = {**parts[0], **parts[1]}
-    kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts} - {'default'}
+    kinds = {str(part.get('rope_type', part.get('type', 'default'))) for part in parts}
+    kinds.discard('default')
     scaling = 'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'
     typed(rope, dict.fromkeys(scaling, float), path)
-    whole = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
-    need(whole or not kinds, ' or '.join(where), sorted(kinds),
+    is_llama3 = kinds == {'llama3'} and all((rope.get(key) or 0) > 0 for key in scaling)
+    need(is_llama3 or not kinds, path, 'rope_parameters or rope_scaling', sorted(kinds),
          "rope_type 'default' or a whole 'llama3'")
-    found = {key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope}
-    return {**theirs, **found, 'rope_scaling': {key: rope[key] for key in scaling} if whole else None}
+    found = {**theirs, 'rope_scaling': None}
+    found.update({key: rope[key] for key in ('rope_theta', 'partial_rotary_factor') if key in rope})
+    if is_llama3:
+        found['rope_scaling'] = {key: rope[key] for key in scaling}
+    return found
 
 
 def read_config(folder):
-    """The GPTConfig or LlamaConfig that a folder's config.json stands for.
+    """
+    The GPTConfig or LlamaConfig that a folder's config.json stands for.
 
-    Its block_size is how many positions the model has, or what its sliding window leaves alike. Dropout is a
-    matter of training and stays 0. ValueError: the value of a key is not supported. FileNotFoundError."""
+    Its block_size is how many positions the model has, or what its sliding window leaves alike.
+    Dropout is a matter of training and stays 0. ValueError: the value of a key is not supported.
+    FileNotFoundError.
+    """
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in transformers' "
-                                'layout')
+        raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in "
+                                "transformers' layout")
     theirs = read_json(path, {'model_type': str, 'rope_parameters': dict, 'rope_scaling': dict,
                               'layer_types': list, 'sliding_window': int})
-
-    def need(good, key, value, supported):
-        if not good:
-            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, and what is supported is {supported}: "
-                             'give another model')
-
     family = theirs.get('model_type')
-    need(family in list(FAMILIES), 'model_type', family, ', '.join(FAMILIES))
+    need(family in list(FAMILIES), path, 'model_type', family, ', '.join(FAMILIES))
     kind = GPTConfig if family == 'gpt2' else LlamaConfig
     if kind is LlamaConfig:
-        theirs = _rope(theirs, need, path)
-    ours, known = {}, {field.name: field for field in fields(kind)}
-    typed(theirs, {key: known[mine].type for key, mine in KEYS[kind].items()}, path)
-    for key, mine in KEYS[kind].items():
-        field = known[mine]
-        value = ours[mine] = theirs.get(key, field.default if mine in MAY_LACK else None)
-        fine = field.default is None if value is None else field.type in (bool, dict) or value > 0
-        need(fine, key, value, f'{field.type.__name__}, numbers above 0')
+        theirs = with_rope(theirs, path)
+    known = {field.name: field for field in fields(kind)}
+    typed(theirs, {key: known[name].type for key, name in KEYS[kind].items()}, path)
+    ours = {}
+    for key, name in KEYS[kind].items():
+        field = known[name]
+        value = theirs.get(key, field.default if name in MAY_LACK else None)
+        if value is None:
+            is_good = field.default is None
+        else:
+            is_good = field.type in (bool, dict) or value > 0
+        need(is_good, path, key, value, f'{field.type.__name__}, numbers above 0')
+        ours[name] = value
     for key, values in ONLY[kind].items():
-        need(theirs.get(key, values[0]) in values, key, theirs.get(key), repr(values[0]))
+        need(theirs.get(key, values[0]) in values, path, key, theirs.get(key), repr(values[0]))
     strange = [key for key, value in theirs.items()
                if value and key not in {*NO_MATTER, *KEYS[kind], *ONLY[kind]}]
     if strange:
         print(f"'{path}': {', '.join(strange)} not known here and passed over")
     if kind is GPTConfig:
         inner = theirs.get('n_inner')
-        need(inner in (None, 4 * ours['n_embd']), 'n_inner', inner, 'four times n_embd')
+        need(inner in (None, 4 * ours['n_embd']), path, 'n_inner', inner, 'four times n_embd')
         return GPTConfig(**ours)
     if family == 'qwen3':
         ours['head_size'] = ours['head_size'] or 128  # as transformers has it
     for layer in theirs.get('layer_types') or ():
-        need(layer in ('full_attention', 'sliding_attention'), 'layer_types', layer, 'full_attention')
+        need(layer in ('full_attention', 'sliding_attention'), path, 'layer_types', layer,
+             'full_attention')
     window = theirs.get('sliding_window', 4096 if family == 'mistral' else None)
     if window and (family == 'mistral' or theirs.get('use_sliding_window')):
-        need(window > 0, 'sliding_window', window, 'int above 0')
+        need(window > 0, path, 'sliding_window', window, 'int above 0')
         ours['block_size'] = min(ours['block_size'], window)
     return LlamaConfig(**ours, family=family)
 
@@ -131,10 +152,13 @@ def config_json(config):
     return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
 
 
-def _turned(name, x):
-    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and back."""
-    kinds = '.c_attn.weight', '.c_proj.weight', '.c_fc.weight'
-    return x.T if name.startswith('transformer.h.') and name.endswith(kinds) and x.dim() == 2 else x
+def turned(name, x):
+    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and
+    back."""
+    is_linear = name.endswith(('.c_attn.weight', '.c_proj.weight', '.c_fc.weight'))
+    if name.startswith('transformer.h.') and is_linear and x.dim() == 2:
+        return x.T
+    return x
 
 
 def read_safetensors(path):
@@ -146,12 +170,13 @@ def read_safetensors(path):
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch it "
-                         'again') from None
+        raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch "
+                         'it again') from None
 
 
 def read_tensors(folder, config):
-    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its index's shards.
+    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its
+    index's shards.
 
     ValueError, FileNotFoundError: a file is damaged, or missing."""
     gpt = isinstance(config, GPTConfig)
@@ -161,17 +186,19 @@ def read_tensors(folder, config):
         found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
         files = sorted({*map(str, found.values())})
     elif not os.path.isfile(os.path.join(folder, files[0])):
-        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards (other "
-                                'formats are not read): fetch it again, or save the model as safetensors')
+        raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards "
+                                '(other formats are not read): fetch it again, or save the model '
+                                'as safetensors')
     for file in files:
         if os.path.basename(file) != file:
-            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the folder again")
+            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the "
+                             'folder again')
         for name, x in read_safetensors(os.path.join(folder, file)):
             if gpt and not name.startswith(('transformer.', 'lm_head.')):
                 name = f'transformer.{name}'
-            buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
-            if not buffer and not (config.tied and name == 'lm_head.weight'):
-                yield name, _turned(name, x) if gpt else x
+            is_buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
+            if not is_buffer and not (config.tied and name == 'lm_head.weight'):
+                yield name, turned(name, x) if gpt else x
 
 
 def tensors_for_transformers(config, state):
@@ -182,13 +209,15 @@ def tensors_for_transformers(config, state):
     for name, x in state.items():
         if config.tied and name == 'lm_head.weight':
             continue
-        yield name, _turned(name, x) if gpt else x
+        yield name, turned(name, x) if gpt else x
         if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
-            yield name.removesuffix('weight') + 'bias', x.new_zeros(len(x))  # (out,), or (width,) of a norm
+            name = name.removesuffix('weight') + 'bias'
+            yield name, x.new_zeros(len(x))  # (out,), or (width,) of a norm
 
 
 def from_nanogpt(checkpoint, path):
-    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in `read_config`."""
+    """(GPTConfig, {name: tensor}) of what nanoGPT's train.py saves, without dropout, as in
+    `read_config`."""
     numbers = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
     wanted = {**dict.fromkeys(numbers, int), 'bias': bool}
     found = typed(checkpoint['model_args'], wanted, path)
@@ -205,10 +234,11 @@ def from_nanogpt(checkpoint, path):
 @torch.no_grad()
 def fill(model, tensors, source, write=None):
     """
-    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty` gives.
-    Returns the model. ValueError: the two do not go together.
+    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty`
+    gives. Returns the model. ValueError: the two do not go together.
 
-    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its names.
+    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its
+    names.
     """
     model.tie()
     write = write or (lambda name, x: model.get_parameter(name).copy_(x))
@@ -218,16 +248,17 @@ def fill(model, tensors, source, write=None):
     for name, x in tensors:
         parameter = wanted.pop(name, None)
         if parameter is None:
-            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its configuration "
-                             'lacks: give another model')
+            raise ValueError(f"'{source}' holds {name}, which a {type(model).__name__} of its "
+                             'configuration lacks: give another model')
         if parameter.shape != x.shape or not x.is_floating_point():
             raise ValueError(f"'{source}' holds {name} of shape {tuple(x.shape)} ({x.dtype}), not "
-                             f'{tuple(parameter.shape)} of floats: give a model whose weights are those of '
-                             'its configuration')
+                             f'{tuple(parameter.shape)} of floats: give a model whose weights are '
+                             'those of its configuration')
         for name in names[parameter]:
             write(name, x)
     if wanted:
-        raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch it again")
+        raise ValueError(f"'{source}' lacks {next(iter(wanted))} and {len(wanted) - 1} more: fetch "
+                         'it again')
     return model
 
 
@@ -236,20 +267,21 @@ def fill(model, tensors, source, write=None):
 
 PEFT_NONE = """
     use_dora use_rslora modules_to_save rank_pattern alpha_pattern lora_bias layer_replication
-    trainable_token_indices target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config
-    velora_config kasa_config use_gks corda_config eva_config loftq_config revision
+    trainable_token_indices target_parameters use_qalora use_bdlora alora_invocation_tokens
+    arrow_config velora_config kasa_config use_gks corda_config eva_config loftq_config revision
     """.split()  # what is refused where an adapter sets it
 
 
 def of_a_run(checkpoint, path, dtype=None):
-    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or LLaMA."""
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or
+    LLaMA."""
     if 'tokenizer' not in checkpoint:
-        raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a GPT or a "
-                         'LLaMA')
+        raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a "
+                         'GPT or a LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
     put_layers(model, checkpoint['settings'])
-    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: only what is merged takes memory
+    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
         del state['lm_head.weight']
@@ -259,7 +291,8 @@ def of_a_run(checkpoint, path, dtype=None):
 
 
 def folders_of(source):
-    """Folders with what lies beside the weights of init_from; that of an adapter's base comes last."""
+    """Folders with what lies beside the weights of init_from; that of an adapter's base comes
+    last."""
     if os.path.isfile(source):  # of a run
         return [os.path.join(os.path.dirname(source), 'tokenizer')]
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
@@ -271,8 +304,8 @@ def folders_of(source):
 
 
 def with_adapter(folder, shape, tensors):
-    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged into it, in
-    float32; a LoRA of a tied output layer parts it from the embedding, which stays.
+    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged
+    into it, in float32; a LoRA of a tied output layer parts it from the embedding, which stays.
 
     ValueError: what PEFT can do and we do not read, by its key."""
     about = read_json(os.path.join(folder, 'adapter_config.json'),
@@ -285,8 +318,8 @@ def with_adapter(folder, shape, tensors):
         supported[key] = (about.get(key) or 0) > 0
     for key in supported:
         if not supported[key]:
-            raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which is not "
-                             'supported: merge it by PEFT first')
+            raise ValueError(f"'{folder}/adapter_config.json' says {key}={about.get(key)!r}, which "
+                             'is not supported: merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
     if shape.tied and any(name.startswith('lm_head.') for name in factors):
@@ -305,23 +338,27 @@ def parted(tensors):
 def _added(tensors, factors, about, path):
     """Yields (name, tensor) with the LoRA {name: factor} of a file added."""
     for name, x in tensors:
-        A, B = (factors.pop(name.removesuffix('weight') + f'lora_{factor}.weight', None) for factor in 'AB')
-        if (A is None) != (B is None) or A is not None and (len(A), B.shape[1]) != (about['r'], about['r']):
-            raise ValueError(f"'{path}' has no A and B of rank r={about['r']} for {name}: fetch it again")
-        if A is not None:
-            x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / about['r'])
+        layer, r = name.removesuffix('weight'), about['r']
+        A = factors.pop(f'{layer}lora_A.weight', None)  # (r, in)
+        B = factors.pop(f'{layer}lora_B.weight', None)  # (out, r)
+        if A is not None and B is not None and len(A) == B.shape[1] == r:
+            x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / r)
+        elif A is not None or B is not None:
+            raise ValueError(f"'{path}' has no A and B of rank r={r} for {name}: fetch it again")
         yield name, x
     if factors:
-        raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: check "
-                         'base_model_name_or_path')
+        raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: "
+                         'check base_model_name_or_path')
 
 
 def read_weights(source):
     """
-    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or None).
+    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or
+    None).
 
-    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a .pt of a
-    run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError: say what is wrong.
+    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a
+    .pt of a run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError:
+    say what is wrong.
     """
     if os.path.isfile(source) or source.endswith('.pt'):
         loaded = load_tensors(source)
@@ -341,23 +378,28 @@ def read_weights(source):
 
 
 def read_for(settings, kind):
-    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from, see
-    `read_weights`. ValueError: it does not go with the settings, or with the tokens of the data."""
+    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from,
+    see `read_weights`. ValueError: it does not go with the settings, or with the tokens of the
+    data."""
     source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
     shape, tensors, tokens = read_weights(source)
     if not isinstance(shape, kind):
-        what, script = ('LLaMA', 'train_llama.py') if kind is GPTConfig else ('GPT-2', 'train_gpt.py')
-        raise ValueError(f"init_from='{source}' is a {what}: train it by {script}")
+        what = 'a LLaMA: train it by train_llama.py'
+        if isinstance(shape, GPTConfig):
+            what = 'a GPT-2: train it by train_gpt.py'
+        raise ValueError(f"init_from='{source}' is {what}")
     if many > shape.block_size:
-        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or their window) "
-                         f"of '{source}': set a smaller one")
+        raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or "
+                         f"their window) of '{source}': set a smaller one")
     held = prepare.read_meta(Path(settings['data_dir'], dataset, 'meta.json'))['tokenizer']
     if tokens is None:
-        print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' ({held}) are "
-              'the same is up to you')
+        print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' "
+              f'({held}) '
+              'are the same is up to you')
     elif tokens != held:
-        raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights ({tokens}): "
-                         "prepare it by 'prepare.py ... --tokenizer' with the folder of the weights")
+        raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights "
+                         f"({tokens}): prepare it by 'prepare.py ... --tokenizer' with the folder "
+                         'of the weights')
     return shape, tensors
 
 
@@ -379,20 +421,23 @@ def carry_along(settings):
 # -----------------------------------------------------------------------------
 # a ViT of timm, whose import takes longer than torch's: only where it is called
 
-SHAPE = {'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
-         'n_head': 'num_heads'}
-LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by weights of timm's
+SHAPE = {  # settings of ours: timm's arguments
+    'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
+    'n_head': 'num_heads'}
+LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by timm's weights
 
 
 def create_vit(shape, num_classes, weights=False, path=''):
-    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's hub (True),
-    or a state dict in its form, from the file at `path`; timm fits them to another image or patch size.
-    ValueError: a name, a shape or weights that do not go together."""
+    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's
+    hub (True), or a state dict in its form, from the file at `path`; timm fits them to another
+    image or patch size. ValueError: a name, a shape or weights that do not go together."""
     import timm
     name = shape['model']
-    if ':' not in name and not timm.is_model(name):  # a name with a colon is a place, such as hf-hub:timm/...
+    # a name with a colon is a place, such as hf-hub:timm/...
+    if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
-        raise ValueError(f"model={name!r} is not known to timm {timm.__version__}: did you mean '{near}'?")
+        raise ValueError(f'model={name!r} is not known to timm {timm.__version__}: did you mean '
+                         f"'{near}'?")
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     overlay = {key: shape[key] for key in LOOK if key in shape}
     if path:  # with as many classes as the model nothing is dropped
@@ -401,18 +446,22 @@ def create_vit(shape, num_classes, weights=False, path=''):
         vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)
     except OSError as error:
-        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): connect, "
-                         'or set init_from to a file of them (model.safetensors)') from None
-    except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError, ValueError) as error:
+        raise ValueError(f"timm's weights of {name!r} cannot be downloaded ({config.said(error)}): "
+                         'connect, or set init_from to a file of them '
+                         '(model.safetensors)') from None
+    except (RuntimeError, TypeError, AssertionError, AttributeError, LookupError,
+            ValueError) as error:
         what = f"the weights '{path}'" if path else changes or 'the pretrained weights'
-        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set model, '
-                         'n_layer, n_embd, n_head, patch_size as they belong together') from None
+        raise ValueError(f'model={name!r} does not go with {what} ({config.said(error)}): set '
+                         'model, n_layer, n_embd, n_head, patch_size as they belong '
+                         'together') from None
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
-        raise ValueError(f"model={name!r} is no VisionTransformer of timm: set one like vit_base_patch16_224")
+        raise ValueError(f'model={name!r} is no VisionTransformer of timm: set one like '
+                         'vit_base_patch16_224')
     if 0 in vit.patch_embed.grid_size:
         embed = vit.patch_embed
-        raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: raise '
-                         'img_size or lower patch_size')
+        raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: '
+                         'raise img_size or lower patch_size')
     vit.pretrained_cfg.pop('state_dict', None)  # timm keeps a copy too
     return vit
 
@@ -459,17 +508,18 @@ def put_heads(vit, settings, worker=0, workers=1):
 def merged_vit(checkpoint):
     """The state dict of a checkpoint's model with its heads merged, as timm has it."""
     s = checkpoint['settings']
-    full = create_vit(checkpoint['model_config'], len(checkpoint['classes'])).to(getattr(torch, s['param_dtype']))
+    full = create_vit(checkpoint['model_config'], len(checkpoint['classes']))
+    full.to(getattr(torch, s['param_dtype']))
     put_heads(full, s)
     load_weights(full, named_layers(full), checkpoint['model'])
     return fuse_qkv(merged_state_dict(full))
 
 
 def read_vit(path, shape, classes, keep=False):
-    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its heads
-    merged; the shape then fills in what is not set, and says how images are seen. The classifier stays if it
-    is one of the same classes (timm's files do not name theirs: of as many); otherwise it is drawn anew, or
-    refused (ValueError) where `keep` is True."""
+    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its
+    heads merged; the shape then fills in what is not set, and says how images are seen. The
+    classifier stays if it is one of the same classes (timm's files do not name theirs: of as many);
+    otherwise it is drawn anew, or refused (ValueError) where `keep` is True."""
     import timm
     with open(path, 'rb') as file:
         zipped = file.read(2) == b'PK'
@@ -483,14 +533,15 @@ def read_vit(path, shape, classes, keep=False):
             if shape[key] not in (None, saved[key]):
                 raise ValueError(f"'{path}' is a checkpoint of {key}={saved[key]!r}, this run says "
                                  f'{shape[key]!r}: set the same, or choose another init_from')
-        shape = {**LOOK, **saved, **{key: value for key, value in shape.items() if value is not None}}
+        given = {key: value for key, value in shape.items() if value is not None}
+        shape = {**LOOK, **saved, **given}
         weights, same = merged_vit(checkpoint), known == list(classes)
     else:
         try:
             weights = timm.models.load_state_dict(path, weights_only=True)
         except Exception as error:  # of pickle, zipfile, safetensors
-            raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): check "
-                             'init_from') from None
+            raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): "
+                             'check init_from') from None
         known = weights.get('head.bias', ())
         same = len(known) == len(classes)
     if not same and keep:

@@ -1,7 +1,8 @@
 """
 GPT-2 and the LLaMA family: configuration, layers, initialisation, text.
 
-Parameters are named as in nanoGPT, and in transformers' LlamaForCausalLM. Nothing here knows LoRA or GaLore.
+Parameters are named as in nanoGPT, and in transformers' LlamaForCausalLM. Nothing here knows LoRA
+or GaLore.
 """
 
 import math
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 # -----------------------------------------------------------------------------
 # what both models share
 
-ONE_PIECE = 2**26  # logits, 0.8 GB at most: up to here chunks cost more time than their memory is worth
+# logits, 0.8 GB at most: up to here chunks cost more time than their memory is worth
+ONE_PIECE = 2**26
 
 
 class CrossEntropy(nn.Module):
@@ -30,20 +32,22 @@ class CrossEntropy(nn.Module):
 
 def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
     """
-    Mean cross entropy in nats per token, or, with weights (batch,), the sum of all tokens times their row's.
+    Mean cross entropy in nats per token, or, with weights (batch,), the sum of all tokens times
+    their row's.
 
-    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not count;
-    cross_entropy: what computes it where all logits are there at once.
+    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not
+    count; cross_entropy: what computes it where all logits are there at once.
 
-    Above ONE_PIECE logits a plain nn.Linear goes through `chunked_loss` (2,048 tokens of width 512 and 32,000
-    words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Other layers are called.
+    Above ONE_PIECE logits a plain nn.Linear goes through `chunked_loss` (2,048 tokens of width 512
+    and 32,000 words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Other
+    layers are called.
     """
     reduction = 'mean' if weights is None else 'none'
     shape = targets.shape
     x, targets = x.flatten(0, 1), targets.flatten()  # (tokens, width), (tokens,)
-    chunks = type(head) is nn.Linear and head.out_features > head.in_features
-    chunks = chunks and hasattr(nn, 'LinearCrossEntropyOptions')  # torch 2.13; before that it is one piece
-    if chunks and len(targets) * head.out_features > ONE_PIECE:
+    is_wide = type(head) is nn.Linear and head.out_features > head.in_features
+    is_large = is_wide and len(targets) * head.out_features > ONE_PIECE
+    if is_large and hasattr(nn, 'LinearCrossEntropyOptions'):  # from torch 2.13 on
         losses = chunked_loss(head.weight, x, targets, reduction)
     else:
         losses = cross_entropy(head(x), targets, reduction)
@@ -51,7 +55,8 @@ def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
 
 
 def chunked_loss(weight, x, targets, reduction):
-    """The cross entropy of x (tokens, width) and weight (words, width); all logits never exist together."""
+    """The cross entropy of x (tokens, width) and weight (words, width); all logits never exist
+    together."""
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -59,20 +64,23 @@ def chunked_loss(weight, x, targets, reduction):
         if x.dtype in (torch.float32, torch.float64):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy='accurate')
             return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=options)
-        # In 16 bits a mean inside the operator would round the loss to three digits, and its gradients are
-        # taken before a GradScaler could scale them. Token by token neither happens; the mean is in float32.
+        # In 16 bits a mean inside the operator would round the loss to three digits, and its
+        # gradients are taken before a GradScaler could scale them. Token by token neither happens;
+        # the mean is in float32.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate',
                                                acc_dtype=torch.float32)
-        losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options).float()
+        losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)
+        losses = losses.float()
         return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
 
 
 class LanguageModel(nn.Module):
-    """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`, `lm_head`."""
+    """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`,
+    `lm_head`."""
 
     def tie(self):
-        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them two. One
-        of another kind, with heads, stays apart."""
+        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them
+        two. One of another kind, with heads, stays apart."""
         if self.config.tied and type(self.lm_head) is nn.Linear:
             self.lm_head.weight = self.embedding.weight
 
@@ -99,7 +107,8 @@ class LanguageModel(nn.Module):
             yield name, self.draw_(name, torch.empty_like(parameter, **how))
 
     def through_blocks(self, x, *more):
-        """x (batch, time, width) after all blocks, which in training may recompute their activations."""
+        """x (batch, time, width) after all blocks, which in training may recompute their
+        activations."""
         for block in self.blocks:
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, *more, use_reentrant=False)
@@ -108,7 +117,8 @@ class LanguageModel(nn.Module):
         return x
 
     def forward(self, idx, targets=None, weights=None):
-        """Logits of idx (batch, time), or, with targets (batch, time), `language_loss`; weights: (batch,)."""
+        """Logits of idx (batch, time), or, with targets (batch, time), `language_loss`; weights:
+        (batch,)."""
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x)
@@ -137,7 +147,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
@@ -146,7 +156,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(b, t, c)), self.dropout, self.training)
+        y = self.c_proj(y.transpose(1, 2).reshape(b, t, c))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -157,7 +168,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')), self.dropout, self.training)
+        y = self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+        return F.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -174,7 +186,8 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """GPT-2 (Radford et al., 2019): learned positions, pre-norm, tied embedding and output layer."""
+    """GPT-2 (Radford et al., 2019): learned positions, pre-norm, tied embedding and output
+    layer."""
 
     def __init__(self, config):
         super().__init__()
@@ -201,7 +214,8 @@ class GPT(LanguageModel):
         return self.transformer.h
 
     def hidden(self, idx):
-        """The last block's output after its norm, (batch, time, width), of tokens idx (batch, time)."""
+        """The last block's output after its norm, (batch, time, width), of tokens idx (batch,
+        time)."""
         position = torch.arange(idx.shape[1], device=idx.device)
         x = self.embedding(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -211,7 +225,8 @@ class GPT(LanguageModel):
 # -----------------------------------------------------------------------------
 # LLaMA
 
-# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2; published configs)
+# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2; published
+# configs)
 SIZES = {'9m': (128, 4, 4, 352), '60m': (512, 8, 8, 1376), '130m': (768, 12, 12, 2048),
          '350m': (1024, 24, 16, 2736), '1b': (2048, 24, 32, 5461), '7b': (4096, 32, 32, 11008)}
 
@@ -231,7 +246,7 @@ class LlamaConfig:
     norm_eps: float = 1e-6
     rope_scaling: dict = None  # LLaMA 3's, see `rotary`
     tied: bool = False  # the output layer is the embedding
-    family: str = 'llama'  # 'mistral' is the same, 'qwen2' has biases of q, k, v, 'qwen3' norms of q, k
+    family: str = 'llama'  # 'mistral': the same; 'qwen2': biases of q, k, v; 'qwen3': norms of q, k
 
     def __post_init__(self):
         self.head_size = self.head_size or self.n_embd // self.n_head
@@ -240,16 +255,19 @@ class LlamaConfig:
 
 def rotary(positions, size, base, scaling=None):
     """
-    Rotary embedding (Su et al., arXiv 2104.09864): cosines and sines, each (time, size / 2), in float32.
+    Rotary embedding (Su et al., arXiv 2104.09864): cosines and sines, each (time, size / 2), in
+    float32.
 
-    scaling: LLaMA 3.1's for longer texts, with the keys that config.json has for it. Waves longer than
-    original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter than original /
-    high_freq_factor are not, and in between the two are mixed.
+    scaling: LLaMA 3.1's for longer texts, with the keys that config.json has for it. Waves longer
+    than original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter
+    than original / high_freq_factor are not, and in between the two are mixed.
     """
-    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size)
+    pairs = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    frequencies = base ** (-pairs / size)
     if scaling:
         low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
-        waves = scaling['original_max_position_embeddings'] * frequencies / (2 * math.pi)  # in that length
+        length = scaling['original_max_position_embeddings']
+        waves = length * frequencies / (2 * math.pi)  # in that length
         fast = ((waves - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (fast + (1 - fast) / scaling['factor'])
     angles = positions.float()[:, None] * frequencies
@@ -257,7 +275,8 @@ def rotary(positions, size, base, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (x_i, x_{i + size/2}) of x (batch, head, time, size), transformers' layout."""
+    """Turns the pairs (x_i, x_{i + size/2}) of x (batch, head, time, size), transformers'
+    layout."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -284,8 +303,8 @@ class LlamaAttention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True,
-                                           enable_gqa=self.grouped)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -297,7 +316,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.n_mlp, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU (arXiv 2002.05202)
+        # SwiGLU (arXiv 2002.05202)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaLayer(nn.Module):
@@ -317,17 +337,18 @@ class Llama(LanguageModel):
     """
     LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU; and its relatives.
 
-    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it stays: 7B
-    in bfloat16 never exist in float32.
+    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it
+    stays: 7B in bfloat16 never exist in float32.
     """
 
     def __init__(self, config):
         super().__init__()
-        whole = config.n_embd % config.n_head == 0 or config.head_size != config.n_embd // config.n_head
-        if not whole or config.n_head % config.n_kv_head or config.head_size % 2:
-            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, n_kv_head={config.n_kv_head} '
-                             'clash: n_embd / n_head has to be a whole even number, n_head a multiple of '
-                             'n_kv_head')
+        divides = config.n_embd % config.n_head == 0
+        is_set = config.head_size != config.n_embd // config.n_head
+        if not (divides or is_set) or config.n_head % config.n_kv_head or config.head_size % 2:
+            raise ValueError(f'n_embd={config.n_embd}, n_head={config.n_head}, '
+                             f'n_kv_head={config.n_kv_head} clash: n_embd / n_head has to be a '
+                             'whole even number, n_head a multiple of n_kv_head')
         self.config = config
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
@@ -349,12 +370,14 @@ class Llama(LanguageModel):
     def hidden(self, idx):
         """As of GPT."""
         positions, c = torch.arange(idx.shape[1], device=idx.device), self.config
-        cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)  # once for all layers
+        # once for all layers
+        cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)
         return self.model.norm(self.through_blocks(self.embedding(idx), cos, sin))
 
 
 def make_model(shape):
-    """A GPT or Llama, freshly drawn, of a configuration or of what `dataclasses.asdict` makes of it."""
+    """A GPT or Llama, freshly drawn, of a configuration or of what `dataclasses.asdict` makes of
+    it."""
     if isinstance(shape, dict):
         shape = LlamaConfig(**shape) if 'n_mlp' in shape else GPTConfig(**shape)
     return GPT(shape) if isinstance(shape, GPTConfig) else Llama(shape)
@@ -366,7 +389,8 @@ def make_model(shape):
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, vocab_size=None):
     """
-    Continues token numbers idx (batch, time) by max_new_tokens, each from the last block_size before it.
+    Continues token numbers idx (batch, time) by max_new_tokens, each from the last block_size
+    before it.
 
     temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all;
     generator: a torch.Generator; vocab_size: of the tokenizer, where the model's is larger.

@@ -1,5 +1,6 @@
 """
-Text from a checkpoint of train_gpt.py or train_llama.py, or from a folder or a name of the hub as init_from:
+Text from a checkpoint of train_gpt.py or train_llama.py, or from a folder or a name of the hub as
+init_from:
 
 $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='The sea'
@@ -46,7 +47,8 @@ def read(source):
     model.to(first[1].dtype).to_empty(device='cpu')  # as the file has it, and not drawn in vain
     fill(model, itertools.chain([first], tensors), source)
     if tokens is None:
-        raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a tokenizer.json")
+        raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a "
+                         'tokenizer.json')
     folders = folders_of(source)[::-1]
     known = (folder for folder in folders if os.path.isfile(f'{folder}/tokenizer.json'))
     return model, prepare.tokenizer(tokens, next(known, folders[0]))
@@ -65,8 +67,10 @@ def main(settings):
     texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                      generator=generator, vocab_size=tokens.n_vocab).tolist()
     for row, text in enumerate(texts):
-        ends = [i for i, token in enumerate(text) if token == tokens.eot_token and i >= start.shape[1]]
-        texts[row] = text = text[:ends[0]] if ends else text  # what follows is another one
+        ends = [i for i, token in enumerate(text)
+                if token == tokens.eot_token and i >= start.shape[1]]
+        if ends:  # what follows is another text
+            texts[row] = text = text[:ends[0]]
         print(tokens.decode(text))
         print('-' * 40)
     return texts

@@ -1,9 +1,10 @@
 """
-Settings: read, typed, checked; and sentences and small files. Nothing here imports torch, so that a mistake
-is answered at once.
+Settings: read, typed, checked; and sentences and small files. Nothing here imports torch, so that a
+mistake is answered at once.
 
-Settings are the plain global names at the top of a script; `python train_x.py config/y.py config/methods/z.py
---key=value` runs the files with the script's defaults visible, then the command line wins.
+Settings are the plain global names at the top of a script; `python train_x.py config/y.py
+config/methods/z.py --key=value` runs the files with the script's defaults visible, then the command
+line wins.
 """
 
 import ast
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 from filelock import FileLock, Timeout
 
 PLAIN = type(None), bool, int, float, str, tuple  # what a setting may be
+METHODS = Path(__file__).parent / 'methods'
 RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 # -----------------------------------------------------------------------------
@@ -31,8 +33,9 @@ RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. The other ranks of a machine
-    wait a second, in which torchrun ends them if the first one failed as well: it is said once."""
+    """Says what is wrong and what to do and ends the process with exit code 2. The other ranks of a
+    machine wait a second, in which torchrun ends them if the first one failed as well: it is said
+    once."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
         who = f" (rank {os.environ['RANK']})"
@@ -52,15 +55,15 @@ def in_one_line(kind, error, trace):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was "
-              'saved before stands',
-              file=sys.stderr)
+              'saved before stands', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 @contextlib.contextmanager
 def refusals():
-    """What our functions (ValueError) or the disk (OSError) refuse while a run is set up: `fail`."""
+    """What our functions (ValueError) or the disk (OSError) refuse while a run is set up:
+    `fail`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -77,78 +80,79 @@ def defaults(namespace):
             if not key.startswith('_') and isinstance(value, PLAIN)}
 
 
-METHODS = Path(__file__).parent / 'methods'
-
-
-def _methods():
-    return sorted(path.stem for path in METHODS.glob('*.py'))
-
-
-def _optimizers(known):
-    """{what optimizer may be: how the files of config/methods use it}: 'rank', it projects full gradients;
-    'basis', it steps in the basis of a layer; 'momentum', it has one."""
-    found = {'adamw': {'basis'}, 'galore': {'rank'}}  # of the drop-in there is no file
-    for path in METHODS.glob('*.py'):
-        method = {'lowrank': '', 'factors': '', 'optimizer': 'adamw', **_run_file(str(path), known, {})}
-        uses = found.setdefault(method['optimizer'], set())
-        if method['lowrank'] and method['factors'] == 'basis':
-            uses.add('basis')
-        elif 'rank' in method and not method['lowrank']:
-            uses.add('rank')
-        if 'momentum' in method:
-            uses.add('momentum')
-    return found
-
-
-def _nearest(word, words):
-    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
-
-
 def load(namespace, known, argv):
     """
     Resolves the settings of a script, checks them and returns them as a dict.
 
-    namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any order. A file
-    in a folder called methods is a method ('full' without one). A value that is a dict is a table by
-    method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one key are merged. Files run in
-    their order, and each sees the plain values of those before it. The command line wins, then tables,
-    wherever they stand, then plain values, of which the last file's counts, then the defaults.
+    namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any
+    order. A file in a folder called methods is a method ('full' without one). A value that is a
+    dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one
+    key are merged. Files run in their order, and each sees the plain values of those before it. The
+    command line wins, then tables, wherever they stand, then plain values, of which the last file's
+    counts, then the defaults.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
-        _help(namespace)
+        show_help(namespace)
         raise SystemExit(0)
-    paths, words = ([word for word in argv if word.startswith('--') == option] for option in (False, True))
+    paths = [word for word in argv if not word.startswith('--')]
     methods = [Path(path).stem for path in paths if Path(path).absolute().parent.name == 'methods']
     if len(methods) > 1:
         fail(f"{' and '.join(methods)} are two methods: give one file of config/methods")
     method = (methods or ['full'])[0]
-
-    plain, tables = {}, {}
-    given, table_in, entry_in = {}, {}, {}  # where a setting, a table, this method's entry in it stands
-    for path in paths:
-        for key, value in _run_file(path, {**known, **plain}, namespace).items():
-            if not isinstance(value, dict):
-                value = _checked(known, key, value, where=f'in {path}')
-                _say_if_replaced(key, plain, key, value, given.get(key), path)
-                plain[key] = value
-                given[key] = f'in {path}'
-                continue
-            table = tables.setdefault(key, {})
-            table_in[key] = f'in {path}'
-            for name, entry in value.items():
-                if name not in (*_methods(), method):
-                    near = _nearest(str(name), _methods())
-                    fail(f"{key} in {path} is given for '{name}', no file of config/methods: did you mean "
-                         f"'{near}'?")
-                entry = _checked(known, key, entry, where=f'for {name} in {path}')
-                if name == method:
-                    _say_if_replaced(key, table, name, entry, entry_in.get(key), path)
-                    entry_in[key] = f'in {path}'
-                table[name] = entry
+    plain, tables = read_files(paths, known, namespace, method)
     chosen = {key: table[method] for key, table in tables.items() if method in table}
-    given.update(entry_in)
-    settings = {**known, **plain, **chosen}
+    typed_in = read_words([word for word in argv if word.startswith('--')], known)
+
+    found = {**plain, **chosen, **typed_in}  # {key: (value, where it stands)}
+    settings = {**known, **{key: value for key, (value, _) in found.items()}}
+    s = check(settings, known, {key: where for key, (_, where) in found.items()})
+    for key, table in tables.items():
+        # a method that says nothing of lowrank has none
+        if key not in found and key != 'lowrank' and not without_effect(key, s):
+            *_, (_, where) = table.values()
+            fail(f"{key} {where} is given for {', '.join(table)}, and not for the method "
+                 f'{method!r}: add it there, or set --{key}=')
+    if method == 'full' and 'learning_rate' in chosen and 'learning_rate' not in typed_in \
+            and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
+        fail(f"learning_rate {chosen['learning_rate'][1]} is that of full rank, and this run is "
+             'not: give a file of a folder called methods, or set --learning_rate=')
+    if settings.get('min_lr', 0) is None:
+        settings['min_lr'] = settings['learning_rate'] / 10
+    return settings
+
+
+def read_files(paths, known, namespace, method):
+    """What config files set: plain values {key: (value, where)}, and tables {key: {method: (value,
+    where)}}."""
+    plain, tables = {}, {}
+    for path in paths:
+        seen = {**known, **{key: value for key, (value, _) in plain.items()}}
+        for key, value in run_file(path, seen, namespace).items():
+            where = f'in {path}'
+            if not isinstance(value, dict):
+                value = checked(known, key, value, where)
+                say_if_replaced(key, plain.get(key), value, path)
+                plain[key] = value, where
+                continue
+            if not value:
+                fail(f'{key} {where} is a table by method without an entry: add one')
+            table = tables.setdefault(key, {})
+            for name, entry in value.items():
+                if name not in (*method_names(), method):
+                    near = nearest(str(name), method_names())
+                    fail(f"{key} in {path} is given for '{name}', no file of config/methods: did "
+                         f"you mean '{near}'?")
+                entry = checked(known, key, entry, f'for {name} in {path}')
+                if name == method:
+                    say_if_replaced(key, table.get(name), entry, path)
+                table[name] = entry, where
+    return plain, tables
+
+
+def read_words(words, known):
+    """What a command line sets by --key=value: {key: (value, where)}."""
+    found = {}
     for word in words:
         key, equals, text = word[2:].partition('=')
         if not equals:
@@ -161,45 +165,23 @@ def load(namespace, known, argv):
         else:
             with contextlib.suppress(ValueError, SyntaxError, TypeError):
                 value = ast.literal_eval(text)
-        given[key] = 'on the command line'
-        settings[key] = _checked(known, key, value, where=given[key])
-
-    s = _check(settings, known, given)
-    for key, table in tables.items():
-        found = method in table or key in given
-        # a method that says nothing of lowrank has none
-        if not found and key != 'lowrank' and not _without_effect(key, s):
-            fail(f"{key} {table_in[key]} is given for {', '.join(table)}, and not for the method {method!r}: "
-                 f'add it there, or set --{key}=')
-    if method == 'full' and 'learning_rate' in chosen and given['learning_rate'] != 'on the command line' \
-            and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
-        fail(f"learning_rate {given['learning_rate']} is that of full rank, and this run is not: give a file "
-             'of a folder called methods, or set --learning_rate=')
-    if settings.get('min_lr', 0) is None:
-        settings['min_lr'] = settings['learning_rate'] / 10
-    return settings
+        where = 'on the command line'
+        found[key] = checked(known, key, value, where), where
+    return found
 
 
-def _say_if_replaced(key, values, name, value, where, path):
+def say_if_replaced(key, old, value, path):
     """Tells once a machine that a file sets a key to another value than one before it."""
-    if name in values and values[name] != value and os.environ.get('LOCAL_RANK', '0') == '0':
-        print(f'{key}={value!r} in {path} takes the place of {values[name]!r} {where}')
+    if old is not None and old[0] != value and os.environ.get('LOCAL_RANK', '0') == '0':
+        print(f'{key}={value!r} in {path} takes the place of {old[0]!r} {old[1]}')
 
 
-def _help(namespace):
-    """A script's docstring, the methods, and its settings with their comments, as they stand in it."""
-    if hasattr(signal, 'SIGPIPE'):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
-    block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
-    words = f"Methods: config/methods/NAME.py, NAME one of {', '.join(_methods())}"
-    print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
-
-
-def _run_file(path, seen, namespace):
+def run_file(path, seen, namespace):
     """What a config file sets, {key: value}. It can compute with the settings that it sees."""
     if not os.path.isfile(path):
-        near = _nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
-        fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a '='?")
+        near = nearest(path, ['config/quickstart.py', *map(str, Path(path).parent.glob('*.py'))])
+        fail(f"config file '{path}' is not there: did you mean '{near}', or --key=value with a "
+             "'='?")
     if not path.endswith('.py'):
         fail(f"'{path}' is no config file (.py): give one of config, or --key=value")
     scope = {'__builtins__': {**vars(builtins), **seen}}  # beside these it holds what the file sets
@@ -209,7 +191,8 @@ def _run_file(path, seen, namespace):
     except Exception as error:  # it is the user's program, and may fail in any way
         fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
     header = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
-    scripts, script = re.findall(r'\btrain_\w+\.py', header), os.path.basename(namespace.get('__file__', ''))
+    scripts = re.findall(r'\btrain_\w+\.py', header)
+    script = os.path.basename(namespace.get('__file__', ''))
     if scripts and script.startswith('train_') and script not in scripts:
         fail(f"config file '{path}' is one of {scripts[0]}: run that, or give a file of {script}")
     # functions, modules and lists only help to compute, and so does what starts with an underscore
@@ -217,146 +200,211 @@ def _run_file(path, seen, namespace):
             and (key in seen or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
 
 
-def _checked(known, key, value, where):
+def checked(known, key, value, where):
+    """A value for a key, whose type is that of its default (an integer may stand for a float)."""
     if key not in known:
-        fail(f"unknown setting '{key}' {where}: did you mean '{_nearest(key, known)}'?")
+        fail(f"unknown setting '{key}' {where}: did you mean '{nearest(key, known)}'?")
     wanted, seen = type(known[key]), type(value)
     if known[key] is None:  # such a default is worked out later
-        wanted = seen if value is None else float if key == 'min_lr' else int
+        wanted = float if key == 'min_lr' else int
+        if value is None:
+            return None
     if wanted is float and seen is int:
         return float(value)
     if wanted is not seen:
         example = wanted(1) if known[key] is None else known[key]
-        fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} is needed, '
-             f'such as {example!r}')
+        fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} '
+             f'is needed, such as {example!r}')
     return value
 
 
+def method_names():
+    return sorted(path.stem for path in METHODS.glob('*.py'))
+
+
+def nearest(word, words):
+    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
+
+
+def show_help(namespace):
+    """Prints a script's docstring, the methods, and its settings with their comments."""
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
+    block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
+    words = f"Methods: config/methods/NAME.py, NAME one of {', '.join(method_names())}"
+    print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
+
+
 # -----------------------------------------------------------------------------
-# checks of settings: tables. s: the settings by name, and s.ranks
+# checks of settings: tables. s: the settings by name, with those of other scripts, and
+# s.ranks, s.vit, s.uses: see `check`
 
 LEAST = dict.fromkeys((
-    'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'block_size',
-    'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size', 'patch_size', 'heads',
-    'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1) | dict.fromkeys((
-        'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters', 'rewarm_iters',
-        'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'top_k',
-        'temperature'), 0)
+    'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
+    'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size',
+    'patch_size', 'heads', 'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1)
+LEAST |= dict.fromkeys((
+    'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters',
+    'rewarm_iters', 'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2',
+    'grad_clip', 'top_k', 'temperature'), 0)
 
 CHOICES = dict(
-    factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'), sync=('step', 'merge'),
-    basis=('sketch', 'power', 'svd', 'random'), state_bits=(None, 32, 16, 8), sync_bits=(32, 8, 4, 2),
+    factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'),
+    sync=('step', 'merge'), basis=('sketch', 'power', 'svd', 'random'),
+    state_bits=(None, 32, 16, 8), sync_bits=(32, 8, 4, 2),
     dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
-    param_dtype=('float32', 'bfloat16', 'float64'), augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
+    param_dtype=('float32', 'bfloat16', 'float64'),
+    augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
-# s.uses: see `_optimizers`
-EFFECT = (  # a setting that does nothing beside the others is refused: (which, where they act, what it takes)
-    ('heads factors split', lambda s: s.lowrank, "there are no low-rank layers: set lowrank='attn,mlp'"),
+# A setting that does nothing beside the others is refused: (which, where it acts, what it takes)
+EFFECT = (
+    ('heads factors split', lambda s: s.lowrank,
+     "there are no low-rank layers: set lowrank='attn,mlp'"),
     ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
     ('rank', lambda s: s.lowrank or 'rank' in s.uses,
      "nothing has a low rank: set lowrank='attn,mlp'"),
     ('merge_every', lambda s: s.lowrank or s.sync == 'merge',
-     "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole weights"),
-    ('rewarm_iters', lambda s: s.merge_reset, 'it is for merges that reset: set merge_reset=True'),
-    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1 and s.heads > 1
-     and ('momentum' not in s.uses or s.momentum),
-     "no heads have moments to average: set factors='basis', several heads, merge_every above 1, and for "
-     'Muon a momentum'),
+     "there are no heads to merge: set lowrank='attn,mlp', or sync='merge' to average whole "
+     'weights'),
+    ('rewarm_iters', lambda s: s.merge_reset,
+     'it is for merges that reset: set merge_reset=True'),
+    ('sync_moments', lambda s: s.lowrank and s.factors == 'basis' and s.merge_every > 1
+     and s.heads > 1 and ('momentum' not in s.uses or s.momentum),
+     "no heads have moments to average: set factors='basis', several heads, merge_every above 1, "
+     'and for Muon a momentum'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: take config/methods/galolte.py, or set sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or 'rank' in s.uses,
      "no basis is taken: set lowrank and factors='basis', as config/methods/galore.py does"),
-    ('momentum', lambda s: 'momentum' in s.uses, "it is Muon's: set optimizer='muon'"),
-    ('max_iters', lambda s: not s.epochs, 'epochs says how many steps there are: set epochs=0'),
+    ('momentum', lambda s: 'momentum' in s.uses,
+     "it is Muon's: set optimizer='muon'"),
+    ('max_iters', lambda s: not s.epochs,
+     'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
-CHECKS = (  # what makes no sense together; after EFFECT there are layers to factors, split and merge_reset.
-    # What a layer, an optimizer or ranks.rows_of refuses themselves is not said again
+# What makes no sense together; after EFFECT there are layers to factors, split and merge_reset.
+# What a layer, an optimizer or ranks.rows_of refuses themselves is not said again
+CHECKS = (
     (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
-     'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: lower them'),
+     'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: '
+     'lower them'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
-     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits beside float32'),
+     'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits '
+     'beside float32'),
     # heads
-    (lambda s: s.lowrank and s.optimizer != 'adamw' and (s.factors != 'basis' or 'basis' not in s.uses),
-     "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw' (in a basis "
-     "'muon', too)"),
+    (lambda s: s.lowrank and s.optimizer != 'adamw'
+     and (s.factors != 'basis' or 'basis' not in s.uses),
+     "optimizer={optimizer!r} is for full-rank weights: set lowrank='', or optimizer='adamw' (in a "
+     "basis 'muon', too)"),
     (lambda s: s.merge_reset and s.rewarm_iters >= s.merge_every,
-     'merge_reset=True needs merges, and rewarm_iters={rewarm_iters} an end before the next one: set '
-     'merge_every={merge_every} above that, or merge_reset=False'),
+     'merge_reset=True needs merges, and rewarm_iters={rewarm_iters} an end before the next one: '
+     'set merge_every={merge_every} above that, or merge_reset=False'),
     (lambda s: s.split and s.heads > 1 and not s.merge_every,
      'split heads that never merge train models that never meet: set merge_every, or split=False'),
     (lambda s: s.lowrank and s.factors != 'basis' and s.merge_every and not s.merge_reset
      and not (s.split and s.heads > 1),
-     'merging one head, or heads that see the same tokens, changes nothing: set merge_reset=True (ReLoRA), '
-     'or split=True and several heads (LTE)'),
-    (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
-     "sync='merge' averages at merges what several ranks train, beside split heads or without any: set "
-     "merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
+     'merging one head, or heads that see the same tokens, changes nothing: set merge_reset=True '
+     '(ReLoRA), or split=True and several heads (LTE)'),
+    (lambda s: s.sync == 'merge'
+     and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
+     "sync='merge' averages at merges what several ranks train, beside split heads or without any: "
+     "set merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
     (lambda s: s.sync == 'merge' and 'rank' in s.uses and s.basis != 'random',
-     "sync='merge' averages weights, and each rank would have other bases: set another optimizer than "
-     "{optimizer!r}, such as 'adamw', or basis='random'"),
+     "sync='merge' averages weights, and each rank would have other bases: set another optimizer "
+     "than {optimizer!r}, such as 'adamw', or basis='random'"),
     (lambda s: s.sync_bits < 32 and s.lowrank and s.factors != 'basis',
-     'sync_bits={sync_bits} is for heads in a basis and for whole weights: set sync_bits=32, or take '
-     'config/methods/galolte_2bit.py or local_muon.py'),
+     'sync_bits={sync_bits} is for heads in a basis and for whole weights: set sync_bits=32, or '
+     'take config/methods/galolte_2bit.py or local_muon.py'),
     # what trains
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
-    (lambda s: s.train == 'factors' and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
-     "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or train='all'"),
+    (lambda s: s.train == 'factors'
+     and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
+     "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or "
+     "train='all'"),
     # the optimizer
     (lambda s: (s.min_lr or 0) > s.learning_rate,
      'the learning rate would rise from {learning_rate} to min_lr={min_lr}: set a min_lr below it'),
     (lambda s: s.per_layer and s.grad_clip,
-     'per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0, not {grad_clip}'),
+     'per_layer=True steps before there is a norm of all gradients: set grad_clip=0.0, not '
+     '{grad_clip}'),
     (lambda s: s.per_layer and s.dtype == 'float16',
-     "per_layer=True steps before a GradScaler has seen all gradients: set another dtype than 'float16'"),
+     'per_layer=True steps before a GradScaler has seen all gradients: set another dtype than '
+     "'float16'"),
     (lambda s: s.per_layer and s.sync == 'merge',
      "per_layer=True averages each gradient over ranks, and sync='merge' none: set sync='step'"),
     (lambda s: s.shard and s.optimizer not in ('adamw', 'muon'),
-     "optimizer={optimizer!r} wants whole gradients, of which ranks hold rows: set optimizer='adamw' or "
-     "'muon', or shard=False"),
+     'optimizer={optimizer!r} wants whole gradients, of which ranks hold rows: set '
+     "optimizer='adamw' or 'muon', or shard=False"),
     (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
-     "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' and "
-     'per_layer=False, or shard=False'),
+     "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' "
+     'and per_layer=False, or shard=False'),
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
-     "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or shard=False"))
+     "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or "
+     'shard=False'))
 
 
-def _without_effect(key, s):
-    """Why a setting does nothing beside the others, or None."""
-    return next((words for keys, acts, words in EFFECT if key in keys.split() and not acts(s)), None)
+def check(settings, known, given):
+    """
+    Ends the process where settings make no sense, alone or together.
 
-
-def _check(settings, known, given):
-    """Ends the process where settings make no sense, alone or together; returns them as attributes, with
-    those of other scripts. given: where each of them was set."""
+    given: {key: where it was set}. Returns them as attributes, with those of other scripts; vit:
+    whether the script is that of images; uses: see `optimizers`; ranks: of torchrun.
+    """
     for key, least in LEAST.items():
         if settings.get(key) is not None and not settings[key] >= least:  # nor nan
             fail(f'{key}={settings[key]} makes no sense: set at least {least}')
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
-            fail(f"{key}={settings[key]!r} is not known: set one of {', '.join(map(repr, allowed))}")
+            fail(f'{key}={settings[key]!r} is not known: set one of '
+                 f"{', '.join(map(repr, allowed))}")
     uses = ()
     if 'optimizer' in settings:
-        optimizers = _optimizers(known)
-        if settings['optimizer'] not in optimizers:
-            fail(f"optimizer={settings['optimizer']!r} is not known: set one of "
-                 f"{', '.join(map(repr, sorted(optimizers)))}, or add a file to config/methods that sets it")
-        uses = optimizers[settings['optimizer']]
+        found, name = optimizers(known), settings['optimizer']
+        if name not in found:
+            fail(f'optimizer={name!r} is not known: set one of '
+                 f"{', '.join(map(repr, sorted(found)))}, or add a file to config/methods that sets "
+                 'it')
+        uses = found[name]
     s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, **settings}, vit='epochs' in settings,
                         uses=uses, ranks=int(os.environ.get('WORLD_SIZE', 1)))
-    if 'lowrank' in settings:
-        for key, where in given.items():
-            if settings[key] != known[key] and (words := _without_effect(key, s)):
-                fail(f'{key}={settings[key]!r} {where} has no effect: {words}, or leave {key} out')
-        for wrong, sentence in CHECKS:
-            if wrong(s):
-                fail(sentence.format(**vars(s)))
+    if 'lowrank' not in settings:  # sample.py, export.py
+        return s
+    for key, where in given.items():
+        if settings[key] != known[key] and (words := without_effect(key, s)):
+            fail(f'{key}={settings[key]!r} {where} has no effect: {words}, or leave {key} out')
+    for wrong, sentence in CHECKS:
+        if wrong(s):
+            fail(sentence.format(**vars(s)))
     return s
+
+
+def without_effect(key, s):
+    """Why a setting does nothing beside the others, or None."""
+    for keys, acts, words in EFFECT:
+        if key in keys.split() and not acts(s):
+            return words
+
+
+def optimizers(known):
+    """{what optimizer may be: how the files of config/methods use it}: 'rank', it projects full
+    gradients; 'basis', it steps in the basis of a layer; 'momentum', it has one."""
+    found = {'adamw': {'basis'}, 'galore': {'rank'}}  # of the drop-in there is no file
+    for path in METHODS.glob('*.py'):
+        method = {'lowrank': '', 'factors': '', 'optimizer': 'adamw'}
+        method.update(run_file(str(path), known, {}))
+        uses = found.setdefault(method['optimizer'], set())
+        if method['lowrank'] and method['factors'] == 'basis':
+            uses.add('basis')
+        elif 'rank' in method and not method['lowrank']:
+            uses.add('rank')
+        if 'momentum' in method:
+            uses.add('momentum')
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -365,8 +413,9 @@ def _check(settings, known, given):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to that takes the place of `path` when all is written. A crash or a power cut
-    leaves the old file or the new one whole; where the disk refuses (OSError) the old one stays."""
+    """A file to write bytes to that takes the place of `path` when all is written. A crash or a
+    power cut leaves the old file or the new one whole; where the disk refuses (OSError) the old one
+    stays."""
     temporary = f'{path}.tmp'
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -412,49 +461,23 @@ def written_beside(folder, marker):
     """
     A new folder (Path) to write into, which takes the place of `folder` when all is written.
 
-    Until then it lies beside it under a drawn name, with a file called `marker`, which in the end names
-    all that was written; a lock beside keeps a second command for `folder` out. Killed at any moment,
-    the old folder or the new one is whole: the next command removes what is left, or says which is
-    whole where the kill came between the two renames. Nothing without a marker is removed or replaced,
-    and no folder with files that its marker does not name. ValueError.
+    Until then it lies beside it under a drawn name, with a file called `marker`, which in the end
+    names all that was written; a lock beside keeps a second command for `folder` out. Killed at any
+    moment, the old folder or the new one is whole: the next command removes what is left, or says
+    which is whole where the kill came between the two renames. Nothing without a marker is removed
+    or replaced, and no folder with files that its marker does not name. ValueError.
     """
     folder = Path(os.path.realpath(folder))
     drawn = f'{folder.name}.{os.urandom(4).hex()}'
     writing, whole, old = (folder.with_name(f'{drawn}.{state}')
                            for state in ('writing', 'whole', 'old'))
-    pattern = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
-
-    def remove(path):
-        gone = path.with_suffix('.writing')  # from now on it is not whole
-        os.rename(path, gone)
-        for entry in gone.iterdir():  # a kill leaves the marker
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != marker:
-                entry.unlink()
-        shutil.rmtree(gone)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(folder.with_name(f'.{folder.name}.lock'))
     if lock is None:
         raise ValueError(f"another command is writing '{folder}': wait for it")
     try:
-        held = set(os.listdir(folder)) if folder.exists() else set()
-        if held and marker not in held:
-            raise ValueError(f"'{folder}' is there, and was not written by this command (it has no "
-                             f'{marker}; older versions wrote none): choose another name, or remove it')
-        if others := held and held - {*(folder / marker).read_text('utf-8').splitlines(), marker}:
-            raise ValueError(f"'{folder}' holds {min(others)}, which this command did not write, and would "
-                             'remove: move it away')
-        left = [path for path in sorted(folder.parent.iterdir())
-                if pattern.fullmatch(path.name) and (path / marker).is_file()]
-        ready = [f"{path.name} is the {'new' if path.suffix == '.whole' else 'old'} one"
-                 for path in left if path.suffix != '.writing']
-        if ready and not folder.exists():
-            raise ValueError(f"a command was killed while it replaced '{folder}'; whole beside it lie: "
-                             f"{', '.join(ready)}. Rename the one you want to '{folder.name}', and "
-                             'remove any other')
-        for path in left:
-            remove(path)
+        refuse_foreign(folder, marker)
+        remove_leftovers(folder, marker)
         writing.mkdir()
         (writing / marker).touch()
         yield writing
@@ -466,10 +489,52 @@ def written_beside(folder, marker):
         os.rename(whole, folder)
         sync_folder(folder.parent)
         if old.exists():
-            remove(old)
+            remove_marked(old, marker)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
         lock.release()
+
+
+def refuse_foreign(folder, marker):
+    """ValueError: a folder has no marker, or files that its marker does not name."""
+    names = set(os.listdir(folder)) if folder.exists() else set()
+    if not names:
+        return
+    if marker not in names:
+        raise ValueError(f"'{folder}' is there, and was not written by this command (it has no "
+                         f'{marker}; older versions wrote none): choose another name, or remove it')
+    ours = {*(folder / marker).read_text('utf-8').splitlines(), marker}
+    if others := names - ours:
+        raise ValueError(f"'{folder}' holds {min(others)}, which this command did not write, and "
+                         'would remove: move it away')
+
+
+def remove_leftovers(folder, marker):
+    """Removes what killed commands have left beside a folder. ValueError: one of it is whole, and
+    the folder itself is not there."""
+    pattern = re.compile(re.escape(folder.name) + r'\.[0-9a-f]{8}\.(writing|whole|old)')
+    left = [path for path in sorted(folder.parent.iterdir())
+            if pattern.fullmatch(path.name) and (path / marker).is_file()]
+    ages = {'.whole': 'new', '.old': 'old'}
+    ready = [f'{path.name} is the {ages[path.suffix]} one' for path in left if path.suffix in ages]
+    if ready and not folder.exists():
+        raise ValueError(f"a command was killed while it replaced '{folder}'; whole beside it lie: "
+                         f"{', '.join(ready)}. Rename the one you want to '{folder.name}', and "
+                         'remove any other')
+    for path in left:
+        remove_marked(path, marker)
+
+
+def remove_marked(path, marker):
+    """Removes a folder, the marker last: a kill leaves something that is known as ours."""
+    gone = path.with_suffix('.writing')  # from now on it is not whole
+    os.rename(path, gone)
+    for entry in gone.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != marker:
+            entry.unlink()
+    shutil.rmtree(gone)
 
 
 def write_json(path, value):
@@ -479,17 +544,18 @@ def write_json(path, value):
 
 
 def typed(found, wanted, path):
-    """A dict that others wrote into the file at `path`. wanted: {key: type} of what is taken from it; a
-    key may be left out, or None. ValueError: it is none, or a value in it is of another type."""
+    """A dict that others wrote into the file at `path`. wanted: {key: type} of what is taken from
+    it; a key may be left out, or None. ValueError: it is none, or a value in it is of another
+    type."""
     if not isinstance(found, dict):
-        raise ValueError(f"'{path}' is damaged, or something else than is wanted: restore it, or fetch it "
-                         'again')
+        raise ValueError(f"'{path}' is damaged, or something else than is wanted: restore it, or "
+                         'fetch it again')
     for key, kind in wanted.items():
         value = found.get(key)
         right = isinstance(value, (int, float) if kind is float else kind)
         if value is not None and (not right or isinstance(value, bool) != (kind is bool)):
-            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, which is no {kind.__name__}: "
-                             'restore it, or fetch it again')
+            raise ValueError(f"'{path}' says {key}={repr(value)[:80]}, which is no "
+                             f'{kind.__name__}: restore it, or fetch it again')
     return found
 
 

@@ -70,20 +70,23 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     here waits for the device, but CUDA's SVD does.
     """
     finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
-    tall = G.mT if turned else G
+    tall = G.mT if turned else G  # (long, short)
     if basis == 'svd':  # of G itself, as in galore-torch: signs of its transpose may be others
-        whole = torch.where(finite, G, 0).to(wide(G))
-        U, _, Vh = torch.linalg.svd(whole, full_matrices=False)
+        finite_G = torch.where(finite, G, 0).to(wide(G))
+        U, _, Vh = torch.linalg.svd(finite_G, full_matrices=False)
         new = U[:, :rank] if turned else Vh[:rank].mT
     elif basis == 'power':
         new = old
         if old is None:
-            new = orthonormal(tall.mT @ gaussian(len(tall), rank, G, seed))
+            sketch = tall.mT @ gaussian(len(tall), rank, G, seed)
+            new = orthonormal(sketch)
         for _ in range(2):  # one has 0.978 of the SVD's energy, from a basis 200 steps old
-            # columns have length one in between: their squares stay in the range of float16
-            new = orthonormal(tall.mT @ F.normalize(tall @ new, dim=0))
+            R = tall @ new  # (long, r)
+            R = F.normalize(R, dim=0)  # squares of its columns stay in the range of float16
+            new = orthonormal(tall.mT @ R)
     else:
-        new = orthonormal(gaussian(tall.shape[1], rank, G, seed + (not turned)))
+        seed = seed if turned else seed + 1
+        new = orthonormal(gaussian(tall.shape[1], rank, G, seed))
     if old is not None:
         new = torch.where(finite, new, old.to(new.dtype))
     return new.to(G.dtype).contiguous()
@@ -135,14 +138,16 @@ def alike(params, rule):
     if rule not in ORTHOGONAL:
         return [[p] for p in params]
     most = 2**21 if params[0].device.type == 'cpu' else 2**24  # a CPU works in its cache
-    lists = {}
+    lists = {}  # by shape
     for p in params:
-        number = max(most // p.numel(), rank_and_world()[1] if is_sharded(p) else 1)
-        some = lists.setdefault(p.shape, [[]])
-        if len(some[-1]) == number:
-            some.append([])
-        some[-1].append(p)
-    return [part for some in lists.values() for part in some]
+        number = max(most // p.numel(), 1)
+        if is_sharded(p):
+            number = max(number, rank_and_world()[1])
+        lists_of_shape = lists.setdefault(p.shape, [[]])
+        if len(lists_of_shape[-1]) == number:
+            lists_of_shape.append([])
+        lists_of_shape[-1].append(p)
+    return sum(lists.values(), [])
 
 
 # -----------------------------------------------------------------------------
@@ -162,7 +167,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     rules.new_moments).
 
     per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged
-    over ranks (but for those in `own`, which differ by rank), and frees the gradient. The
+    over ranks (but for those in `per_rank`, which differ), and frees the gradient. The
     parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is
     the last. No other optimizer of this class takes them after that. seed: of random bases and of
     rounding. no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
@@ -171,10 +176,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
-                 correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False, own=()):
+                 correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False,
+                 per_rank=()):
         if not all(x >= 0 for x in (lr, eps, weight_decay, *betas)) or max(betas) >= 1:
             raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
-        self.seed, self.per_layer, self.last, self.own = seed, per_layer, True, set(own)
+        self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
+        self.is_last = True  # micro-batch of a step, see `begin`
         self.names, self.index, self.group_of = {}, {}, {}  # of a parameter; the last is an index
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias))
@@ -182,7 +189,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
     @property
     def outside_ddp(self):
         """The parameters whose gradients are averaged over ranks here and not by DDP."""
-        return set(self.index) if self.per_layer else set()
+        if not self.per_layer:
+            return set()
+        return set(self.index)
 
     def add_param_group(self, group):
         super().add_param_group(group)
@@ -210,10 +219,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if 'rank' in group:
             known.update(rule=tuple(PROJECTED), basis=('svd', 'power', 'random'),
                          proj_type=('std', 'reverse_std', 'left', 'right'))
-            defaults.update(rule='galore', basis='random' if rule == 'apollo' else 'svd',
-                            proj_type='std', update_proj_gap=200, scale=0.25)
+            defaults.update(rule='galore', basis='svd', proj_type='std', update_proj_gap=200,
+                            scale=0.25)
         elif rule in FULL:
-            defaults.update(dim=1, momentum=0.95 if rule == 'muon' else 0.0)
+            defaults.update(dim=1, momentum=0.0)
+        if rule == 'apollo':
+            defaults['basis'] = 'random'
+        if rule == 'muon':
+            defaults['momentum'] = 0.95
         for key, value in defaults.items():
             group.setdefault(key, value)
         if rule == 'apollo' and group['basis'] != 'random':
@@ -221,9 +234,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
                              "basis='random'")
         for key in known.keys() & group.keys():
             if group[key] not in known[key]:
-                rank = group.get('rank')
+                rank, words = group.get('rank'), ', '.join(map(repr, known[key]))
                 raise ValueError(f'{key}={group[key]!r} is not known, with {rank=}: set one of '
-                                 f"{', '.join(map(repr, known[key]))}")
+                                 f'{words}')
         if not group['correct_bias']:
             raise ValueError("correct_bias=False is not supported: leave it out, or take "
                              "galore-torch's class")
@@ -256,7 +269,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def begin(self, step, micro_step=0, micro_steps=1):
         """To be called before each forward pass: which micro-batch of which step, from 0."""
-        self.last = micro_step == micro_steps - 1
+        self.is_last = micro_step == micro_steps - 1
 
     def _seed(self, p, *counts):
         return hash((self.seed, self.index[p], *counts)) % 2**32  # torch uses 32 bits of a seed
@@ -264,8 +277,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _complete(self, p):
         """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
-        if self.last and p.grad is not None:  # the hook runs without one too
-            if p not in self.own:
+        if self.is_last and p.grad is not None:  # the hook runs without one too
+            if p not in self.per_rank:
                 mean(p.grad)
             self._update([p], self.param_groups[self.group_of[p]])
             p.grad = None
@@ -304,28 +317,27 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if not as_torch and lr * keep:  # keep (W - lr rho)
             lr = lr * keep
             decay = (1.0 - keep) / lr
-        fused = {}  # dtype and age: fused kernels take lists of one dtype
-        for given in params:
-            state, p, grad = self.state[given], local(given), local(given.grad)
+        fused = {}  # lists of tensors of one dtype and age, as torch's kernel takes them
+        for param in params:
+            state, p, grad = self.state[param], local(param), local(param.grad)
             if 'step' not in state:
                 new_moments(state, p, group['state_bits'])
                 state['step'] = 0
             state['step'] += 1
+            age = state['step']
+            correction = math.sqrt(1 - betas[1] ** age)
             strides = {grad.stride(), p.stride(), state['exp_avg'].stride()}
             if is_fused(p, state) and len(strides) == 1:
-                tensors = p, grad, state['exp_avg'], state['exp_avg_sq']
-                fused.setdefault((p.dtype, state['step']), []).append(tensors)
+                after = eps if as_torch else eps / correction
+                lists = fused.setdefault((p.dtype, age, after), ([], [], [], []))
+                for x, some in zip((p, grad, state['exp_avg'], state['exp_avg_sq']), lists):
+                    some.append(x)
             else:
-                before = eps
-                if as_torch:
-                    before = eps * math.sqrt(1 - betas[1] ** state['step'])
-                key = self._seed(given, state['step'], 0)
-                step_(p, grad, state, lr, keep, betas, before, key, first_here(given))
-        for (_, age), tensors in fused.items():
-            after = eps
-            if not as_torch:
-                after = eps / math.sqrt(1 - betas[1] ** age)
-            fused_adam_(*map(list, zip(*tensors)), age, lr, betas, after, decay)
+                before = eps * correction if as_torch else eps
+                key = self._seed(param, age, 0)
+                step_(p, grad, state, lr, keep, betas, before, key, first_here(param))
+        for (_, age, after), lists in fused.items():
+            fused_adam_(*lists, age, lr, betas, after, decay)
 
     def _basis(self, W, state, group, turned):
         """The basis (short, r) of a step, a new one where it is due."""
@@ -393,10 +405,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps the dtype that it has."""
         super().load_state_dict(state_dict)
-        ids = (i for group in state_dict['param_groups'] for i in group['params'])
-        for i, p in zip(ids, (p for group in self.param_groups for p in group['params'])):
-            saved = state_dict['state'].get(i, {})
-            for key, x in saved.items():
+        params = [p for group in self.param_groups for p in group['params']]
+        numbers = [i for group in state_dict['param_groups'] for i in group['params']]
+        for p, i in zip(params, numbers):
+            for key, x in state_dict['state'].get(i, {}).items():
                 if torch.is_tensor(x):
                     self.state[p][key] = x.to(p.device)
         self.state_is_loaded()
@@ -470,7 +482,7 @@ class LowRankAdamW(GaLoreAdamW):
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
                            'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
-                         own=per_rank_tensors(lowrank_layers(model)))
+                         per_rank=per_rank_tensors(lowrank_layers(model)))
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
@@ -552,7 +564,9 @@ class LowRankAdamW(GaLoreAdamW):
     def sketch_parts(self, layer):
         """Into how many parts the sketch of a layer is cut: what is rounded is that of single
         heads, to be the same on any number of ranks."""
-        return layer.heads_here if self._is_coded(layer) else 1
+        if self._is_coded(layer):
+            return layer.heads_here
+        return 1
 
     def _average_moments(self, p, layer, state):
         """First moments after a merge: averaged over heads and ranks, in 3 bits or more."""
@@ -652,7 +666,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
             return 'output'
         if rule == 'scale' and p in tables:
             return 'tables'
-        return 'matrices' if p.dim() >= 2 and name not in spared else 'vectors'
+        if p.dim() >= 2 and name not in spared:
+            return 'matrices'
+        return 'vectors'
 
     parts = {part: {} for part in ('ruled', 'output', 'tables', 'matrices', 'vectors')}
     for name, p in model.named_parameters():  # lists tied parameters once
@@ -671,8 +687,12 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     else:
         keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
                     rule=rule)
-    own = dict(ruled=keys, output=dict(keys, momentum=0.9), tables=dict(keys, dim=0),
-               matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
-    common = dict(weight_decay=weight_decay, state_bits=state_bits)
-    return [{**common, **own[part], 'params': [*params.values()], 'param_names': [*params]}
-            for part, params in parts.items() if params]
+    keys_of = dict(ruled=keys, output=dict(keys, momentum=0.9), tables=dict(keys, dim=0),
+                   matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
+    groups = []
+    for part, params in parts.items():
+        group = dict(weight_decay=weight_decay, state_bits=state_bits)
+        group.update(keys_of[part], params=[*params.values()], param_names=[*params])
+        if params:
+            groups.append(group)
+    return groups

@@ -57,16 +57,20 @@ class LowRankProduct(torch.autograd.Function):
         trains_into, trains_out = ctx.needs_input_grad[3:5]
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
         time = len(flat) // groups
-        y = F.linear(flat, W.to(x.dtype), None if b is None else b.to(x.dtype))  # (tokens, m)
+        if b is not None:
+            b = b.to(x.dtype)
+        y = F.linear(flat, W.to(x.dtype), b)  # (tokens, m)
         z = None
         if trains_out or not is_zero:
             z = flat.view(groups, time, n) @ into.to(x.dtype)  # (groups, tokens / groups, r)
         if not is_zero:
             outT = out.to(x.dtype).mT.expand(groups, -1, -1)
             y.view(groups, time, m).baddbmm_(z, outT, alpha=scale)
-        # where only `out` trains (LoRA-FA, a basis of a tall W) z is enough, and x need not stay
-        keeps_x = trains_into or sketch is not None
-        ctx.save_for_backward(flat if keeps_x else None, W, into, out, z if trains_out else None)
+        if not trains_into and sketch is None:
+            flat = None  # where only `out` trains (LoRA-FA, a basis of a tall W) z is enough
+        if not trains_out:
+            z = None
+        ctx.save_for_backward(flat, W, into, out, z)
         ctx.groups, ctx.scale, ctx.is_zero = groups, scale, is_zero
         ctx.parts = 1 if sketch is None else len(sketch)
         # autograd must not take y for a view: what follows, such as a ReLU, may work in place
@@ -84,7 +88,8 @@ class LowRankProduct(torch.autograd.Function):
         dx = db = d_into = d_out = d_sketch = dz = None
         if trains_into or not ctx.is_zero:
             dz = d.view(groups, time, m) @ out.to(dy.dtype)  # (groups, tokens / groups, r)
-            dz = dz.mul_(ctx.scale) if ctx.scale != 1 else dz
+            if ctx.scale != 1:
+                dz.mul_(ctx.scale)
         if needs_x:
             dx = d @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.is_zero:
@@ -100,11 +105,13 @@ class LowRankProduct(torch.autograd.Function):
             d_sketch = second_moment(u, v, vQ.flatten(0, 1), sequences, ctx.parts)
         # a head's loss is the mean over its own group: that over all has 1 / groups of its gradient
         if trains_into:
-            dz = dz.mul_(groups) if groups != 1 else dz
+            if groups != 1:
+                dz.mul_(groups)
             d_into = torch.bmm(x.view(groups, time, n).mT, dz).view(into.shape)
         if trains_out:
             factor = ctx.scale * groups
-            z = z * factor if factor != 1 else z
+            if factor != 1:
+                z = z * factor
             d_out = torch.bmm(d.view(groups, time, m).mT, z).view(out.shape)
         return dx, None, db, d_into, d_out, d_sketch, None, None, None
 
@@ -158,7 +165,9 @@ class Zeros:
 
 def side_by_side(x):
     """Heads (H, n, r) as one of rank H r, (n, H r); a basis, or the factor in it, as it is."""
-    return x if x.dim() == 2 else x.permute(1, 0, 2).flatten(1)
+    if x.dim() == 2:
+        return x
+    return x.permute(1, 0, 2).flatten(1)
 
 
 class MHLoRALinear(nn.Module):
@@ -204,7 +213,9 @@ class MHLoRALinear(nn.Module):
         self.in_features, self.out_features = n, m
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
         self.split = split and heads > 1
-        self.scale = 1.0 if factors == 'basis' else (rank if alpha is None else alpha) / rank
+        self.scale = 1.0  # s
+        if factors != 'basis' and alpha is not None:
+            self.scale = alpha / rank
         self.merge_every = merge_every
         self.worker, self.workers = (worker, workers) if self.split else (0, 1)
         self.heads_here = heads // self.workers
@@ -287,7 +298,9 @@ class MHLoRALinear(nn.Module):
     @property
     def merged_scale(self):
         """Of heads side by side, which are averaged so; in a basis factors are, beforehand."""
-        return self.scale if self.factors == 'basis' else self.scale / self.heads
+        if self.factors == 'basis':
+            return self.scale
+        return self.scale / self.heads
 
     def forward(self, x):
         if self.moves_weight and not torch.is_grad_enabled():
@@ -378,7 +391,9 @@ class MHLoRALinear(nn.Module):
     @property
     def leaf(self):
         """What an optimizer steps on in a basis: its .grad is R."""
-        return self.factor if self.factor_rows is None else self.factor_rows
+        if self.factor_rows is not None:
+            return self.factor_rows
+        return self.factor
 
     # In each of these torch makes a view dense, or wants it in a state dict: the zero factor steps
     # aside
@@ -467,8 +482,9 @@ def find_linears(model, targets):
         if linear in others:
             raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay "
                              'without heads: give targets that name both')
-        own = vars(linear)
-        if 'forward' in own or any(own[key] for key in own if key.endswith('_hooks')):
+        attributes = vars(linear)
+        hooks = [attributes[key] for key in attributes if key.endswith('_hooks')]
+        if 'forward' in attributes or any(hooks):
             raise ValueError(f"'{name}' has hooks, or a forward of its own, that a low-rank layer "
                              'in its place would not call: take them off, and put them on '
                              'afterwards')
@@ -573,7 +589,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full.
     """
     layers = lowrank_layers(model)
-    generator = generator or torch.Generator().manual_seed(layers[0].merges if layers else 0)
+    if generator is None:
+        merges = layers[0].merges if layers else 0
+        generator = torch.Generator().manual_seed(merges)
     seed = generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them
         for kept in (state or {}).values():
@@ -582,10 +600,11 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     for i, layer in enumerate(layers):
         layer.merge(generator, hash((seed, i)), bits, state)
     for i, p in enumerate((replicas or {}).values()):
-        average = average_replica(p, bits, state[p] if bits < 32 else {})
+        kept = state[p] if bits < 32 else {}
+        average = average_replica(p, bits, kept)
         round_(p, average, hash((seed, -1, i)))
         if bits < 32:
-            state[p]['common'] = p.detach().clone()
+            kept['common'] = p.detach().clone()
 
 
 @contextlib.contextmanager
@@ -593,18 +612,18 @@ def averaged_heads(model, replicas=None):
     """While this lasts, the model is the one that is evaluated: split heads act on every token, and
     they and `replicas` are averaged. All ranks take part."""
     split = {layer: layer.merged_pair for layer in lowrank_layers(model) if layer.split}
-    own = {p: p.data for p in (replicas or {}).values()}
+    values = {p: p.data for p in (replicas or {}).values()}
     try:
         for layer in split:
             layer.merged_pair = layer.pair_of_all()
-        for p in own:
+        for p in values:
             p.data = averaged_copy(p).to(p.dtype)
         yield
     finally:
         for layer, pair in split.items():
             layer.merged_pair = pair
-        for p, data in own.items():
-            p.data = data
+        for p, value in values.items():
+            p.data = value
 
 
 @torch.no_grad()

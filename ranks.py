@@ -27,7 +27,9 @@ traffic = {'bytes': 0}
 
 def rank_and_world():
     """(rank, number of ranks) of this process; alone (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 # -----------------------------------------------------------------------------
@@ -37,7 +39,8 @@ def rank_and_world():
 def mean(x, world=None):
     """The average of a tensor over all ranks, in place. With world=1, where no other rank has it,
     and in one process: the tensor itself."""
-    world = rank_and_world()[1] if world is None else world
+    if world is None:
+        world = rank_and_world()[1]
     if world > 1:
         traffic['bytes'] += 2 * x.nbytes * (world - 1) / world
         dist.all_reduce(x)  # gloo has no average
@@ -48,9 +51,10 @@ def mean(x, world=None):
 def gather(x):
     """The tensors x of all ranks, (world, *x.shape)."""
     world = rank_and_world()[1]
+    x = x.detach()
     if world == 1:
-        return x.detach()[None]
-    x = x.detach().contiguous()
+        return x[None]
+    x = x.contiguous()
     traffic['bytes'] += x.nbytes * (world - 1)
     gathered = x.new_empty(world, *x.shape)
     dist.all_gather(list(gathered), x)
@@ -63,9 +67,12 @@ def gather_at(target, x):
     if world == 1:
         return x[None]
     x = x.contiguous()
-    gathered = x.new_empty(world, *x.shape) if rank == target else None
-    dist.gather(x, None if gathered is None else list(gathered), target)
     traffic['bytes'] += x.nbytes * (world - 1) / world  # targets take turns
+    if rank != target:
+        dist.gather(x, dst=target)
+        return None
+    gathered = x.new_empty(world, *x.shape)
+    dist.gather(x, list(gathered), target)
     return gathered
 
 
@@ -141,8 +148,9 @@ def coded_mean(x, bits, world=1, error=None):
     """
     heads_here, numbers, dtype = len(x), x[0].numel(), wide(x)
     heads = heads_here * world
-    rank = rank_and_world()[0] if world > 1 else 0
-    value = x.to(dtype) if error is None else x + error
+    value = x.to(dtype)
+    if error is not None:
+        value = value + error
     value = in_blocks(value.reshape(heads_here, numbers), heads)  # (heads here, slices, blocks, 64)
     codes = pack(value, bits)
     received = codes
@@ -155,8 +163,9 @@ def coded_mean(x, bits, world=1, error=None):
     if error is not None:
         left = value.sub_(unpack(codes, dtype))
         left_of_average = average.sub_(unpack(codes_of_average, dtype))
+        first = rank_and_world()[0] if world > 1 else 0
         for i in range(heads_here):  # heads times, as it counts as one head's share
-            left[i, i * world + rank].add_(left_of_average[i], alpha=heads)
+            left[i, i * world + first].add_(left_of_average[i], alpha=heads)
         error.copy_(left.view(heads_here, -1)[:, :numbers].view(error.shape))
     if world > 1:
         codes_of_average = in_global_order(gather(codes_of_average))
@@ -174,8 +183,9 @@ def mean_at(target, x, world):
     codes_of_left = pack(value - unpack(codes, dtype), 6)
     codes = torch.stack([codes, codes_of_left], 1)  # (heads here, 2, 1, blocks, bytes)
     if world > 1:
-        parts = gather_at(target, codes)
-        codes = codes if parts is None else in_global_order(parts)
+        of_ranks = gather_at(target, codes)
+        if of_ranks is not None:
+            codes = in_global_order(of_ranks)
     average = sum(unpack(part, dtype).sum(0) for part in codes).div_(len(codes))
     return average.flatten()[:numbers].view(x.shape[1:])
 
@@ -231,7 +241,9 @@ def slice_here(size):
 
 def rows_here(x):
     """The slice of the rows of x that this rank holds: all of them, if x is not sharded."""
-    return slice_here(len(x)) if is_sharded(x) else slice(0, len(x) if x.dim() else 1)
+    if is_sharded(x):
+        return slice_here(len(x))
+    return slice(0, len(x)) if x.dim() else slice(0, 1)
 
 
 def first_here(x):
@@ -334,7 +346,8 @@ def shard(model, layers, device):
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    move = model.to_empty if next(model.parameters()).is_meta else model.to
+    is_meta = next(model.parameters()).is_meta  # as drawn elsewhere, or without memory
+    move = model.to_empty if is_meta else model.to
     if rank_and_world()[1] == 1:
         print('one process holds all: shard=True does nothing')
         move(device=device)
@@ -399,18 +412,18 @@ def gather_state(model, layers, optimizer=None, replicas=None):
     of sketches the parts of all ranks; and replicas: {name: (ranks, ...)}.
     """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
-    own = set(replicas.values())
+    replicated = set(replicas.values())
 
     def collect(x, p):
         """x, of the parameter or buffer p, of all ranks."""
         if is_sharded(p):
             x = padded_rows(local(x), len(p))
-        elif p not in heads | own:
+        elif p not in heads | replicated:
             return x  # all ranks have the same
         x = gather_at(0, x)
         if x is None:
             return None
-        if p in own:
+        if p in replicated:
             return x.cpu()
         if p in heads:
             return in_global_order(x).cpu()
@@ -419,14 +432,12 @@ def gather_state(model, layers, optimizer=None, replicas=None):
             rows = rows[:len(p)].clone()
         return rows
 
-    def average(p):
-        x = averaged_copy(p).to(p.dtype)
-        return x.cpu() if rank_and_world()[0] == 0 else None
-
     found, once = {'format': FORMAT, 'model': {}}, {}  # tied weights have two names
     for name, p in model.state_dict(keep_vars=True).items():
-        if p not in once:
-            once[p] = average(p) if p in own else collect(p.detach(), p)
+        if p not in once and p in replicated:
+            once[p] = averaged_copy(p).to(p.dtype).cpu()
+        elif p not in once:
+            once[p] = collect(p.detach(), p)
         found['model'][name] = once[p]
     if optimizer is None:
         return found
@@ -434,9 +445,10 @@ def gather_state(model, layers, optimizer=None, replicas=None):
     for p, state in optimizer.state.items():
         saved = found['optimizer'][optimizer.names[p]] = {}
         for key, x in state.items():
-            if key == 'sketch':  # each rank has its own
+            if key == 'sketch':  # ranks have others
                 x = gather_at(0, x)
-                x = None if x is None else in_global_order(x).cpu()
+                if x is not None:
+                    x = in_global_order(x).cpu()
             elif torch.is_tensor(x) and x.dim():
                 x = collect(x, p)
             saved[key] = x
@@ -453,21 +465,25 @@ def take(x, p, heads, replicas=()):
         return x[rows_here(p)]
     if p in heads:
         return x[rank::world]
-    return x[rank] if p in replicas else x
+    if p in replicas:
+        return x[rank]
+    return x
 
 
 @torch.no_grad()
 def load_weights(model, layers, weights):
     """Loads the 'model' of a checkpoint, each rank its part. ValueError: it is of another model."""
-    own, world = model.state_dict(keep_vars=True), rank_and_world()[1]
+    tensors, world = model.state_dict(keep_vars=True), rank_and_world()[1]
     heads = per_rank_tensors(layers.values())
-    shapes = {name: (len(p) * world, *p.shape[1:]) if p in heads else (*p.shape,)
-              for name, p in own.items()}
+    shapes = {name: (*p.shape,) for name, p in tensors.items()}
+    for name, p in tensors.items():
+        if p in heads:
+            shapes[name] = len(p) * world, *p.shape[1:]
     saved = {name: (*x.shape,) for name, x in weights.items()}
     if odd := dict(shapes.items() ^ saved.items()):
         raise ValueError(f'the checkpoint is that of another model: {min(odd)} is missing in one '
                          'of the two, or has two shapes')
-    for name, p in own.items():
+    for name, p in tensors.items():
         local(p).copy_(take(weights[name], p, heads))
 
 
@@ -484,16 +500,19 @@ def load_state(model, layers, optimizer, checkpoint, replicas=None):
             raise ValueError(f"with sync='merge' each of {max(len(saved), 1)} ranks saved its own "
                              f'parameters, and here are {world}: resume on as many as before')
         p.copy_(saved[rank])
-    named, own = {name: p for p, name in optimizer.names.items()}, set(replicas.values())
+    named = {name: p for p, name in optimizer.names.items()}
+    replicated = set(replicas.values())
     for name, state in checkpoint['optimizer'].items():
         p = named[name]
         for key, x in state.items():
-            if key == 'sketch':  # of other parts each takes the average: a sketch is a sum
+            if key == 'sketch':
                 parts = optimizer.sketch_parts(optimizer.layers[p])
-                same_parts = len(x) == world * parts
-                x = x[rank::world] if same_parts else x.mean(0).expand(parts, *x.shape[1:])
+                if len(x) == world * parts:
+                    x = x[rank::world]
+                else:  # of others each takes the average: a sketch is a sum
+                    x = x.mean(0).expand(parts, *x.shape[1:])
             elif torch.is_tensor(x) and x.dim():
-                x = take(x, p, heads, own)
+                x = take(x, p, heads, replicated)
             if torch.is_tensor(x):
                 x = x.to(p.device, copy=True)  # the file is mapped, and may be replaced
             optimizer.state[p][key] = x

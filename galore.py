@@ -154,6 +154,77 @@ def alike(params, rule):
 # the drop-in optimizer
 
 
+def fill_in(group):
+    """Sets what a group of parameters leaves out."""
+    rule = group.get('rule')
+    defaults = dict(state_bits=None)
+    if 'rank' in group:
+        defaults.update(rule='galore', basis='svd', proj_type='std', update_proj_gap=200,
+                        scale=0.25)  # as in galore-torch
+    elif rule in FULL:
+        defaults.update(dim=1, momentum=0.0)
+    if rule == 'apollo':
+        defaults['basis'] = 'random'
+    if rule == 'muon':
+        defaults['momentum'] = 0.95
+    for key, value in defaults.items():
+        group.setdefault(key, value)
+
+
+def refuse_values(group):
+    """ValueError: a setting of a group makes no sense."""
+    known = dict(state_bits=(None, 32, 16, 8), rule=('adamw', *FULL))
+    if 'rank' in group:
+        known.update(rule=tuple(PROJECTED), basis=('svd', 'power', 'random'),
+                     proj_type=('std', 'reverse_std', 'left', 'right'))
+    if group.get('rule') == 'apollo' and group['basis'] != 'random':
+        raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
+                         "basis='random'")
+    for key in known.keys() & group.keys():
+        if group[key] not in known[key]:
+            rank, words = group.get('rank'), ', '.join(map(repr, known[key]))
+            raise ValueError(f'{key}={group[key]!r} is not known, with {rank=}: set one of {words}')
+    if not group['correct_bias']:
+        raise ValueError('correct_bias=False is not supported: leave it out, or take '
+                         "galore-torch's class")
+    if not 0 <= group.get('momentum', 0) < 1:
+        raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
+    for key in {'rank', 'update_proj_gap'} & group.keys():
+        if not (isinstance(group[key], int) and group[key] >= 1):
+            raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
+
+
+def refuse_shapes(group, names):
+    """ValueError: a parameter of a group is no matrix, or not all of one, as its rule wants it."""
+    wants_matrices = 'rank' in group or group.get('rule') in FULL
+    for name, p in zip(names, group['params']):
+        if is_sharded(p) and group.get('dim') == 0:
+            raise ValueError(f'{name}: columns of a gradient are wanted, of which ranks hold rows: '
+                             "take rule='adamw' or 'muon'")
+        if wants_matrices and p.dim() != 2:
+            raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
+                             'without rank and rule')
+
+
+def say_what_differs(group, names):
+    """Says which matrices have a smaller rank than was asked for, or moments of 32 bits instead of
+    8."""
+    clamped, short = [], []
+    for name, p in zip(names, group['params']):
+        if group.get('rank', 0) > min(p.shape, default=1):
+            clamped.append(f'{name} {tuple(p.shape)}')
+        row = group.get('rank') or rows_of_shape(p.shape)[1]  # numbers of a row of a moment
+        if p.dim() > 1 and row < SHORTEST:
+            short.append(name)
+    if clamped:
+        what = clamped[0] if len(clamped) == 1 else f'{clamped[0]} and {len(clamped) - 1} more'
+        warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of {what}")
+    has_moments = group.get('momentum', 1) > 0
+    if short and group['state_bits'] == 8 and has_moments and rank_and_world()[0] == 0:
+        print(f'moments of {len(short)} matrices, such as {short[0]}, stay in 32 bits: their rows '
+              f'have fewer than {SHORTEST} numbers')
+
+
 class GaLoreAdamW(torch.optim.Optimizer):
     """
     AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
@@ -182,7 +253,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
         self.is_last = True  # micro-batch of a step, see `begin`
-        self.names, self.index, self.group_of = {}, {}, {}  # of a parameter; the last is an index
+        self.names = {}  # of a parameter
+        self.index = {}  # how many parameters were added before it: it seeds its bases
+        self.group_of = {}  # number of its group
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias))
 
@@ -199,7 +272,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         first = len(self.index)
         numbered = [f'parameter {first + i}' for i in range(len(group['params']))]
         names = group.get('param_names') or numbered
-        self._check_group(group, names)
+        fill_in(group)
+        refuse_values(group)
+        refuse_shapes(group, names)
+        say_what_differs(group, names)
         for name, p in zip(names, group['params']):
             self.names[p], self.index[p] = name, len(self.index)
             self.group_of[p] = len(self.param_groups) - 1
@@ -210,62 +286,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                  '(per_layer=True), which would go on: build the model anew')
             if self.per_layer:
                 p.register_post_accumulate_grad_hook(self._complete)
-
-    def _check_group(self, group, names):
-        """Fills in what a group leaves out. ValueError: a setting makes no sense."""
-        rule = group.get('rule')
-        known = dict(state_bits=(None, 32, 16, 8), rule=('adamw', *FULL))
-        defaults = dict(state_bits=None)
-        if 'rank' in group:
-            known.update(rule=tuple(PROJECTED), basis=('svd', 'power', 'random'),
-                         proj_type=('std', 'reverse_std', 'left', 'right'))
-            defaults.update(rule='galore', basis='svd', proj_type='std', update_proj_gap=200,
-                            scale=0.25)
-        elif rule in FULL:
-            defaults.update(dim=1, momentum=0.0)
-        if rule == 'apollo':
-            defaults['basis'] = 'random'
-        if rule == 'muon':
-            defaults['momentum'] = 0.95
-        for key, value in defaults.items():
-            group.setdefault(key, value)
-        if rule == 'apollo' and group['basis'] != 'random':
-            raise ValueError(f"basis={group['basis']!r}, but rule='apollo' draws its bases: set "
-                             "basis='random'")
-        for key in known.keys() & group.keys():
-            if group[key] not in known[key]:
-                rank, words = group.get('rank'), ', '.join(map(repr, known[key]))
-                raise ValueError(f'{key}={group[key]!r} is not known, with {rank=}: set one of '
-                                 f'{words}')
-        if not group['correct_bias']:
-            raise ValueError("correct_bias=False is not supported: leave it out, or take "
-                             "galore-torch's class")
-        if not 0 <= group.get('momentum', 0) < 1:
-            raise ValueError(f"momentum={group['momentum']!r} must be in [0, 1)")
-        for key in {'rank', 'update_proj_gap'} & group.keys():
-            if not (isinstance(group[key], int) and group[key] >= 1):
-                raise ValueError(f'{key}={group[key]!r} must be an integer of at least 1')
-        clamped, short = [], []
-        for name, p in zip(names, group['params']):
-            row = group.get('rank') or rows_of_shape(p.shape)[1]  # of a moment
-            coded = group['state_bits'] == 8 and group.get('momentum', 1)  # 0: there are none
-            if coded and p.dim() > 1 and row < SHORTEST:
-                short.append(name)
-            if is_sharded(p) and group.get('dim') == 0:
-                raise ValueError(f'{name}: columns of a gradient are wanted, of which ranks hold '
-                                 "rows: take rule='adamw' or 'muon'")
-            if p.dim() != 2 and ('rank' in group or rule in FULL):
-                raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a '
-                                 'group without rank and rule')
-            if group.get('rank', 0) > min(p.shape, default=1):
-                clamped.append(f'{name} {tuple(p.shape)}')
-        if clamped:
-            more = f' and {len(clamped) - 1} more' * (len(clamped) > 1)
-            warnings.warn(f"galore: rank {group['rank']} is clamped to the smaller side of "
-                          f'{clamped[0]}{more}')
-        if short and rank_and_world()[0] == 0:
-            print(f'moments of {len(short)} matrices, such as {short[0]}, stay in 32 bits: their '
-                  f'rows have fewer than {SHORTEST} numbers')
 
     def begin(self, step, micro_step=0, micro_steps=1):
         """To be called before each forward pass: which micro-batch of which step, from 0."""
@@ -357,19 +377,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state.setdefault('step', 0)
         turned = is_turned(W.shape, group['proj_type'])
         basis = self._basis(W, state, group, turned)
-        G = W.grad.mT if turned else W.grad
+        G = W.grad.mT if turned else W.grad  # (long, short)
         R = G @ basis  # (long, r)
         state['step'] += 1
         key = self._seed(W, state['step'], 0)
-        rule = PROJECTED[group['rule']]
-        N = adam(R.clone() if rule else R, state, group, key)
         keep = 1.0 - group['lr'] * group['weight_decay']
-        lr = group['lr'] * keep
-        if rule:
-            move = rule(G, R, N, basis, state, group)
-            move_(W, move.mT if turned else move, lr, keep, key + 1)
-        else:
+        lr = group['lr'] * keep  # as galore-torch decays after the update
+        rule = PROJECTED[group['rule']]
+        if rule is None:
+            N = adam(R, state, group, key)  # (long, r), in the place of R
             add_(W, N, basis, turned, lr * group['scale'], keep, key + 1)
+            return
+        N = adam(R.clone(), state, group, key)
+        move = rule(G, R, N, basis, state, group)  # (long, short)
+        move_(W, move.mT if turned else move, lr, keep, key + 1)
 
     def _full(self, params, group):
         """W <- (1 - lr decay) W - lr times what a rule of FULL makes of the gradient, in place."""
@@ -389,8 +410,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             moves.append(rules[name](local(p.grad), state, group, key, first_here(p)))
         if name not in ORTHOGONAL:
             return moves
+        # all at once: small products would wait for their launches
         dtype, p = moves[0].dtype, params[0]
-        moves = torch.stack(moves)
+        moves = torch.stack(moves)  # (matrices, rows here, columns)
         if is_sharded(p) and p.dim() == 2:
             moves = orthogonalise_rows(moves, len(p))
         else:  # of a sharded factor ranks have whole heads
@@ -426,6 +448,17 @@ def steps_to_refresh(step, every, merge_every, block, blocks):
     bases: after a merge, at block / blocks of a period of `every` steps: no step is slow."""
     first = block * (every // merge_every) // blocks * merge_every
     return (first - step) % every
+
+
+def numbers_of_blocks(names):
+    """({name of a layer: the number of its block}, how many blocks there are). 'h.3.attn.c_proj' is
+    of block 'h.3'; a name without a number is a block of its own."""
+    block_of = {}
+    for name in names:
+        found = re.match(r'(.*?\.\d+)\.', name)
+        block_of[name] = found[1] if found else name
+    blocks = list(dict.fromkeys(block_of.values()))
+    return {name: blocks.index(block) for name, block in block_of.items()}, len(blocks)
 
 
 class LowRankAdamW(GaLoreAdamW):
@@ -466,13 +499,12 @@ class LowRankAdamW(GaLoreAdamW):
             if basis_every % layer.merge_every:
                 raise ValueError(f'{basis_every=} is no multiple of merge_every='
                                  f'{layer.merge_every}: bases are taken at merges, set one')
-        self.layers = {layer.leaf: layer for layer in found.values()}
-        block_of = {name: (re.match(r'(.*?\.\d+)\.', name) or [name, name])[1] for name in found}
-        blocks = list(dict.fromkeys(block_of.values()))
-        self.block_of = {layer.leaf: blocks.index(block_of[name]) for name, layer in found.items()}
-        self.blocks = len(blocks)
+        self.layers = {layer.leaf: layer for layer in found.values()}  # by what is stepped on
+        numbers, self.blocks = numbers_of_blocks(found)
+        self.block_of = {layer.leaf: numbers[name] for name, layer in found.items()}
         self.basis, self.basis_every = basis, basis_every
-        self.sync_bits, self.sync_moments, self.begun = sync_bits, sync_moments, False
+        self.sync_bits, self.sync_moments = sync_bits, sync_moments
+        self.begun = False  # since the state was loaded
         names = leaf_names(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
@@ -494,15 +526,7 @@ class LowRankAdamW(GaLoreAdamW):
         finish_sum(drop=True)
         for p, layer in self.layers.items():
             state = self.state[p]
-            if not state:
-                state.update(step=0, bases=0)
-            if layer.sketch is not None:  # as backward passes have left it
-                state['sketch'] = layer.sketch.grad
-            basis = local(layer.basis)
-            if not self.begun and state['bases'] and basis.numel() and not basis.any():
-                raise ValueError("the optimizer's state was loaded, and not the bases that it is "
-                                 "of: load the model's state_dict, not the merged one, or leave "
-                                 "that of the optimizer")
+            self._open_state(layer, state)
             T = layer.merge_every
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 self._average_moments(p, layer, state)
@@ -512,24 +536,39 @@ class LowRankAdamW(GaLoreAdamW):
             self._open_window(layer, state, wait)
         self.begun = True
 
+    def _open_state(self, layer, state):
+        """Makes a layer's state, or takes over what backward passes have left in its sketch.
+        ValueError: the state was loaded, and its bases were not."""
+        if not state:
+            state.update(step=0, bases=0)  # bases: how many were taken
+        if layer.sketch is not None:
+            state['sketch'] = layer.sketch.grad
+        basis = local(layer.basis)
+        # only once: `any` waits for the device
+        if not self.begun and state['bases'] and basis.numel() and not basis.any():
+            raise ValueError("the optimizer's state was loaded, and not the bases that it is of: "
+                             "load the model's state_dict, not the merged one, or leave that of "
+                             'the optimizer')
+
     def _refresh(self, p, layer, state):
         """A new basis (short, r) for a layer, the same bits on all ranks; moments turn with it."""
+        old = full(layer.basis)  # (short, r)
         if self.basis == 'random' or not state['bases']:  # nothing is known of gradients yet
             seed = self._seed(p, state['bases'])
-            new = orthonormal(gaussian(*layer.basis.shape, layer.basis, seed))
+            new = orthonormal(gaussian(*old.shape, layer.basis, seed))
         elif 'sketch' in state:
             Y = self._average_sketch(p, layer, state['sketch'])
-            new = orthonormal(Y).to(layer.basis.dtype)
-            new = torch.where(Y.isfinite().all() & Y.any(), new, full(layer.basis))
+            new = orthonormal(Y).to(old.dtype)
+            new = torch.where(Y.isfinite().all() & Y.any(), new, old)  # without waiting
         else:  # a run that had other windows before it was resumed
             return
-        # merges never send a basis, and devices may round differently
+        # devices may round differently, and merges never send a basis: all take that of one rank
         if self._is_coded(layer):
             new = coded_same(self._owner(p), new.mT, 8).mT
         else:
             new = same(new.contiguous())
-        self._rotate_moments(p, state, full(layer.basis), new)
-        local(layer.basis).copy_(new[rows_here(layer.basis)])
+        self._rotate_moments(p, state, old, new)
+        local(layer.basis).copy_(new[rows_here(layer.basis)])  # of shards this rank's rows
         state['bases'] += 1
 
     def _average_sketch(self, p, layer, Y):
@@ -541,10 +580,11 @@ class LowRankAdamW(GaLoreAdamW):
     def _rotate_moments(self, p, state, old, new):
         """Moments in the old basis as seen from the new one, C = old^T new (r, r): M C and
         V (C * C), exact if coordinates are uncorrelated."""
-        C = old.mT.to(wide(old)) @ new.to(wide(old))
+        C = old.mT.to(wide(old)) @ new.to(wide(old))  # (r, r)
         if 'exp_avg' in state:
-            moments = [x.view(local(p).shape) for x in read_moments(state)]
-            moments = [x @ turn.to(x.dtype) for x, turn in zip(moments, (C, C.square()))]
+            moments = [x.view(local(p).shape) for x in read_moments(state)]  # (long, r)
+            # of Muon there is the first one alone
+            moments = [x @ factor.to(x.dtype) for x, factor in zip(moments, (C, C.square()))]
             write_moments(state, moments, self._seed(p, state['step'], 2), first=first_here(p))
         if 'error' in state:  # what merges have left: it turns as first moments do
             E = state['error']
@@ -553,13 +593,13 @@ class LowRankAdamW(GaLoreAdamW):
     def _open_window(self, layer, state, wait):
         """Sketches are added up in the last WINDOW steps before a refresh: backward passes add to a
         tensor of the optimizer's state."""
-        inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
-        if wait == 0 or not inside:  # a resumed run may have another basis, or other windows
+        is_inside = self.basis == 'sketch' and (wait or self.basis_every) <= WINDOW
+        if wait == 0 or not is_inside:  # a resumed run may have another basis, or other windows
             layer.sketch = None
             state.pop('sketch', None)
-        if inside and layer.sketch is None:
+        if is_inside and layer.sketch is None:
             layer.ask_sketch(self.sketch_parts(layer))
-            state['sketch'] = layer.sketch.grad
+            state['sketch'] = layer.sketch.grad  # torch's state_dict has it, too
 
     def sketch_parts(self, layer):
         """Into how many parts the sketch of a layer is cut: what is rounded is that of single
@@ -603,14 +643,14 @@ class LowRankAdamW(GaLoreAdamW):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the '
                                  'forward pass')
         keep = 1.0 - group['lr'] * group['weight_decay']
-        lr = group['lr'] * group['scale'] * keep
+        lr = group['lr'] * group['scale'] * keep  # as in GaLoreAdamW: decay after the update
         for some in alike(params, group['inside']):
             for p, move in zip(some, self._moves(INSIDE, group['inside'], some, group)):
                 layer = self.layers[p]
                 key = self._seed(p, self.state[p]['step'], 0)
-                if layer.moves_weight:
+                if layer.moves_weight:  # GaLore
                     self._apply(layer, move.to(p.dtype), lr, keep, key + 1)
-                else:
+                else:  # GaLoLTE: a merge puts the factor into W
                     decay_(local(layer.weight), keep, key + 1, first_here(layer.weight))
                     move_(local(p), move, lr, keep, key + 2, first_here(p))
 

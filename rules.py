@@ -132,50 +132,67 @@ def encode(x, age, levels, power, dtype):
     through (0, 1) with `age`. To the nearest level a second moment would not decay by 0.1% a step.
     Its codes are at least 1: the update divides by the root.
     """
-    blocks = by_block(x)
+    blocks = by_block(x)  # (rows, blocks, numbers)
     size = blocks.abs()
     top = size.amax(-1, keepdim=True)  # (rows, blocks, 1)
     tiny = torch.finfo(x.dtype).tiny
-    size.div_(top.clamp_min(tiny)).mul_(levels**power)  # level l is at l^power
-    place = torch.arange(blocks.shape[-1], device=x.device)
+    size.div_(top.clamp_min(tiny))
+    size.mul_(levels**power)  # level l is at l^power
+
+    # thresholds are spread evenly, over a block and over ages; they are not random
+    index = torch.arange(blocks.shape[-1], device=x.device)
     shift = age * 0.7548776662 % 1.0  # in Python: float32 has no room for large ages
-    threshold = (place * 0.6180339887 + shift) % 1.0  # not random
+    threshold = (index * 0.6180339887 + shift) % 1.0  # (numbers,)
+
+    # the level below, its distance from the number, and what of the way to the next level a number
+    # has to be for the upper one
     if power == 2:  # the next level is 2 l + 1 away
-        low = size.sqrt().floor_().clamp_(max=levels - 1)
-        root = low
-        most = torch.addcmul(threshold, low, 2 * threshold)
+        level = size.sqrt().floor_()
+        level.clamp_(max=levels - 1)
+        root = level
+        needed = torch.addcmul(threshold, level, 2 * threshold)
     else:  # (2 l + 1) (2 l^2 + 2 l + 1)
-        low = size.sqrt().sqrt_().floor_().clamp_(max=levels - 1)
-        root = low.square()
-        most = (2 * low).add_(1)
-        most.mul_(torch.add(most, root, alpha=2)).mul_(threshold)
-    goes_up = size.addcmul_(root, root, value=-1).gt_(most)
-    code = low.add_(goes_up)
-    code = code.copysign_(blocks) if dtype == torch.int8 else code.clamp_(min=1)
-    code = code.to(dtype).flatten(1)[:, :x.shape[1]]
-    return code, top.squeeze(-1)
+        level = size.sqrt().sqrt_().floor_()
+        level.clamp_(max=levels - 1)
+        root = level.square()
+        needed = (2 * level).add_(1)
+        needed.mul_(torch.add(needed, root, alpha=2))
+        needed.mul_(threshold)
+    distance = size.addcmul_(root, root, value=-1)
+    goes_up = distance.gt_(needed)
+    level.add_(goes_up)
+    if dtype == torch.int8:
+        level.copysign_(blocks)
+    else:
+        level.clamp_(min=1)
+    code = level.to(dtype).flatten(1)
+    return code[:, :x.shape[1]], top.squeeze(-1)
 
 
 def decode(code, top, levels, power):
     """The numbers (rows, n), float32, that `encode` made into code and top."""
-    part = by_block(code.float().div_(levels))
-    part = part.mul_(part.abs()) if power == 2 else part.square_().square_()
-    part = part.mul_(top[..., None])
-    return part.flatten(1)[:, :code.shape[1]]
+    x = code.float().div_(levels)
+    x = by_block(x)  # (rows, blocks, numbers)
+    if power == 2:  # it has a sign
+        x.mul_(x.abs())
+    else:
+        x.square_().square_()
+    x.mul_(top[..., None])
+    return x.flatten(1)[:, :code.shape[1]]
 
 
 def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
     """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8: vectors, and
     matrices with short rows, have 32 then. names: both moments, or the first alone."""
     leading, n = rows_of_shape(like.shape)
+    is_coded = bits == 8 and like.dim() > 1 and n >= SHORTEST
+    dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
     for name in names:
-        if bits == 8 and like.dim() > 1 and n >= SHORTEST:
+        if is_coded:
             tops = *leading, -(-n // BLOCK)
             state[name] = like.new_zeros(like.shape, dtype=EIGHT_BITS[name][2])
             state[f'{name}_top'] = like.new_zeros(tops, dtype=torch.float32)
-            continue
-        dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
-        if dtype == like.dtype != torch.bfloat16:  # see `is_fused`: the layout has to be the same
+        elif dtype == like.dtype != torch.bfloat16:  # see `is_fused`: the layout has to be the same
             state[name] = torch.zeros_like(like)
         else:
             state[name] = like.new_zeros(like.shape, dtype=dtype)
@@ -190,7 +207,8 @@ def read_moments(state, rows=slice(None)):
             continue
         x = as_rows(state[name])[rows]
         if f'{name}_top' in state:
-            x = decode(x, state[f'{name}_top'].flatten(0, -2)[rows], levels, power)
+            top = state[f'{name}_top'].flatten(0, -2)[rows]
+            x = decode(x, top, levels, power)
         found.append(x.to(wide(x)))
     return found
 
@@ -200,16 +218,17 @@ def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
     these rows). With a beta1 of up to 0.95 the first one goes to the nearest: a step moves it by
     more than its last bit, and that is less noise."""
     for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
+        is_first = name == 'exp_avg'
         out = as_rows(state[name])[rows]
         x = x.reshape(out.shape)
         if f'{name}_top' in state:
             code, top = encode(x, state['step'], *kind)
             out.copy_(code)
             state[f'{name}_top'].flatten(0, -2)[rows] = top
-        elif name == 'exp_avg' and beta1 <= 0.95:
-            out.copy_(x)
+        elif is_first and beta1 <= 0.95:
+            out.copy_(x)  # to the nearest
         else:
-            round_(out, x, hash((key, name == 'exp_avg')), first)
+            round_(out, x, hash((key, is_first)), first)
 
 
 # -----------------------------------------------------------------------------
@@ -219,7 +238,8 @@ def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
 def fused_adam_(params, grads, M, V, age, lr, betas, eps, decay):
     """torch's fused AdamW kernel on lists of tensors of one dtype; `age` counts these gradients."""
     before = torch.full((len(params),), age - 1, dtype=torch.float32, device=params[0].device)
-    adamw(params, grads, M, V, [], list(before.unbind()), fused=True, amsgrad=False, maximize=False,
+    ages = list(before.unbind())  # the kernel adds one to each
+    adamw(params, grads, M, V, [], ages, fused=True, amsgrad=False, maximize=False,
           beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps)
 
 
@@ -240,14 +260,15 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
     rounded at random (`round_`: key, first).
     """
     age = state['step']
-    eps = eps / math.sqrt(1 - betas[1] ** age)
+    eps = eps / math.sqrt(1 - betas[1] ** age)  # as torch has it
     decay = (1 - keep) / lr if lr else 0.0
     M, V = state['exp_avg'], state['exp_avg_sq']
     if is_fused(p, state) and (p is grad or p.stride() == M.stride()):
+        is_grad = p is grad
         if grad.stride() != M.stride():  # the kernel reads raw memory
-            is_p = p is grad
             grad = torch.empty_like(M).copy_(grad)
-            p = grad if is_p else p
+        if is_grad:
+            p = grad
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
     state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()  # rows are views of them
@@ -259,11 +280,14 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
         M, V = read_moments(state, rows)
         dtype = torch.promote_types(p.dtype, M.dtype)
         tensors = all_rows[rows], grad_rows[rows], M, V
-        part, g, M, V = (x.to(dtype).contiguous() for x in tensors)  # the kernel reads raw memory
-        fused_adam_([part], [g], [M], [V], age, lr, betas, eps, decay)
+        tensors = [x.to(dtype).contiguous() for x in tensors]  # the kernel reads raw memory
+        fused_adam_(*([x] for x in tensors), age, lr, betas, eps, decay)
+        part, _, M, V = tensors
         round_(all_rows[rows], part, key, first + i * n)
         write_moments(state, [M, V], key, rows, first + i * n, betas[0])
-    return p if p.is_contiguous() else p.copy_(all_rows.view(p.shape))
+    if not p.is_contiguous():  # its rows are a copy
+        p.copy_(all_rows.view(p.shape))
+    return p
 
 
 def adam(G, state, group, key=0, first=0):
@@ -284,8 +308,10 @@ def norm(x, dim):
 def adam_rate(R, N, state, group, dim):
     """(|N| / |R| over `dim`, c), where the bias correction c is taken off N again."""
     beta1, beta2 = group['betas']
-    c = math.sqrt(1 - beta2 ** state['step']) / (1 - beta1 ** state['step'])
-    return norm(N, dim) / c / (norm(R, dim) + 1e-8), c
+    age = state['step']
+    c = math.sqrt(1 - beta2**age) / (1 - beta1**age)
+    rate = norm(N, dim) / c
+    return rate / (norm(R, dim) + 1e-8), c
 
 
 def limited(phi, size, state):
@@ -293,7 +319,9 @@ def limited(phi, size, state):
     of zero is passed over: from 0 the authors' code takes 2,000 steps to grow."""
     if 'rest_norm' in state:
         old = state['rest_norm']
-        limiter = torch.where(old > 0, (size / (old + 1e-8)).clamp_min(1.01) / 1.01, 1)
+        growth = size / (old + 1e-8)
+        limiter = growth.clamp_min(1.01) / 1.01
+        limiter = torch.where(old > 0, limiter, 1)
         phi = phi / limiter
         size = torch.where(size > 0, size / limiter, old)
     state['rest_norm'] = size
@@ -312,10 +340,12 @@ def fira(G, R, N, Q, state, group):
     alpha = group['scale']
     phi, c = adam_rate(R, N, state, group, 1)  # (long, 1)
     rest = norm(G, 1).square() - (2 * alpha - alpha**2) * norm(R, 1).square()
-    size = (rest.clamp_min(0) * phi.square()).sum().sqrt()
-    phi = (limited(phi, size, state) * c).to(G.dtype)
-    inside = torch.addcmul(N, R, phi, value=-1)  # alpha (N - phi R) Q^T + phi G
-    return torch.addmm(G * phi, inside, Q.mT, alpha=alpha)
+    squares = rest.clamp_min(0) * phi.square()
+    phi = limited(phi, squares.sum().sqrt(), state)
+    phi = (phi * c).to(G.dtype)
+    # alpha (N - phi R) Q^T + phi G
+    inside = torch.addcmul(N, R, phi, value=-1)  # (long, r)
+    return torch.addmm(phi * G, inside, Q.mT, alpha=alpha)
 
 
 def apollo(G, R, N, Q, state, group):
@@ -323,9 +353,11 @@ def apollo(G, R, N, Q, state, group):
     says by how much Adam would scale each row of G: phi, as in `fira`. With rank 1 all rows have
     one phi (APOLLO-Mini). The authors' scale is the square of this one."""
     dim = None if group['rank'] == 1 else 1
-    phi, c = adam_rate(R, N, state, group, dim)
-    phi = limited(phi, torch.linalg.vector_norm(norm(G, dim) * phi), state)
-    return G * (phi * (c * group['scale'])).to(G.dtype)
+    phi, c = adam_rate(R, N, state, group, dim)  # (long, 1), or (1, 1)
+    size = torch.linalg.vector_norm(norm(G, dim) * phi)
+    phi = limited(phi, size, state)
+    phi = phi * (c * group['scale'])
+    return G * phi.to(G.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -356,8 +388,8 @@ def averaged(G, state, group, key=0, first=0):
 def normalised(G, state, group, key=0, first=0):
     """SCALE (Glentis et al. 2025, arXiv 2506.16659): rows of G, or columns (the group's `dim`), get
     a mean square of 1. The output layer has a momentum."""
-    G = averaged(G, state, group, key, first)
-    root = norm(G, group['dim']) / math.sqrt(G.shape[group['dim']])
+    G, dim = averaged(G, state, group, key, first), group['dim']
+    root = norm(G, dim) / math.sqrt(G.shape[dim])
     return G / root.clamp_min(1e-8)
 
 
@@ -365,7 +397,9 @@ def nesterov(G, state, group, key=0, first=0):
     """What Muon makes orthogonal: the averaged gradient, a step ahead (Nesterov). Without momentum
     it is G (as in SWAN, Ma et al. 2025, arXiv 2412.13148, which scales rows first)."""
     M = averaged(G, state, group, key, first)
-    return G.to(M.dtype).lerp(M, group['momentum']) if group['momentum'] else M
+    if not group['momentum']:
+        return M
+    return G.to(M.dtype).lerp(M, group['momentum'])
 
 
 def for_muon(x):
@@ -380,8 +414,10 @@ def orthogonalised(X, steps=5):
     shape = X.shape
     X = for_muon(X).reshape(shape[:-2].numel(), *shape[-2:])  # (matrices, m, n)
     is_tall = shape[-2] > shape[-1]
-    X = X.mT if is_tall else X  # K is on the smaller side
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp_min(1e-7)
+    if is_tall:  # K is on the smaller side
+        X = X.mT
+    size = torch.linalg.matrix_norm(X, keepdim=True)
+    X = X / size.clamp_min(1e-7)
     add_product = torch.baddbmm
     if len(X) == 1:  # a fifth faster
         X, add_product = X[0], torch.addmm
@@ -389,7 +425,8 @@ def orthogonalised(X, steps=5):
         K = X @ X.mT
         K = add_product(K, K, K, beta=b, alpha=c)
         X = add_product(X, K, X, beta=a)
-    X = X.mT if is_tall else X
+    if is_tall:
+        X = X.mT
     return X.view(shape)
 
 
@@ -435,11 +472,17 @@ def pack(x, bits):
     else:
         step = torch.linalg.vector_norm(x, math.inf, -1, keepdim=True) / half
     step = step.clamp_min(torch.finfo(x.dtype).tiny)
-    level = (x / step).floor_().clamp_(-half, half - 1).add_(0.5)
-    step = (x * level).sum(-1, keepdim=True) / level.square().sum(-1, keepdim=True)
-    words = level.add_(half - 0.5).long().unflatten(-1, (8, 8))  # eight numbers take `bits` bytes
+    level = (x / step).floor_()
+    level.clamp_(-half, half - 1).add_(0.5)
+    # the step of least squares for these levels, (..., 1)
+    step = (x * level).sum(-1, keepdim=True)
+    step = step / level.square().sum(-1, keepdim=True)
+    # eight numbers become one of 64 bits, of which `bits` bytes are used
+    words = level.add_(half - 0.5).long()
+    words = words.unflatten(-1, (8, 8))
     words <<= bits * torch.arange(8, device=x.device)
-    packed = words.sum(-1, keepdim=True).view(torch.uint8)[..., :bits]  # (..., 8, bits)
+    words = words.sum(-1, keepdim=True)  # (..., 8, 1)
+    packed = words.view(torch.uint8)[..., :bits]  # (..., 8, bits)
     step = step.to(torch.bfloat16).view(torch.uint8)
     return torch.cat([packed.flatten(-2), step], -1)
 
@@ -448,9 +491,11 @@ def unpack(codes, dtype):
     """The numbers (..., 64) that `pack` made into codes."""
     bits = codes.shape[-1] // 8
     packed, step = codes.split([8 * bits, 2], -1)
-    words = F.pad(packed.reshape(-1, bits), (0, 8 - bits)).view(torch.int64)  # (8 blocks, 1)
-    places = bits * torch.arange(8, device=codes.device)
-    level = words >> places & 2**bits - 1  # (8 blocks, 8)
+    words = F.pad(packed.reshape(-1, bits), (0, 8 - bits))
+    words = words.view(torch.int64)  # (8 blocks, 1)
+    words = words >> bits * torch.arange(8, device=codes.device)  # (8 blocks, 8)
+    level = words & 2**bits - 1
     level = level.view(*codes.shape[:-1], PACK).to(dtype)
-    level = level.sub_(2 ** (bits - 1) - 0.5)
-    return level.mul_(step.contiguous().view(torch.bfloat16))
+    level.sub_(2 ** (bits - 1) - 0.5)
+    step = step.contiguous().view(torch.bfloat16)  # (..., 1)
+    return level.mul_(step)

@@ -56,7 +56,7 @@ class LowRankProduct(torch.autograd.Function):
         m, n = W.shape
         trains_into, trains_out = ctx.needs_input_grad[3:5]
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
-        time = len(flat) // groups
+        time = len(flat) // groups  # tokens of a group
         if b is not None:
             b = b.to(x.dtype)
         y = F.linear(flat, W.to(x.dtype), b)  # (tokens, m)
@@ -64,7 +64,7 @@ class LowRankProduct(torch.autograd.Function):
         if trains_out or not is_zero:
             z = flat.view(groups, time, n) @ into.to(x.dtype)  # (groups, tokens / groups, r)
         if not is_zero:
-            outT = out.to(x.dtype).mT.expand(groups, -1, -1)
+            outT = out.to(x.dtype).mT.expand(groups, -1, -1)  # (groups, r, m)
             y.view(groups, time, m).baddbmm_(z, outT, alpha=scale)
         if not trains_into and sketch is None:
             flat = None  # where only `out` trains (LoRA-FA, a basis of a tall W) z is enough
@@ -93,7 +93,7 @@ class LowRankProduct(torch.autograd.Function):
         if needs_x:
             dx = d @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.is_zero:
-                intoT = into.to(dy.dtype).mT.expand(groups, -1, -1)
+                intoT = into.to(dy.dtype).mT.expand(groups, -1, -1)  # (groups, r, n)
                 dx.view(groups, time, n).baddbmm_(dz, intoT)
             dx = dx.view(*dy.shape[:-1], n)
         if needs_b:
@@ -102,7 +102,8 @@ class LowRankProduct(torch.autograd.Function):
             # G = u^T v (long, short): the long side of a tall W is that of outputs
             u, v, vQ = (d, x, z) if trains_out else (x, d, dz)
             sequences = len(dy) if dy.dim() > 1 else 1
-            d_sketch = second_moment(u, v, vQ.flatten(0, 1), sequences, ctx.parts)
+            vQ = vQ.flatten(0, 1)  # (tokens, r)
+            d_sketch = second_moment(u, v, vQ, sequences, ctx.parts)
         # a head's loss is the mean over its own group: that over all has 1 / groups of its gradient
         if trains_into:
             if groups != 1:
@@ -126,20 +127,27 @@ def second_moment(u, v, vQ, sequences, parts=1):
     and ranks. An output layer gets all tokens in one row, each as a sequence. parts: of the batch,
     each as if its mean loss were the loss. Zeros where it is not finite.
     """
-    time, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
-    u = u.view(sequences, time, u.shape[1])
-    vQ = vQ.view(sequences, time, rank)
-    size = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=wide(u))[:, None, None]
+    tokens, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
+    u = u.view(sequences, tokens, u.shape[1])
+    vQ = vQ.view(sequences, tokens, rank)
+    # float16: squares of what has length one stay inside its range
+    size = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=wide(u))
     size = size.clamp(torch.finfo(u.dtype).tiny, torch.finfo(u.dtype).max)
-    unit = u / size.to(u.dtype)  # its squares stay inside the range of float16
-    if time <= rank:  # u u^T (v Q), the cheaper order of the two products
-        w = torch.bmm(torch.bmm(unit, unit.mT), vQ)  # (sequences, time, r)
+    size = size[:, None, None]  # (sequences, 1, 1)
+    unit = u / size.to(u.dtype)
+    if tokens <= rank:  # w = u u^T (v Q), the cheaper order of the two products
+        w = torch.bmm(unit, unit.mT)  # (sequences, tokens, tokens)
+        w = torch.bmm(w, vQ)  # (sequences, tokens, r)
     else:
-        w = torch.bmm(unit, torch.bmm(unit.mT, vQ))
-    norm = (vQ.to(wide(u)) * w).sum((1, 2), keepdim=True).clamp_min(1e-30).sqrt()  # |G_s Q| / size
-    w = (w / norm * (size * parts)).to(w.dtype)
-    Y = v.view(parts, -1, v.shape[1]).mT @ w.view(parts, -1, rank)
-    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow of float16 costs its own part alone
+        w = torch.bmm(unit.mT, vQ)  # (sequences, long, r), G_s Q / size
+        w = torch.bmm(unit, w)
+    # |G_s Q|^2 = sum of (v Q) * (u u^T v Q): G_s Q itself is not there in both orders
+    square = (vQ.to(wide(u)) * w).sum((1, 2), keepdim=True)
+    norm = square.clamp_min(1e-30).sqrt()
+    w = w / norm * (size * parts)
+    w = w.to(unit.dtype)
+    Y = v.view(parts, -1, v.shape[1]).mT @ w.view(parts, -1, rank)  # (parts, short, r)
+    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow costs this pass's share alone
 
 
 # -----------------------------------------------------------------------------
@@ -157,8 +165,8 @@ class Zeros:
         """Zeros of that shape, in the dtype and on the device of `like`, without own memory."""
         size, flat = math.prod(shape), self.flat
         self.room = max(self.room, size)
-        fits = flat is not None and len(flat) >= self.room
-        if not fits or flat.dtype != like.dtype or flat.device != like.device:
+        is_large = flat is not None and len(flat) >= self.room
+        if not is_large or flat.dtype != like.dtype or flat.device != like.device:
             self.flat = torch.zeros(self.room, dtype=like.dtype, device=like.device)
         return self.flat[:size].view(shape)
 
@@ -212,16 +220,18 @@ class MHLoRALinear(nn.Module):
             raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
         self.in_features, self.out_features = n, m
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
-        self.split = split and heads > 1
+        self.split = split and heads > 1  # one head sees all of the batch
         self.scale = 1.0  # s
         if factors != 'basis' and alpha is not None:
             self.scale = alpha / rank
         self.merge_every = merge_every
-        self.worker, self.workers = (worker, workers) if self.split else (0, 1)
+        self.worker, self.workers = 0, 1
+        if self.split:  # other heads are the same on all ranks
+            self.worker, self.workers = worker, workers
         self.heads_here = heads // self.workers
         self.resets = merge_reset or not merge_every or factors == 'basis'  # merges leave nothing
         self.moves_weight = factors == 'basis' and merge_every == 1  # GaLore
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias  # not copied
         self.sketch = None  # a leaf, see LowRankProduct; galore.py asks for it
         self.factor_rows = None  # another one, see `shard_gradient`
         self.merged_pair = None  # while split heads are averaged
@@ -672,9 +682,10 @@ def clip_gradients(model, max_norm):
     per_head = set(heads)
     rest = [local(p.grad) for p in leaf_names(model) if p not in per_head and p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=wide(grad)) for grad in rest]
-    norms = torch.stack(norms or [torch.zeros(())]).norm()[None]
-    if any(map(is_sharded, model.parameters())):
-        norms = mean(norms.square()).mul_(rank_and_world()[1]).sqrt()
+    norms = torch.stack(norms or [torch.zeros(())]).norm()[None]  # (1,)
+    if any(map(is_sharded, model.parameters())):  # each rank has seen its rows
+        squares = mean(norms.square()).mul_(rank_and_world()[1])
+        norms = squares.sqrt()
     if heads:
         of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=wide(p.grad)) for p in heads]
         of_heads = torch.stack(of_heads).norm(dim=0)  # (heads here,)

@@ -253,6 +253,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
         self.is_last = True  # micro-batch of a step, see `begin`
+        self.begun = None  # the step that `begin` has named
+        self.completed = set()  # per_layer: what has stepped since then
         self.names = {}  # of a parameter
         self.index = {}  # how many parameters were added before it: it seeds its bases
         self.group_of = {}  # number of its group
@@ -288,8 +290,16 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(self._complete)
 
     def begin(self, step, micro_step=0, micro_steps=1):
-        """To be called before each forward pass: which micro-batch of which step, from 0."""
+        """To be called before each forward pass: which micro-batch of which step, from 0.
+        ValueError: per_layer, and the step has been made already."""
+        self._refuse_twice()
+        if self.completed and step == self.begun:
+            raise ValueError(f'begin({step}) again, and per_layer=True has made that step: say '
+                             'which backward pass is the last one, by begin(step, micro_step, '
+                             'micro_steps)')
         self.is_last = micro_step == micro_steps - 1
+        self.begun = step
+        self.completed.clear()
 
     def _seed(self, p, *counts):
         return hash((self.seed, self.index[p], *counts)) % 2**32  # torch uses 32 bits of a seed
@@ -297,16 +307,31 @@ class GaLoreAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _complete(self, p):
         """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
-        if self.is_last and p.grad is not None:  # the hook runs without one too
-            if p not in self.per_rank:
-                mean(p.grad)
-            self._update([p], self.param_groups[self.group_of[p]])
-            p.grad = None
+        if not self.is_last or p.grad is None:  # the hook runs without one too
+            return
+        if p in self.completed:  # it stays: an error here would end DDP's process without a word
+            return
+        if p not in self.per_rank:
+            mean(p.grad)
+        self._update([p], self.param_groups[self.group_of[p]])
+        p.grad = None
+        if self.begun is not None:  # galore-torch's loops have no `begin`
+            self.completed.add(p)
+
+    def _refuse_twice(self):
+        again = [self.names[p] for p in self.completed if p.grad is not None]
+        if again:
+            raise ValueError(f'{again[0]} got two gradients in step {self.begun}, and '
+                             'per_layer=True has stepped on the first: call begin before each '
+                             'backward pass, and ranks.keep_out_of_ddp(model, '
+                             'optimizer.outside_ddp) before DistributedDataParallel wraps the '
+                             'model')
 
     @torch.no_grad()
     def step(self, closure=None):
         """One step; returns the closure's loss, or None. Parameters without a gradient are left
         alone."""
+        self._refuse_twice()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -504,7 +529,9 @@ class LowRankAdamW(GaLoreAdamW):
         self.block_of = {layer.leaf: numbers[name] for name, layer in found.items()}
         self.basis, self.basis_every = basis, basis_every
         self.sync_bits, self.sync_moments = sync_bits, sync_moments
-        self.begun = False  # since the state was loaded
+        self.is_loaded = True  # the state, and no step has begun since
+        self.is_fresh = False  # `begin` was called since the last step
+        self.is_warned = False
         names = leaf_names(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
@@ -521,6 +548,7 @@ class LowRankAdamW(GaLoreAdamW):
         """See GaLoreAdamW. After a merge first moments are averaged; then bases that are due are
         taken, and windows of sketches opened and closed. What a failed pass left is dropped."""
         super().begin(step, micro_step, micro_steps)
+        self.is_fresh = True
         if micro_step:
             return
         finish_sum(drop=True)
@@ -534,7 +562,16 @@ class LowRankAdamW(GaLoreAdamW):
             if wait == 0 or not state['bases']:
                 self._refresh(p, layer, state)
             self._open_window(layer, state, wait)
-        self.begun = True
+        self.is_loaded = False
+
+    def step(self, closure=None):
+        """See GaLoreAdamW. Warns once where no `begin` came before it: bases grow old."""
+        if self.layers and not self.is_fresh and not self.is_warned:
+            warnings.warn('LowRankAdamW.step without begin(step) before it: bases, and moments '
+                          'after merges, stay as they are')
+            self.is_warned = True
+        self.is_fresh = False
+        return super().step(closure)
 
     def _open_state(self, layer, state):
         """Makes a layer's state, or takes over what backward passes have left in its sketch.
@@ -545,7 +582,7 @@ class LowRankAdamW(GaLoreAdamW):
             state['sketch'] = layer.sketch.grad
         basis = local(layer.basis)
         # only once: `any` waits for the device
-        if not self.begun and state['bases'] and basis.numel() and not basis.any():
+        if self.is_loaded and state['bases'] and basis.numel() and not basis.any():
             raise ValueError("the optimizer's state was loaded, and not the bases that it is of: "
                              "load the model's state_dict, not the merged one, or leave that of "
                              'the optimizer')
@@ -627,7 +664,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def state_is_loaded(self):
         """Windows that were open go on."""
-        self.begun = False
+        self.is_loaded = True
         for p, layer in self.layers.items():
             layer.sketch = None
             if 'sketch' in self.state[p]:

@@ -21,6 +21,8 @@ always zero, takes no memory, and galore.py steps on W with R. Merged every T st
 
 import contextlib
 import math
+import warnings
+import weakref
 
 import torch
 import torch.nn as nn
@@ -176,6 +178,17 @@ def side_by_side(x):
     if x.dim() == 2:
         return x
     return x.permute(1, 0, 2).flatten(1)
+
+
+def letters(x):
+    """A number as text in a tensor (24,) of letters: neither .to(bfloat16) nor an average of equal
+    state dicts changes it."""
+    return torch.tensor([*f'{x!r:24}'.encode()], dtype=torch.uint8)
+
+
+def number(letters):
+    """The number that `letters` has written."""
+    return float(bytes(letters.round().to(torch.uint8).tolist()))
 
 
 class MHLoRALinear(nn.Module):
@@ -426,13 +439,20 @@ class MHLoRALinear(nn.Module):
         with self._without_zero():
             return super()._apply(*args, **kwargs)
 
-    def _save_to_state_dict(self, *args, **kwargs):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
         with self._without_zero():
-            super()._save_to_state_dict(*args, **kwargs)
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.factors != 'basis':
+            destination[f'{prefix}alpha'] = letters(self.scale * self.rank)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        alpha, theirs = self.scale * self.rank, state_dict.pop(f'{prefix}alpha', None)
+        if theirs is not None and self.factors != 'basis' and number(theirs) != alpha:
+            errors = args[-1]  # torch raises them in one
+            errors.append(f'{prefix}alpha is {number(theirs):g} in the state dict, and here '
+                          f'{alpha:g}: give apply_mhlora the alpha that it was trained with')
         with self._without_zero():
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setstate__(self, state):  # deepcopy
         super().__setstate__(state)
@@ -599,8 +619,10 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full.
     """
     layers = lowrank_layers(model)
+    merges = layers[0].merges if layers else 0
+    if merges == 0:
+        refuse_equal_heads(layers)
     if generator is None:
-        merges = layers[0].merges if layers else 0
         generator = torch.Generator().manual_seed(merges)
     seed = generator.initial_seed()
     if bits == 32:  # what a run with few bits left is old when it comes back to them
@@ -615,6 +637,21 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
         round_(p, average, hash((seed, -1, i)))
         if bits < 32:
             kept['common'] = p.detach().clone()
+
+
+def refuse_equal_heads(layers):
+    """ValueError: heads that are to differ by rank are the same, as plain DDP makes them. Ranks
+    compare the sums of their heads."""
+    heads = [x for layer in layers if layer.workers > 1 for x in layer.per_head().values()]
+    if not heads:
+        return
+    sums = torch.stack([local(x.detach()).sum(dtype=torch.float64) for x in heads])
+    of_ranks = gather(sums)  # (world, tensors)
+    are_zero = ~sums.any()  # nothing has trained yet
+    if not (are_zero | (of_ranks != of_ranks[0]).any()):
+        raise ValueError('split heads are equal on all ranks: call ranks.keep_out_of_ddp(model, '
+                         'ranks.per_rank_tensors(lowrank_layers(model))) before '
+                         'DistributedDataParallel wraps the model, and give each rank its own rows')
 
 
 @contextlib.contextmanager
@@ -653,7 +690,7 @@ def merged_state_dict(model, replicas=None, dtype=None):
             merged = gather_rows(merged, layer.out_features)
         state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or layer.weight.dtype)
         round_(state[f'{name}.weight'], merged, i)
-        for key in (*layer.per_head(), 'basis'):
+        for key in (*layer.per_head(), 'basis', 'alpha'):
             state.pop(f'{name}.{key}', None)
     return state
 
@@ -701,19 +738,44 @@ def clip_gradients(model, max_norm):
 
 def check_training(model, *optimizers):
     """ValueError for what would train wrongly in silence: a trainable parameter that no optimizer
-    holds, or a layer with a basis that no galore.LowRankAdamW does."""
+    holds, or a layer with a basis that no galore.LowRankAdamW does. What only shows later it warns
+    of once: heads that are never merged. To be called before the first step."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups
             for p in group['params']}
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
     if lost:
-        more = f' and {len(lost) - 1} more' * (len(lost) > 1)
-        raise ValueError(f'no optimizer steps on {lost[0]}{more}, which wants a gradient: build '
-                         'the optimizer after apply_mhlora, or freeze it')
+        what = lost[0] if len(lost) == 1 else f'{lost[0]} and {len(lost) - 1} more'
+        raise ValueError(f'no optimizer steps on {what}, which wants a gradient: build the '
+                         'optimizer after apply_mhlora, or freeze it')
     in_basis = {p for optimizer in optimizers for p in getattr(optimizer, 'layers', ())}
     for name, layer in named_layers(model).items():
         if layer.factors == 'basis' and layer.factor.requires_grad and layer.leaf not in in_basis:
             raise ValueError(f"no galore.LowRankAdamW holds '{name}', which has factors='basis': "
                              'another optimizer takes no bases, and nothing there would train')
+    layers = [layer for layer in lowrank_layers(model)
+              if layer.merge_every and not layer.moves_weight]
+    if layers and optimizers and optimizers[0] not in _watched:
+        _watched.add(optimizers[0])
+        optimizers[0].register_step_post_hook(merge_watch(layers[0]))
+
+
+_watched = weakref.WeakSet()  # optimizers whose steps are counted
+
+
+def merge_watch(layer):
+    """A hook of an optimizer's steps, which warns once where a layer is not merged within ten times
+    its merge_every."""
+    steps, merges = 0, layer.merges
+
+    def hook(*_):
+        nonlocal steps, merges
+        if layer.merges != merges:
+            steps, merges = 0, layer.merges
+        steps += 1
+        if steps == 10 * layer.merge_every + 1:
+            warnings.warn(f'merge_every={layer.merge_every}, and {steps - 1} steps without a '
+                          'merge: call lowrank.merge(model) after every step that it divides')
+    return hook
 
 
 def count_parameters(model):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from rules import for_muon, in_blocks, orthogonalised, pack, unpack, wide
 
-FORMAT = 5  # of checkpoints
+FORMAT = 6  # of checkpoints
 
 traffic = {'bytes': 0}
 

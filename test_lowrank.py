@@ -59,7 +59,8 @@ import train_vit
 from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, need_same, put_layers, save,
                  save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
-pytestmark = pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning')  # of vmap
+pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
+              pytest.mark.filterwarnings('ignore:LowRankAdamW.step without begin:UserWarning')]
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPTS = {'gpt': train_gpt, 'llama': train_llama, 'vit': train_vit}
@@ -635,7 +636,7 @@ PIXELS = np.zeros((30, 28, 28, 3), np.uint8)
 DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other things in it; what is said
     # checkpoints and weights
     (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'), (CKPT, None, 'train first'),
-    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 5'),
+    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 6'),
     (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'), ('vit/best.pt', flipped(0.5), 'is damaged'),
     ('timm.pt', cut(0, 200), 'is damaged'), ('vit.safetensors', cut(0, 200), 'is damaged'),
     (SHARDED, cut(0, 3000), 'is damaged'), (SHARDED, None, 'is missing'),
@@ -953,7 +954,7 @@ class Reused(nn.Module):
 def test_heads_compute_the_same_in_a_loop_and_under_autocast():
     torch.manual_seed(0)
     seen, kinds = [], (lowrank.MHLoRALinear, bench.OneAfterTheOther)
-    heads = lowrank.MHLoRALinear(nn.Linear(7, 5).double(), 3, 4).state_dict()
+    heads = lowrank.MHLoRALinear(nn.Linear(7, 5).double(), 3, 4, 2.0).state_dict()
     heads['B'].normal_(std=0.3)
     for kind, autocast in itertools.product(kinds, (False, True)):
         one, x = kind(nn.Linear(7, 5).double(), 3, 4, 2.0), normal(2, 6, 7)
@@ -1603,6 +1604,71 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0), 'momentum=1.0'))),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4')]
+
+
+def test_what_only_shows_later_is_warned_of_once():
+    x, T = torch.randn(4, 8), 2
+    net = Squares()
+    lowrank.apply_mhlora(net, heads=2, split=True, merge_every=T)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for merged in (True, False):
+        lowrank.check_training(net, optimizer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            for step in range(50):
+                net(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if merged and (step + 1) % T == 0:
+                    lowrank.merge(net)
+        assert len(said) == (not merged), said
+    assert 'merge_every=2, and 20 steps without a merge' in str(said[0].message)
+    net = Squares()
+    lowrank.apply_mhlora(net, rank=2, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(net)
+    optimizer.begin(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        for _ in range(5):
+            net(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(said) == 1 and 'without begin(step)' in str(said[0].message)
+
+
+def test_a_step_of_per_layer_is_made_once():
+    net = Squares()
+    optimizer = galore.LowRankAdamW(net, per_layer=True)
+    for micro_step in range(2):
+        optimizer.begin(0, micro_step, 2)
+        net(torch.randn(4, 8)).backward()
+    assert {state['step'] for state in optimizer.state.values()} == {1}
+    optimizer.begin(1)
+    net(torch.randn(4, 8)).backward()
+    with pytest.raises(ValueError, match=r'begin\(1\) again.*micro_steps'):
+        optimizer.begin(1)  # of a second micro-batch
+    net(torch.randn(4, 8)).backward()
+    with pytest.raises(ValueError, match='two gradients in step 1'):
+        optimizer.step()
+
+
+def test_alpha_travels_with_heads():
+    net, other, bare = Squares(), Squares(), Squares()
+    for one, alpha in ((net, 6.1), (other, 4.0)):
+        lowrank.apply_mhlora(one, rank=4, alpha=alpha)
+    state = net.state_dict()
+    assert state['mlp.alpha'].dtype == torch.uint8
+    half = {key: x.to(torch.bfloat16) for key, x in state.items()}
+    mean = {key: (x + x) / 2 for key, x in half.items()}
+    there = safetensors.torch.load(safetensors.torch.save(half))
+    for found in (state, half, mean, there):
+        net.load_state_dict(found)
+        with pytest.raises(RuntimeError, match='mlp.alpha is 6.1 in the state dict, and here 4'):
+            other.load_state_dict(found)
+    net.load_state_dict({key: x for key, x in state.items() if key[-5:] != 'alpha'})  # of an older one
+    bare.load_state_dict(lowrank.merged_state_dict(net))
+
+
 DATA = [  # a reader, its words, what is said; or the words of a command of prepare.py
     (prepare.Tokens, 'c4 train 8', "'c4' is not there: run '.* prepare.py c4"),
     (prepare.Tokens, 'foo train 8', "run 'python prepare.py text --input FILE --name foo"),
@@ -2153,7 +2219,8 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
     if how['train'] == 'all' and stop == 4:  # what trains moves, and that alone; at step 6 heads were merged
         still = {key for key in now if f'{key[:-6]}A' in now and not how['merge_every']
                  or key.endswith(('.A', '.A_merged')) and how['factors'] == 'B'}
-        assert still == {key for key in now if torch.equal(now[key], before[key]) and key[-6:] != '.basis'}
+        assert still == {key for key in now if torch.equal(now[key], before[key])
+                         and not key.endswith(('.basis', '.alpha'))}
     assert name != 'gpt_float16' or 0 < whole['scaler']['scale'] < 65536  # it skips the first steps
     log = records(runs(name, 8))
     lines, others = ([(record['step'], 'val_loss' in record) for record in some if 'test_loss' not in record]
@@ -3499,6 +3566,7 @@ def several_ranks(root, out, me, port):
         steps = 4 if name.endswith('_shard') else 8 if name in that_hold('four') else 1
         run(name, root, f'{out}/{name}_four', f'--max_iters={steps}')
     few_bits_are_the_same_on_any_number_of_ranks()
+    plain_ddp_is_refused()
     ranks_send_what_is_counted()
     time.sleep(0.1)
     end()
@@ -3624,6 +3692,53 @@ def ranks_send_what_is_counted():
         counted += processes.traffic['bytes']
         sent = processes.mean(torch.tensor(float(count() - before)))
         assert sent.item() == pytest.approx(share * counted, rel=0.03)
+
+
+class Squares(nn.Module):
+    """A model whose loss is a number for each rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.mlp(self.attn(x)).square().mean()
+
+
+def plain_ddp_is_refused():
+    """Where it would step twice on a gradient, or make heads equal; not without what differs."""
+    ddp, rank = nn.parallel.DistributedDataParallel, processes.rank_and_world()[0]
+    for apart in (False, True):
+        torch.manual_seed(0)
+        net, x = Squares(), torch.randn(4, 8) + rank
+        lowrank.apply_mhlora(net, rank=2, factors='basis', merge_every=1)
+        stepping = galore.LowRankAdamW(net, per_layer=True)
+        stepping.begin(0)
+        if apart:
+            processes.keep_out_of_ddp(net, stepping.outside_ddp)
+        wrapped = net if apart else ddp(net)
+        wrapped(x).backward()
+        if apart:
+            stepping.step()
+            assert {state['step'] for state in stepping.state.values()} == {1}
+        else:
+            with pytest.raises(ValueError, match='two gradients in step 0.*keep_out_of_ddp'):
+                stepping.step()
+    for apart, how in itertools.product((False, True), (dict(), dict(factors='basis'))):
+        torch.manual_seed(0)
+        net, rank, world = Squares(), *processes.rank_and_world()
+        lowrank.apply_mhlora(net, heads=world, rank=2, split=True, merge_every=2, worker=rank, workers=world, **how)
+        if apart:
+            processes.keep_out_of_ddp(net, processes.per_rank_tensors(lowrank.lowrank_layers(net)))
+        whole = ddp(net)
+        optimizer = galore.LowRankAdamW(net, basis_every=10)
+        for step in range(2):
+            optimizer.begin(step)
+            whole(torch.randn(4, 8) + rank).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with contextlib.nullcontext() if apart else pytest.raises(ValueError, match='equal on all ranks'):
+            lowrank.merge(net)
 
 
 class Twice(nn.Module):
@@ -3895,4 +4010,5 @@ def test_no_byte_is_sent_in_silence(spawned):
     others = sum(W.numel() for name, W in weights.items() if 'lm_' not in name)
     others -= sum(m * n for m, n in shapes)
     once = sum(8 * 2 * 3 * (m + n) for m, n in shapes)
-    assert logged(spawned / 'gpt_reset', 'sync_bytes')[4] == 8 * others + once // 2
+    compared = 8 * 2 * len(shapes)  # a sum of each A and B, before the first merge
+    assert logged(spawned / 'gpt_reset', 'sync_bytes')[4] == 8 * others + (once + compared) // 2

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
-from ranks import (coded_mean, coded_same, finish_sum, first_here, full, gather_rows, is_sharded,
-                   local, mean, mean_at, orthogonalise_rows, per_rank_tensors, rank_and_world,
-                   rows_here, same)
+from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
+                   gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
+                   per_rank_tensors, rank_and_world, rows_here, same)
 from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, fused_adam_,
                    is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
                    rows_of_shape, step_, wide, write_moments)
@@ -53,8 +53,13 @@ def orthonormal(Y):
 
 def gaussian(rows, rank, like, seed):
     """A random matrix (rows, rank), standard normal, of `seed` alone: all ranks agree."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float32, device=like.device)
+    device = like.device
+    if device.type == 'cuda' and not cards_are_alike():  # a card's numbers depend on its kind
+        device = torch.device('cpu')
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float32, device=device)
+    if device != like.device:
+        drawn = drawn.pin_memory().to(like.device, non_blocking=True)
     return drawn.to(like.dtype)
 
 
@@ -255,6 +260,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.is_last = True  # micro-batch of a step, see `begin`
         self.begun = None  # the step that `begin` has named
         self.completed = set()  # per_layer: what has stepped since then
+        self.kept_bases = 0  # refreshes that gave no basis, on the device
         self.names = {}  # of a parameter
         self.index = {}  # how many parameters were added before it: it seeds its bases
         self.group_of = {}  # number of its group
@@ -596,7 +602,9 @@ class LowRankAdamW(GaLoreAdamW):
         elif 'sketch' in state:
             Y = self._average_sketch(p, layer, state['sketch'])
             new = orthonormal(Y).to(old.dtype)
-            new = torch.where(Y.isfinite().all() & Y.any(), new, old)  # without waiting
+            is_good = Y.isfinite().all() & Y.any()
+            new = torch.where(is_good, new, old)  # without waiting
+            self.kept_bases = self.kept_bases + ~is_good
         else:  # a run that had other windows before it was resumed
             return
         # devices may round differently, and merges never send a basis: all take that of one rank

@@ -324,7 +324,7 @@ def with_adapter(folder, shape, tensors):
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
     if shape.tied and any(name.startswith('lm_head.') for name in factors):
         shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
-    return shape, _added(tensors, factors, about, path)
+    return shape, added(tensors, factors, about, path)
 
 
 def parted(tensors):
@@ -335,8 +335,12 @@ def parted(tensors):
             yield 'lm_head.weight', x
 
 
-def _added(tensors, factors, about, path):
-    """Yields (name, tensor) with the LoRA {name: factor} of a file added."""
+def added(tensors, factors, about, path):
+    """Yields (name, tensor) with the LoRA {name: factor} of a file added. ValueError: it is one of
+    another base, with other layers or fewer."""
+    targets = about.get('target_modules')  # names, or the ends of names; or a regular expression
+    may_lack = not isinstance(targets, list) or about.get('layers_to_transform') is not None \
+        or about.get('exclude_modules')
     for name, x in tensors:
         layer, r = name.removesuffix('weight'), about['r']
         A = factors.pop(f'{layer}lora_A.weight', None)  # (r, in)
@@ -345,6 +349,9 @@ def _added(tensors, factors, about, path):
             x = torch.addmm(x.float(), B.float(), A.float(), alpha=about['lora_alpha'] / r)
         elif A is not None or B is not None:
             raise ValueError(f"'{path}' has no A and B of rank r={r} for {name}: fetch it again")
+        elif not may_lack and any(f'.{layer}'.endswith(f'.{target}.') for target in targets):
+            raise ValueError(f"'{path}' has nothing for {name}, which its target_modules name: it "
+                             'belongs to a base with fewer layers, check base_model_name_or_path')
         yield name, x
     if factors:
         raise ValueError(f"'{path}' holds {next(iter(factors))}, which the base has no weight for: "

@@ -566,6 +566,11 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                   and is_wanted(name, targets)]
         if passed:
             said += f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}"
+        time_first = [name for name, module in model.named_modules()
+                      if getattr(module, 'batch_first', True) is False]
+        if split and heads > 1 and time_first:
+            said += f"; '{time_first[0]}' has batch_first=False, and split heads cut the first "
+            said += 'dimension, which is to be the batch'
         print(said)
     return list(chosen)
 

@@ -13,6 +13,8 @@ Heads are dealt like cards: of `world` ranks, rank k has the heads k, k + world,
 `traffic` counts the bytes that this process sends in them, as a ring does; DDP's are not in it.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -30,6 +32,16 @@ def rank_and_world():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@functools.cache
+def cards_are_alike():
+    """Whether all ranks have the same kind of GPU. Every rank has to ask."""
+    if rank_and_world()[1] == 1:
+        return True
+    names = [None] * rank_and_world()[1]
+    dist.all_gather_object(names, torch.cuda.get_device_name())
+    return len(set(names)) == 1
 
 
 # -----------------------------------------------------------------------------

@@ -563,7 +563,8 @@ SHOWN = {  # of a record, in this order
     'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}',
     'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}', 'dt_ms': '{:8.1f} ms/step',
     'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
-    'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped', 'loss_scale': 'scale {:.3g}'}
+    'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped', 'loss_scale': 'scale {:.3g}',
+    'kept_bases': '{} bases kept'}
 
 
 class Meter:
@@ -579,13 +580,17 @@ class Meter:
         counts = count_parameters(run.model)
         self.run, self.start, self.items, self.unit = run, step, items, unit
         self.trainable = counts['trainable']
-        self.sums = torch.zeros(3, device=run.device)  # losses, the last norm, skipped steps
+        # losses, the last norm, skipped steps, bases that were not taken
+        self.sums = torch.zeros(4, device=run.device)
         if run.rank == 0:
             start_run(run.settings, step)
             ranks = '1 rank' if run.ranks == 1 else f'{run.ranks} ranks'
             print(f"{counts['total']:,} parameters, {self.trainable:,} trainable "
                   f"({counts['heads']:,} in heads), {items:,} {unit} a step, {more}{run.device}, "
                   f'{run.compute}, {ranks}')
+            if run.s.warmup_iters > run.s.max_iters:
+                print(f'warmup_iters={run.s.warmup_iters} is above max_iters={run.s.max_iters}: '
+                      f'learning_rate={run.s.learning_rate:g} is never reached')
         # None: where nobody looks at a terminal there is no bar
         self.progress = tqdm(total=run.s.max_iters, initial=step, unit='step', leave=False,
                              disable=None if run.rank == 0 else True)
@@ -612,7 +617,8 @@ class Meter:
         nothing steps on."""
         run, sent = self.run, traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
-        loss, norm, skipped = mean(self.sums).tolist()  # over all ranks
+        self.sums[3] = run.optimizer.kept_bases
+        loss, norm, skipped, kept = mean(self.sums).tolist()  # over all ranks
         seconds = (time.perf_counter() - self.clock) / self.steps
         record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * seconds,
                   f'{self.unit}_per_s': self.items / seconds,
@@ -620,6 +626,8 @@ class Meter:
                   'sync_bytes': round(run.ddp_bytes + sent / self.steps),
                   'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
+        if kept:  # their sketches, or gradients, were not finite, or zero
+            record['kept_bases'] = math.ceil(kept)
         if run.scaler.is_enabled():  # it skips steps that are not finite, and lowers its scale
             record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())
             if not math.isfinite(norm):

@@ -1636,6 +1636,22 @@ def test_what_only_shows_later_is_warned_of_once():
     assert len(said) == 1 and 'without begin(step)' in str(said[0].message)
 
 
+def test_what_a_run_does_not_reach_is_said(root, tmp_path, capsys):
+    run, data = built('gpt', root, tmp_path, *method('galore', '--warmup_iters=9', '--max_iters=8', '--basis_every=2'))
+    meter = Meter(run, 0, 128, 'tokens')
+    assert 'warmup_iters=9 is above max_iters=8: learning_rate=' in capsys.readouterr().out
+    layer = lowrank.lowrank_layers(run.model)[0]
+    for step in range(3):
+        meter.add(*train_gpt.train_step(run, step, lambda i: batch_of(run, data, step, i)))
+        layer.sketch.grad.fill_(math.inf)
+    meter.line(3, 1e-3)
+    assert '1 bases kept' in capsys.readouterr().out and layer.basis.isfinite().all()
+    net = Squares()
+    net.memory = nn.GRU(8, 8)
+    lowrank.apply_mhlora(net, heads=2, split=True, merge_every=2)
+    assert "'memory' has batch_first=False" in capsys.readouterr().out
+
+
 def test_a_step_of_per_layer_is_made_once():
     net = Squares()
     optimizer = galore.LowRankAdamW(net, per_layer=True)
@@ -3295,6 +3311,14 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
         about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
         (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
         with pytest.raises(ValueError, match='use_dora'):
+            loaded(tmp_path / 'peft')
+        (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps(about))
+        path = tmp_path / 'peft' / 'adapter_model.safetensors'
+        heads = safetensors.torch.load_file(path)
+        first = next(key for key in heads if 'lm_head' not in key).rpartition('.lora_')[0]
+        heads = {key: x for key, x in heads.items() if not key.startswith(first)}
+        safetensors.torch.save_file(heads, path)  # as of a base with fewer layers
+        with pytest.raises(ValueError, match='nothing for .* fewer layers'):
             loaded(tmp_path / 'peft')
     capsys.readouterr()
     more = ['--num_samples=1', '--max_new_tokens=5', '--prompt=doc', '--device=cpu', '--temperature=0']

@@ -259,7 +259,7 @@ def to_device(run, x):
 
 
 def batch_of(run, data, rows, step, micro_step):
-    """Images and labels of a micro-batch on this rank's device: those of the given rows, augmented."""
+    """Images and labels of a micro-batch on this rank's device: the given rows of it, augmented."""
     s = run.s
     images, labels = data.batch(s.batch_size, step, micro_step, seed=s.seed, rows=rows,
                                 accumulation=s.gradient_accumulation_steps)

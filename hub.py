@@ -19,7 +19,7 @@ from config import read_json, typed
 from lowrank import merged_state_dict, named_layers
 from model import GPTConfig, LlamaConfig, make_model
 from ranks import load_weights
-from run import as_checkpoint, load_tensors, put_layers
+from run import TOKENIZER, as_checkpoint, load_tensors, put_layers
 
 # -----------------------------------------------------------------------------
 # transformers' layout: config.json and safetensors
@@ -415,14 +415,14 @@ def carry_along(settings):
     and notes the name of these."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
-    target, sources = Path(settings['out_dir'], 'tokenizer'), []
+    sources = []
     if settings['init_from'] != 'scratch':
         sources = folders_of(settings['init_from'])[::-1]
-    prepare.carry([*sources, Path(settings['data_dir'], settings['dataset'], 'tokenizer')], target,
-                  (*prepare.TOKENIZER, 'config.json'))
-    if target.exists():
-        about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
-        config.write_json(target / 'base.json', about)
+    of_data = Path(settings['data_dir'], settings['dataset'], 'tokenizer')
+    about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
+    with config.written_beside(Path(settings['out_dir'], 'tokenizer'), TOKENIZER) as folder:
+        prepare.carry([*sources, of_data], folder, (*prepare.TOKENIZER, 'config.json'))
+        config.write_json(folder / 'base.json', about)
 
 
 # -----------------------------------------------------------------------------

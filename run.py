@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import fail, locked, read_json, refusals, replacing, said, write_json
+from config import (fail, locked, read_json, refusals, refuse_foreign, replacing, said,
+                    write_json)
 from galore import GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank import (apply_mhlora, check_training, count_parameters, freeze_rest, leaf_names,
                      named_layers, replica_parameters)
@@ -385,6 +386,8 @@ MAY_CHANGE = set("""
     gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters
     warmup_iters rewarm_iters weight_decay beta1 beta2 momentum grad_clip basis basis_every scale
     per_layer shard sync_moments sync_bits device dtype compile wandb_log""".split())
+LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, RUN_FILES))})\.[0-9a-f]{{8}}\.tmp")  # of a kill
+TOKENIZER = '.tokenizer_of_nanolowrank'  # marks out_dir/tokenizer as written by a run
 UNSAID = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}
 _locks = []  # the one that this process holds
 
@@ -447,8 +450,12 @@ def claim_folder(settings):
         raise ValueError(f"out_dir '{out_dir}' is that of another run which is training: choose "
                          'another --out_dir, or wait for it')
     _locks.append(lock)
+    if source == 'resume':
+        return
+    if 'block_size' in settings:  # of text
+        refuse_foreign(Path(out_dir, 'tokenizer'), TOKENIZER)
     held = [name for name in RUN_FILES if os.path.lexists(f'{out_dir}/{name}')]
-    if not held or source == 'resume':
+    if not held:
         return
     if not is_run(out_dir):
         raise ValueError(f"out_dir '{out_dir}' holds {held[0]}, and no config.json of a run of "
@@ -527,6 +534,9 @@ def start_run(settings, step):
             raise ValueError('wandb_log=True needs wandb: pip install wandb, or set it to '
                              'False') from None
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
+    if is_run(settings['out_dir']):
+        for name in filter(LEFTOVER.fullmatch, os.listdir(settings['out_dir'])):
+            os.remove(os.path.join(settings['out_dir'], name))
     if settings['init_from'] != 'resume':
         for path in held:  # config.json is the last: where it is, the rest is known as ours
             os.remove(path)

@@ -2822,15 +2822,25 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
         (tmp_path / name).unlink()
     (tmp_path / 'config.json').unlink()
     (tmp_path / 'theirs').write_text('precious')
-    (tmp_path / 'ckpt.pt.tmp').symlink_to(tmp_path / 'theirs')  # it is removed, and not written through
+    (tmp_path / 'ckpt.pt.tmp').symlink_to(tmp_path / 'theirs')  # it is not written through
+    (tmp_path / 'tokenizer').mkdir()
+    (tmp_path / 'tokenizer' / 'tokenizer.json').write_text('precious')
+    refused(capsys, run(), 'tokenizer', 'was not written by this command')
+    assert (tmp_path / 'tokenizer' / 'tokenizer.json').read_text() == 'precious'
+    shutil.rmtree(tmp_path / 'tokenizer')
+    (tmp_path / 'best.pt.0123abcd.tmp').write_text('half')  # nobody says whose
     unlock()  # as the end of a process does
     with open(tmp_path / '.lock', 'w') as lock:  # another process trains there
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         refused(capsys, run(), 'another run')
     run()()
+    assert (tmp_path / 'best.pt.0123abcd.tmp').exists()
     refused(capsys, run(), 'already holds a run', '--overwrite=True')
     run('--overwrite=True')()
-    assert (tmp_path / 'theirs').read_text() == 'precious' and not list(tmp_path.glob('*.tmp'))
+    assert (tmp_path / 'theirs').read_text() == 'precious'
+    assert [path.name for path in tmp_path.glob('*.tmp')] == ['ckpt.pt.tmp']  # of a run of ours it is a kill's
+    (tmp_path / 'tokenizer' / 'notes.txt').write_text('precious')
+    refused(capsys, run('--overwrite=True'), 'notes.txt, which this command did not write')
     # evaluating makes no folder ours
     for script, content in (('gpt', b'theirs'), *((script, None) for script in SCRIPTS)):
         out = tmp_path / script / str(content)

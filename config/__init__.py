@@ -416,11 +416,9 @@ def replacing(path):
     """A file to write bytes to that takes the place of `path` when all is written. A crash or a
     power cut leaves the old file or the new one whole; where the disk refuses (OSError) the old one
     stays."""
-    temporary = f'{path}.tmp'
+    temporary = f'{path}.{os.urandom(4).hex()}.tmp'
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # of a process that was killed
-        with open(temporary, 'xb') as file:  # never through a link to another file
+        with open(temporary, 'xb') as file:  # a new one: never somebody's, nor through a link
             yield file
             file.flush()
             os.fsync(file.fileno())

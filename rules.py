@@ -18,12 +18,23 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 from torch.optim.adamw import adamw
 
 
 def wide(x):
     """A tensor's dtype, or float32, whichever is wider: what sums are computed in."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers
+
+
+def at_a_time(x, most=CHUNK):
+    """How many numbers of x are taken at a time: on a CPU as many as fit its cache, else `most`. A
+    fake tensor (a planner's, see bench.py) has shapes alone, and no cache."""
+    on_a_cpu = x.device.type == 'cpu' and not isinstance(x, FakeTensor)
+    return CHUNK_OF_A_CPU if on_a_cpu else most
 
 
 # -----------------------------------------------------------------------------
@@ -45,10 +56,8 @@ def _random_bits(device):
         return _tables[device]
     generator = torch.Generator().manual_seed(16)
     table = torch.randperm(BLOCK_OF_BITS, generator=generator, dtype=torch.int32) % 2**16
-    table = table.repeat(2).to(device)
-    if type(table) is torch.Tensor:  # and not a fake one, of a planner
-        _tables[device] = table
-    return table
+    _tables[device] = table.repeat(2).to(device)
+    return _tables[device]
 
 
 def _offset(key, block):
@@ -66,18 +75,20 @@ def round_(out, x, key, first=0):
     out, x: of one shape; key: an integer, another for every tensor and time; first: the index of
     out's first element in the whole tensor. 6 passes over memory.
     """
-    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
+    is_exact = out.dtype != torch.bfloat16 or x.dtype != torch.float32
+    if is_exact or isinstance(out, FakeTensor):  # the latter has no bits, and 1B a thousand pieces
         out.copy_(x)
         return
     flat = out.reshape(-1)
     x = x.reshape(-1)
     table = _random_bits(out.device)
-    size = 2**18 if out.device.type == 'cpu' else BLOCK_OF_BITS  # a CPU works in its cache
+    size = at_a_time(out, BLOCK_OF_BITS)
     begin = first
     while begin < first + len(flat):
-        end = min(first + len(flat), (begin // size + 1) * size)
+        block = begin // BLOCK_OF_BITS
+        end = min(first + len(flat), begin + size, (block + 1) * BLOCK_OF_BITS)
         here = slice(begin - first, end - first)
-        offset = _offset(key, begin // BLOCK_OF_BITS) + begin % BLOCK_OF_BITS
+        offset = _offset(key, block) + begin % BLOCK_OF_BITS
         # a copy; and CUDA's NaN has all bits set: one more would make it zero
         part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
         part.view(torch.int32).add_(table[offset:offset + end - begin]).bitwise_and_(-2**16)
@@ -96,7 +107,6 @@ def round_(out, x, key, first=0):
 BLOCK, SHORTEST = 256, 16  # numbers; of a row that is coded
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
-CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers that are float32 at a time
 
 
 def rows_of_shape(shape):
@@ -274,7 +284,7 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
     state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()  # rows are views of them
     all_rows, grad_rows = as_rows(p), as_rows(grad)  # views, where they can be
     n = all_rows.shape[1]  # 0 of a shard that is empty
-    count = max((CHUNK_OF_A_CPU if p.device.type == 'cpu' else CHUNK) // max(n, 1), 1)
+    count = max(at_a_time(p) // max(n, 1), 1)
     for i in range(0, len(all_rows), count):
         rows = slice(i, i + count)
         M, V = read_moments(state, rows)

@@ -2803,7 +2803,7 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (tmp_path / 'no.py', '12GB', 'is not there'),
                                  (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
-    refused(capsys, lambda: bench.chosen(['qualty']), "did you mean 'quality'?")
+    refused(capsys, lambda: bench.chosen(['spead']), "did you mean 'speed'?")
 
 
 # -----------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bench import ADAPT, FINAL, TRAININGS, kept, memory_cells, sending
+from bench import kept, memory_cells
+from measure import ADAPT, FINAL, TRAININGS, sending
 
 # -----------------------------------------------------------------------------
 # the picture of the first page
@@ -109,7 +110,7 @@ def seconds_of_steps(name):
 
 
 def sent(model, cell):
-    """What `bench.py communication` counted for a training on four workers, or {}."""
+    """What `measure.py costs` counted for a training on four workers, or {}."""
     return next(iter(kept('communication', **sending(model, cell['method'], cell['settings']))), {})
 
 
@@ -446,8 +447,8 @@ def renew_tables():
     first = ('full rank', 'Muon', 'Muon, lean', 'GaLore', 'GaLore, Muon',
              'GaLoLTE, Muon, 2 bits, moments apart', 'LTE')
     renew('../README.md', 'quality', head, quality_rows(first),
-          f"`python bench.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-          f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python bench.py readme`.")
+          f"`python assets/measure.py quality`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
+          f"{' and '.join(machines)}, torch {' and '.join(torches)}; then `python assets/figures.py`.")
     head = ('method', 'optimizer state', 'loss (range; seeds)', "less full rank's (its error)",
             'at other rates')
     costs = [{cell['method']: f'{cell[key] / unit:{form}}' for cell in kept(bench, of='screening')}

@@ -1,17 +1,16 @@
 """
-Measures what the README claims, on any machine, by the scripts' own build and train_step:
+Measures memory, times and bytes on the wire of the scripts' own steps, on any machine:
 
 $ python bench.py BENCH
 $ python bench.py memory config/llama_1b.py config/methods/galore.py --budget=12GiB
 
-Times are medians of interleaved runs, as ratios within one process. What is measured becomes a line of
-assets/NAME.jsonl and is not measured again; assets/figures.py draws it.
+A cell of a table becomes a line of assets/NAME.jsonl as soon as it is known, and is not measured
+again. assets/measure.py has the trainings behind the tables, and assets/figures.py draws both.
 """
 
 import argparse
 import contextlib
 import ctypes
-import difflib
 import functools
 import gc
 import itertools
@@ -34,35 +33,33 @@ from unittest import mock
 import config
 
 BENCHES = {
-    'heads': 'time of multi-head LoRA, heads at once, one after the other, and full rank',
+    'heads': 'time of a step with heads at once, with one after the other, and at full rank',
     'speed': "time of every method's step, on a GPT, LLaMA and ViT",
-    'memory': 'peak memory of LLaMA and ViT by method, planned and run; given files: what fits on a card',
-    'communication': 'bytes that each worker puts into collectives, and on the wire, a step'}
+    'memory': 'peak memory by method, planned and run; of given files: what fits on a card',
+    'communication': 'bytes that each worker puts on the wire a step'}
 
 
-def chosen(argv, benches=BENCHES, about=__doc__):
-    """The options of a command line; words: what only scripts know. Answers mistakes before torch comes."""
+def options_of(argv):
+    """The options of a command line; words: config files and --key=value of a run to plan."""
+    lines = [f'{name:15}{what}' for name, what in BENCHES.items()]
     parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog='\n'.join(map('{0[0]:15}{0[1]}'.format, benches.items())))
-    parser.add_argument('bench', nargs='?', help='one of those below')
-    parser.add_argument('--only', default='', help='those whose words in the table hold this')
-    parser.add_argument('--jobs', type=int, default=2, help='trainings side by side, each on one thread')
-    parser.add_argument('--budget', default='12GiB', help='memory, with config files: that of the card')
-    parser.add_argument('--ranks', type=int, default=1, help='memory, with config files: how many cards')
-    options, options.words = parser.parse_known_args(argv)
-    if options.bench is None:
-        parser.parse_args(['--help'])
-    if options.bench not in benches:
-        near = difflib.get_close_matches(options.bench, benches, n=1, cutoff=0)[0]
-        config.fail(f"'{options.bench}' is no bench: did you mean '{near}'?")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog='\n'.join(lines))
+    parser.add_argument('bench', help='one of those below')
+    parser.add_argument('--only', default='', help='cells whose words in the table hold this')
+    parser.add_argument('--budget', default='12GiB', help='with config files: memory of the card')
+    parser.add_argument('--ranks', type=int, default=1, help='with config files: how many cards')
+    options, options.words = parser.parse_known_args(argv or ['--help'])
+    if options.bench not in BENCHES:
+        config.fail(f"'{options.bench}' is no bench: take one of {', '.join(BENCHES)}")
     if options.words and options.bench != 'memory':
-        config.fail(f"bench.py {options.bench} does not know '{options.words[0]}': see bench.py --help")
+        config.fail(f"bench.py {options.bench} does not know '{options.words[0]}': see --help")
     return options
 
 
 if __name__ == '__main__':
-    options = chosen(sys.argv[1:])
+    options = options_of(sys.argv[1:])  # before torch: mistakes are answered at once
+    print(f'{options.bench}:', *options.words or [BENCHES[options.bench]], flush=True)
 
 import torch
 import torch.distributed as dist
@@ -88,6 +85,8 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # -----------------------------------------------------------------------------
 # what is measured: pairs (what it is called, all settings of its script). A name is looked up in assets
+
+FILES = sorted(HERE.glob('config/methods/*.py'), key=lambda path: (path.stem != 'full', path.stem))
 
 
 def method(name, **changes):
@@ -121,7 +120,7 @@ def heads_cells():
     for sequences, dtype, targets, heads, rank in table + figure:
         base = {**train_gpt.defaults, 'batch_size': sequences, 'dtype': dtype, 'grad_clip': 0.0}
         there = dict(lowrank=targets, heads=heads, rank=rank, alpha=float(rank))
-        ways = {'full': {}, 'parallel': there, 'sequential': dict(there, layer=OneAfterTheOther)}
+        ways = {'full': {}, 'parallel': there, 'sequential': there}
         yield from named(base, ways, device=DEVICE, sequences=sequences, dtype=dtype, targets=targets,
                          heads=heads, rank=rank)
 
@@ -183,15 +182,15 @@ def machine():
     """What this runs on, in words: the GPU, or the processor and the number of its cores."""
     if DEVICE == 'cuda':
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
+    names = []
     if os.path.exists('/proc/cpuinfo'):
-        name = (re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) or [name])[0]
-    return f'{name}, {os.cpu_count()} cores'
+        names = re.findall(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())
+    return f'{(names or [platform.machine()])[0]}, {os.cpu_count()} cores'
 
 
 def keep(name, cell):
-    """Prints what was measured, and appends it to assets/NAME.jsonl with machine, version of torch, date."""
-    print(json.dumps({key: x for key, x in cell.items() if key not in ('curve', 'ratios')}), flush=True)
+    """Prints a cell, and appends it to assets/NAME.jsonl with machine, version of torch, date."""
+    print(*(f'{key}={x}' for key, x in cell.items() if key not in ('curve', 'ratios')), flush=True)
     about = dict(machine=machine(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     with open(HERE / f'assets/{name}.jsonl', 'a', encoding='utf-8') as file:
         file.write(json.dumps({**cell, **about}) + '\n')
@@ -205,7 +204,8 @@ def read_lines(path):
 
 def kept(name, **about):
     """The lines of assets/NAME.jsonl for which all that is said holds."""
-    return [cell for cell in read_lines(HERE / f'assets/{name}.jsonl') if about.items() <= cell.items()]
+    lines = read_lines(HERE / f'assets/{name}.jsonl')
+    return [line for line in lines if about.items() <= line.items()]
 
 
 def title(about):
@@ -214,84 +214,91 @@ def title(about):
     return ' '.join(map(str, [*(x for key, x in about.items() if key != 'settings'), *settings]))
 
 
-def lacking(name, cells, only):
-    """Those of cells whose words hold `only` and that assets/NAME.jsonl lacks."""
-    return [cell for cell in cells if only in title(cell[0]) and not kept(name, **cell[0])]
+def progress(total):
+    """
+    A function that says which of so many cells is measured, and the time left if the rest goes on
+    as before: `3 of 12 · GPT of 25M, galore · about 4 min left`.
+
+    Its arguments: the cell's number, from 0, its words, and how much of it is done, 0 to 1. It
+    prints a line at the start of each cell, and then at most one every ten seconds.
+    """
+    begun = last = time.perf_counter()
+    parts = [0.0] * total
+
+    def say(number, words, part=0.0):
+        nonlocal last
+        now = time.perf_counter()
+        parts[number] = part
+        if part == 1 or part and now - last < 10:
+            return
+        last, done = now, sum(parts)
+        left = 'time left: not known yet'
+        if done:
+            left = f'about {math.ceil((total / done - 1) * (now - begun) / 60)} min left'
+        print(f'{number + 1} of {total} · {words} · {left}', file=sys.stderr, flush=True)
+    return say
 
 
-def table(first, *names, wide):
-    """Prints the head of a table. Returns what prints a row of it: words, then numbers to the right."""
-    widths = [max(len(name) + 1, 10) for name in names]
+def measure_all(name, cells, only, measure, jobs=1):
+    """
+    Measures what assets/NAME.jsonl lacks of cells whose words hold `only`, some side by side.
 
-    def row(first, *values):
-        forms = {int: '{:,}', float: '{:.3f}', type(None): ''}
-        texts = (forms.get(type(x), '{}').format(x) for x in values)
-        print(f'{first:{wide}}' + ''.join(f' {x:>{width}}' for x, width in zip(texts, widths)), flush=True)
-    row(first, *names)
-    return row
+    measure(about, settings, tell) gives what is kept of a cell, at once, or None; it may call
+    tell(part), how much of it is done.
+    """
+    cells = [cell for cell in cells if only in title(cell[0])]
+    todo = [cell for cell in cells if not kept(name, **cell[0])]
+    print(f'{len(todo)} of {len(cells)} lines are missing in assets/{name}.jsonl', flush=True)
+    say = progress(len(todo))
 
-
-def show(name, cells, *keys):
-    """A table of what assets/NAME.jsonl holds of cells."""
-    found = [(title(about), cell) for about, _ in cells for cell in kept(name, **about)]
-    row = table(name, *keys, wide=max([len(name), *(len(text) for text, _ in found)]))
-    for text, cell in found:
-        row(text, *map(cell.get, keys))
-
-
-def measure_all(name, cells, only, measure, *keys, jobs=1):
-    """Keeps measure(about, settings) of what assets/NAME.jsonl lacks, but where it is None; shows all."""
-    cells = list(cells)
-    todo = lacking(name, cells, only)
-    print(f'{len(todo)} of {len(cells)} to measure', flush=True)
-
-    def one(cell):
-        if found := measure(*cell):
-            keep(name, {**cell[0], **found})
+    def one(number, cell):
+        about, settings = cell
+        tell = functools.partial(say, number, title(about))
+        tell()
+        if found := measure(about, settings, tell):
+            keep(name, {**about, **found})
+        tell(1)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, todo))
-    show(name, cells, *keys)
+        list(pool.map(one, range(len(todo)), todo))
 
 
 # -----------------------------------------------------------------------------
 # a script's step in this process
 
 
-class OneAfterTheOther(lowrank.MHLoRALinear):
-    """Heads in a loop: the same, slower. The study's first figure has both."""
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        for A, B in zip(self.A, self.B):
-            y = y + F.linear(self.scale / self.heads * F.linear(x, A), B)
-        return y
+def script_of(settings):
+    """The script that has such settings."""
+    if 'img_size' in settings:
+        return train_vit
+    return train_llama if 'size' in settings else train_gpt
 
 
 def stepper(settings, ranks=None):
     """
-    (run, step) of a script from scratch: what its build makes, and its train_step on random data, a step
-    further each call.
+    (run, step) of a script from scratch: what its build makes, and its train_step on random data, a
+    step further each call.
 
-    settings: all that the script has, and `layer`, a class in place of MHLoRALinear; ranks: this is the first
-    of so many on CPUs, whom it does not join.
+    settings: all that the script has; ranks: this is the first of so many on CPUs, whom it does not
+    join.
     """
-    s, numbers = dict(settings), itertools.count()
-    script = train_llama if 'size' in s else train_vit if 'img_size' in s else train_gpt
-    # train='auto' asks what is loaded
-    freeze_as_set(nn.Module(), s, new=('logit',) * (script is train_vit))
+    s, script, numbers = dict(settings), script_of(settings), itertools.count()
+    of_images = script is train_vit
+    # what trains depends on init_from (train='auto')
+    freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch', compile=False)
     where = join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
-    layer = s.pop('layer', lowrank.MHLoRALinear)
-    with contextlib.redirect_stdout(None), mock.patch('lowrank.MHLoRALinear', layer):
-        run = script.build(s, where, ['a class'] * 9 if script is train_vit else vocabulary(s))
+    with contextlib.redirect_stdout(None):
+        run = script.build(s, where, ['a class'] * 9 if of_images else vocabulary(s))
     rows = s['batch_size'] // run.ranks
 
     def batch(micro_step):
-        if script is train_vit:
-            images = torch.randint(256, (rows, 3, run.look.size, run.look.size), dtype=torch.uint8)
+        if of_images:
+            size = run.look.size
+            images = torch.randint(256, (rows, 3, size, size), dtype=torch.uint8)
             return images, torch.randint(9, (rows,))
-        return torch.randint(run.model.config.vocab_size, (2, rows, s['block_size'])).unbind()
+        tokens = torch.randint(run.model.config.vocab_size, (2, rows, s['block_size']))
+        return tokens.unbind()
     return run, lambda: script.train_step(run, next(numbers), batch)
 
 
@@ -305,15 +312,91 @@ def vocabulary(s):
     return 32000 if 'size' in s else 50257
 
 
+class OneAfterTheOther(nn.Module):
+    """A layer whose heads run in a loop: the same numbers, slower."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        y = F.linear(x, layer.weight, layer.bias)
+        for A, B in zip(layer.A, layer.B):
+            inside = F.linear(x, A)
+            y = y + F.linear(layer.scale / layer.heads * inside, B)
+        return y
+
+
+def loop_over_heads(model):
+    """Puts a `OneAfterTheOther` in the place of every layer with heads."""
+    for name, layer in lowrank.named_layers(model).items():
+        model.set_submodule(name, OneAfterTheOther(layer))
+
+
+# -----------------------------------------------------------------------------
+# time
+
+
+def time_steps(name, cells, only, steps):
+    """
+    Keeps what a training step takes where assets/NAME.jsonl lacks it.
+
+    Each cell runs in turn with a reference, the first cell that differs in its method alone: so
+    many steps of the reference, as many of the cell, six times, of which the first warms up. Kept
+    are the median of the cell's seconds a step; `ratios`, each of its times by the reference's just
+    before; and `to_full`, their median: a cost that does not change with the machine's mood.
+    """
+    cells = list(cells)
+
+    def measure(about, settings, tell):
+        gc.collect()  # models of the cell before
+        first = next(cell for cell in cells if {**cell[0], 'method': ''} == {**about, 'method': ''})
+        pair = [settings] if about == first[0] else [first[1], settings]
+        runs = [stepper(s) for s in pair]
+        if about['method'] == 'sequential':
+            loop_over_heads(runs[-1][0].model)
+        seconds = [[] for _ in runs]
+        for turn in range(6):
+            for (_, step), mine in zip(runs, seconds):
+                start = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                if DEVICE == 'cuda':
+                    torch.cuda.synchronize()
+                mine.append(time.perf_counter() - start)
+            tell((turn + 1) / 6)
+        theirs, mine = seconds[0][1:], seconds[-1][1:]
+        ratios = [a / b for a, b in zip(mine, theirs)]
+        trained = [lowrank.count_parameters(run.model)['trainable'] for run, _ in runs]
+        return dict(trainable=trained[-1], trainable_to_full=trained[-1] / trained[0],
+                    seconds=statistics.median(mine) / steps, to_full=statistics.median(ratios),
+                    ratios=ratios)
+    measure_all(name, cells, only, measure)
+
+
+def heads(only):
+    time_steps('heads', heads_cells(), only, 1)
+
+
+def speed(only):
+    time_steps('speed', speed_cells(), only, 10)  # with merges and new bases
+    time_steps('speed', vit_cells(4), only, 1)
+
+
+# -----------------------------------------------------------------------------
+# tensors without values, on ranks that are not there
+
 # words in the names of torch's collectives; what they send: see `on_the_wire`
-COLLECTIVES = dict(scatter='scattered', alltoall='scattered', allgather='gathered', gather='scattered',
-                   broadcast='broadcast')
+COLLECTIVES = dict(scatter='scattered', alltoall='scattered', allgather='gathered',
+                   gather='scattered', broadcast='broadcast')
 
 
 class Watch(TorchDispatchMode):
     """
-    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start` (`peak`), and
-    bytes put into collectives (`sent`). What torch's MemTracker says, in half the time.
+    Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start`
+    (`peak`), and bytes put into collectives (`sent`). What torch's MemTracker says, in half the
+    time.
     """
 
     def __init__(self, fake):
@@ -331,160 +414,68 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype == torch.bool  # fake tensors have no values: all is finite, rates are zero
+            return args[0].dtype == torch.bool  # without values: all is finite, rates are zero
         out = function(*args, **kwargs or {})
         self.fake.fake_tensor_converter.tensor_memo.clear()  # Module.to bears no weak references
         if function.namespace == 'c10d':
             name = function.name()
             how = next((how for word, how in COLLECTIVES.items() if word in name), 'averaged')
-            self.sent[how] += sum(x.nbytes for x in tree_leaves(args[how in ('gathered', 'scattered')]))
+            inputs = tree_leaves(args[how in ('gathered', 'scattered')])
+            self.sent[how] += sum(x.nbytes for x in inputs)
             return out
         for x in tree_leaves(out):
             # a sharded one is a shell around this rank's part
             if not torch.is_tensor(x) or is_sharded(x) or x.device.type == 'meta':
                 continue
-            if x.untyped_storage()._cdata not in self.alive:
-                storage = x.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.alive:
                 self.alive[key] = weakref.ref(storage, functools.partial(self.remove, key, size))
                 self.now += size
         now = self.now
         if dist.is_initialized():  # FSDP frees storages by making them empty
-            now = sum(x.nbytes() for x in [ref() for ref in self.alive.values()] if x is not None)
+            there = [reference() for reference in self.alive.values()]
+            now = sum(x.nbytes() for x in there if x is not None)
         self.peak = max(self.peak, now)
         return out
 
 
 def on_the_wire(sent, ranks):
-    """Bytes that each of so many ranks sends by a ring, of what it has put into collectives, see `Watch`."""
-    return ((2 * sent['averaged'] + sent['scattered']) * (ranks - 1) / ranks + sent['gathered'] * (ranks - 1)
-            + sent['broadcast'])
+    """Bytes that each of so many ranks sends by a ring, of what it has put into collectives."""
+    in_parts = (2 * sent['averaged'] + sent['scattered']) * (ranks - 1) / ranks
+    return in_parts + sent['gathered'] * (ranks - 1) + sent['broadcast']
 
 
 @contextlib.contextmanager
 def watched():
-    """While this lasts tensors are fake: they have shapes, and nothing is computed. Gives the `Watch`."""
+    """Makes tensors fake while it lasts: they have shapes, and nothing is computed. Gives the
+    `Watch`."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch:
         yield watch
 
 
-# -----------------------------------------------------------------------------
-# time
-
-
-def time_steps(name, cells, options, steps):
-    """
-    Keeps what a training step takes where assets/NAME.jsonl lacks it.
-
-    So many steps to warm up, then five times as many, in turn with those of the first that differs in its
-    method alone. Kept are the median of the seconds of a step, and the ratios of neighbouring runs, its own
-    to the first one's, and their median (to_full): what one costs in units of the other, whatever the
-    machine's mood.
-    """
-    cells = list(cells)
-    for _, group in itertools.groupby(cells, lambda cell: {**cell[0], 'method': ''}):
-        group = list(group)
-        todo, first = lacking(name, group, options.only), title(group[0][0])
-        kinds = {title(about): stepper(settings) for about, settings in (group[0], *todo) if todo}
-        seconds = {key: [] for key in kinds}
-        for turn, key in itertools.product(range(6), kinds):
-            start = time.perf_counter()
-            for _ in range(steps):
-                kinds[key][1]()
-            if DEVICE == 'cuda':
-                torch.cuda.synchronize()
-            if turn:
-                seconds[key].append(time.perf_counter() - start)
-        trained = {key: lowrank.count_parameters(run.model)['trainable'] for key, (run, _) in kinds.items()}
-        kinds.clear()
-        gc.collect()  # models and their moments, before the next ones
-        for about, _ in todo:
-            key = title(about)
-            ratios = [mine / other for mine, other in zip(seconds[key], seconds[first])]
-            keep(name, {**about, 'trainable': trained[key],
-                        'trainable_to_full': trained[key] / trained[first],
-                        'seconds': statistics.median(seconds[key]) / steps,
-                        'to_full': statistics.median(ratios), 'ratios': ratios})
-    show(name, cells, 'trainable', 'seconds', 'to_full')
-
-
-def heads(options):
-    time_steps('heads', heads_cells(), options, 1)
-
-
-def speed(options):
-    time_steps('speed', speed_cells(), options, 10)  # with merges and new bases
-    time_steps('speed', vit_cells(4), options, 1)
-
-
 @contextlib.contextmanager
 def fake_ranks(ranks):
-    """This process as the first of so many ranks, whose collectives do nothing; DDP, which wants real memory,
-    is left out."""
+    """Makes this process the first of so many ranks, whose collectives do nothing; DDP, which wants
+    real memory, is left out."""
+    if ranks == 1:
+        yield
+        return
     dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
     mesh = init_device_mesh('cpu', (ranks,))  # reads its numbers, and fake tensors have none
     try:
         alone = mock.patch('torch.nn.parallel.DistributedDataParallel',
                            side_effect=lambda model, *_, **__: model)
-        with alone, mock.patch('torch.distributed.device_mesh.init_device_mesh', return_value=mesh):
+        made = mock.patch('torch.distributed.device_mesh.init_device_mesh', return_value=mesh)
+        with alone, made:
             yield
     finally:
         dist.destroy_process_group()
 
 
-# -----------------------------------------------------------------------------
-# memory
-
-
-def planned(settings, ranks=1):
-    """Peak bytes of two training steps on one of so many ranks by category, without computing anything, and
-    bytes that it sends for a micro-batch, by a ring; steps of two micro-batches where they are more, as
-    gradients are held from the second on. Sketches of blocks with a later turn are left out."""
-    found = of_depth(functools.partial(peaks, ranks=ranks), settings)
-    # each of the two is linear in the depth, and the larger of them is not
-    total = max(found.pop('backward'), found.pop('step'))
-    rest = total - found['weights'] - found['state'] - found['gradients']
-    return dict(found, activations=rest, total=total)
-
-
-def peaks(settings, ranks):
-    """See `planned`: bytes of weights, state, gradients, the peaks before and in an optimizer step, sent, and
-    those that rank 0 gathers in its host's memory while it saves."""
-    with fake_ranks(ranks) if ranks > 1 else contextlib.nullcontext(), watched() as watch:
-        s = {**settings, 'gradient_accumulation_steps': min(2, settings['gradient_accumulation_steps'])}
-        run, step = stepper(s, ranks)
-        most = dict(backward=0, step=0, gradients=0)
-
-        def note(phase):
-            most[phase], watch.peak = max(most[phase], watch.peak), 0
-
-        def before_step(*_):
-            note('backward')
-            most['gradients'] = sum(local(p.grad).nbytes for p in lowrank.leaf_names(run.model)
-                                    if p.grad is not None)
-        run.optimizer.register_step_pre_hook(before_step)
-        for _ in range(2):
-            watch.start()
-            step()
-            note('step')
-        bases = [local(layer.basis) for layer in lowrank.lowrank_layers(run.model)
-                 if layer.factors == 'basis']
-        held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes()  # zero factors share theirs
-                for x in map(local, (*run.model.parameters(), *run.model.buffers()))}
-        weights, state = sum(held.values()) - sum(x.nbytes for x in bases), run.optimizer.state_bytes()
-        sent = on_the_wire(watch.sent, ranks) / s['gradient_accumulation_steps']
-        # what all ranks have alike torch saves tensor by tensor, from where it is
-        alive = {x for x, reference in watch.alive.items() if reference() is not None}
-        saved = gather_state(run.model, lowrank.named_layers(run.model), run.optimizer, run.replicas)
-        saved = filter(torch.is_tensor, tree_leaves(saved))
-        gathered = {x.untyped_storage()._cdata: x.nbytes for x in saved}
-        host = sum(size for key, size in gathered.items() if key not in alive)
-        return dict(weights=weights, state=state, **most, sent=sent, host=host)
-
-
 def of_depth(measure, settings, shallow=5):
-    """measure(settings), a dict of numbers that are linear in the number of layers, from models of `shallow`
-    layers and of one more: deep ones take minutes even where nothing is computed."""
+    """measure(settings), a dict of numbers that are linear in the number of layers, from models of
+    `shallow` layers and of one more: deep ones take minutes even where nothing is computed."""
     depth = settings['n_layer']
     if depth <= shallow + 1:
         return measure(settings)
@@ -492,8 +483,67 @@ def of_depth(measure, settings, shallow=5):
     return {key: one[key] + (depth - shallow) * (two[key] - one[key]) for key in one}
 
 
+# -----------------------------------------------------------------------------
+# memory
+
+
+def planned(settings, ranks=1):
+    """
+    Peak bytes of two training steps on one of so many ranks, by category, without computing
+    anything; `sent`, bytes that it sends for a micro-batch, by a ring; `host`, bytes that rank 0
+    gathers in its host's memory to save.
+
+    Steps have two micro-batches where they have more: gradients are held from the second on.
+    Sketches of blocks with a later turn are left out.
+    """
+    found = of_depth(functools.partial(peaks, ranks=ranks), settings)
+    # each of the two is linear in the depth, and the larger of them is not
+    total = max(found.pop('backward'), found.pop('step'))
+    rest = total - found['weights'] - found['state'] - found['gradients']
+    return dict(found, activations=rest, total=total)
+
+
+def storages(tensors):
+    """{storage: bytes} of tensors, of what this rank holds of them."""
+    found = [local(x).untyped_storage() for x in tensors]
+    return {x._cdata: x.nbytes() for x in found}
+
+
+def peaks(settings, ranks):
+    """What `planned` makes its numbers of: peaks before an optimizer's step and in it."""
+    with fake_ranks(ranks), watched() as watch:
+        micro_steps = min(2, settings['gradient_accumulation_steps'])
+        run, step = stepper({**settings, 'gradient_accumulation_steps': micro_steps}, ranks)
+        most = dict(backward=0, step=0, gradients=0)
+
+        def note(phase):
+            most[phase], watch.peak = max(most[phase], watch.peak), 0
+
+        def before_step(*_):
+            note('backward')
+            grads = [p.grad for p in lowrank.leaf_names(run.model) if p.grad is not None]
+            most['gradients'] = sum(local(grad).nbytes for grad in grads)
+        run.optimizer.register_step_pre_hook(before_step)
+        for _ in range(2):
+            watch.start()
+            step()
+            note('step')
+        layers = lowrank.named_layers(run.model)
+        bases = [local(layer.basis) for layer in layers.values() if layer.factors == 'basis']
+        held = storages([*run.model.parameters(), *run.model.buffers()])  # zeros share theirs
+        weights = sum(held.values()) - sum(x.nbytes for x in bases)
+        state = run.optimizer.state_bytes()
+        sent = on_the_wire(watch.sent, ranks) / micro_steps
+        # what all ranks have alike torch saves tensor by tensor, from where it is
+        alive = {key for key, reference in watch.alive.items() if reference() is not None}
+        saved = gather_state(run.model, layers, run.optimizer, run.replicas)
+        gathered = storages(filter(torch.is_tensor, tree_leaves(saved)))
+        host = sum(size for key, size in gathered.items() if key not in alive)
+        return dict(weights=weights, state=state, **most, sent=sent, host=host)
+
+
 def grown(settings):
-    """Bytes by which the peak resident size grows over three training steps, in a fresh process."""
+    """Bytes by which the peak resident size of a fresh process grows over three training steps."""
     ctypes.CDLL(None).mallopt(-3, 1 << 18)  # what is freed goes back to the system at once
     before = peak_memory_bytes('cpu')
     step = stepper(settings, ranks=1)[1]
@@ -501,92 +551,110 @@ def grown(settings):
     return peak_memory_bytes('cpu') - before
 
 
-def memory(options):
-    if options.words:
-        return plan(options.words, options.budget, options.ranks)
-    peaks_of(memory_cells(), options)
-
-
-def peaks_of(cells, options):
-    """Keeps the memory that cells take where assets/memory.jsonl lacks it."""
-    def measure(about, settings):
+def memory(only, cells=None):
+    """Keeps the memory of training steps: of cells, or of LLaMA and ViT by size and method."""
+    def measure(about, settings, tell):
         found = {'rank': settings['rank'], **planned(settings)}
-        if found['total'] < 12e9 or options.only:  # others take ten minutes or more
+        if found['total'] < 12e9 or only:  # others take ten minutes or more
             with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
                 found['measured'] = pool.submit(grown, settings).result()
         return found
-    measure_all('memory', cells, options.only, measure,
-                'weights', 'state', 'gradients', 'activations', 'total', 'measured')
+    measure_all('memory', cells or memory_cells(), only, measure)
+
+
+# -----------------------------------------------------------------------------
+# what fits on a card
+
+COLUMNS = {'total': 'smallest', 'weights': 'weights', 'state': 'state', 'gradients': 'gradients',
+           'activations': 'the rest', 'sent': 'sent', 'host': 'to save'}
 
 
 def largest_batch(settings, free, ranks):
-    """(largest micro-batch over all ranks that fits into so many bytes of each, or 0; `planned` at the
-    smallest; bytes it takes)."""
+    """(largest micro-batch over all ranks that fits into so many bytes of each, or 0; bytes that
+    each takes; those of COLUMNS, `planned` at the smallest)."""
     def at(rows):
         return planned({**settings, 'batch_size': rows}, ranks)
-    parts = math.lcm(settings['heads'] if settings['split'] else 1, ranks)  # such heads divide the batch
+    parts = math.lcm(settings['heads'] if settings['split'] else 1, ranks)  # they divide the batch
     one = at(parts)
-    if one['total'] > free:
-        return 0, one, one['total']
-    # the optimizer's step makes the peak of small batches; then it grows along a line with activations
-    rows = -(-8192 // settings.get('block_size', 256) // parts) * parts
-    low, high = at(rows)['total'], at(2 * rows)['total']
-    slope = (high - low) / rows
-    fits = max(int(rows + (free - low) // slope) // parts, 1) * parts
-    return fits, one, max(one['total'], low + (fits - rows) * slope)
+    fits, total = 0, one['total']
+    if total <= free:
+        # the optimizer's step makes the peak of small batches; then it grows along a line
+        rows = -(-8192 // settings.get('block_size', 256) // parts) * parts
+        low, high = at(rows)['total'], at(2 * rows)['total']
+        slope = (high - low) / rows
+        fits = max(int(rows + (free - low) // slope) // parts, 1) * parts
+        total = max(total, low + (fits - rows) * slope)
+    return fits, total, *(one[key] for key in COLUMNS)
+
+
+def print_head(settings, model, cards):
+    """Prints what the columns of `plan` are."""
+    what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
+    total = lowrank.count_parameters(model)['total']
+    print(f'{total / 1e6:,.0f}M parameters, {what}, {cards}: the largest micro-batch that fits,\n'
+          'and GB of a card with it, 1 GB left to CUDA and what its allocator cannot reuse;\n'
+          'then GB with the smallest, its parts, and what a card sends for it; and what the\n'
+          'host of rank 0 gathers to save')
+    names = 'weights in', 'batch', 'all', *COLUMNS.values()
+    print(f"{'method':16}" + ''.join(f'{name:>11}' for name in names))
+
+
+def named_script(words):
+    """The script that config files name; without files train_gpt."""
+    # of files that are not there config.load says so
+    texts = [Path(word).read_text(encoding='utf-8') for word in words if os.path.isfile(word)]
+    script = re.search(r'\btrain_(gpt|llama|vit)\b', ''.join(texts))
+    if texts and not script:
+        config.fail(f"{' '.join(words)} does not say whose it is: write '# python train_gpt.py "
+                    "FILE' (or train_llama.py, train_vit.py) into its first lines")
+    return sys.modules[script[0]] if script else train_gpt
 
 
 def plan(words, budget, ranks=1):
     """
-    Which methods, dtypes and batch sizes of a run fit on a card, or on each of so many; computes nothing,
-    needs no GPU. With shard=True each holds its part; else what DDP itself sends and holds is left out.
+    Prints which methods, dtypes and batch sizes of a run fit on a card, or on each of so many;
+    computes nothing, needs no GPU. With shard=True each holds its part; else what DDP itself sends
+    and holds is left out.
 
-    words: config files and --key=value, as for the scripts; budget: the card's memory, such as 12GiB. Files
-    of config/methods are the methods to plan; without any it is all with which the run goes.
+    words: config files and --key=value, as for the scripts; budget: the card's memory, such as
+    12GiB. Files of config/methods are the methods to plan; without any it is all with which the run
+    goes.
     """
     size = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
     if not size:
-        config.fail(f'--budget={budget} is no number with a unit: write --budget=12GiB or --budget=12GB')
+        config.fail(f'--budget={budget} is no number with a unit: write --budget=12GiB or 12GB')
     if ranks > 1 and torch.__version__ < (2, 13):
-        config.fail(f'--ranks wants the fake tensors of torch 2.13, and this is {torch.__version__}')
+        config.fail(f'--ranks wants fake tensors of torch 2.13, and this is {torch.__version__}')
     # CUDA itself, and what its allocator cannot reuse, want about 1 GB
     free = float(size[1]) * {'GiB': 2**30, 'GB': 10**9, 'MiB': 2**20}[size[2]] - 10**9
     methods = [word for word in words if Path(word).resolve().parent.name == 'methods']
     words = [word for word in words if word not in methods]
-    every = sorted(HERE.glob('config/methods/*.py'), key=lambda path: (path.stem != 'full', path.stem))
-    methods = methods or list(map(str, every))
-    # of files that are not there config.load says so
-    text = ''.join(Path(word).read_text(encoding='utf-8') for word in words if os.path.isfile(word))
-    script = re.search(r'\btrain_(gpt|llama|vit)\b', text)
-    if text and not script:
-        config.fail(f"{' '.join(words)} does not say whose it is: write '# python train_gpt.py FILE' (or "
-                    'train_llama.py, train_vit.py) into its first lines')
-    known = sys.modules[script[0] if script else 'train_gpt'].defaults
-    for path in methods:
+    methods = methods or list(map(str, FILES))
+    known = named_script(words).defaults
+    dtypes = 'float32', 'bfloat16'
+    say = progress(len(methods) * len(dtypes))
+    for number, path in enumerate(methods):
+        name = Path(path).stem
         try:
             with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-                settings = config.load({}, known, [*words, path, '--learning_rate=1'])  # any will do
+                settings = config.load({}, known, [*words, path, '--learning_rate=1'])
                 settings.update(device='cpu', dtype='bfloat16')
                 with watched():
-                    whole = stepper({**settings, 'lowrank': '', 'optimizer': 'adamw'}, ranks=1)[0].model
-                settings['n_layer'] = len(whole.blocks)
-                found = {dtype: largest_batch({**settings, 'param_dtype': dtype}, free, ranks)
-                         for dtype in ('float32', 'bfloat16')}
-        except SystemExit:
-            if path == methods[0]:
+                    full = {**settings, 'lowrank': '', 'optimizer': 'adamw'}
+                    model = stepper(full, ranks=1)[0].model
+                settings['n_layer'] = len(model.blocks)
+                if number == 0:
+                    print_head(settings, model, f'{ranks} x {budget}')
+                for part, dtype in enumerate(dtypes):
+                    tell = functools.partial(say, len(dtypes) * number + part)
+                    tell(f'{name}, weights in {dtype}')
+                    fits, *sizes = largest_batch({**settings, 'param_dtype': dtype}, free, ranks)
+                    tell(name, 1)
+                    sizes = ''.join(f'{size / 1e9:11.3f}' for size in sizes)
+                    print(f"{name:16}{dtype:>11}{fits or 'none':>11}{sizes}", flush=True)
+        except SystemExit:  # it has said why
+            if number == 0:
                 raise
-            continue  # it has said why
-        if path == methods[0]:
-            what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
-            print(f"{lowrank.count_parameters(whole)['total'] / 1e6:,.0f}M parameters, {what}, "
-                  f'{ranks} x {budget}: the largest micro-batch that fits, and GB\nof a card with it, 1 GB '
-                  'left to CUDA itself and what its allocator cannot reuse;\nthen GB with the smallest, '
-                  "its parts, and what a card sends for it; and what rank 0's host gathers to save")
-            row = table('method', 'weights in', 'batch', 'all', 'smallest', 'weights', 'state', 'gradients',
-                        'the rest', 'sent', 'to save', wide=16)
-        for dtype, (fits, one, total) in found.items():
-            row(Path(path).stem, dtype, fits or 'none', *(x / 1e9 for x in (total, *(one[key] for key in (
-                'total', 'weights', 'state', 'gradients', 'activations', 'sent', 'host')))))
 
 
 # -----------------------------------------------------------------------------
@@ -594,46 +662,49 @@ def plan(words, budget, ranks=1):
 
 
 def sent(settings, workers, steps):
-    """(bytes that one of so many workers sends in each step, by a ring; those of its optimizer's state, but
-    for what it keeps of its own heads)."""
+    """(bytes that one of so many workers sends in each step, by a ring; those of its optimizer's
+    state, but for what it keeps of its own heads)."""
     with fake_ranks(workers), watched() as watch:
         run, step = stepper(settings, workers)
+        by_ddp = 0 if settings['shard'] else run.ddp_bytes  # which is left out here
         counts = []
         for _ in range(steps):
             watch.start()
             step()
-            counts.append(on_the_wire(watch.sent, workers) + (0 if settings['shard'] else run.ddp_bytes))
-    own = per_rank_tensors(lowrank.lowrank_layers(run.model))
-    mine = [x for p in own for x in run.optimizer.state[p].values() if torch.is_tensor(x)]
-    return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in mine)
+            counts.append(on_the_wire(watch.sent, workers) + by_ddp)
+    states = [run.optimizer.state[p] for p in per_rank_tensors(lowrank.lowrank_layers(run.model))]
+    own = filter(torch.is_tensor, itertools.chain(*(state.values() for state in states)))
+    return counts, run.optimizer.state_bytes() - sum(x.nbytes for x in own)
 
 
 def sent_a_step(settings, workers):
     """
-    Bytes of one of so many workers: `wire`, what it sends a step by a ring, and `shared`, of the optimizer's
-    state what is not of its own heads. Counted in short periods: a merge every three steps, a new basis of
-    each layer every twelve; the last step has ended all sketches.
+    Bytes of one of so many workers: `wire`, what it sends a step by a ring, and `shared`, of the
+    optimizer's state what is not of its own heads.
+
+    Counted in short periods: a merge every three steps, a new basis of each layer every twelve; the
+    last step has ended all sketches.
     """
     T, every = settings['merge_every'], settings['basis_every']
     short = {**settings, 'merge_every': min(T, 3), 'basis_every': 12, 'batch_size': workers}
     counts, shared = sent(short, workers, 25)
-    put = counts[-12:]
-    step, period = put[3], sum(put[2:5])  # from one merge to the next, without new bases
-    return dict(shared=shared, wire=step + (period - 3 * step) / max(T, 1) + (sum(put) - 4 * period) / every)
+    last = counts[-12:]
+    step, period = last[3], sum(last[2:5])  # from one merge to the next, without new bases
+    merge, bases = period - 3 * step, sum(last) - 4 * period
+    return dict(shared=shared, wire=step + merge / max(T, 1) + bases / every)
 
 
-def communication(options):
-    sent_by(communication_cells(), options)
-
-
-def sent_by(cells, options):
-    """Keeps what cells send where assets/communication.jsonl lacks it."""
-    def measure(about, settings):
+def communication(only, cells=None):
+    """Keeps what a worker sends: of cells, or of LLaMA-1B by method."""
+    def measure(about, settings, tell):
         found = of_depth(functools.partial(sent_a_step, workers=about['workers']), settings, 1)
         return {key: round(x) for key, x in found.items()}
-    measure_all('communication', cells, options.only, measure, 'shared', 'wire')
+    measure_all('communication', cells or communication_cells(), only, measure)
 
 
 if __name__ == '__main__':
     with config.refusals():
-        globals()[options.bench](options)
+        if options.words:
+            plan(options.words, options.budget, options.ranks)
+        else:
+            globals()[options.bench](options.only)

@@ -953,16 +953,19 @@ class Reused(nn.Module):
 
 def test_heads_compute_the_same_in_a_loop_and_under_autocast():
     torch.manual_seed(0)
-    seen, kinds = [], (lowrank.MHLoRALinear, bench.OneAfterTheOther)
-    heads = lowrank.MHLoRALinear(nn.Linear(7, 5).double(), 3, 4, 2.0).state_dict()
+    seen, heads = [], lowrank.MHLoRALinear(nn.Linear(7, 5).double(), 3, 4, 2.0).state_dict()
     heads['B'].normal_(std=0.3)
-    for kind, autocast in itertools.product(kinds, (False, True)):
-        one, x = kind(nn.Linear(7, 5).double(), 3, 4, 2.0), normal(2, 6, 7)
+    for in_turn, autocast in itertools.product((False, True), (False, True)):
+        one, x = lowrank.MHLoRALinear(nn.Linear(7, 5).double(), 3, 4, 2.0), normal(2, 6, 7)
         one.load_state_dict(heads)
         if autocast:  # passes float64 over
             one, x = one.float(), x.float()
+        net = nn.Sequential(one)
+        if in_turn:
+            bench.loop_over_heads(net)
+        assert isinstance(net[0], bench.OneAfterTheOther) == in_turn
         with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-            y = one(x.requires_grad_())
+            y = net(x.requires_grad_())
         y.double().square().sum().backward()
         seen.append([y, x.grad, one.A.grad, one.B.grad, one.bias.grad])
         for got, wanted in zip(seen[-1], seen[0]):
@@ -2803,7 +2806,56 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (tmp_path / 'no.py', '12GB', 'is not there'),
                                  (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
-    refused(capsys, lambda: bench.chosen(['spead']), "did you mean 'speed'?")
+    refused(capsys, lambda: bench.options_of(['spead']), "'spead' is no bench", 'speed, memory')
+    refused(capsys, lambda: bench.options_of(['speed', '--what=1']), "speed does not know '--what=1'")
+
+
+def test_a_planner_patches_nothing_of_ours_and_leaves_no_fake_behind():
+    before = [dict(vars(module)) for module in (rules, lowrank, galore)]
+    with bench.watched() as watch:
+        assert before == [dict(vars(module)) for module in (rules, lowrank, galore)]
+        x, out = torch.zeros(2**21), torch.zeros(2**21, dtype=torch.bfloat16)
+        for fake in (x, nn.Parameter(x), x.view(2, -1)[1]):
+            assert rules.at_a_time(fake) == rules.CHUNK
+        rules.round_(out, x, 7)  # on a CPU a thousand pieces of 1B; what they take is not counted
+        assert watch.peak == x.nbytes + out.nbytes
+    assert rules.at_a_time(torch.zeros(1)) == rules.CHUNK_OF_A_CPU
+    assert not any(isinstance(table, torch._subclasses.FakeTensor) for table in rules._tables.values())
+
+
+def test_a_cell_is_kept_as_soon_as_it_is_known_beside_a_reference(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'assets').mkdir()
+    monkeypatch.setattr(bench, 'HERE', tmp_path)
+    before = []
+
+    def measure(about, settings, tell):
+        before.append(len(bench.kept('some')))
+        return {'x': 1.5} if about['case'] else None
+    bench.measure_all('some', [({'case': i}, {}) for i in (0, 1, 2, 10)], '', measure)
+    assert before == [0, 0, 1, 2] and [line['case'] for line in bench.kept('some', x=1.5)] == [1, 2, 10]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[:2] == ['4 of 4 lines are missing in assets/some.jsonl', 'case=1 x=1.5']
+    assert said.err.splitlines()[::3] == ['1 of 4 · 0 · time left: not known yet',
+                                          '4 of 4 · 10 · about 1 min left']
+    base = {**train_gpt.defaults, 'block_size': 16, 'vocab_size': 64, 'n_layer': 1, 'n_head': 2, 'n_embd': 32,
+            'batch_size': 4, 'device': 'cpu', 'dtype': 'float32'}
+    cells = bench.named(base, {'full': {}, 'lora, rank=4': dict(lowrank='attn', rank=4)}, case='tiny')
+    for _ in range(2):  # the second time nothing is left to measure
+        bench.time_steps('time', cells, 'tiny', 2)
+    full, lora = bench.kept('time', case='tiny')
+    assert lora['method'] == 'lora, rank=4' and len(lora['ratios']) == 5 and full['ratios'] == [1.0] * 5
+    assert lora['to_full'] == np.median(lora['ratios']) > 0 and lora['trainable'] < full['trainable']
+    assert '0 of 2 lines are missing' in capsys.readouterr().out
+
+
+def test_every_training_behind_the_tables_is_a_command_line_and_its_line_is_found():
+    trainings = runpy.run_path(f'{HERE}/assets/measure.py')['TRAININGS']
+    for name, cells in trainings.items():
+        for about, settings in cells:
+            words = [f'--{key}={value}' for key, value in settings.items() if key != 'ranks']
+            settings_of(bench.script_of(settings), *words, ranks=settings.get('ranks', 1))
+    for name in ('screening', 'quality', 'smaller'):
+        assert sum(bool(bench.kept(name, **about)) for about, _ in trainings[name]) > 0.9 * len(trainings[name])
 
 
 # -----------------------------------------------------------------------------

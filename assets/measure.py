@@ -1,43 +1,57 @@
 """
-Trains what the tables and pictures of both README.md show, by the scripts, and measures what that costs:
+Trains what the tables and pictures of both README.md compare, and measures what it costs:
 
 $ python assets/measure.py BENCH
 
-What is measured becomes a line of assets/NAME.jsonl and is not measured again, see bench.py.
+A training becomes a line of assets/BENCH.jsonl as soon as it has ended, and is not run again.
 """
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import config
 
 BENCHES = {
-    'screening': 'validation loss of each method on a small GPT, one setting changed at a time',
-    'quality': 'validation loss of the finalists on a larger one, three seeds, and the time of a step',
+    'screening': 'loss of each method on a small GPT, one setting changed at a time',
+    'quality': 'loss of the finalists on a larger one, three seeds, and the time of a step',
     'sixteen': 'the same with weights in bfloat16, for three methods',
-    'english': 'validation loss of some methods on a small LLaMA and English text',
-    'longer': 'validation loss of some methods on the small GPT after four times as many steps',
-    'smaller': 'validation loss of some methods on a GPT of a third of its size',
-    'convergence': 'how fast LoRA and full fine-tuning adapt the ViT that config/vit_quickstart.py trains',
-    'layers': 'validation loss and trainable parameters by the layers that have heads',
-    'costs': "time, memory and bytes sent of the screening's methods, bytes of the finalists and on English"}
+    'english': 'loss of some methods on a small LLaMA and English text',
+    'longer': 'loss of some methods on the small GPT after four times as many steps',
+    'smaller': 'loss of some methods on a GPT of a third of its size',
+    'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
+    'layers': 'loss and trainable parameters by the layers that have heads',
+    'costs': 'time, memory, bytes sent of what is screened; bytes sent of quality and english'}
 
-import bench
+
+def options_of(argv):
+    """The options of a command line."""
+    lines = [f'{name:15}{what}' for name, what in BENCHES.items()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='\n'.join(lines))
+    parser.add_argument('bench', choices=BENCHES, metavar='BENCH', help='one of those below')
+    parser.add_argument('--only', default='', help='those whose words hold this')
+    return parser.parse_args(argv or ['--help'])
+
 
 if __name__ == '__main__':
-    options = bench.chosen(sys.argv[1:], BENCHES, __doc__)
+    options = options_of(sys.argv[1:])
+    print(f'{options.bench}: {BENCHES[options.bench]}', flush=True)
 
 import torch
 
+import bench
 import train_gpt
 import train_llama
 import train_vit
-from bench import (HERE, PLAIN, lacking, measure_all, method, named, peaks_of, read_lines, sent_by,
-                   time_steps, title)
+from bench import PLAIN, measure_all, method, named, read_lines, time_steps, title
 from prepare import ensure
 
 # -----------------------------------------------------------------------------
@@ -61,9 +75,9 @@ LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
          'warmup_iters': 100, 'eval_interval': 200}
-# What config/vit_digits_adapt.py does, evaluated after every epoch (1,078 images, 17 steps).
+# What config/vit_digits_adapt.py does, 20 epochs of 1,078 images, evaluated after each.
 ADAPT = {**train_vit.defaults, **dict(
-    init_from='out/vit_quickstart/best.pt', dataset='digits_shifted', batch_size=64, epochs=20,
+    init_from='out/vit_quickstart/best.pt', dataset='digits_shifted', batch_size=64, max_iters=337,
     model='vit_tiny_patch16_224', img_size=32, patch_size=8, n_layer=6, n_head=3, n_embd=96,
     eval_interval=17, log_interval=17, warmup_iters=20, min_lr=1e-5, device='cpu', dtype='float32')}
 
@@ -210,60 +224,64 @@ TRAININGS = {
                                  ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 
+def by_method(name, **about):
+    """The last of a bench's trainings of each method, as cells."""
+    last = {cell['method']: settings for cell, settings in TRAININGS[name]}
+    return [({**about, 'method': called}, settings) for called, settings in last.items()]
+
+
 # -----------------------------------------------------------------------------
-# trainings
+# what is measured
 
 
-def train(options):
-    """Trains what assets/NAME.jsonl lacks, each on one thread in its own process; then some are timed."""
-    name, cells = options.bench, TRAININGS[options.bench]
-    for dataset in {settings['dataset'] for _, settings in lacking(name, cells, options.only)}:
+def train(name, only):
+    """Keeps the trainings that assets/NAME.jsonl lacks; of some benches times of a step, too."""
+    for dataset in {settings['dataset'] for _, settings in TRAININGS[name]}:
         ensure(dataset)  # before trainings side by side want it at once
-    accuracy = ('test_acc',) if name == 'convergence' else ()
-    measure_all(name, cells, options.only, train_one, 'trainable_parameters', 'val_loss', *accuracy,
-                jobs=options.jobs)
+    measure_all(name, TRAININGS[name], only, train_one, jobs=os.cpu_count())
     if name in ('quality', 'convergence'):
         torch.set_num_threads(1)
         # of several workers, what all of them compute
-        methods = {about['method']: {**settings, 'sync': 'step'} for about, settings in cells}
-        time_steps(f'{name}_time', named({}, methods), options, 10)
+        cells = [(about, {**settings, 'sync': 'step'}) for about, settings in by_method(name)]
+        time_steps(f'{name}_time', cells, only, 10)
 
 
-def train_one(about, settings):
-    """What is kept of a training: losses, of images accuracies too, numbers of parameters, bytes. Where it
-    did not run it says why and gives None; where it diverged there is no loss."""
-    script = 'llama' if 'size' in settings else 'vit' if 'img_size' in settings else 'gpt'
+def train_one(about, settings, tell):
+    """
+    What is kept of a training, on one thread of its own process or of each of its ranks: losses, of
+    images accuracies too, numbers of parameters, bytes.
+
+    Where it did not run it says why and gives None; where it diverged there is no loss.
+    """
+    ranks = settings.get('ranks', 1)
+    command = [sys.executable]
+    if ranks > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
     with tempfile.TemporaryDirectory() as folder:
-        settings = {**settings, 'out_dir': folder}
-        ranks = settings.pop('ranks', 1)
-        torchrun = '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'
-        ran = subprocess.run([sys.executable, *(torchrun if ranks > 1 else ()),
-                              f'train_{script}.py',
-                              *(f'--{key}={x}' for key, x in settings.items())], cwd=HERE, text=True,
-                             capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        own = {**settings, 'out_dir': folder}
+        command += [bench.script_of(settings).__file__]
+        command += [f'--{key}={x}' for key, x in own.items() if key != 'ranks']
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        said = []
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            for line in process.stdout:
+                said.append(line)
+                if step := re.match(r'step +(\d+) \| train', line):
+                    tell(int(step[1]) / settings['max_iters'])
         records = read_lines(f'{folder}/log.jsonl')
-    diverged = 'is not finite' in ran.stderr
-    if ran.returncode and not diverged:
-        said = [line for line in ran.stderr.splitlines() if 'rror: ' in line]
-        print(title(about), 'did not run:', *said[:1], flush=True)
+    diverged = any('is not finite' in line for line in said)
+    if process.returncode and not diverged:
+        print(bench.title(about), 'did not run:', *[line for line in said if 'rror: ' in line][:1])
         return None
-    steps, looks = ([line for line in records if key in line] for key in ('train_loss', 'val_loss'))
-    return {'val_loss': None if diverged else looks[-1]['val_loss'],
-            'curve': {key: [look[key] for look in looks] for key in ('step', 'val_loss', 'val_acc')
-                      if key in looks[0]},
-            **{key: records[-1][key] for key in ('test_acc', 'test_auc') if key in records[-1]},
-            'trainable_parameters': steps[0]['trainable_parameters'] if steps else None,
-            'optimizer_state_bytes': max((line['optimizer_state_bytes'] for line in steps), default=None)}
-
-
-# -----------------------------------------------------------------------------
-# what it costs
-
-
-def screened(**about):
-    """The screening's methods that train in one process, each with its last settings."""
-    last = {cell['method']: settings for cell, settings in TRAININGS['screening'] if 'ranks' not in settings}
-    return named({}, last, **about)
+    looks = [line for line in records if 'val_loss' in line]
+    found = {'val_loss': None if diverged else looks[-1]['val_loss'],
+             'curve': {key: [look[key] for look in looks] for key in ('step', 'val_loss', 'val_acc')
+                       if key in looks[0]}}
+    for key in ('test_acc', 'trainable_parameters', 'optimizer_state_bytes'):
+        if values := [line[key] for line in records if key in line]:
+            found[key] = max(values)
+    return found
 
 
 def sending(model, name, settings):
@@ -285,12 +303,17 @@ def sending_cells():
     return {title(cell[0]): cell for cell in cells}.values()  # whatever the rate and the seed
 
 
-def costs(options):
-    time_steps('speed', screened(of='screening'), options, 10)
-    peaks_of(screened(of='screening'), options)
-    sent_by(sending_cells(), options)
+def costs(only):
+    """Keeps what a step of what is screened costs in one process, and bytes that workers send."""
+    alone = [cell for cell in by_method('screening', of='screening') if 'ranks' not in cell[1]]
+    time_steps('speed', alone, only, 10)
+    bench.memory(only, alone)
+    bench.communication(only, sending_cells())
 
 
 if __name__ == '__main__':
     with config.refusals():
-        globals().get(options.bench, train)(options)
+        if options.bench == 'costs':
+            costs(options.only)
+        else:
+            train(options.bench, options.only)

@@ -9,6 +9,7 @@ again. assets/measure.py has the trainings behind the tables, and assets/figures
 """
 
 import argparse
+import ast
 import contextlib
 import ctypes
 import functools
@@ -84,94 +85,107 @@ HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # -----------------------------------------------------------------------------
-# what is measured: pairs (what it is called, all settings of its script). A name is looked up in assets
+# what is measured: cells, pairs of what a cell is called and all settings of its script
 
 FILES = sorted(HERE.glob('config/methods/*.py'), key=lambda path: (path.stem != 'full', path.stem))
+METHODS = {path.stem: config.defaults(runpy.run_path(str(path))) for path in FILES}
+METHODS['GaLore drop-in'] = dict(optimizer='galore', basis='power')  # it has no file
 
 
-def method(name, **changes):
-    """The settings of config/methods/NAME.py, with changes."""
-    found = runpy.run_path(f'{HERE}/config/methods/{name}.py')
-    return {**{key: value for key, value in found.items() if not key.startswith('_')}, **changes}
+def method(name):
+    """The settings of a method by its name: that of a file of config/methods, and what is changed,
+    such as 'galolte_2bit, merge_every=20'."""
+    file, *words = name.split(', ')
+    settings = dict(METHODS[file])
+    for key, value in (word.split('=') for word in words):
+        settings[key] = value  # a word, where it is no number
+        with contextlib.suppress(ValueError):
+            settings[key] = ast.literal_eval(value)
+    return settings
 
 
 def named(base, methods, **about):
-    """Pairs by the name of a method, of its settings beside those of `base`."""
-    return [({**about, 'method': name}, {**base, **changes}) for name, changes in methods.items()]
+    """Cells by the names of methods; methods: {name: more changes}; base: the other settings."""
+    return [({**about, 'method': name}, {**base, **method(name), **changes})
+            for name, changes in methods.items()]
 
 
-PLAIN = dict(optimizer='galore', basis='power')  # the drop-in
-# Single steps: {method: settings}
 LLAMA = {**train_llama.defaults, 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
          'gradient_accumulation_steps': 1}
-VIT = {'full fine-tuning': {},
-       **{f'LoRA, rank {rank}': method('lora', lowrank='attn', rank=rank, alpha=float(rank))
-          for rank in (1, 2, 4, 8, 16, 32)},
-       'GaLore, drop-in, rank 64': dict(PLAIN, rank=64), 'GaLore, rank 64': method('galore', rank=64)}
-SPEED = {'full rank': {}, 'MHLoRA': method('mhlora'), 'LTE': method('lte'), 'GaLore': method('galore'),
-         'GaLore, drop-in': dict(PLAIN, rank=128), 'GaLoLTE': method('galolte', rank=128)}
 
 
 def heads_cells():
     """GPT-2 124M, by the layers with heads (a table), and by heads and rank (a picture)."""
-    table = [(4, dtype, targets, 4, 4) for dtype in ('float32', 'bfloat16')
-             for targets in ('attn', 'attn,mlp', 'attn,mlp,logit')]
-    figure = [(2, 'bfloat16', 'attn', heads, rank) for heads in (1, 4, 16) for rank in (1, 4, 16, 64)]
-    for sequences, dtype, targets, heads, rank in table + figure:
+    layers = 'attn', 'attn,mlp', 'attn,mlp,logit'
+    table = itertools.product([4], ['float32', 'bfloat16'], layers, [4], [4])
+    figure = itertools.product([2], ['bfloat16'], ['attn'], [1, 4, 16], [1, 4, 16, 64])
+    for sequences, dtype, targets, heads, rank in [*table, *figure]:
+        about = dict(device=DEVICE, sequences=sequences, dtype=dtype, targets=targets, heads=heads,
+                     rank=rank)
         base = {**train_gpt.defaults, 'batch_size': sequences, 'dtype': dtype, 'grad_clip': 0.0}
-        there = dict(lowrank=targets, heads=heads, rank=rank, alpha=float(rank))
-        ways = {'full': {}, 'parallel': there, 'sequential': there}
-        yield from named(base, ways, device=DEVICE, sequences=sequences, dtype=dtype, targets=targets,
-                         heads=heads, rank=rank)
-
-
-def vit_cells(*batches):
-    """ViT at 224 pixels by size and images of a batch."""
-    for size, name, depth in (('ViT-B', 'vit_base_patch16_224', 12), ('ViT-L', 'vit_large_patch16_224', 24)):
-        for images in batches:
-            base = {**train_vit.defaults, 'model': name, 'n_layer': depth, 'batch_size': images,
-                    'dtype': 'bfloat16', 'grad_clip': 0.0}
-            yield from named(base, VIT, size=size, images=images)
+        there = {**base, 'lowrank': targets, 'heads': heads, 'rank': rank, 'alpha': float(rank)}
+        for way, settings in (('full', base), ('parallel', there), ('sequential', there)):
+            yield {**about, 'method': way}, settings
 
 
 def speed_cells():
     """Language models, 8 x 256 tokens in bfloat16."""
-    gpt = {**train_gpt.defaults, 'dtype': 'bfloat16', 'block_size': 256, 'vocab_size': 257, 'n_layer': 8,
-           'n_head': 8, 'n_embd': 512}
-    few = {**LLAMA, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}  # so that the output layer is nothing
-    for case, base in (('GPT of 25M', gpt), ('LLaMA-60M', {**LLAMA, 'size': '60m'}),
-                       ('4 layers of LLaMA-350M', few)):
-        yield from named({**base, 'batch_size': 8}, SPEED, case=case)
+    gpt = {**train_gpt.defaults, 'dtype': 'bfloat16', 'block_size': 256, 'vocab_size': 257,
+           'n_layer': 8, 'n_head': 8, 'n_embd': 512}
+    # so few words that the output layer costs nothing
+    few = {**LLAMA, 'size': '350m', 'n_layer': 4, 'vocab_size': 32}
+    bases = {'GPT of 25M': gpt, 'LLaMA-60M': {**LLAMA, 'size': '60m'},
+             '4 layers of LLaMA-350M': few}
+    wide = dict(rank=128)
+    methods = {'full': {}, 'mhlora': {}, 'lte': {}, 'galore': wide, 'GaLore drop-in': wide,
+               'galolte': wide}
+    for case, base in bases.items():
+        yield from named({**base, 'batch_size': 8}, methods, case=case)
+
+
+def vit_cells(*batches):
+    """ViT at 224 pixels by size and images of a batch."""
+    methods = {'full': {}}
+    for rank in (1, 2, 4, 8, 16, 32):
+        methods[f'lora, rank={rank}'] = dict(lowrank='attn', alpha=float(rank))
+    methods.update({'GaLore drop-in, rank=64': {}, 'galore, rank=64': {}})
+    for size, depth in (('base', 12), ('large', 24)):
+        for images in batches:
+            base = {**train_vit.defaults, 'model': f'vit_{size}_patch16_224', 'n_layer': depth,
+                    'batch_size': images, 'dtype': 'bfloat16', 'grad_clip': 0.0}
+            yield from named(base, methods, size=f'ViT-{size[0].upper()}', images=images)
 
 
 def memory_cells():
-    """LLaMA by size and method, one sequence of 256 tokens, and ViT. Bases have half of the width."""
+    """LLaMA by size and method, one sequence of 256 tokens, and ViT. Bases have half of the width,
+    with moments of 8 bits a quarter."""
     for size in ('60m', '350m', '1b', '7b'):
         width, depth = SIZES[size][:2]
-        r = width // 2
+        half = dict(rank=width // 2)
         methods = {
-            'full rank': {},
-            'GaLore, drop-in': dict(PLAIN, rank=r),
-            'GaLore': method('galore', rank=r),
-            'GaLore, per layer': method('galore', rank=r, per_layer=True),
-            'the same, 8 bits, checkpointing': method('galore_lean', rank=r // 2, checkpointing=True),
-            'Muon, lean, checkpointing': method('muon_lean', checkpointing=True),
-            'MHLoRA, 4 heads': method('mhlora'),
-            # a worker with one head; how often it merges does not matter, so that three steps have a merge
-            'LTE, a worker': method('lte', heads=1, rank=64, merge_every=2),
-            'GaLoLTE, a worker': method('galolte', heads=1, rank=r, merge_every=2)}
-        yield from named({**LLAMA, 'size': size, 'n_layer': depth, 'batch_size': 1}, methods, size=size)
+            'full': {},
+            'GaLore drop-in': half,
+            'galore': half,
+            'galore, per_layer=True': half,
+            'galore_lean, checkpointing=True': dict(rank=width // 4),
+            'muon_lean, checkpointing=True': {},
+            'mhlora': {},
+            # a worker with one head; three steps have a merge
+            'lte, heads=1': dict(rank=64, merge_every=2),
+            'galolte, heads=1': dict(half, merge_every=2)}
+        base = {**LLAMA, 'size': size, 'n_layer': depth, 'batch_size': 1}
+        yield from named(base, methods, size=size)
     yield from vit_cells(4, 32)
 
 
 def communication_cells(workers=32):
     """LLaMA-1B, rank 512, a head on each worker."""
-    one, own = dict(rank=512, heads=1), dict(rank=512, heads=workers)
-    galolte = method('galolte', basis_every=200, **own)
-    ways = {'full rank': one, 'local AdamW': method('local_adamw', **one), 'GaLore': method('galore', **one),
-            'LTE': method('lte', **own), "LTE, sync='merge'": method('lte', sync='merge', **own),
-            'GaLoLTE': galolte, "GaLoLTE, sync='merge'": {**galolte, 'sync': 'merge'}}
-    return named({**LLAMA, 'size': '1b', 'n_layer': 24}, ways, model='LLaMA-1B', workers=workers)
+    one, own = dict(rank=512), dict(rank=512, heads=workers)
+    often = dict(own, basis_every=200)
+    methods = {'full': {}, 'local_adamw': {}, 'galore': one, 'lte': own, 'lte, sync=merge': own,
+               'galolte': often, 'galolte, sync=merge': often}
+    base = {**LLAMA, 'size': '1b', 'n_layer': 24}
+    return named(base, methods, model='LLaMA-1B', workers=workers)
 
 
 # -----------------------------------------------------------------------------
@@ -209,9 +223,12 @@ def kept(name, **about):
 
 
 def title(about):
-    """What is measured, in a line."""
-    settings = about.get('settings', {}).values()
-    return ' '.join(map(str, [*(x for key, x in about.items() if key != 'settings'), *settings]))
+    """What a cell is called, in a line; of a training with the settings that its method has not."""
+    words = [str(x) for key, x in about.items() if key != 'settings']
+    if 'settings' in about:
+        usual = method(about['method'])
+        words += [f'{key}={x}' for key, x in about['settings'].items() if usual.get(key) != x]
+    return ', '.join(words)
 
 
 def progress(total):

@@ -51,53 +51,41 @@ import bench
 import train_gpt
 import train_llama
 import train_vit
-from bench import PLAIN, measure_all, method, named, read_lines, time_steps, title
+from bench import measure_all, method, named, read_lines, time_steps
 from prepare import ensure
 
 # -----------------------------------------------------------------------------
-# what is trained
+# settings that the trainings of a bench share
 
-# Trainings, {method: (its settings, [changes, each a training])}. First settings that they share.
-# A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources:
+# A GPT of 3.3M parameters, 600 steps of 2,048 bytes of Python sources
 SMALL = dict(
     dataset='stdlib', vocab_size=257, block_size=256, batch_size=8, n_layer=4, n_head=4, n_embd=256,
     max_iters=600, warmup_iters=60, eval_interval=600, eval_iters=40, log_interval=100, beta2=0.99,
     weight_decay=0.0, grad_clip=1.0, device='cpu', dtype='bfloat16')
 SCREEN = {**train_gpt.defaults, **SMALL}
-# The same of a LLaMA of 3.3M, on English: a dictionary, see assets/README.md
+# A LLaMA of 3.3M, on English: a dictionary, see assets/README.md
 ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
            'gradient_accumulation_steps': 1}
-# The GPT of 3.3M, four times as long:
 LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
-# One of 1.1M:
-SMALLER = {**SCREEN, 'n_embd': 144}
+SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
-# The finalists: 10.7M parameters, 1,000 steps of 1,024 bytes, all but the rate as the screening found best.
+# The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
          'warmup_iters': 100, 'eval_interval': 200}
-# What config/vit_digits_adapt.py does, 20 epochs of 1,078 images, evaluated after each.
+# What config/vit_digits_adapt.py does, 20 epochs of 1,078 images, evaluated after each
 ADAPT = {**train_vit.defaults, **dict(
     init_from='out/vit_quickstart/best.pt', dataset='digits_shifted', batch_size=64, max_iters=337,
     model='vit_tiny_patch16_224', img_size=32, patch_size=8, n_layer=6, n_head=3, n_embd=96,
-    eval_interval=17, log_interval=17, warmup_iters=20, min_lr=1e-5, device='cpu', dtype='float32')}
+    eval_interval=17, log_interval=17, warmup_iters=20, min_lr=1e-5, device='cpu',
+    dtype='float32')}
 
-ONE, FOUR = (dict(lowrank='attn,mlp', heads=heads) for heads in (1, 4))
-SPLIT = dict(**FOUR, split=True, merge_every=10)  # LTE
-RELORA = dict(**ONE, merge_every=100, merge_reset=True, rewarm_iters=5)
-BASES = dict(basis_every=50, beta2=0.999)
-DROP_IN = dict(**BASES, **PLAIN)
-FIRA = dict(DROP_IN, optimizer='fira')
-APOLLO = dict(BASES, optimizer='apollo', basis='random')
-LAYER = dict(**BASES, **ONE, factors='basis', merge_every=1, basis='sketch')
-GALOLTE = dict(**BASES, **SPLIT, factors='basis', basis='sketch')
-MUON_INSIDE, GALOLTE_MUON = (dict(those, optimizer='muon', scale=1.0) for those in (LAYER, GALOLTE))
-OWN = dict(ranks=4, sync='merge')  # each worker has all that trains without heads for itself
-LOCAL = dict(OWN, merge_every=10)
-SLOW_LINKS = dict(GALOLTE_MUON, **OWN, sync_bits=2)
-APART = dict(SLOW_LINKS, sync_moments=False)  # config/methods/galolte_2bit.py
+# -----------------------------------------------------------------------------
+# trainings: {method: (settings beside those of its name, [changes, each a training])}
+
+OFTEN = dict(basis_every=50, beta2=0.999)  # of methods with a basis
 
 
-def one_by_one(**values):
+def each(**values):
     """Changes of one setting each: to each of its values in turn."""
     return [{key: value} for key, those in values.items() for value in those]
 
@@ -108,120 +96,136 @@ def seeds(rate):
 
 
 def rates(best, *others):
-    """The best learning rate with three seeds, others with the first."""
-    return [*(dict(learning_rate=rate, seed=1337) for rate in (best, *others)), *seeds(best)]
+    """Learning rates: the best ones with three seeds, others with the first."""
+    return [*each(learning_rate=(*best, *others)), *sum(map(seeds, best), [])]
 
 
-def at_rates(*rows):
-    """Methods as below, of rows of a name, its settings, learning rates with three seeds, and others."""
-    return {name: (shared, [*one_by_one(learning_rate=(*best, *others)), *sum(map(seeds, best), [])])
-            for name, shared, best, *others in rows}
+def searched(rank, methods):
+    """Trainings of methods, {name: (best rates, *others)}; bases have so many directions."""
+    in_basis = dict(OFTEN, rank=rank)
+    return {name: (in_basis if 'basis' in method(name) else {}, rates(*those))
+            for name, those in methods.items()}
 
 
 SCREENING = {
-    'full rank': (dict(learning_rate=2e-3), [  # 4e-3 needs clipping; seeds: how much is noise
-        {}, *one_by_one(learning_rate=(1e-3, 4e-3), beta2=(0.999,), grad_clip=(0.0,), seed=(1, 2))]),
-    'GaLore, drop-in': (dict(DROP_IN, rank=64, learning_rate=2e-2), [
-        {}, *one_by_one(learning_rate=(1e-2, 4e-2), grad_clip=(0.0,), basis=('random', 'svd'),
-                        rank=(16, 32, 128)), dict(learning_rate=1e-2, basis='svd'), *seeds(2e-2)]),
-    **at_rates(
-        ('GaLore', dict(LAYER, rank=64), [2e-2], 1e-2, 4e-2),
-        ('Fira', dict(FIRA, rank=64), [1e-2], 5e-3, 2e-2),
-        ('APOLLO', dict(APOLLO, rank=64, scale=1.0), [2e-2], 5e-3, 1e-2, 4e-2),
-        ('APOLLO-Mini', dict(APOLLO, rank=1, scale=128**0.5), [5e-3], 2.5e-3, 1e-2, 2e-2),
-        ('SCALE', dict(optimizer='scale'), [5e-4], 2.5e-4, 1e-3, 2e-3),
-        ('Muon', dict(optimizer='muon'), [8e-3], 1e-3, 2e-3, 4e-3, 1.6e-2),
-        ('Muon, 8 bits', dict(optimizer='muon', state_bits=8), [], 8e-3),
-        ('Muon, no momentum', dict(optimizer='muon', momentum=0.0), [1.6e-2, 8e-3, 4e-3], 3.2e-2),
-        ('Muon, no momentum, 8 bits', dict(optimizer='muon', momentum=0.0, state_bits=8), [], 8e-3),
-        ('Muon, lean', method('muon_lean'), [3.2e-2, 1.6e-2], 8e-3, 6.4e-2),
-        ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [8e-3], 2e-3, 4e-3, 1.6e-2),
-        ('GaLore, Muon, no momentum', dict(MUON_INSIDE, momentum=0.0, rank=64), [3.2e-2, 1.6e-2, 8e-3],
-         4e-3, 6.4e-2),
-        ('GaLoLTE, Muon', dict(GALOLTE_MUON, rank=64), [8e-3], 4e-3, 1.6e-2),
-        ('GaLoLTE, Muon, 2 bits', dict(GALOLTE_MUON, sync_bits=2, rank=64), [8e-3])),
-    'GaLoLTE': (dict(GALOLTE, rank=64, learning_rate=2e-2), [
-        {}, *one_by_one(sync_bits=(4, 2), seed=(1, 2), learning_rate=(1e-2, 4e-2))]),
-    'GaLoLTE, Muon, on workers': (
-        dict(SLOW_LINKS, rank=64, basis_every=100, learning_rate=8e-3),
+    'full': (dict(learning_rate=2e-3), [  # 4e-3 needs clipping; seeds: how much is noise
+        {}, *each(learning_rate=(1e-3, 4e-3), beta2=(0.999,), grad_clip=(0.0,), seed=(1, 2))]),
+    'GaLore drop-in': (dict(OFTEN, rank=64, learning_rate=2e-2), [
+        {}, *each(learning_rate=(1e-2, 4e-2), grad_clip=(0.0,), basis=('random', 'svd'),
+                  rank=(16, 32, 128)), dict(learning_rate=1e-2, basis='svd'), *seeds(2e-2)]),
+    'apollo_mini': (OFTEN, rates([5e-3], 2.5e-3, 1e-2, 2e-2)),
+    **searched(64, {
+        'galore': ([2e-2], 1e-2, 4e-2),
+        'fira': ([1e-2], 5e-3, 2e-2),
+        'apollo': ([2e-2], 5e-3, 1e-2, 4e-2),
+        'scale': ([5e-4], 2.5e-4, 1e-3, 2e-3),
+        'muon': ([8e-3], 1e-3, 2e-3, 4e-3, 1.6e-2),
+        'muon, state_bits=8': ([], 8e-3),
+        'muon, momentum=0.0': ([1.6e-2, 8e-3, 4e-3], 3.2e-2),
+        'muon, momentum=0.0, state_bits=8': ([], 8e-3),
+        'muon_lean': ([3.2e-2, 1.6e-2], 8e-3, 6.4e-2),
+        'galore_muon': ([8e-3], 2e-3, 4e-3, 1.6e-2),
+        'galore_muon, momentum=0.0': ([3.2e-2, 1.6e-2, 8e-3], 4e-3, 6.4e-2)}),
+    'galolte, optimizer=muon': (
+        dict(OFTEN, rank=64, scale=1.0), rates([8e-3], 4e-3, 1.6e-2)),
+    'galolte, optimizer=muon, sync_bits=2': (dict(OFTEN, rank=64, scale=1.0), rates([8e-3])),
+    'galolte': (dict(OFTEN, rank=64, learning_rate=2e-2), [
+        {}, *each(sync_bits=(4, 2), seed=(1, 2), learning_rate=(1e-2, 4e-2))]),
+    'galolte_2bit, sync_moments=True': (
+        dict(rank=64, beta2=0.999, ranks=4, learning_rate=8e-3),
         [dict(merge_every=T, sync_bits=bits) for T in (2, 10, 50) for bits in (32, 4, 2)]),
-    "GaLoLTE, sync='merge'": (dict(GALOLTE, **OWN, rank=64), [
+    'galolte, sync=merge': (dict(OFTEN, rank=64, ranks=4), [
         dict(learning_rate=2e-2), dict(sync_bits=2, learning_rate=5e-3, scale=1.0)]),
-    'MHLoRA': (dict(FOUR, rank=16, learning_rate=2e-3), [
+    'mhlora': (dict(learning_rate=2e-3), [
         *(dict(rank=rank, alpha=times * rank) for times in (1.0, 4.0) for rank in (4, 16, 64)),
-        *(dict(alpha=64.0, **change) for change in one_by_one(learning_rate=(1e-3, 4e-3), seed=(1, 2)))]),
-    'LTE': (dict(SPLIT, rank=16, alpha=16.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3, 8e-3)),
+        *each(learning_rate=(1e-3, 4e-3), seed=(1, 2))]),
+    'lte': (dict(learning_rate=2e-3), [
+        {}, *each(merge_every=(1, 50), alpha=(64.0,), learning_rate=(4e-3, 1e-3, 8e-3)),
         dict(rank=40, alpha=40.0, learning_rate=4e-3),  # GaLoLTE's memory
-        *(dict(alpha=alpha, learning_rate=rate)
-          for alpha, rate in ((64.0, 1e-3), (64.0, 5e-4), (4.0, 4e-3))), *seeds(4e-3)]),
-    'ReLoRA': (dict(RELORA, rank=64, alpha=64.0, learning_rate=2e-3), [
-        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1e-3, 8e-3)), *seeds(4e-3)]),
-    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2, learning_rate=8e-3), [
-        {}, *one_by_one(merge_every=(50,), learning_rate=(4e-3, 1.6e-2))]),
-    'local AdamW': (dict(LOCAL, learning_rate=2e-3), [
-        {}, *one_by_one(learning_rate=(4e-3, 1e-3), merge_every=(1, 50))])}
+        dict(alpha=64.0, learning_rate=1e-3), dict(alpha=64.0, learning_rate=5e-4),
+        dict(alpha=4.0, learning_rate=4e-3), *seeds(4e-3)]),
+    'relora': (dict(learning_rate=2e-3), [
+        {}, *each(merge_every=(50,), learning_rate=(4e-3, 1e-3, 8e-3)), *seeds(4e-3)]),
+    'local_muon': (dict(ranks=4, learning_rate=8e-3), [
+        {}, *each(merge_every=(50,), learning_rate=(4e-3, 1.6e-2))]),
+    'local_adamw': (dict(ranks=4, learning_rate=2e-3), [
+        {}, *each(learning_rate=(4e-3, 1e-3), merge_every=(1, 50))])}
+WORKERS = dict(rank=96, beta2=0.999, ranks=4)
 FINALISTS = {  # ranks are a quarter of the width in all
-    'full rank': ({}, rates(1e-3, 5e-4, 2e-3)),
-    'GaLore': (dict(LAYER, rank=96), rates(5e-3)),
-    'GaLore, drop-in': (dict(DROP_IN, rank=96), rates(5e-3, 2.5e-3, 1e-2, 2e-2)),
-    'GaLoLTE': (dict(GALOLTE, rank=96), rates(1.4e-2, 7e-3, 1e-2)),
-    'ReLoRA': (dict(RELORA, rank=96, alpha=96.0), rates(2e-3, 4e-3, 1e-3)),
-    'MHLoRA': (dict(FOUR, rank=24, alpha=96.0), rates(5e-4, 2.5e-4, 1e-3, 2e-3)),
-    'LTE': (dict(SPLIT, rank=24, alpha=24.0), rates(2e-3, 4e-3, 1e-3)),
-    'Fira': (dict(FIRA, rank=96), rates(1e-2)[:1]),
-    'Muon': (dict(optimizer='muon'), rates(4e-3, 2e-3, 8e-3)),
-    'GaLore, Muon': (dict(MUON_INSIDE, rank=96), rates(4e-3, 2e-3, 8e-3, 1.6e-2)),
-    'GaLoLTE, 2 bits': (dict(GALOLTE, **OWN, sync_bits=2, rank=96), rates(1.4e-2)[:1]),
-    'GaLoLTE, Muon, 2 bits': (dict(SLOW_LINKS, rank=96), rates(8e-3)),
-    'GaLoLTE, Muon, 2 bits, rarely': (
-        dict(SLOW_LINKS, rank=96, basis_every=100, learning_rate=8e-3, seed=1337),
-        one_by_one(merge_every=(50, 20))),
-    'GaLoLTE, Muon, 2 bits, moments apart': (dict(APART, rank=96, basis_every=100), rates(8e-3, 4e-3)),
-    'GaLoLTE, Muon, 2 bits, moments apart, rarely': (
-        dict(APART, rank=96, merge_every=20, basis_every=200), rates(8e-3, 4e-3)),
-    'local AdamW': (LOCAL, rates(1e-3, 5e-4, 2e-3)),
-    'local Muon, 2 bits': (dict(LOCAL, optimizer='muon', sync_bits=2), rates(4e-3)[:1]),
-    'Muon, lean': (method('muon_lean'), rates(1.6e-2, 8e-3, 3.2e-2))}
-SIXTEEN = {name: ({**FINALISTS[name][0], 'param_dtype': 'bfloat16'}, rates(rate))
-           for name, rate in (('full rank', 1e-3), ('GaLore', 5e-3), ('LTE', 2e-3))}
-ON_ENGLISH = at_rates(
-    ('full rank', {}, [1e-3], 5e-4, 2e-3),
-    ('GaLore', dict(LAYER, rank=64), [1e-2], 2e-2, 4e-2),
-    ('Muon', dict(optimizer='muon'), [4e-3], 2e-3, 8e-3),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [4e-3], 8e-3, 1.6e-2),
-    ('Muon, lean', method('muon_lean'), [1.6e-2], 8e-3, 3.2e-2),
-    ('full rank, 16 bits', dict(param_dtype='bfloat16'), [], 2e-3),
-    ('GaLore, 16 bits', dict(LAYER, rank=64, param_dtype='bfloat16'), [], 2e-2),
-    ('LTE', dict(SPLIT, rank=16, alpha=16.0), [4e-3], 2e-3, 8e-3))
-FOR_LONGER = at_rates(
-    ('full rank', {}, [2e-3], 1e-3, 4e-3),
-    ('GaLore', dict(LAYER, rank=64), [1e-2], 5e-3, 2e-2),
-    ('Muon', dict(optimizer='muon'), [4e-3], 2e-3, 8e-3),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=64), [4e-3], 2e-3, 8e-3),
-    ('Muon, lean', method('muon_lean'), [1.6e-2], 4e-3, 8e-3))
-FOR_SMALLER = at_rates(
-    ('full rank', {}, [2e-3], 1e-3, 4e-3),
-    ('GaLore', dict(LAYER, rank=36), [4e-2], 1e-2, 2e-2, 8e-2),
-    ('Muon', dict(optimizer='muon'), [1.6e-2], 8e-3, 3.2e-2),
-    ('GaLore, Muon', dict(MUON_INSIDE, rank=36), [8e-3], 4e-3, 1.6e-2, 3.2e-2),
-    ('Muon, lean', method('muon_lean'), [3.2e-2], 1.6e-2, 6.4e-2))
+    **searched(96, {
+        'full': ([1e-3], 5e-4, 2e-3),
+        'galore': ([5e-3],),
+        'GaLore drop-in': ([5e-3], 2.5e-3, 1e-2, 2e-2),
+        'galolte': ([1.4e-2], 7e-3, 1e-2),
+        'fira': ([], 1e-2),
+        'muon': ([4e-3], 2e-3, 8e-3),
+        'galore_muon': ([4e-3], 2e-3, 8e-3, 1.6e-2),
+        'muon_lean': ([1.6e-2], 8e-3, 3.2e-2)}),
+    'relora': (dict(rank=96, alpha=96.0), rates([2e-3], 4e-3, 1e-3)),
+    'mhlora': (dict(rank=24, alpha=96.0), rates([5e-4], 2.5e-4, 1e-3, 2e-3)),
+    'lte': (dict(rank=24, alpha=24.0), rates([2e-3], 4e-3, 1e-3)),
+    'galolte, sync=merge, sync_bits=2': (dict(WORKERS, basis_every=50), rates([], 1.4e-2)),
+    'galolte_2bit, sync_moments=True': (dict(WORKERS, learning_rate=8e-3), [
+        dict(merge_every=50), *each(basis_every=(50,)),
+        *(dict(seeded, basis_every=50) for seeded in seeds(8e-3))]),
+    'galolte_2bit, sync_moments=True, merge_every=20': (WORKERS, rates([], 8e-3)),
+    'galolte_2bit': (WORKERS, rates([8e-3], 4e-3)),
+    'galolte_2bit, merge_every=20': (dict(WORKERS, basis_every=200), rates([8e-3], 4e-3)),
+    'local_adamw': (dict(ranks=4), rates([1e-3], 5e-4, 2e-3)),
+    'local_muon': (dict(ranks=4), rates([], 4e-3))}
+SIXTEEN = {name: (dict(FINALISTS[name][0], param_dtype='bfloat16'), rates([rate]))
+           for name, rate in (('full', 1e-3), ('galore', 5e-3), ('lte', 2e-3))}
+ON_ENGLISH = searched(64, {
+    'full': ([1e-3], 5e-4, 2e-3),
+    'galore': ([1e-2], 2e-2, 4e-2),
+    'muon': ([4e-3], 2e-3, 8e-3),
+    'galore_muon': ([4e-3], 8e-3, 1.6e-2),
+    'muon_lean': ([1.6e-2], 8e-3, 3.2e-2),
+    'full, param_dtype=bfloat16': ([], 2e-3),
+    'galore, param_dtype=bfloat16': ([], 2e-2),
+    'lte': ([4e-3], 2e-3, 8e-3)})
+FOR_LONGER = searched(64, {
+    'full': ([2e-3], 1e-3, 4e-3),
+    'galore': ([1e-2], 5e-3, 2e-2),
+    'muon': ([4e-3], 2e-3, 8e-3),
+    'galore_muon': ([4e-3], 2e-3, 8e-3),
+    'muon_lean': ([1.6e-2], 4e-3, 8e-3)})
+FOR_SMALLER = searched(36, {
+    'full': ([2e-3], 1e-3, 4e-3),
+    'galore': ([4e-2], 1e-2, 2e-2, 8e-2),
+    'muon': ([1.6e-2], 8e-3, 3.2e-2),
+    'galore_muon': ([8e-3], 4e-3, 1.6e-2, 3.2e-2),
+    'muon_lean': ([3.2e-2], 1.6e-2, 6.4e-2)})
 ADAPTING = {
-    'full fine-tuning': (dict(lowrank=''), rates(3e-3, 1e-3, 3e-4)),
-    'LoRA, rank 2': (dict(ONE, rank=2, alpha=2.0), rates(1e-2, 3e-3, 1e-3)),
-    'LoRA, rank 8': (dict(ONE, rank=8, alpha=8.0), rates(1e-2, 3e-3, 1e-3)),
-    'LoRA, rank 32': (dict(ONE, rank=32, alpha=32.0), rates(3e-3, 1e-3, 1e-2))}
-HEADS_ON = {  # all else is at full rank
-    letters: (dict(SPLIT, rank=16, alpha=16.0, lowrank=layers) if layers else {}, rates(2e-3))
-    for letters, layers in {'none': '', 'A': 'attn', 'M': 'mlp', 'L': 'logit', 'AM': 'attn,mlp',
-                            'AL': 'attn,logit', 'ML': 'mlp,logit', 'AML': 'attn,mlp,logit'}.items()}
-TRAININGS = {
-    bench: [(dict(method=name, settings={**shared, **change}), {**base, **shared, **change})
-            for name, (shared, changes) in methods.items() for change in changes]
-    for bench, base, methods in (('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS),
-                                 ('sixteen', FINAL, SIXTEEN), ('english', ENGLISH, ON_ENGLISH),
-                                 ('longer', LONGER, FOR_LONGER), ('smaller', SMALLER, FOR_SMALLER),
-                                 ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
+    'full': ({}, rates([3e-3], 1e-3, 3e-4)),
+    'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),
+    'lora, rank=8': (dict(alpha=8.0), rates([1e-2], 3e-3, 1e-3)),
+    'lora, rank=32': (dict(alpha=32.0), rates([3e-3], 1e-3, 1e-2))}
+HEADS_ON = {name: ({}, rates([2e-3])) for name in (  # all else is at full rank
+    'full', 'lte, lowrank=attn', 'lte, lowrank=mlp', 'lte, lowrank=logit', 'lte, lowrank=attn,mlp',
+    'lte, lowrank=attn,logit', 'lte, lowrank=mlp,logit', 'lte, lowrank=attn,mlp,logit')}
+
+
+def cells_of(name, base, methods):
+    """
+    Cells of a bench's trainings: ({method, settings: what it sets}, all settings).
+
+    Where a line of assets/NAME.jsonl has other words for the same settings, the cell has those.
+    """
+    lines = read_lines(ROOT / f'assets/{name}.jsonl')
+    for called, (shared, changes) in methods.items():
+        known = [line['settings'] for line in lines if line['method'] == called]
+        for change in changes:
+            own = {**method(called), **shared, **change}
+            same = [words for words in known if {**base, **words} == {**base, **own}]
+            yield dict(method=called, settings=(same or [own])[0]), {**base, **own}
+
+
+TRAININGS = {name: list(cells_of(name, base, methods)) for name, base, methods in (
+    ('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS), ('sixteen', FINAL, SIXTEEN),
+    ('english', ENGLISH, ON_ENGLISH), ('longer', LONGER, FOR_LONGER),
+    ('smaller', SMALLER, FOR_SMALLER), ('convergence', ADAPT, ADAPTING),
+    ('layers', LAYERS, HEADS_ON))}
 
 
 def by_method(name, **about):
@@ -284,23 +288,29 @@ def train_one(about, settings, tell):
     return found
 
 
-def sending(model, name, settings):
+def sending(model, about):
     """What a training on four workers is called in assets/communication.jsonl."""
-    keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_moments'
+    settings = {'sync_bits': 32, **about['settings']}
+    keys = 'rank', 'merge_every', 'basis', 'basis_every', 'sync_bits'
     what = {key: settings[key] for key in keys if key in settings}
-    return dict(model=model, method=name, workers=4, **what, sync_bits=settings.get('sync_bits', 32))
+    if not settings.get('sync_moments', True):
+        what['sync_moments'] = False
+    return dict(model=model, method=about['method'], workers=4, **what)
 
 
 def sending_cells():
-    """Trainings that are meant for several workers, as four of them."""
-    cells = [(sending(model, about['method'], about['settings']), {**settings, 'dtype': 'float32'})
-             for model in ('screening', 'quality', 'english') for about, settings in TRAININGS[model]
-             if about['method'] not in ('MHLoRA', 'ReLoRA')]
-    few = {f'GaLoLTE, {bits} bits': {'sync_bits': bits} for bits in (32, 8, 4, 2)}
+    """Trainings that are meant for several workers, on four of them; and bits by `sync`."""
+    cells = {}  # whatever the rate and the seed
+    for model in ('screening', 'quality', 'english'):
+        for about, settings in TRAININGS[model]:
+            if about['method'] not in ('mhlora', 'relora'):
+                about = sending(model, about)
+                cells[bench.title(about)] = about, {**settings, 'dtype': 'float32'}
+    few = {f'galolte, sync_bits={bits}': dict(OFTEN, rank=96, dtype='float32')
+           for bits in (32, 8, 4, 2)}
     for sync in ('merge', 'step'):
-        base = {**FINAL, **GALOLTE, 'rank': 96, 'sync': sync, 'dtype': 'float32'}
-        cells += named(base, few, model='quality', workers=4, sync=sync)
-    return {title(cell[0]): cell for cell in cells}.values()  # whatever the rate and the seed
+        yield from named({**FINAL, 'sync': sync}, few, model='quality', workers=4, sync=sync)
+    yield from cells.values()
 
 
 def costs(only):

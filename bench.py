@@ -60,7 +60,10 @@ def options_of(argv):
 
 if __name__ == '__main__':
     options = options_of(sys.argv[1:])  # before torch: mistakes are answered at once
-    print(f'{options.bench}:', *options.words or [BENCHES[options.bench]], flush=True)
+    what = BENCHES[options.bench]
+    if options.words:
+        what = f"plans {' '.join(options.words)}, weights in float32, then in bfloat16"
+    print(f'{options.bench}: {what}', flush=True)
 
 import torch
 import torch.distributed as dist

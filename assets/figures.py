@@ -202,7 +202,7 @@ def draw_heads():
             axes.plot(ranks, parameters, '^:', color='grey', label='trained parameters')
             axes.axhline(1.0, color='black', lw=1, label='full rank')
             on_log(axes.xaxis, *ranks)
-            axes.set(title=f"{heads} head{'s' * (heads > 1)}", xlabel='rank of each head')
+            axes.set(title=f'heads: {heads}', xlabel='rank of each head')
         panels[0, 0].set(ylabel='time, parameters; full rank = 1', ylim=(0, None))
 
 

@@ -2256,6 +2256,16 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
         assert np.shape(log[-1]['test_confusion']) == (2, 2) and log[-1]['classes'] == whole['classes']
 
 
+def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(runs):
+    out = runs('vit_full', 8)
+    with mock.patch.object(sys, 'path', [f'{HERE}/assets', *sys.path]):
+        draw = runpy.run_path(f'{HERE}/assets/figures.py')['draw_confusion']
+    draw(out)
+    assert (out / 'confusion.png').stat().st_size > 1000
+    with pytest.raises(SystemExit, match='no log of a test'):
+        draw(runs('gpt_full', 8))
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, tmp_path, script):
     out, vit = tmp_path / 'a', ['--dataset=digits', '--img_size=32', '--patch_size=16'] * (script == 'vit')

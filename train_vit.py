@@ -364,6 +364,8 @@ def test(run, data, meter, step):
     if run.rank == 0:
         shares = ('no images' if x is None else f'{x:.3f}' for x in record['test_acc_by_class'])
         print('accuracy by class: ' + ', '.join(map(' '.join, zip(data.classes, shares))))
+        if matrix is not None:
+            print(f'python assets/figures.py {run.s.out_dir} draws the confusion matrix')
 
 
 def main(settings):

@@ -1,21 +1,25 @@
 """
-Draws the pictures in this folder from the lines of *.jsonl, and renews tables of both README.md:
+Draws the pictures in this folder from the lines of *.jsonl, and renews tables of both README.md; or
+draws the confusion matrix of a run of train_vit.py into its folder:
 
 $ python assets/figures.py
+$ python assets/figures.py out/vit_quickstart
 """
 
 import contextlib
 import functools
 import math
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from measure import ADAPT, TRAININGS, by_method, sending
-from bench import kept, title  # measure has put its folder on the path
+from bench import kept, read_lines, title  # measure has put its folder on the path
 
 HERE = Path(__file__).resolve().parent
 matplotlib.rcParams.update({'font.size': 11, 'axes.titlesize': 12, 'legend.fontsize': 11})
@@ -451,7 +455,39 @@ def renew_tables():
     renew('README.md', 'sixteen', head, sixteen_rows())
 
 
-if __name__ == '__main__':
+# -----------------------------------------------------------------------------
+# a run's own
+
+
+def draw_confusion(out_dir):
+    """Draws out_dir/confusion.png of the last test in a log: counts (of up to 40 classes), and as
+    color the share of each true class."""
+    records = [record for name in ('log.jsonl', 'eval.jsonl')
+               for record in read_lines(f'{out_dir}/{name}') if 'test_confusion' in record]
+    if not records:
+        raise SystemExit(f"'{out_dir}' has no log of a test with a confusion matrix: give the "
+                         'out_dir of a run of train_vit.py that has ended')
+    matrix, classes = np.array(records[-1]['test_confusion']), records[-1]['classes']
+    few = len(classes) <= 40
+    size = 2.5 + 0.45 * min(len(classes), 40)
+    figure = Figure((size, size), layout='constrained')
+    axes = figure.subplots()
+    share = matrix / matrix.sum(1, keepdims=True).clip(1)
+    axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for (true, said), count in np.ndenumerate(matrix) if few else ():
+        color = 'white' if share[true, said] > 0.5 else 'black'
+        axes.text(said, true, count, ha='center', va='center', size=8, color=color)
+    names = [name if len(name) < 25 else f'{name[:23]}..' for name in classes]
+    look = dict(parse_math=False, size=10 if few else 400 / len(classes))
+    axes.set_xticks(range(len(names)), names, rotation=90, **look)
+    axes.set_yticks(range(len(names)), names, **look)
+    axes.set(xlabel='predicted', ylabel='true')
+    figure.savefig(f'{out_dir}/confusion.png', dpi=120)
+
+
+if __name__ == '__main__' and sys.argv[1:]:
+    draw_confusion(sys.argv[1])
+elif __name__ == '__main__':
     draw_method()
     draw_heads()
     draw_memory('memory', {f'LLaMA {size.upper()}': dict(size=size)

@@ -274,6 +274,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return set()
         return set(self.index)
 
+    @property
+    def _step_supports_amp_scaling(self):
+        """torch's name: a GradScaler then leaves its work to `step`, which refuses it."""
+        return self.per_layer
+
     def add_param_group(self, group):
         super().add_param_group(group)
         group = self.param_groups[-1]
@@ -338,6 +343,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """One step; returns the closure's loss, or None. Parameters without a gradient are left
         alone."""
         self._refuse_twice()
+        if getattr(self, 'grad_scale', None) is not None:  # set by a GradScaler
+            raise ValueError('per_layer=True steps in the backward pass, before a GradScaler has '
+                             'unscaled gradients: train in bfloat16 or float32 without one')
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -760,6 +768,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         if p.requires_grad and p not in leave:
             parts[part_of(name, p)][name] = p
     if ruled and not parts['ruled']:
+        if any(type(module).__name__ == 'Conv1D' for module in named.values()):
+            raise ValueError(f"{rule=} and {rank=}, but transformers' Conv1D is no nn.Linear: load "
+                             'the weights into model.GPT')
         below = ', '.join(KINDS['attn'] + KINDS['mlp'])
         raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take '
                          'AdamW (rank=0), or name your modules in lowrank.KINDS')

@@ -215,8 +215,10 @@ class MHLoRALinear(nn.Module):
         m, n = linear.weight.shape
         if factors not in ('both', 'B', 'basis'):
             raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
-        if rank < 1 or heads < 1 or merge_every < 0:
-            raise ValueError(f'{rank=}, {heads=} must be at least 1, {merge_every=} at least 0')
+        are_integers = all(isinstance(x, int) for x in (rank, heads, merge_every))
+        if not are_integers or rank < 1 or heads < 1 or merge_every < 0:
+            raise ValueError(f'{rank=}, {heads=} must be integers of at least 1, {merge_every=} '
+                             'one of at least 0')
         if factors != 'basis' and alpha is not None and not alpha > 0:
             raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
         if factors != 'basis' and rank > min(m, n):
@@ -500,6 +502,10 @@ def find_linears(model, targets):
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear}
     for target in targets:
+        for name in named_layers(model):
+            if is_wanted(name, [target]):
+                raise ValueError(f"'{name}' has low-rank weights already: build the model anew, or "
+                                 'give all targets in one call')
         if not any(is_wanted(name, [target]) for name in linears):
             there = ', '.join(sorted({name.split('.')[-1] for name in linears}))
             raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', "

@@ -392,10 +392,10 @@ UNSAID = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only'
 _locks = []  # the one that this process holds
 
 
-def open_run(settings, where, data):
+def open_run(settings, where):
     """
-    What comes before anything is built. Ranks whose settings, code or data (a fingerprint) differ
-    are refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and
+    What comes before data are read and anything is built. Ranks whose settings or code differ are
+    refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and
     returned (else None). Resolves 'auto' in settings['init_from'] and ['train']. ValueError,
     OSError: what is wrong.
     """
@@ -403,7 +403,7 @@ def open_run(settings, where, data):
     if settings['init_from'] == 'auto':  # each rank looks at its own disk
         settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if where.ranks > 1:
-        compare_ranks({**settings, 'data': data, 'code': fingerprint_of_code()}, where.ranks)
+        compare_ranks({**settings, 'code': fingerprint_of_code()}, where.ranks)
     if where.rank == 0:
         claim_folder(settings)
     if where.ranks > 1:
@@ -412,12 +412,18 @@ def open_run(settings, where, data):
         return None
     checkpoint = load_checkpoint(path)
     changed = need_same(settings, checkpoint)
-    if checkpoint.get('data', data) != data:
-        raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began "
-                         'with: it was prepared anew, from other files or in another way')
     if changed and where.rank == 0:
         print(f'resumed with other settings than before: {changed}')
     return checkpoint
+
+
+def need_same_data(data, settings, where, checkpoint):
+    """ValueError: ranks have other data (a fingerprint), or the run that goes on had."""
+    if where.ranks > 1:
+        compare_ranks({'data': data}, where.ranks)
+    if checkpoint and checkpoint.get('data', data) != data:
+        raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began "
+                         'with: it was prepared anew, from other files or in another way')
 
 
 def fingerprint_of_code():
@@ -511,8 +517,9 @@ def need_same(settings, checkpoint):
     if old != new:  # where the run is in its data is a number of steps
         raise ValueError(f'the checkpoint was trained with {old} rows a step, and batch_size times '
                          f'gradient_accumulation_steps is {new}: set them so that it is the same')
+    unsaid = UNSAID | {'max_iters'} if settings.get('epochs') else UNSAID  # it is not known yet
     return ', '.join(f'{key} {before[key]!r} -> {settings[key]!r}' for key in changed
-                     if key not in UNSAID)
+                     if key not in unsaid)
 
 
 def start_run(settings, step):

@@ -367,8 +367,17 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/llama_60m.py', 1, "'config/llama_60m.py' is one of train_llama.py"),
     ('llama', 'config/vit_quickstart.py', 1, 'is one of train_vit.py'),
     ('llama', 'config/llama_1b.py config/methods/lte.py', 1,
-     "learning_rate in config/llama_1b.py is given for full, galore, galore_lean, and not for the method "
+     "learning_rate in config/llama_1b.py have values for full, galore, galore_lean, and not for the method "
      "'lte'"),
+    ('gpt', 'config/quickstart.py {m_mine}', 1,
+     "learning_rate, beta2 in config/quickstart.py have values for full, local_adamw"),
+    ('gpt', 'config/quickstart.py {m_mine}', 1, "the method 'mine': add them there, or set --learning_rate=, --beta2="),
+    ('gpt', '{ends}', 1, "ends.py' does not run (SystemExit: 0)"),
+    ('gpt', '--rank 16', 1, "'--rank' has no value: write --rank=16"),
+    ('gpt', '--overwrite config/quickstart.py', 1, 'write --overwrite=True'),
+    ('gpt', '--learning_rate=1e400', 1, 'learning_rate=inf on the command line is no number to compute with'),
+    ('gpt', '--data_dir=', 1, "data_dir='' names nothing: set --data_dir=data"),
+    ('gpt', f'--n_layer={"x" * 5000}', 1, f"n_layer='{'x' * 79} on the command line is of type str"),
     ('gpt', '{tables}', 1, 'rank=4.5 for lte in {tables} is of type float, but int'),
     ('gpt', '{list}', 1, 'type list, but str'),
     ('gpt', '{typo}', 1, "did you mean 'learning_rate'"), ('gpt', '{syntax}', 1, 'SyntaxError'),
@@ -380,7 +389,8 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, monkeypatch, script, words,
     monkeypatch.chdir(HERE)
     paths = write_files(
         tmp_path, tables="rank = {'lte': 4.5}", list="lowrank = ['attn']", typo="lerning_rate = {'full': 1.0}",
-        syntax="lowrank = 'attn", name='max_iters = many * 2')
+        syntax="lowrank = 'attn", name='max_iters = many * 2', m_mine="optimizer = 'adamw'",
+        ends='import sys; sys.exit(0)')
     for name, path in paths.items():
         words, said = words.replace(f'{{{name}}}', path), said.replace(f'{{{name}}}', path)
     refused(capsys, lambda: settings_of(SCRIPTS[script], *words.split(), ranks=ranks), said)

@@ -98,7 +98,8 @@ from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers
 from model import SIZES, Llama, LlamaConfig
 from ranks import mean, rows_of, shard, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
-                 open_run, put_layers, save, set_learning_rate, stop_requested, unscale)
+                 need_same_data, open_run, put_layers, save, set_learning_rate, stop_requested,
+                 unscale)
 
 
 def build(settings, where, vocabulary, checkpoint=None):
@@ -205,12 +206,13 @@ def main(settings):
     s = SimpleNamespace(**settings)
     where = join(settings)
     with config.refusals():
+        checkpoint = open_run(settings, where)
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
+        need_same_data(train_data.fingerprint, settings, where, checkpoint)
         # of a micro-batch the rows that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
         rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
-        checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')

@@ -107,7 +107,8 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layer
                      named_layers)
 from ranks import load_weights, mean, rows_of, shard
 from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
-                 make_optimizer, open_run, save, set_learning_rate, stop_requested, unscale)
+                 make_optimizer, need_same_data, open_run, save, set_learning_rate, stop_requested,
+                 unscale)
 
 # -----------------------------------------------------------------------------
 # images
@@ -372,8 +373,10 @@ def main(settings):
     s = SimpleNamespace(**settings)
     where = join(settings)
     with config.refusals():
+        checkpoint = open_run(settings, where)
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
+        need_same_data(train_data.fingerprint, settings, where, checkpoint)
         classes, images = train_data.classes, s.batch_size * s.gradient_accumulation_steps
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
@@ -381,7 +384,6 @@ def main(settings):
         # of a micro-batch the rows that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
         rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
-        checkpoint = open_run(settings, where, train_data.fingerprint)
         run = build(settings, where, classes, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0

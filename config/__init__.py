@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -50,12 +51,15 @@ def said(error):
 
 
 def in_one_line(kind, error, trace):
-    """For sys.excepthook: Ctrl-C, and what the disk refuses, are one line."""
+    """For sys.excepthook: Ctrl-C, full memory, and what the disk refuses, are one line."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was "
               'saved before stands', file=sys.stderr)
+    elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+        print('error: memory is full. What fits, without a GPU: python bench.py memory and the '
+              f'same config files ({said(error)})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -95,6 +99,12 @@ def load(namespace, known, argv):
     if not {'-h', '--help'}.isdisjoint(argv):
         show_help(namespace)
         raise SystemExit(0)
+    for word, following in zip(argv, [*argv[1:], '']):
+        if word.startswith('--') and '=' not in word:
+            value = 'True' if isinstance(known.get(word[2:]), bool) else 'value'
+            if following and not following.startswith('--') and not following.endswith('.py'):
+                value = following
+            fail(f"'{word}' has no value: write {word}={value}")
     paths = [word for word in argv if not word.startswith('--')]
     methods = [Path(path).stem for path in paths if Path(path).absolute().parent.name == 'methods']
     if len(methods) > 1:
@@ -107,12 +117,14 @@ def load(namespace, known, argv):
     found = {**plain, **chosen, **typed_in}  # {key: (value, where it stands)}
     settings = {**known, **{key: value for key, (value, _) in found.items()}}
     s = check(settings, known, {key: where for key, (_, where) in found.items()})
-    for key, table in tables.items():
-        # a method that says nothing of lowrank has none
-        if key not in found and key != 'lowrank' and not without_effect(key, s):
-            *_, (_, where) = table.values()
-            fail(f"{key} {where} is given for {', '.join(table)}, and not for the method "
-                 f'{method!r}: add it there, or set --{key}=')
+    # a method that says nothing of lowrank has none
+    lacking = [key for key in tables
+               if key not in found and key != 'lowrank' and not without_effect(key, s)]
+    if lacking:
+        table = tables[lacking[0]]
+        *_, (_, where) = table.values()
+        fail(f"{', '.join(lacking)} {where} have values for {', '.join(table)}, and not for the "
+             f"method {method!r}: add them there, or set --{'=, --'.join(lacking)}=")
     if method == 'full' and 'learning_rate' in chosen and 'learning_rate' not in typed_in \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {chosen['learning_rate'][1]} is that of full rank, and this run is "
@@ -154,10 +166,7 @@ def read_words(words, known):
     """What a command line sets by --key=value: {key: (value, where)}."""
     found = {}
     for word in words:
-        key, equals, text = word[2:].partition('=')
-        if not equals:
-            example = 'True' if isinstance(known.get(key), bool) else 'value'
-            fail(f"'{word}' has no value: write --{key}={example}")
+        key, _, text = word[2:].partition('=')
         value = text  # where it is no Python literal
         if isinstance(known.get(key), str):
             quoted = re.fullmatch(r"""(['"])([^'"\\]*)\1""", text)
@@ -188,7 +197,7 @@ def run_file(path, seen, namespace):
     try:
         text = Path(path).read_text('utf-8')
         exec(compile(text, path, 'exec'), scope)
-    except Exception as error:  # it is the user's program, and may fail in any way
+    except (Exception, SystemExit) as error:  # it is the user's program, and may fail in any way
         fail(f"config file '{path}' does not run ({type(error).__name__}: {error}): correct it")
     header = ''.join(line for line in text.splitlines(True) if line.startswith('#'))
     scripts = re.findall(r'\btrain_\w+\.py', header)
@@ -210,11 +219,13 @@ def checked(known, key, value, where):
         if value is None:
             return None
     if wanted is float and seen is int:
-        return float(value)
+        value, seen = float(value), float
     if wanted is not seen:
         example = wanted(1) if known[key] is None else known[key]
-        fail(f'setting {key}={value!r} {where} is of type {seen.__name__}, but {wanted.__name__} '
-             f'is needed, such as {example!r}')
+        fail(f'setting {key}={repr(value)[:80]} {where} is of type {seen.__name__}, but '
+             f'{wanted.__name__} is needed, such as {example!r}')
+    if seen is float and not math.isfinite(value):
+        fail(f'setting {key}={value} {where} is no number to compute with')
     return value
 
 
@@ -309,10 +320,11 @@ CHECKS = (
      and not (s.split and s.heads > 1),
      'merging one head, or heads that see the same tokens, changes nothing: set merge_reset=True '
      '(ReLoRA), or split=True and several heads (LTE)'),
-    (lambda s: s.sync == 'merge'
-     and not ((s.split or not s.lowrank) and s.merge_every and s.ranks > 1),
-     "sync='merge' averages at merges what several ranks train, beside split heads or without any: "
-     "set merge_every, split=True with lowrank, and start it with torchrun, or set sync='step'"),
+    (lambda s: s.sync == 'merge' and s.ranks == 1,
+     "start it with torchrun: sync='merge' averages what several ranks train, and here is one"),
+    (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every),
+     "sync='merge' averages at merges, beside split heads or without any: set merge_every, and "
+     "with lowrank split=True, or set sync='step'"),
     (lambda s: s.sync == 'merge' and 'rank' in s.uses and s.basis != 'random',
      "sync='merge' averages weights, and each rank would have other bases: set another optimizer "
      "than {optimizer!r}, such as 'adamw', or basis='random'"),
@@ -358,17 +370,20 @@ def check(settings, known, given):
     for key, least in LEAST.items():
         if settings.get(key) is not None and not settings[key] >= least:  # nor nan
             fail(f'{key}={settings[key]} makes no sense: set at least {least}')
+    for key in ('out_dir', 'data_dir', 'dataset'):
+        if settings.get(key) == '':
+            fail(f"{key}='' names nothing: set --{key}={known[key]}")
     for key, allowed in CHOICES.items():
         if key in settings and settings[key] not in allowed:
-            fail(f'{key}={settings[key]!r} is not known: set one of '
+            fail(f'{key}={repr(settings[key])[:80]} is not known: set one of '
                  f"{', '.join(map(repr, allowed))}")
     uses = ()
     if 'optimizer' in settings:
         found, name = optimizers(known), settings['optimizer']
         if name not in found:
             fail(f'optimizer={name!r} is not known: set one of '
-                 f"{', '.join(map(repr, sorted(found)))}, or add a file to config/methods that sets "
-                 'it')
+                 f"{', '.join(map(repr, sorted(found)))}, or add a file to config/methods that "
+                 'sets it')
         uses = found[name]
     s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, **settings}, vit='epochs' in settings,
                         uses=uses, ranks=int(os.environ.get('WORLD_SIZE', 1)))

@@ -1567,6 +1567,13 @@ def twice():
     dx.sum().backward()
 
 
+def scaled_per_layer():
+    net = linears()
+    optimizer, scaler = galore.GaLoreAdamW(net.parameters(), per_layer=True), torch.amp.GradScaler('cpu')
+    scaler.scale(net['attn'](torch.ones(2, 8)).sum()).backward()
+    scaler.step(optimizer)
+
+
 def in_basis(heads=1, merge_every=1, **settings):
     net = put(linears(), heads=heads, rank=2, factors='basis', split=heads > 1, merge_every=merge_every)
     optimizer = galore.LowRankAdamW(net, **settings)
@@ -1616,7 +1623,11 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira'), 'with rank=None: set one of'),
         (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0), 'momentum=1.0'))),
-    (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4')]
+    (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4'),
+    (lambda: galore.param_groups(linears(attn=type('Conv1D', (nn.Module,), {})()), rank=4), "Conv1D is no nn.Linear"),
+    (lambda: lowrank.MHLoRALinear(nn.Linear(3, 3), rank='2'), "rank='2', heads=1 must be integers"),
+    (lambda: [put(net) for net in [linears()] * 2], "'attn' has low-rank weights already"),
+    (scaled_per_layer, 'per_layer=True steps in the backward pass, before a GradScaler')]
 
 
 def test_what_only_shows_later_is_warned_of_once():
@@ -2907,7 +2918,7 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
         refused(capsys, run(), 'another run')
     run()()
     assert (tmp_path / 'best.pt.0123abcd.tmp').exists()
-    refused(capsys, run(), 'already holds a run', '--overwrite=True')
+    refused(capsys, run('--dataset=nothing'), 'already holds a run', '--overwrite=True')  # before data are read
     run('--overwrite=True')()
     assert (tmp_path / 'theirs').read_text() == 'precious'
     assert [path.name for path in tmp_path.glob('*.tmp')] == ['ckpt.pt.tmp']  # of a run of ours it is a kill's

@@ -3,9 +3,11 @@ Weights of others, in and out: transformers, PEFT, nanoGPT, timm. Reading for th
 and sample.py; export.py writes.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -162,37 +164,59 @@ def turned(name, x):
 
 
 def read_safetensors(path):
-    """Yields (name, tensor) of a file. ValueError, FileNotFoundError: it is damaged, or missing."""
+    """Yields (name, tensor) of a file, see `opened`."""
+    with opened(path) as tensors:
+        for name in tensors.keys():
+            yield name, tensors.get_tensor(name)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A file of safetensors. ValueError, FileNotFoundError: it is damaged, or missing."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
     try:
         with safe_open(path, 'pt') as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_tensor(name)
+            yield tensors
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch "
                          'it again') from None
 
 
-def read_tensors(folder, config):
-    """Yields (name, tensor), in our names and shapes, of a folder's model.safetensors, or its
-    index's shards.
-
-    ValueError, FileNotFoundError: a file is damaged, or missing."""
-    gpt = isinstance(config, GPTConfig)
-    index = os.path.join(folder, 'model.safetensors.index.json')
-    files = ['model.safetensors']
+def files_of_tensors(folder):
+    """The names of a folder's tensors, and of its files of them: model.safetensors, or what its
+    index names. ValueError, FileNotFoundError: a file is damaged, or missing."""
+    index, file = (os.path.join(folder, f'model.safetensors{end}') for end in ('.index.json', ''))
     if os.path.isfile(index):
         found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
         files = sorted({*map(str, found.values())})
-    elif not os.path.isfile(os.path.join(folder, files[0])):
+        for file in files:
+            if os.path.basename(file) != file:
+                raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the "
+                                 'folder again')
+        return [*found], files
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards "
                                 '(other formats are not read): fetch it again, or save the model '
                                 'as safetensors')
-    for file in files:
-        if os.path.basename(file) != file:
-            raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the "
-                             'folder again')
+    with opened(file) as tensors:
+        return [*tensors.keys()], ['model.safetensors']
+
+
+def refuse_other_depth(folder, names, config):
+    """ValueError: names of tensors are not those of as many layers as config.json says. A model of
+    a billion layers would be built for hours."""
+    numbers = {found[1] for name in names
+               if (found := re.search(r'(?:^|\.)(?:layers|h)\.(\d+)\.', name))}
+    if len(numbers) != config.n_layer:
+        raise ValueError(f"'{folder}/config.json' says {config.n_layer} layers, and the weights "
+                         f'beside it are those of {len(numbers)}: fetch the folder again')
+
+
+def read_tensors(folder, config):
+    """Yields (name, tensor), in our names and shapes, of a folder's safetensors."""
+    gpt = isinstance(config, GPTConfig)
+    for file in files_of_tensors(folder)[1]:
         for name, x in read_safetensors(os.path.join(folder, file)):
             if gpt and not name.startswith(('transformer.', 'lm_head.')):
                 name = f'transformer.{name}'
@@ -380,6 +404,7 @@ def read_weights(source):
         shape, tensors, tokens = read_weights(rest[0])
         return *with_adapter(folder, shape, tensors), tokens
     shape = read_config(folder)
+    refuse_other_depth(folder, files_of_tensors(folder)[0], shape)
     known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
     return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None
 

@@ -663,8 +663,8 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
         ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'), ({'rms_norm_eps': None}, 'rms_norm_eps'),
         ({'layer_types': ['linear_attention']}, 'layer_types'), ({'hidden_size': 0}, 'hidden_size'),
         ({'num_hidden_layers': '2'}, "num_hidden_layers='2', which is no int"),
-        ({'intermediate_size': 25}, 'of shape'), ({'num_hidden_layers': 3}, 'lacks model.layers.2'),
-        ({'num_hidden_layers': 1}, 'holds model.layers.1'))),
+        ({'intermediate_size': 25}, 'of shape'), ({'num_hidden_layers': 10**9}, 'says 1000000000 layers, and the weights beside it are those of 2'),
+        ({'num_hidden_layers': 1}, 'says 1 layers'))),
     # shards
     (SHARD, flipped(16), 'no whole shard.*--overwrite'), (SHARD, cut(0, -1), 'no whole shard.*--overwrite'),
     (SHARD, None, 'is missing.*--overwrite'), (SHARD, flipped(99), 'train_000000.bin.*checksum.*--overwrite'),

@@ -2970,6 +2970,38 @@ def test_the_snippets_of_the_readme_run():
         assert model(*batches[0]).item() < before
 
 
+@pytest.mark.parametrize('name', ['ddp', 'accumulation', 'scaler', 'accelerate', 'transformers'])
+def test_loops_that_people_write_train(tmp_path, monkeypatch, name):
+    with open(f'{HERE}/assets/README.md', encoding='utf-8') as file:
+        snippet = file.read().split(f'```python run {name}\n')[1].split('```')[0]
+    model, batches = tiny_gpt(n_embd=64).float(), [tokens_of(2, 3, 9)] * 6
+    names = dict(model=model, batches=batches, torch=torch, device='cpu')
+    if name == 'accelerate':
+        pytest.importorskip('accelerate')
+    if name == 'transformers':
+        pytest.importorskip('accelerate')
+        theirs = pytest.importorskip('transformers')
+        model = names['model'] = theirs.LlamaForCausalLM(theirs.LlamaConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))
+        names['data'] = [dict(input_ids=list(range(9)), labels=list(range(9)))] * 8
+    monkeypatch.chdir(tmp_path)
+
+    def loss():
+        if name != 'transformers':
+            return model(*batches[0]).item()
+        tokens = torch.arange(9)[None]
+        return model(input_ids=tokens, labels=tokens).loss.item()
+    before = loss()
+    if name == 'ddp':
+        torch.distributed.init_process_group('gloo', f'file://{tmp_path}/pair', rank=0, world_size=1)
+    try:
+        exec(snippet, names)
+    finally:
+        if name == 'ddp':
+            torch.distributed.destroy_process_group()
+    assert loss() < before
+
+
 # -----------------------------------------------------------------------------
 # runs that something goes wrong in
 

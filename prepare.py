@@ -49,22 +49,15 @@ import numpy as np
 from config import (in_one_line, read_json, refusals, replacing, typed, write_json,
                     written_beside)
 
+# -----------------------------------------------------------------------------
+# what is written
+
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
 MAGIC, VERSION = b'nLRshard', 1
 MARKER = '.data_of_nanolowrank'  # a file in every data set
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
-DIGITS = ('digits', 'digits_shifted')
-PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
 PROMPT = 2**31  # the bit of a token that is read, and not learned
 ANEW = 'prepare the data set again with --overwrite'
-HUB = {  # repository, columns of a document, files of each split, how many tokens, share of val without files
-    'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
-                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}, None, 0.05),
-    'c4': ('allenai/c4', ['text'],
-           {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}, '156 billion', 0.05),
-    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'],
-                    {'train': 'sample/10BT/*.parquet'}, '10 billion (its sample)', 0.005),
-}
 
 
 class DataError(ValueError):
@@ -99,8 +92,294 @@ def groups(items):
         yield group
 
 
+def item_type(meta):
+    """An item of the shards: a token, or the label and the pixels of an image."""
+    if meta.get('kind', 'tokens') == 'tokens':
+        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 and not meta.get('prompts') else '<u4')
+    classes = len(meta['classes'])
+    labels = classes if meta['task'].startswith('multi-label') else 1
+    pixels = (meta['channels'], meta['size'], meta['size'])
+    return np.dtype([('label', 'u1', (labels,)), ('image', 'u1', pixels)])
+
+
+def header_of(dtype, items):
+    return HEADER.pack(MAGIC, VERSION, dtype.itemsize, items)
+
+
+def read_meta(path):
+    """What meta.json of a data set says. ValueError: it is damaged, or another program wrote it."""
+    meta = read_json(path, {
+        'kind': str, 'tokens': dict, 'images': dict, 'bytes': dict, 'shards': list, 'vocab_size': int,
+        'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
+    images = meta.get('kind') == 'images'
+    needed = ['classes', 'task', 'channels', 'size', 'images'] if images else ['vocab_size', 'tokens']
+    said = [(key, meta.get(key)) for key in ('shards', *needed)]
+    for shard in meta.get('shards') or ():
+        wanted = {'file': str, 'split': str, 'sha256': str, 'images' if images else 'tokens': int}
+        found = typed(shard, wanted, path)
+        said += [(key, found.get(key)) for key in wanted]
+    for key, value in said:
+        if not value:
+            raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away and prepare "
+                            'the data set again')
+    return meta
+
+
+def open_shards(folder, meta, entries):
+    """Memory-mapped items (count,) of shards of meta['shards']. DataError for one that is not whole."""
+    dtype, shards = item_type(meta), []
+    for entry in entries:
+        path, items = folder / entry['file'], entry[meta.get('kind', 'tokens')]
+        if not path.exists():
+            raise MissingData(f"'{path}' is missing: {ANEW}")
+        with open(path, 'rb') as file:
+            header, size = file.read(HEADER.size), path.stat().st_size
+        if header != header_of(dtype, items) or size != HEADER.size + dtype.itemsize * items:
+            raise DataError(f"'{path}' is no whole shard of {items} items of {dtype.itemsize} bytes (it has "
+                            f'{size} bytes and begins with {header}): {ANEW}')
+        shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (items,))))  # arrays slice faster
+    return shards
+
+
+def verify(folder):
+    """Compares every shard of a data set with its checksum in meta.json. DataError: one is another."""
+    if not (folder / 'meta.json').is_file():
+        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
+    meta = read_meta(folder / 'meta.json')
+    open_shards(folder, meta, meta['shards'])
+    for shard in meta['shards']:
+        path = folder / shard['file']
+        with open(path, 'rb') as file:
+            if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
+                raise DataError(f"'{path}' is damaged (its checksum is not that of meta.json): {ANEW}")
+    print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
+
+
 # -----------------------------------------------------------------------------
-# the hub, and tokenizers
+# sources of text: generators of (split, text, ends); split None: the hash decides; ends: the document ends here
+
+def stdlib_documents():
+    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+    for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
+        folders[:] = sorted(set(folders) - skip)
+        for file in sorted(files):
+            if file.endswith('.py'):
+                yield None, Path(folder, file).read_text('utf-8', 'replace_and_count'), True
+
+
+def text_documents(paths, size):
+    """Local files, streamed. A .txt is one document, in pieces of `size` characters or more."""
+    for path in paths:
+        empty = True
+        for text, ends in FORMATS[Path(path).suffix.lower()](path, size):
+            empty = empty and not ''.join(text).strip()
+            yield None, text, ends
+        if empty:
+            raise DataError(f"'{path}' is empty: leave it out of --input")
+
+
+def read_lines(path, size=-1):
+    """Lines, or `size` characters of a longer one. Bad bytes are replaced and counted, line ends stay."""
+    with open(path, encoding='utf-8-sig', errors='replace_and_count', newline='\n') as file:
+        while line := file.readline(size):
+            if '\0' in line:
+                raise DataError(f"'{path}' is binary (it holds NUL bytes): give text in UTF-8")
+            yield line
+
+
+def read_txt(path, size):
+    piece = ''
+    for line in read_lines(path, size):
+        piece += line
+        if len(piece) >= size:
+            yield piece, False
+            piece = ''
+    yield piece, True
+
+
+def read_jsonl(path, _):
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion'",
+                         'give one JSON object a line'):
+                found = json.loads(line)
+                keys = ['text'] if 'text' in found else ['prompt', 'completion']
+                # JSON can spell half a surrogate pair
+                texts = [found[key].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
+                         for key in keys]
+            yield texts[0] if len(texts) == 1 else tuple(texts), True
+
+
+def has_prompts(path):
+    """Whether the first line of a .jsonl has a prompt."""
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
+    with contextlib.suppress(ValueError):  # `read_jsonl` says of what is damaged
+        found = json.loads(first)
+        return isinstance(found, dict) and 'prompt' in found and 'text' not in found
+    return False
+
+
+def read_parquet(path, _):
+    import pyarrow.parquet
+    with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
+                 'convert it or rename the column'), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(256, columns=['text']):
+            for text in batch['text'].to_pylist():
+                if not isinstance(text, (str, type(None))):
+                    raise ValueError(f'it holds {type(text).__name__}')
+                yield text or '', True
+
+
+FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
+HUB = {  # repository, columns of a document, files of each split, how many tokens, share of val without files
+    'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
+                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}, None, 0.05),
+    'c4': ('allenai/c4', ['text'],
+           {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}, '156 billion', 0.05),
+    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'],
+                    {'train': 'sample/10BT/*.parquet'}, '10 billion (its sample)', 0.005),
+}
+
+
+def hub_documents(name, path, limit):
+    """Streamed from the hub, or from its files in the folder `path`. limit: training tokens or None."""
+    import requests
+    from datasets import load_dataset
+    from huggingface_hub.constants import ENDPOINT
+    repository, columns, files, *_ = HUB[name]
+    with reading(f"the files of '{path or repository}' cannot be reached, are damaged or lack {columns}",
+                 f"connect, or use --path FOLDER with whole files {files['train']} of {repository}"):
+        if path:
+            files = {split: pattern for split, pattern in files.items()
+                     if glob.glob(os.path.join(path, pattern))}
+        else:
+            requests.head(ENDPOINT, timeout=10)  # datasets itself tries for half a minute
+        for split in files:
+            rows = load_dataset(path or repository, data_files=files, split=split, streaming=True)
+            if name == 'c4' and split == 'val':  # has 170M tokens; GaLore evaluates on 10M: 20,000 documents
+                rows = rows.take(min(20_000, max(100, limit // 10_000)) if limit else 20_000)
+            own = split if 'val' in files else None  # a copy without the validation files: the hash decides
+            for row in rows.select_columns(columns):
+                yield own, '\n\n'.join(row[column] for column in columns), True
+
+
+# -----------------------------------------------------------------------------
+# sources of images: generators of (split, labels (n, 1 or classes), images (n, channels, size, size))
+
+DIGITS = ('digits', 'digits_shifted')
+PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
+
+
+def digit_images(shifted):
+    """scikit-learn's digits, 8 x 8, enlarged; the order, and with it the splits, is fixed."""
+    from scipy.ndimage import rotate
+    from sklearn.datasets import load_digits
+    data = load_digits()
+    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    enlarge = np.maximum(0, 1 - abs(at[:, None] - np.arange(8)))  # (32, 8), bilinear
+    ink = (enlarge @ (data.images / 16) @ enlarge.T)[:, None]  # (n, 1, 32, 32)
+    images, count = ink.repeat(3, 1), len(ink)
+    order = order_of(count, 0)
+    if shifted:  # dark on a light ground of its own hue
+        ink = rotate(ink, 30, (3, 2), reshape=False, order=1)
+        hue = order[:, None, None, None] / count + np.arange(3)[:, None, None] / 3  # (n, 3, 1, 1)
+        images = (1 - ink) * (0.7 + 0.3 * np.cos(2 * np.pi * hue))
+    images = (255 * images).round().astype(np.uint8)
+    for split, rows in zip(SPLITS['images'], np.split(order, [count * 3 // 5, count * 4 // 5])):
+        yield split, data.target[rows, None], images[rows]
+
+
+def pictures_of(folder):
+    """{class: paths} of the pictures FOLDER/class/*, in order."""
+    files = {path.name: [file for file in sorted(path.rglob('*')) if file.is_file()
+                         and not any(part.startswith('.') for part in file.relative_to(path).parts)]
+             for path in sorted(Path(folder).glob('[!.]*/'))}
+    found = {name: [file for file in those if file.suffix.lower() in PICTURES]
+             for name, those in files.items()}
+    if other := {file.suffix for name in files for file in {*files[name]} - {*found[name]}}:
+        print(f"files that end in {', '.join(sorted(other))} are passed over")
+    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
+        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class into one "
+                        'FOLDER/class/, of which a tenth each is taken for validation and test')
+    for name in found:
+        with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
+            name.encode()
+    lacking = [name for name, files in found.items() if not files]
+    if not 2 <= len(found) <= 256 or lacking:
+        what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
+        raise DataError(f"'{folder}' has {len(found)} folders of classes, {what}: put pictures "
+                        f"({', '.join(PICTURES)}) into FOLDER/class/")
+    return found
+
+
+def own_images(found, size):
+    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. A tenth each, by a
+    number of the file, is for validation and test."""
+    from PIL import Image, ImageOps
+
+    def read(entry):
+        label, path = entry
+        content = path.read_bytes()
+        with reading(f"'{path}' is damaged or no picture", 'remove it'):
+            picture = Image.open(io.BytesIO(content))
+            if picture.mode[0] in 'IF':  # Pillow would cut them
+                raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
+            if picture.has_transparency_data:  # as browsers show it
+                ground = Image.new('RGBA', picture.size, 'white')
+                picture = Image.alpha_composite(ground, picture.convert('RGBA'))
+            picture = ImageOps.exif_transpose(picture.convert('RGB'))
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
+        return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
+
+    entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
+        for group in groups(entries):
+            yield from pool.map(read, group)
+
+
+def medmnist_info():
+    """medmnist.INFO, read from its file: the package imports torch and scikit-learn, which takes seconds."""
+    return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
+
+
+def medmnist_images(path, size, info):
+    """Streamed out of MedMNIST's archive `path`; info: its entry of medmnist.INFO."""
+    shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
+    classes, rows = len(info['label']), max(1, 2**20 // math.prod(shape))
+    width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
+    if not path.exists():
+        from torchvision.datasets.utils import download_url
+        flag = '' if size == 28 else f'_{size}'
+        with reading(f"{info[f'url{flag}']} cannot be downloaded",
+                     f'connect and run it again, or use --path FOLDER with {path.name} in it'):
+            download_url(info[f'url{flag}'], path.parent, path.name, info[f'MD5{flag}'])
+    with reading(f"'{path}' is damaged or no archive of MedMNIST", 'move it away and get it again'), \
+            np.load(path) as archive:
+        for split in SPLITS['images']:
+            labels = archive[f'{split}_labels']
+            with archive.zip.open(f'{split}_images.npy') as file:
+                np.lib.format.read_magic(file)
+                (count, *image), fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                if (*image,) != shape or dtype != np.uint8 or fortran:
+                    raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
+                                    f"{shape} (uint8): correct --size or get the archive of this size")
+                low, high = labels.min(initial=0), labels.max(initial=0)
+                whole = labels.dtype.kind in 'iub'
+                if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
+                    raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
+                                    f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
+                                    f"{classes} classes: get the archive of this flag")
+                for chunk in np.split(labels, range(rows, count, rows)):
+                    pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
+                    yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
+                if file.read(1):  # asking for more also compares the checksum
+                    raise EOFError
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
 
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
              'generation_config.json')  # what travels with tokens
@@ -215,6 +494,9 @@ def carry(sources, target, names=TOKENIZER):
             (target / name).unlink(missing_ok=True)
 
 
+# -----------------------------------------------------------------------------
+# writing
+
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
     def encode(text):
@@ -237,220 +519,6 @@ def tokenise(documents, encoding, val_below):
                     tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
                 yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
 
-
-# -----------------------------------------------------------------------------
-# documents: generators of (split, text, ends); split None: the hash decides; ends: the document ends here
-
-def stdlib_documents():
-    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
-    for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
-        folders[:] = sorted(set(folders) - skip)
-        for file in sorted(files):
-            if file.endswith('.py'):
-                yield None, Path(folder, file).read_text('utf-8', 'replace_and_count'), True
-
-
-def text_documents(paths, size):
-    """Local files, streamed. A .txt is one document, in pieces of `size` characters or more."""
-    for path in paths:
-        empty = True
-        for text, ends in FORMATS[Path(path).suffix.lower()](path, size):
-            empty = empty and not ''.join(text).strip()
-            yield None, text, ends
-        if empty:
-            raise DataError(f"'{path}' is empty: leave it out of --input")
-
-
-def read_lines(path, size=-1):
-    """Lines, or `size` characters of a longer one. Bad bytes are replaced and counted, line ends stay."""
-    with open(path, encoding='utf-8-sig', errors='replace_and_count', newline='\n') as file:
-        while line := file.readline(size):
-            if '\0' in line:
-                raise DataError(f"'{path}' is binary (it holds NUL bytes): give text in UTF-8")
-            yield line
-
-
-def read_txt(path, size):
-    piece = ''
-    for line in read_lines(path, size):
-        piece += line
-        if len(piece) >= size:
-            yield piece, False
-            piece = ''
-    yield piece, True
-
-
-def read_jsonl(path, _):
-    for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion'",
-                         'give one JSON object a line'):
-                found = json.loads(line)
-                keys = ['text'] if 'text' in found else ['prompt', 'completion']
-                # JSON can spell half a surrogate pair
-                texts = [found[key].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
-                         for key in keys]
-            yield texts[0] if len(texts) == 1 else tuple(texts), True
-
-
-def has_prompts(path):
-    """Whether the first line of a .jsonl has a prompt."""
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
-    with contextlib.suppress(ValueError):  # `read_jsonl` says of what is damaged
-        found = json.loads(first)
-        return isinstance(found, dict) and 'prompt' in found and 'text' not in found
-    return False
-
-
-def read_parquet(path, _):
-    import pyarrow.parquet
-    with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
-                 'convert it or rename the column'), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(256, columns=['text']):
-            for text in batch['text'].to_pylist():
-                if not isinstance(text, (str, type(None))):
-                    raise ValueError(f'it holds {type(text).__name__}')
-                yield text or '', True
-
-
-FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
-
-
-def hub_documents(name, path, limit):
-    """Streamed from the hub, or from its files in the folder `path`. limit: training tokens or None."""
-    import requests
-    from datasets import load_dataset
-    from huggingface_hub.constants import ENDPOINT
-    repository, columns, files, *_ = HUB[name]
-    with reading(f"the files of '{path or repository}' cannot be reached, are damaged or lack {columns}",
-                 f"connect, or use --path FOLDER with whole files {files['train']} of {repository}"):
-        if path:
-            files = {split: pattern for split, pattern in files.items()
-                     if glob.glob(os.path.join(path, pattern))}
-        else:
-            requests.head(ENDPOINT, timeout=10)  # datasets itself tries for half a minute
-        for split in files:
-            rows = load_dataset(path or repository, data_files=files, split=split, streaming=True)
-            if name == 'c4' and split == 'val':  # has 170M tokens; GaLore evaluates on 10M: 20,000 documents
-                rows = rows.take(min(20_000, max(100, limit // 10_000)) if limit else 20_000)
-            own = split if 'val' in files else None  # a copy without the validation files: the hash decides
-            for row in rows.select_columns(columns):
-                yield own, '\n\n'.join(row[column] for column in columns), True
-
-
-# -----------------------------------------------------------------------------
-# images: generators of (split, labels (n, 1 or classes), images (n, channels, size, size))
-
-def digit_images(shifted):
-    """scikit-learn's digits, 8 x 8, enlarged; the order, and with it the splits, is fixed."""
-    from scipy.ndimage import rotate
-    from sklearn.datasets import load_digits
-    data = load_digits()
-    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
-    enlarge = np.maximum(0, 1 - abs(at[:, None] - np.arange(8)))  # (32, 8), bilinear
-    ink = (enlarge @ (data.images / 16) @ enlarge.T)[:, None]  # (n, 1, 32, 32)
-    images, count = ink.repeat(3, 1), len(ink)
-    order = order_of(count, 0)
-    if shifted:  # dark on a light ground of its own hue
-        ink = rotate(ink, 30, (3, 2), reshape=False, order=1)
-        hue = order[:, None, None, None] / count + np.arange(3)[:, None, None] / 3  # (n, 3, 1, 1)
-        images = (1 - ink) * (0.7 + 0.3 * np.cos(2 * np.pi * hue))
-    images = (255 * images).round().astype(np.uint8)
-    for split, rows in zip(SPLITS['images'], np.split(order, [count * 3 // 5, count * 4 // 5])):
-        yield split, data.target[rows, None], images[rows]
-
-
-def pictures_of(folder):
-    """{class: paths} of the pictures FOLDER/class/*, in order."""
-    files = {path.name: [file for file in sorted(path.rglob('*')) if file.is_file()
-                         and not any(part.startswith('.') for part in file.relative_to(path).parts)]
-             for path in sorted(Path(folder).glob('[!.]*/'))}
-    found = {name: [file for file in those if file.suffix.lower() in PICTURES]
-             for name, those in files.items()}
-    if other := {file.suffix for name in files for file in {*files[name]} - {*found[name]}}:
-        print(f"files that end in {', '.join(sorted(other))} are passed over")
-    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
-        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class into one "
-                        'FOLDER/class/, of which a tenth each is taken for validation and test')
-    for name in found:
-        with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
-            name.encode()
-    lacking = [name for name, files in found.items() if not files]
-    if not 2 <= len(found) <= 256 or lacking:
-        what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
-        raise DataError(f"'{folder}' has {len(found)} folders of classes, {what}: put pictures "
-                        f"({', '.join(PICTURES)}) into FOLDER/class/")
-    return found
-
-
-def own_images(found, size):
-    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. A tenth each, by a
-    number of the file, is for validation and test."""
-    from PIL import Image, ImageOps
-
-    def read(entry):
-        label, path = entry
-        content = path.read_bytes()
-        with reading(f"'{path}' is damaged or no picture", 'remove it'):
-            picture = Image.open(io.BytesIO(content))
-            if picture.mode[0] in 'IF':  # Pillow would cut them
-                raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
-            if picture.has_transparency_data:  # as browsers show it
-                ground = Image.new('RGBA', picture.size, 'white')
-                picture = Image.alpha_composite(ground, picture.convert('RGBA'))
-            picture = ImageOps.exif_transpose(picture.convert('RGB'))
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
-        return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
-
-    entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
-        for group in groups(entries):
-            yield from pool.map(read, group)
-
-
-def medmnist_info():
-    """medmnist.INFO, read from its file: the package imports torch and scikit-learn, which takes seconds."""
-    return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
-
-
-def medmnist_images(path, size, info):
-    """Streamed out of MedMNIST's archive `path`; info: its entry of medmnist.INFO."""
-    shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
-    classes, rows = len(info['label']), max(1, 2**20 // math.prod(shape))
-    width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
-    if not path.exists():
-        from torchvision.datasets.utils import download_url
-        flag = '' if size == 28 else f'_{size}'
-        with reading(f"{info[f'url{flag}']} cannot be downloaded",
-                     f'connect and run it again, or use --path FOLDER with {path.name} in it'):
-            download_url(info[f'url{flag}'], path.parent, path.name, info[f'MD5{flag}'])
-    with reading(f"'{path}' is damaged or no archive of MedMNIST", 'move it away and get it again'), \
-            np.load(path) as archive:
-        for split in SPLITS['images']:
-            labels = archive[f'{split}_labels']
-            with archive.zip.open(f'{split}_images.npy') as file:
-                np.lib.format.read_magic(file)
-                (count, *image), fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if (*image,) != shape or dtype != np.uint8 or fortran:
-                    raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
-                                    f"{shape} (uint8): correct --size or get the archive of this size")
-                low, high = labels.min(initial=0), labels.max(initial=0)
-                whole = labels.dtype.kind in 'iub'
-                if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
-                    raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
-                                    f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
-                                    f"{classes} classes: get the archive of this flag")
-                for chunk in np.split(labels, range(rows, count, rows)):
-                    pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
-                    yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
-                if file.read(1):  # asking for more also compares the checksum
-                    raise EOFError
-
-
-# -----------------------------------------------------------------------------
-# writer
 
 class Writer:
     """The shards of a data set, and meta.json, which `publish` writes last."""
@@ -591,70 +659,7 @@ def write(folder, settings, fill, overwrite):
 
 
 # -----------------------------------------------------------------------------
-# reader
-
-def read_meta(path):
-    """What meta.json of a data set says. ValueError: it is damaged, or another program wrote it."""
-    meta = read_json(path, {
-        'kind': str, 'tokens': dict, 'images': dict, 'bytes': dict, 'shards': list, 'vocab_size': int,
-        'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
-    images = meta.get('kind') == 'images'
-    needed = ['classes', 'task', 'channels', 'size', 'images'] if images else ['vocab_size', 'tokens']
-    said = [(key, meta.get(key)) for key in ('shards', *needed)]
-    for shard in meta.get('shards') or ():
-        wanted = {'file': str, 'split': str, 'sha256': str, 'images' if images else 'tokens': int}
-        found = typed(shard, wanted, path)
-        said += [(key, found.get(key)) for key in wanted]
-    for key, value in said:
-        if not value:
-            raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away and prepare "
-                            'the data set again')
-    return meta
-
-
-def item_type(meta):
-    """An item of the shards: a token, or the label and the pixels of an image."""
-    if meta.get('kind', 'tokens') == 'tokens':
-        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 and not meta.get('prompts') else '<u4')
-    classes = len(meta['classes'])
-    labels = classes if meta['task'].startswith('multi-label') else 1
-    pixels = (meta['channels'], meta['size'], meta['size'])
-    return np.dtype([('label', 'u1', (labels,)), ('image', 'u1', pixels)])
-
-
-def header_of(dtype, items):
-    return HEADER.pack(MAGIC, VERSION, dtype.itemsize, items)
-
-
-def open_shards(folder, meta, entries):
-    """Memory-mapped items (count,) of shards of meta['shards']. DataError for one that is not whole."""
-    dtype, shards = item_type(meta), []
-    for entry in entries:
-        path, items = folder / entry['file'], entry[meta.get('kind', 'tokens')]
-        if not path.exists():
-            raise MissingData(f"'{path}' is missing: {ANEW}")
-        with open(path, 'rb') as file:
-            header, size = file.read(HEADER.size), path.stat().st_size
-        if header != header_of(dtype, items) or size != HEADER.size + dtype.itemsize * items:
-            raise DataError(f"'{path}' is no whole shard of {items} items of {dtype.itemsize} bytes (it has "
-                            f'{size} bytes and begins with {header}): {ANEW}')
-        shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (items,))))  # arrays slice faster
-    return shards
-
-
-def verify(folder):
-    """Compares every shard of a data set with its checksum in meta.json. DataError: one is another."""
-    if not (folder / 'meta.json').is_file():
-        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
-    meta = read_meta(folder / 'meta.json')
-    open_shards(folder, meta, meta['shards'])
-    for shard in meta['shards']:
-        path = folder / shard['file']
-        with open(path, 'rb') as file:
-            if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
-                raise DataError(f"'{path}' is damaged (its checksum is not that of meta.json): {ANEW}")
-    print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
-
+# reading
 
 def ensure(name, data_dir='data'):
     """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or

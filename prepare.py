@@ -45,6 +45,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from config import (in_one_line, read_json, refusals, replacing, typed, write_json,
                     written_beside)
@@ -90,6 +91,10 @@ def groups(items):
     items = iter(items)
     while group := [*itertools.islice(items, 16 * os.cpu_count())]:
         yield group
+
+
+def kind_of(meta):
+    return meta.get('kind', 'tokens')  # data sets of text do not say it
 
 
 def item_type(meta):
@@ -688,155 +693,166 @@ def order_of(count, seed, epoch=0):
 
 
 class Split:
-    """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads items, and
-    `first`, the number of the first item of each shard, with their total at the end."""
+    """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads them,
+    and `first`: the number of the first item of each shard, and at the end that of all."""
 
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
-        folder = self.folder = Path(data_dir, name)
-        self.meta = read_meta(folder / 'meta.json')
-        sums = ''.join(shard['sha256'] for shard in self.meta['shards'])
-        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of the whole data set
-        held = self.meta.get('kind', 'tokens')
-        if held != kind:
-            raise DataError(f"data set '{name}' holds {held}, not {kind}: choose one of {kind}")
-        mine = [shard for shard in self.meta['shards'] if shard['split'] == split]
-        if not mine:
+        self.folder = Path(data_dir, name)
+        self.meta = read_meta(self.folder / 'meta.json')
+        if kind_of(self.meta) != kind:
+            raise DataError(f"data set '{name}' holds {kind_of(self.meta)}, not {kind}: choose one "
+                            f'of {kind}')
+        sums = ''.join(entry['sha256'] for entry in self.meta['shards'])
+        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of all splits
+        entries = [entry for entry in self.meta['shards'] if entry['split'] == split]
+        if not entries:
             raise DataError(f"data set '{name}' has no split '{split}': use one of "
                             f"{', '.join(self.meta[kind])}")
-        self.shards = open_shards(folder, self.meta, mine)
+        self.shards = open_shards(self.folder, self.meta, entries)
 
-    def locate(self, index):
-        """(row, shard, place in the shard) of every item of `index` (rows,)."""
-        shards = np.searchsorted(self.first, index, 'right') - 1
-        for row, (item, shard) in enumerate(zip(index.tolist(), shards.tolist())):
-            yield row, self.shards[shard], item - int(self.first[shard])
+    def __len__(self):
+        return int(self.first[-1])
+
+    def gather(self, shards, index):
+        """The items `index` (rows,) of arrays, one for each shard."""
+        shard = np.searchsorted(self.first, index, 'right') - 1  # the last one that begins before
+        number = index - self.first[shard]  # in its shard
+        found = np.empty((len(index), *shards[0].shape[1:]), shards[0].dtype)
+        for row, (i, j) in enumerate(zip(shard.tolist(), number.tolist())):
+            found[row] = shards[i][j]
+        return found
 
     def need_below(self, limit, numbers, what):
-        """OSError where an item is none of the data set: a shard is damaged."""
+        """OSError where a number that was read cannot be: a shard is damaged."""
         most = int(numbers.max(initial=0))
         if most >= limit:
-            said = f'it holds {what} {most}, and there are {limit}: {ANEW}'
-            raise OSError(errno.EIO, said, str(self.folder))
+            sentence = f'it holds {what} {most}, and there are {limit}: {ANEW}'
+            raise OSError(errno.EIO, sentence, str(self.folder))
+
+    def index(self, batch_size, step, micro_step=0, accumulation=1, seed=0):
+        """The items of a micro-batch, (batch_size,) int64: a function of its arguments alone. An
+        epoch shows each item once, in an order of (seed, epoch)."""
+        first = (step * accumulation + micro_step) * batch_size
+        epochs, index = np.divmod(np.arange(first, first + batch_size), len(self))
+        for epoch in np.unique(epochs).tolist():  # two, where one ends inside the batch
+            rows = epochs == epoch
+            index[rows] = order_of(len(self), seed, epoch)[index[rows]]
+        return index
 
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None):
-        """Items x, y of a micro-batch of batch_size rows, or of those of its `rows` (integers), in order.
-
-        A function of its arguments alone. An epoch shows every item once, in an order of (seed, epoch)."""
-        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        sequence = (step * accumulation + micro_step) * batch_size + rows
-        count = int(self.first[-1])
-        epochs, index = np.divmod(sequence, count)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            index[here] = order_of(count, seed, epoch)[index[here]]
-        return self.items(index)
+        """x, y of a micro-batch of batch_size rows, or of those in `rows` (integers)."""
+        index = self.index(batch_size, step, micro_step, accumulation, seed)
+        return self.items(index if rows is None else index[rows])
 
 
 class Tokens(Split):
-    """The windows of one split: runs of `block_size` tokens that do not overlap, each inside one shard.
+    """The windows of one split: runs of `block_size` tokens that do not overlap, each in one shard.
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number, `tokens_per_byte` of text.
-    Batches are inputs and targets (rows, block_size), int64; of data with prompts, whose targets are -100,
-    also weights (rows,) for model.language_loss. DataError (a ValueError) for a broken file or a block_size
-    longer than the data, MissingData (a FileNotFoundError too) where something is missing."""
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. Batches are inputs
+    and targets (rows, block_size), int64; of data with prompts, whose targets are -100, also
+    weights (rows,) for model.language_loss. DataError: a file is broken or missing, or block_size
+    is longer than the data."""
 
     def __init__(self, name, split, block_size, data_dir='data'):
         super().__init__(name, split, 'tokens', data_dir)
-        self.vocab_size, self.block_size = self.meta['vocab_size'], block_size
-        self.first = np.cumsum([0] + [(len(shard) - 1) // block_size for shard in self.shards])
-        self.num_windows = int(self.first[-1])
-        self.prompts, self.counted = self.meta.get('prompts', False), (None, None)
-        learned = self.meta['tokens'][split]
-        if self.prompts:
-            learned = sum(int((shard < PROMPT).sum()) for shard in self.shards)
-        self.tokens_per_byte = learned / max(1, self.meta.get('bytes', {}).get(split, 0))
-        if not self.num_windows:
-            raise DataError(f"block_size {block_size} is longer than the '{split}' data of '{name}': "
-                            f"set block_size to {max(map(len, self.shards)) - 1} or less")
+        self.split, self.vocab_size, self.block_size = split, self.meta['vocab_size'], block_size
+        longest = max(map(len, self.shards)) - 1
+        if block_size > longest:
+            raise DataError(f"block_size {block_size} is longer than the '{split}' data of "
+                            f"'{name}': set block_size to {longest} or less")
+        # views (windows, block_size + 1): a window ends with the first token of the next one
+        self.windows = [sliding_window_view(shard, block_size + 1)[::block_size]
+                        for shard in self.shards if len(shard) > block_size]
+        self.first = np.cumsum([0, *map(len, self.windows)])
+        self.num_windows = len(self)
+        self.learned = None  # with prompts the number of targets of each window, (num_windows,)
+        if self.meta.get('prompts'):
+            targets = [(shard[:, 1:] < PROMPT).sum(1) for shard in self.windows]
+            self.learned = np.concatenate(targets)
+
+    @cached_property
+    def tokens_per_byte(self):
+        """Tokens that are learned, for a byte of text."""
+        tokens = self.meta['tokens'][self.split]
+        if self.learned is not None:
+            tokens = sum(int((shard < PROMPT).sum()) for shard in self.shards)
+        return tokens / max(1, self.meta.get('bytes', {}).get(self.split, 0))
 
     def items(self, index):
-        data = np.empty((2, len(index), self.block_size), np.int64)
-        for row, tokens, window in self.locate(index):
-            start = window * self.block_size
-            data[0, row] = tokens[start:start + self.block_size]
-            data[1, row] = tokens[start + 1:start + 1 + self.block_size]
-        if self.prompts:
-            data[1][data[1] >= PROMPT] = -100
-            data[0] &= PROMPT - 1
-        self.need_below(self.vocab_size, data, 'token')
         import torch
-        x, y = torch.from_numpy(data)
-        return x, y
-
-    def targets(self, key, batches):
-        """How many tokens of each row are learned, over batches (x, y), remembered for one key."""
-        if self.counted[0] != key:
-            self.counted = key, sum((y >= 0).sum(1) for _, y in batches)
-        return self.counted[1]
+        tokens = self.gather(self.windows, index)  # (rows, block_size + 1)
+        x, y = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        if self.learned is not None:
+            x &= PROMPT - 1
+            y[y >= PROMPT] = -100
+        self.need_below(self.vocab_size, np.maximum(x, y), 'token')
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
-        """As of `Split`. heads: split ones see rows j % heads and learn the mean of their own targets.
+        """As of `Split`. heads: split ones see rows j % heads and learn the mean of their targets.
 
-        By weights of rows, means over micro-batches and ranks, as of ordinary losses, are the mean over heads
-        of the mean loss of all targets that a head has in the step, however they are spread."""
-        batch = super().batch
-        x, y = batch(batch_size, step, micro_step, accumulation, seed, rows)
-        if not self.prompts:
+        By weights of rows, means over micro-batches and ranks, as of ordinary losses, are the mean
+        over heads of the mean loss of all targets that a head has in the step, however they are
+        spread."""
+        import torch
+        x, y = super().batch(batch_size, step, micro_step, accumulation, seed, rows)
+        if self.learned is None:
             return x, y
-        counts = self.targets((batch_size, step, accumulation, seed), (
-            batch(batch_size, step, i, accumulation, seed) for i in range(accumulation)))
-        of_heads = counts.view(-1, heads).sum(0).clamp(min=1).double()  # row j is of head j % heads
-        rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        return x, y, accumulation * batch_size / (len(rows) * heads * of_heads[rows % heads])
+        # of each row, over the micro-batches of the step, (batch_size,)
+        targets = sum(self.learned[self.index(batch_size, step, i, accumulation, seed)]
+                      for i in range(accumulation))
+        of_heads = targets.reshape(-1, heads).sum(0).clip(min=1)
+        of_rows = of_heads[np.arange(batch_size) % heads]  # row j is of head j % heads
+        if rows is not None:
+            of_rows = of_rows[rows]
+        targets = torch.from_numpy(len(x) * heads * of_rows).double()
+        return x, y, accumulation * batch_size / targets
 
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
-        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the split. By
-        weights, of data with prompts, the mean over batches and ranks is that over all targets."""
+        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the
+        split. By weights, of data with prompts, the mean over batches and ranks is that over all
+        targets."""
+        import torch
         assert batch_size % world_size == 0, (batch_size, world_size)
-
-        def windows(index, first=0, stride=1):
-            rows = index * batch_size + np.arange(first, batch_size, stride)
-            return self.items(rows * self.num_windows // (count * batch_size))
-        x, y = windows(index, rank, world_size)
-        if not self.prompts:
+        # of all batches
+        windows = np.arange(count * batch_size) * self.num_windows // (count * batch_size)
+        x, y = self.items(windows.reshape(count, batch_size)[index, rank::world_size])
+        if self.learned is None:
             return x, y
-        total = self.targets((count, batch_size), map(windows, range(count))).sum().clamp(min=1).double()
-        return x, y, (count * world_size / total).expand(len(y))
+        targets = torch.tensor(self.learned[windows].sum().clip(min=1)).double()
+        return x, y, (count * world_size / targets).expand(len(y))
 
 
 class Images(Split):
     """The images of one split, 'train', 'val' or 'test'; len() is their number.
 
-    `meta` is meta.json, `classes` the names of the `num_classes` classes, `task` medmnist's word for it,
-    `size` the pixels of a side, `channels` 1 or 3. Batches are images (rows, channels, size, size), uint8,
-    and labels, int64 (rows,), or float32 (rows, num_classes) if images have several. Errors as for Tokens."""
+    `meta` is meta.json, `classes` the names of the `num_classes` classes, `task` medmnist's word
+    for it, `size` the pixels of a side, `channels` 1 or 3. Batches are images (rows, channels,
+    size, size), uint8, and labels, int64 (rows,), or float32 (rows, num_classes) if images have
+    several. Errors as for Tokens."""
 
     def __init__(self, name, split, data_dir='data'):
         super().__init__(name, split, 'images', data_dir)
-        self.classes, self.task, self.size, self.channels = (
-            self.meta[key] for key in ('classes', 'task', 'size', 'channels'))
+        keys = 'classes', 'task', 'size', 'channels'
+        self.classes, self.task, self.size, self.channels = map(self.meta.get, keys)
         self.num_classes = len(self.classes)
         self.first = np.cumsum([0, *map(len, self.shards)])
 
-    def __len__(self):
-        return int(self.first[-1])
-
     def items(self, index):
-        item = self.shards[0].dtype
-        images, labels = (np.empty((len(index), *item[key].shape), np.uint8) for key in ('image', 'label'))
-        for row, shard, place in self.locate(index):
-            images[row], labels[row] = shard['image'][place], shard['label'][place]
-        self.need_below(2 if labels.shape[1] > 1 else self.num_classes, labels, 'label')
         import torch
-        labels = torch.from_numpy(labels)
-        return torch.from_numpy(images), labels.float() if labels.shape[1] > 1 else labels[:, 0].long()
+        images = self.gather([shard['image'] for shard in self.shards], index)
+        labels = self.gather([shard['label'] for shard in self.shards], index)
+        several = labels.shape[1] > 1
+        self.need_below(2 if several else self.num_classes, labels, 'label')
+        images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+        return images, labels.float() if several else labels[:, 0].long()
 
     def fixed_batch(self, index, batch_size, rank=0, world_size=1):
         """For evaluation: rows rank::world_size of batch `index`, in the order of the split.
 
-        Batches 0 to ceil(len / batch_size) - 1 hold every image once, over all ranks. The last one may be
-        short: a rank may have one row less than another there, or none."""
+        Batches 0 to ceil(len / batch_size) - 1 hold each image once, over all ranks. The last one
+        may be short: a rank may have one row less than another there, or none."""
         end = min((index + 1) * batch_size, len(self))
         return self.items(np.arange(index * batch_size + rank, end, world_size))
 

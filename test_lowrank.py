@@ -3654,7 +3654,7 @@ def test_no_code_of_a_data_set_runs(tmp_path):
 
 def test_a_token_that_is_none_is_refused(root):
     data = prepare.Tokens('tiny', 'train', 8, root)
-    data.shards = [np.full_like(shard, 300) for shard in data.shards]
+    data.windows = [np.full_like(windows, 300) for windows in data.windows]
     with pytest.raises(OSError, match='token 300, and there are 257.*--overwrite.*tiny'):
         data.batch(4, 0)
 

@@ -51,18 +51,27 @@ from config import (in_one_line, read_json, refusals, replacing, typed, write_js
                     written_beside)
 
 # -----------------------------------------------------------------------------
-# what is written
+# what is written: data/NAME/ holds shards, train_000000.bin ..., val_000000.bin ... (of images
+# test_000000.bin ... too), and meta.json, which says what is in them.
+#
+# A shard is a header and items, all little-endian. An item of text is a token: end-of-text ends
+# each document, and the top bit marks tokens of prompts. An item of images is its label, one byte
+# (where images have several labels one byte a class), and its pixels (channels, size, size).
 
-HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, padding
+HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, zeros
 MAGIC, VERSION = b'nLRshard', 1
-MARKER = '.data_of_nanolowrank'  # a file in every data set
+MARKER = '.data_of_nanolowrank'  # a file in every data set, see `written_beside`
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
-PROMPT = 2**31  # the bit of a token that is read, and not learned
+PROMPT = 2**31  # the top bit: this token is read, and not learned
+META = {  # what meta.json has to say of each kind
+    'tokens': {'shards': list, 'vocab_size': int, 'tokens': dict},
+    'images': {'shards': list, 'classes': list, 'task': str, 'channels': int, 'size': int,
+               'images': dict}}
 ANEW = 'prepare the data set again with --overwrite'
 
 
 class DataError(ValueError):
-    """A user's mistake or a broken file, in one sentence: what is wrong, the value seen, what to do."""
+    """A mistake, or a file that is broken or missing: what is wrong, the value, what to do."""
 
 
 class MissingData(DataError, FileNotFoundError):
@@ -71,24 +80,26 @@ class MissingData(DataError, FileNotFoundError):
 
 @contextlib.contextmanager
 def reading(what, remedy, kind=DataError):
-    """Damaged bytes and lost connections fail in any way: whatever a library says becomes one sentence."""
+    """Makes one sentence of whatever a library says: damaged bytes fail in any way."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
+        # in one line, and not a page
         why = ' '.join((str(error) or type(error).__name__).split())[:80]
         raise kind(f'{what} ({why}): {remedy}') from error
 
 
-def number_from(content):
-    """64 bits that depend on these bytes alone: splits by it are free of order, and copies share one."""
+def hash_of(content):
+    """64 bits that depend on these bytes alone: splits by it are free of order."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
 
 
 def groups(items):
-    """Lists of so many items that all cores have something to do, in constant memory."""
+    """Yields lists of so many items that all cores have something to do, in constant memory."""
     items = iter(items)
+    # an executor's map would read all items before the first result is asked for
     while group := [*itertools.islice(items, 16 * os.cpu_count())]:
         yield group
 
@@ -98,66 +109,55 @@ def kind_of(meta):
 
 
 def item_type(meta):
-    """An item of the shards: a token, or the label and the pixels of an image."""
-    if meta.get('kind', 'tokens') == 'tokens':
-        return np.dtype('<u2' if range(meta['vocab_size'])[-1] < 2**16 and not meta.get('prompts') else '<u4')
-    classes = len(meta['classes'])
-    labels = classes if meta['task'].startswith('multi-label') else 1
-    pixels = (meta['channels'], meta['size'], meta['size'])
+    """The dtype of an item: a token, or the label and the pixels of an image."""
+    if kind_of(meta) == 'tokens':
+        short = meta['vocab_size'] <= 2**16 and not meta.get('prompts')  # two bytes are enough
+        return np.dtype('<u2' if short else '<u4')
+    labels = len(meta['classes']) if meta['task'].startswith('multi-label') else 1
+    pixels = meta['channels'], meta['size'], meta['size']
     return np.dtype([('label', 'u1', (labels,)), ('image', 'u1', pixels)])
 
 
-def header_of(dtype, items):
-    return HEADER.pack(MAGIC, VERSION, dtype.itemsize, items)
+def header_of(dtype, count):
+    return HEADER.pack(MAGIC, VERSION, dtype.itemsize, count)
 
 
 def read_meta(path):
     """What meta.json of a data set says. ValueError: it is damaged, or another program wrote it."""
-    meta = read_json(path, {
-        'kind': str, 'tokens': dict, 'images': dict, 'bytes': dict, 'shards': list, 'vocab_size': int,
-        'prompts': bool, 'tokenizer': str, 'classes': list, 'task': str, 'channels': int, 'size': int})
-    images = meta.get('kind') == 'images'
-    needed = ['classes', 'task', 'channels', 'size', 'images'] if images else ['vocab_size', 'tokens']
-    said = [(key, meta.get(key)) for key in ('shards', *needed)]
-    for shard in meta.get('shards') or ():
-        wanted = {'file': str, 'split': str, 'sha256': str, 'images' if images else 'tokens': int}
-        found = typed(shard, wanted, path)
-        said += [(key, found.get(key)) for key in wanted]
-    for key, value in said:
-        if not value:
-            raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away and prepare "
-                            'the data set again')
+    def need(found, wanted):
+        typed(found, wanted, path)
+        for key in wanted:
+            if not found.get(key):
+                raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away "
+                                'and prepare the data set again')
+
+    meta = read_json(path, {'kind': str, 'bytes': dict, 'prompts': bool, 'tokenizer': str})
+    kind = kind_of(meta)
+    need(meta, META.get(kind, META['tokens']))
+    for entry in meta['shards']:
+        need(entry, {'file': str, 'split': str, 'sha256': str, kind: int})
     return meta
 
 
-def open_shards(folder, meta, entries):
-    """Memory-mapped items (count,) of shards of meta['shards']. DataError for one that is not whole."""
+def checksum(file):
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def open_shards(folder, meta, entries, verify=False):
+    """Items (count,), memory-mapped, for each of some entries of meta['shards']. DataError: a shard
+    is missing, too short, or has another header; where they are verified, another checksum."""
     dtype, shards = item_type(meta), []
     for entry in entries:
-        path, items = folder / entry['file'], entry[meta.get('kind', 'tokens')]
-        if not path.exists():
-            raise MissingData(f"'{path}' is missing: {ANEW}")
-        with open(path, 'rb') as file:
-            header, size = file.read(HEADER.size), path.stat().st_size
-        if header != header_of(dtype, items) or size != HEADER.size + dtype.itemsize * items:
-            raise DataError(f"'{path}' is no whole shard of {items} items of {dtype.itemsize} bytes (it has "
-                            f'{size} bytes and begins with {header}): {ANEW}')
-        shards.append(np.asarray(np.memmap(path, dtype, 'r', HEADER.size, (items,))))  # arrays slice faster
+        path, count = folder / entry['file'], entry[kind_of(meta)]
+        with reading(f"'{path}' is missing or damaged", ANEW), open(path, 'rb') as file:
+            if file.read(HEADER.size) != header_of(dtype, count):
+                raise ValueError(f'it does not begin as a shard of {count} items does')
+            shard = np.memmap(file, dtype, 'r', HEADER.size, (count,))
+            file.seek(0)
+            if verify and checksum(file) != entry['sha256']:
+                raise ValueError('its checksum is not that of meta.json')
+        shards.append(np.asarray(shard))  # arrays slice faster
     return shards
-
-
-def verify(folder):
-    """Compares every shard of a data set with its checksum in meta.json. DataError: one is another."""
-    if not (folder / 'meta.json').is_file():
-        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
-    meta = read_meta(folder / 'meta.json')
-    open_shards(folder, meta, meta['shards'])
-    for shard in meta['shards']:
-        path = folder / shard['file']
-        with open(path, 'rb') as file:
-            if hashlib.file_digest(file, 'sha256').hexdigest() != shard['sha256']:
-                raise DataError(f"'{path}' is damaged (its checksum is not that of meta.json): {ANEW}")
-    print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
 
 
 # -----------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def own_images(found, size):
                 picture = Image.alpha_composite(ground, picture.convert('RGBA'))
             picture = ImageOps.exif_transpose(picture.convert('RGB'))
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        split = {0: 'val', 1: 'test'}.get(number_from(content) % 10, 'train')
+        split = {0: 'val', 1: 'test'}.get(hash_of(content) % 10, 'train')
         return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
 
     entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
@@ -519,7 +519,7 @@ def tokenise(documents, encoding, val_below):
             for split, prompt, text, end, first, tokens in zip(
                     splits, prompts, texts, ends, before, many(texts)):
                 # answers to one prompt stay together
-                number, size = number_from((prompt or text).encode()), len(text.encode())
+                number, size = hash_of((prompt or text).encode()), len(text.encode())
                 if prompt:
                     tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
                 yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
@@ -562,7 +562,7 @@ class Writer:
             file.seek(0)
             file.write(header_of(self.dtype, count))
             file.seek(0)
-            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+            digest = checksum(file)
             os.fsync(file.fileno())
             self.files.pop(split).close()
             name = os.path.basename(file.name)
@@ -985,6 +985,15 @@ def from_images(args):
     settings = {'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
                 'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}
     return name, settings, partial(write_images, images=images)
+
+
+def verify(folder):
+    """Compares each shard of a data set with its checksum. DataError: one differs."""
+    if not (folder / 'meta.json').is_file():
+        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
+    meta = read_meta(folder / 'meta.json')
+    open_shards(folder, meta, meta['shards'], verify=True)
+    print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
 
 
 def main(argv):

@@ -666,8 +666,9 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
         ({'intermediate_size': 25}, 'of shape'), ({'num_hidden_layers': 10**9}, 'says 1000000000 layers, and the weights beside it are those of 2'),
         ({'num_hidden_layers': 1}, 'says 1 layers'))),
     # shards
-    (SHARD, flipped(16), 'no whole shard.*--overwrite'), (SHARD, cut(0, -1), 'no whole shard.*--overwrite'),
-    (SHARD, None, 'is missing.*--overwrite'), (SHARD, flipped(99), 'train_000000.bin.*checksum.*--overwrite'),
+    (SHARD, flipped(16), 'damaged .it does not begin as .*--overwrite'),
+    (SHARD, cut(0, -1), 'damaged .*--overwrite'), (SHARD, None, 'is missing.*--overwrite'),
+    (SHARD, flipped(99), 'train_000000.bin.*checksum.*--overwrite'),
     ('tiny/meta.json', cut(0, 30), 'is damaged'),
     ('tiny/meta.json', {'vocab_size': '257'}, "vocab_size='257', which is no int"),
     ('tiny/meta.json', {'shards': [{'file': 1}]}, 'file=1, which is no str'),

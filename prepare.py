@@ -384,51 +384,75 @@ def medmnist_images(path, size, info):
 
 
 # -----------------------------------------------------------------------------
-# tokenizers
+# tokenizers: tiktoken's, or a tokenizer.json. What both have: name, n_vocab, eot_token, folder,
+# begin, puts_space, encode_many(texts), encode_ordinary(text), decode(tokens)
 
-TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja',
-             'generation_config.json')  # what travels with tokens
-GPT2_TOKENS = '140f02bb05c0d82c'  # what `HubTokenizer.name` would end with for a tokenizer.json of GPT-2
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+             'chat_template.jinja', 'generation_config.json')  # what travels with tokens
+GPT2_TOKENS = '140f02bb05c0d82c'  # the checksum in `HubTokenizer.name` that GPT-2's would have
 
 
 def hub_folder(source, *patterns):
-    """The folder `source`, or else that of the hub's repository of this name, with the files that match.
-    'gpt2' and its sizes are openai-community's. MissingData: says why there is neither."""
+    """The folder `source`, or else that of the hub's repository of this name, with the files that
+    match. 'gpt2' and its sizes are openai-community's. DataError: says why there is neither."""
+    import huggingface_hub
     if os.path.isdir(source):
         return source
-    import huggingface_hub
-    name = f'openai-community/{source}' if re.fullmatch('gpt2(-medium|-large|-xl)?', source) else source
-    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name):
-        raise MissingData(f"there is no folder '{source}', and it is no name of the hub's such as "
-                          "'HuggingFaceTB/SmolLM2-135M': check it")
+    name = source
+    if re.fullmatch('gpt2(-medium|-large|-xl)?', source):
+        name = f'openai-community/{source}'
     copies = ['*/*', 'consolidated*']  # of the weights, for other programs
-    with reading(f"there is no folder '{source}', and the hub's of that name is not cached and cannot be "
-                 "reached", "check it, connect, log in by 'hf auth login', or give a folder", MissingData):
-        return huggingface_hub.snapshot_download(name, allow_patterns=[*patterns], ignore_patterns=copies)
+    with reading(f"there is no folder '{source}', and the hub's of that name is not cached and "
+                 'cannot be reached',
+                 "check it, connect, log in by 'hf auth login', or give a folder"):
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=[*patterns], ignore_patterns=copies)
+
+
+class TiktokenTokenizer:
+    """A tiktoken.Encoding. Its tokens need no files, and it puts nothing before a text."""
+    folder, begin, puts_space = None, (), False
+
+    def __init__(self, encoding):
+        self.name, self.n_vocab = encoding.name, encoding.n_vocab
+        self.eot_token = encoding.eot_token
+        self.encode_ordinary, self.decode = encoding.encode_ordinary, encoding.decode
+        self.encode = partial(encoding.encode_to_numpy, disallowed_special=())
+        self.pool = ThreadPoolExecutor(os.cpu_count())  # it works outside the interpreter's lock
+
+    def encode_many(self, texts):
+        """The tokens of each text, (n,) uint32, on all cores."""
+        return self.pool.map(self.encode_in_slices, texts)
+
+    def encode_in_slices(self, text, size=2**18):
+        # of a million spaces at once its regular expression runs out of stack
+        slices = [text[i:i + size] for i in range(0, len(text) or 1, size)]
+        return np.concatenate([*map(self.encode, slices)])
 
 
 class HubTokenizer:
-    """The tokenizer.json of a folder, with what we take from a tiktoken.Encoding. DataError: it is not whole.
+    """The tokenizer.json of a folder. DataError: it is damaged or there is none.
 
-    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: what it puts
-    before a text, such as the number of <s>; name: 'tokenizer.json' and a checksum of all strings with their
-    numbers (in other things what transformers saves anew may differ)."""
+    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: what
+    it puts before a text, such as the number of <s>; name: 'tokenizer.json' and a checksum of all
+    strings with their numbers (in other things what transformers saves anew may differ)."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
-        path, self.folder = Path(folder, 'tokenizer.json'), folder
-        if not path.is_file():
-            raise MissingData(f"'{folder}' holds no tokenizer.json: give a folder with one, or save it by "
-                              "transformers' AutoTokenizer")
-        with reading(f"'{path}' is damaged or of another version of tokenizers", 'fetch it again'):
-            self.inner = Tokenizer.from_file(str(path))
+        self.folder, path = folder, os.path.join(folder, 'tokenizer.json')
+        with reading(f"'{path}' is missing, damaged or of another version of tokenizers",
+                     "fetch it, or save it by transformers' AutoTokenizer"):
+            self.inner = Tokenizer.from_file(path)
         self.inner.no_truncation()
         self.inner.no_padding()
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
+        # (string, number), sorted by number
         vocabulary = sorted(vocabulary.items(), key=lambda entry: entry[::-1])
-        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-        self.name = 'gpt2' if digest == GPT2_TOKENS else f'tokenizer.json {digest}'
         self.n_vocab = vocabulary[-1][1] + 1
+        digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        self.name = f'tokenizer.json {digest}'
+        if digest == GPT2_TOKENS:
+            self.name = 'gpt2'
 
     @cached_property
     def begin(self):
@@ -436,25 +460,27 @@ class HubTokenizer:
 
     @cached_property
     def eot_token(self):
-        for name in TOKENIZER[1:3]:
+        for name in ('tokenizer_config.json', 'special_tokens_map.json'):
             path = Path(self.folder, name)
-            token = read_json(path).get('eos_token') if path.is_file() else None
-            token = token.get('content') if isinstance(token, dict) else token
-            number = self.inner.token_to_id(token) if isinstance(token, str) else None
-            if number is not None:
-                return number
-        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token that its "
-                        'vocabulary has to its tokenizer_config.json')
+            if not path.is_file():
+                continue
+            token = read_json(path).get('eos_token')
+            if isinstance(token, dict):  # older files have more to say of it
+                token = token.get('content')
+            if isinstance(token, str) and self.inner.token_to_id(token) is not None:
+                return self.inner.token_to_id(token)
+        raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token "
+                        'that its vocabulary has to its tokenizer_config.json')
 
     @property
     def puts_space(self):
         """Whether it puts a space before every text, as LLaMA 2's does."""
         spelled = ''.join(self.inner.encode('a', add_special_tokens=False).tokens)
-        return spelled.startswith(('\u2581', '\u0120'))  # as SentencePiece and byte-level tokens have it
+        return spelled.startswith(('\u2581', '\u0120'))  # SentencePiece's space, and GPT-2's
 
     def encode_many(self, texts):
-        """Arrays of tokens of a list of texts, without what `begin` says. tokenizers uses all cores."""
-        found = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        """The tokens of each text, (n,) uint32, on all cores, without `begin`."""
+        found = self.inner.encode_batch_fast(texts, add_special_tokens=False)  # has its own threads
         return [np.array(text.ids, np.uint32) for text in found]
 
     def encode_ordinary(self, text):
@@ -465,38 +491,41 @@ class HubTokenizer:
 
 
 def tokenizer(name, folder=None):
-    """tiktoken.Encoding 'gpt2' (50,257 tokens) or 'bytes' (256, and <|endoftext|> = 256), or the HubTokenizer
-    of a folder or a name of the hub. folder: where the tokenizer.json of the tokens called `name` may lie."""
+    """tiktoken's 'gpt2' (50,257 tokens) or 'bytes' (256, and <|endoftext|> = 256), or the
+    HubTokenizer of a folder or a name of the hub. folder: where the tokenizer.json of the tokens
+    called `name` may lie."""
     if folder and Path(folder, 'tokenizer.json').exists():
         found = HubTokenizer(folder)
         if found.name == name:
             return found
     if name.startswith('tokenizer.json '):
-        raise MissingData(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): copy it "
-                          'there from the folder that they were prepared with')
+        raise DataError(f"'{folder}' does not hold the tokenizer.json of these tokens ({name}): "
+                        'copy it there from the folder that they were prepared with')
     import tiktoken
-    if name == 'bytes':  # there are no merges: the pattern only says how much is looked at in one go
-        return tiktoken.Encoding('bytes', pat_str=r'[\s\S]{1,64}', explicit_n_vocab=257,
-                                 mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={'<|endoftext|>': 256})
-    if name != 'gpt2':
-        return HubTokenizer(hub_folder(name, *TOKENIZER))
-    with reading("tiktoken cannot download its 'gpt2' vocabulary", 'connect to the internet once, or set '
-                 'TIKTOKEN_CACHE_DIR to a folder that has it, or take --tokenizer bytes'):
-        return tiktoken.get_encoding('gpt2')
+    if name == 'bytes':  # no merges: the pattern only says how much is looked at in one go
+        return TiktokenTokenizer(tiktoken.Encoding(
+            'bytes', pat_str=r'[\s\S]{1,64}', explicit_n_vocab=257,
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={'<|endoftext|>': 256}))
+    if name == 'gpt2':
+        with reading("tiktoken cannot download its 'gpt2' vocabulary",
+                     'connect to the internet once, or set TIKTOKEN_CACHE_DIR to a folder that has '
+                     'it, or take --tokenizer bytes'):
+            return TiktokenTokenizer(tiktoken.get_encoding('gpt2'))
+    return HubTokenizer(hub_folder(name, *TOKENIZER))
 
 
 def carry(sources, target, names=TOKENIZER):
-    """Copies files of these names into the folder `target`, each from the first of the folders `sources` that
-    has it, and removes those that none has."""
+    """Copies files of these names into the folder `target`, each from the first of the folders
+    `sources` that has it, and removes those that none has."""
     for name in names:
         found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
-        if found:
-            target.mkdir(exist_ok=True)
-            with replacing(target / name) as file:
-                file.write(found[0].read_bytes())
-        else:
+        if not found:
             (target / name).unlink(missing_ok=True)
+            continue
+        target.mkdir(exist_ok=True)
+        with replacing(target / name) as file:
+            file.write(found[0].read_bytes())
 
 
 # -----------------------------------------------------------------------------
@@ -504,25 +533,17 @@ def carry(sources, target, names=TOKENIZER):
 
 def tokenise(documents, encoding, val_below):
     """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
-    def encode(text):
-        # in slices, because the regular expression runs out of stack on a million spaces
-        tokens = [encoding.encode_to_numpy(text[i:i + 2**18], disallowed_special=())
-                  for i in range(0, len(text) or 1, 2**18)]
-        return np.concatenate(tokens)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken works outside the interpreter's lock
-        many = encoding.encode_many if isinstance(encoding, HubTokenizer) else partial(pool.map, encode)
-        for group in groups(documents):
-            splits, texts, ends = zip(*group)
-            prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
-            before = many(prompts) if any(prompts) else prompts
-            for split, prompt, text, end, first, tokens in zip(
-                    splits, prompts, texts, ends, before, many(texts)):
-                # answers to one prompt stay together
-                number, size = hash_of((prompt or text).encode()), len(text.encode())
-                if prompt:
-                    tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
-                yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
+    for group in groups(documents):
+        splits, texts, ends = zip(*group)
+        prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
+        before = encoding.encode_many(prompts) if any(prompts) else prompts
+        for split, prompt, text, end, first, tokens in zip(
+                splits, prompts, texts, ends, before, encoding.encode_many(texts)):
+            # answers to one prompt stay together
+            number, size = hash_of((prompt or text).encode()), len(text.encode())
+            if prompt:
+                tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
+            yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
 
 
 class Writer:
@@ -585,7 +606,7 @@ def write_tokens(writer, documents, encoding, val_below):
         return '\ufffd', error.end
 
     codecs.register_error('replace_and_count', replace)
-    begin = np.array(encoding.begin if isinstance(encoding, HubTokenizer) else (), np.uint32)
+    begin = np.array(encoding.begin, np.uint32)
     lowest, begun = 2**64, set()  # begun: the splits that are inside a document
     for split, tokens, ends, size, number in tokenise(documents(), encoding, val_below):
         if len(tokens):
@@ -611,7 +632,7 @@ def write_tokens(writer, documents, encoding, val_below):
         write_tokens(writer, documents, encoding, lowest + 1)
     if not all(meta['tokens'].values()):
         raise DataError(f"there is too little text to train and to validate on ({meta['tokens']}): add some")
-    if isinstance(encoding, HubTokenizer):
+    if encoding.folder:
         carry([encoding.folder], writer.folder / 'tokenizer')
 
 
@@ -954,7 +975,7 @@ def from_text(args):
                 'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     if args.data == 'text' and has_prompts(args.input[0]):
         settings['prompts'] = True
-    if args.data == 'text' and isinstance(encoding, HubTokenizer) and encoding.puts_space:
+    if args.data == 'text' and encoding.puts_space:
         print('these tokens put a space before every text: before completions, too, as when a model '
               'answers, and before the pieces in which a long .txt is read')
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,

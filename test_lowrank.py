@@ -535,8 +535,9 @@ def test_fixed_batches_spread_over_all_windows_and_hold_every_image_once(root):
 
 @pytest.mark.parametrize('vocab_size, item', [(257, 2), (65536, 2), (65537, 4)])
 def test_tokens_of_any_vocabulary_round_trip(tmp_path, vocab_size, item):
-    encoding = mock.Mock(n_vocab=vocab_size, eot_token=vocab_size - 1)  # its tokens: the numbers in the text
-    encoding.encode_to_numpy = lambda text, disallowed_special: np.array(text.split(), np.uint32)
+    encoding = SimpleNamespace(  # its tokens: the numbers in the text
+        eot_token=vocab_size - 1, begin=(), folder=None,
+        encode_many=lambda texts: [np.array(text.split(), np.uint32) for text in texts])
     rows = [np.random.default_rng(i).integers(0, vocab_size - 1, 100) for i in range(50)]
     documents = [(split, ' '.join(map(str, row)), True) for split in ('train', 'val') for row in rows]
     settings = {'limit': None, 'shard_tokens': 1000, 'vocab_size': vocab_size}
@@ -3338,12 +3339,12 @@ def test_a_sliding_window_bounds_the_context(tmp_path, root, capsys):
 
 
 def test_a_name_of_the_hub_is_looked_up_where_its_client_keeps_it(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no name of the hub's"):
+    with pytest.raises(prepare.DataError, match='there is no folder .*nowhere'):
         loaded(tmp_path / 'nowhere')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
     for name, golden in (('gpt2', 'gpt2'), ('HuggingFaceTB/SmolLM2-135M', 'smollm2')):
-        with pytest.raises(FileNotFoundError, match='cannot be reached'):
+        with pytest.raises(prepare.DataError, match='cannot be reached'):
             loaded(name)
         full = {'gpt2': 'openai-community/gpt2'}.get(name, name)
         repository = tmp_path / 'cache' / f"models--{full.replace('/', '--')}"
@@ -3372,7 +3373,7 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
     for tokens in documents(all_tokens(tmp_path, 'begun', 'val').tolist(), 257):
         assert tokens[0] == 256 and 256 not in tokens[1:]
     with_tokens(tmp_path / 'begins', eos_token='<end>')
-    for name, said in (('begins', 'eos_token'), ('nothing', "no name of the hub's")):
+    for name, said in (('begins', 'eos_token'), ('nothing', 'there is no folder')):
         with pytest.raises(prepare.DataError, match=said):
             prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path), '--input',
                           str(root / 'tiny.jsonl'), '--name', 'more'])

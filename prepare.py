@@ -270,7 +270,8 @@ def hub_documents(name, path, limit):
 
 
 # -----------------------------------------------------------------------------
-# sources of images: generators of (split, labels (n, 1 or classes), images (n, channels, size, size))
+# sources of images: generators of (split, labels (n, 1 or classes), images (n, channels, size,
+# size)). To add one, write such a generator and a branch of `from_images` and of `options_of`
 
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
@@ -281,46 +282,51 @@ def digit_images(shifted):
     from scipy.ndimage import rotate
     from sklearn.datasets import load_digits
     data = load_digits()
-    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)
+    at = np.clip((np.arange(32) + 0.5) / 4 - 0.5, 0, 7)  # where pixels lie on the small image
     enlarge = np.maximum(0, 1 - abs(at[:, None] - np.arange(8)))  # (32, 8), bilinear
-    ink = (enlarge @ (data.images / 16) @ enlarge.T)[:, None]  # (n, 1, 32, 32)
-    images, count = ink.repeat(3, 1), len(ink)
-    order = order_of(count, 0)
-    if shifted:  # dark on a light ground of its own hue
+    ink = enlarge @ data.images[:, None] @ enlarge.T / 16  # (n, 1, 32, 32), from 0 to 1
+    images, count = ink.repeat(3, axis=1), len(ink)
+    order = order_of(count, seed=0)
+    if shifted:  # dark on a light ground, each of another hue
         ink = rotate(ink, 30, (3, 2), reshape=False, order=1)
         hue = order[:, None, None, None] / count + np.arange(3)[:, None, None] / 3  # (n, 3, 1, 1)
         images = (1 - ink) * (0.7 + 0.3 * np.cos(2 * np.pi * hue))
     images = (255 * images).round().astype(np.uint8)
-    for split, rows in zip(SPLITS['images'], np.split(order, [count * 3 // 5, count * 4 // 5])):
+    splits = np.split(order, [count * 3 // 5, count * 4 // 5])
+    for split, rows in zip(SPLITS['images'], splits):
         yield split, data.target[rows, None], images[rows]
 
 
 def pictures_of(folder):
-    """{class: paths} of the pictures FOLDER/class/*, in order."""
-    files = {path.name: [file for file in sorted(path.rglob('*')) if file.is_file()
-                         and not any(part.startswith('.') for part in file.relative_to(path).parts)]
-             for path in sorted(Path(folder).glob('[!.]*/'))}
-    found = {name: [file for file in those if file.suffix.lower() in PICTURES]
-             for name, those in files.items()}
-    if other := {file.suffix for name in files for file in {*files[name]} - {*found[name]}}:
-        print(f"files that end in {', '.join(sorted(other))} are passed over")
-    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
-        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class into one "
-                        'FOLDER/class/, of which a tenth each is taken for validation and test')
-    for name in found:
+    """{class: paths} of the pictures FOLDER/class/*, in order. Prints which files are none."""
+    found, others = {}, set()
+    for parent in sorted(Path(folder).glob('[!.]*/')):
+        name = parent.name
         with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
             name.encode()
-    lacking = [name for name, files in found.items() if not files]
-    if not 2 <= len(found) <= 256 or lacking:
-        what = f'and in {lacking[0]} are no pictures' if lacking else 'and 2 to 256 are needed'
-        raise DataError(f"'{folder}' has {len(found)} folders of classes, {what}: put pictures "
-                        f"({', '.join(PICTURES)}) into FOLDER/class/")
+        files = [path for path in sorted(parent.rglob('*'))
+                 if path.is_file() and '/.' not in str(path.relative_to(folder))]  # none is hidden
+        found[name] = [path for path in files if path.suffix.lower() in PICTURES]
+        others |= {path.suffix for path in {*files} - {*found[name]}}
+    if others:
+        print(f"files that end in {', '.join(sorted(others))} are passed over")
+    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
+        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class "
+                        'into one FOLDER/class/, of which a tenth each is taken for validation and '
+                        'test')
+    if not 2 <= len(found) <= 256:
+        raise DataError(f"'{folder}' has {len(found)} folders of classes, and 2 to 256 are needed: "
+                        'put pictures into FOLDER/class/')
+    for name, paths in found.items():
+        if not paths:
+            raise DataError(f"'{folder}' has a class, and in {name} are no pictures: put some "
+                            f"({', '.join(PICTURES)}) there, or remove it")
     return found
 
 
-def own_images(found, size):
-    """Pictures, streamed: their shorter side is resized to `size` and their middle kept. A tenth each, by a
-    number of the file, is for validation and test."""
+def picture_images(found, size):
+    """The pictures of {class: paths}, their shorter side resized to `size` pixels and the middle
+    kept. A tenth each, by a hash of the file, is for validation and test."""
     from PIL import Image, ImageOps
 
     def read(entry):
@@ -328,15 +334,17 @@ def own_images(found, size):
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
             picture = Image.open(io.BytesIO(content))
-            if picture.mode[0] in 'IF':  # Pillow would cut them
+            if picture.mode[0] in 'IF':  # Pillow would clip them
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
-            if picture.has_transparency_data:  # as browsers show it
+            if picture.has_transparency_data:  # on white, as browsers show it
                 ground = Image.new('RGBA', picture.size, 'white')
                 picture = Image.alpha_composite(ground, picture.convert('RGBA'))
             picture = ImageOps.exif_transpose(picture.convert('RGB'))
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        split = {0: 'val', 1: 'test'}.get(hash_of(content) % 10, 'train')
-        return split, np.array([[label]], np.uint8), np.moveaxis(np.asarray(picture), 2, 0)[None]
+        pixels = np.asarray(picture)  # (size, size, 3)
+        tenth = hash_of(content) % 10
+        split = {0: 'val', 1: 'test'}.get(tenth, 'train')
+        return split, np.array([[label]], np.uint8), np.moveaxis(pixels, 2, 0)[None]
 
     entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
@@ -345,42 +353,40 @@ def own_images(found, size):
 
 
 def medmnist_info():
-    """medmnist.INFO, read from its file: the package imports torch and scikit-learn, which takes seconds."""
-    return runpy.run_path(str(Path(importlib.util.find_spec('medmnist').origin).with_name('info.py')))['INFO']
+    """medmnist.INFO, out of its file: to import the package takes two seconds, for torch."""
+    package = Path(importlib.util.find_spec('medmnist').origin)
+    return runpy.run_path(str(package.with_name('info.py')))['INFO']
 
 
 def medmnist_images(path, size, info):
-    """Streamed out of MedMNIST's archive `path`; info: its entry of medmnist.INFO."""
-    shape = (size, size, 3) if info['n_channels'] == 3 else (size, size)
-    classes, rows = len(info['label']), max(1, 2**20 // math.prod(shape))
-    width, limit = (classes, 2) if info['task'].startswith('multi-label') else (1, classes)
+    """The images of MedMNIST's archive `path`, which may be larger than memory. info: its entry of
+    medmnist.INFO."""
+    shape = size, size, info['n_channels']
+    step = max(1, 2**20 // math.prod(shape))  # so many images are about a megabyte
+    limit = 2 if info['task'].startswith('multi-label') else len(info['label'])
     if not path.exists():
         from torchvision.datasets.utils import download_url
-        flag = '' if size == 28 else f'_{size}'
-        with reading(f"{info[f'url{flag}']} cannot be downloaded",
+        suffix = '' if size == 28 else f'_{size}'
+        url, md5 = info[f'url{suffix}'], info[f'MD5{suffix}']
+        with reading(f'{url} cannot be downloaded',
                      f'connect and run it again, or use --path FOLDER with {path.name} in it'):
-            download_url(info[f'url{flag}'], path.parent, path.name, info[f'MD5{flag}'])
-    with reading(f"'{path}' is damaged or no archive of MedMNIST", 'move it away and get it again'), \
-            np.load(path) as archive:
+            download_url(url, path.parent, path.name, md5)
+    with reading(f"'{path}' is damaged or no archive of MedMNIST of this size",
+                 'move it away and get it again'), np.load(path) as archive:
         for split in SPLITS['images']:
             labels = archive[f'{split}_labels']
+            if not np.isin(labels, range(limit)).all():
+                raise ValueError(f'{split} labels up to {labels.max()}, not below {limit}')
             with archive.zip.open(f'{split}_images.npy') as file:
                 np.lib.format.read_magic(file)
-                (count, *image), fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                if (*image,) != shape or dtype != np.uint8 or fortran:
-                    raise DataError(f"'{path}' has {split} images of shape {(*image,)} ({dtype}), not "
-                                    f"{shape} (uint8): correct --size or get the archive of this size")
-                low, high = labels.min(initial=0), labels.max(initial=0)
-                whole = labels.dtype.kind in 'iub'
-                if not count or labels.shape != (count, width) or not whole or low < 0 or high >= limit:
-                    raise DataError(f"'{path}' has {split} labels of shape {labels.shape} from {low} to "
-                                    f"{high}, not {(count, width)} from 0 to {limit - 1}, as there are "
-                                    f"{classes} classes: get the archive of this flag")
-                for chunk in np.split(labels, range(rows, count, rows)):
-                    pixels = np.frombuffer(file.read(len(chunk) * math.prod(shape)), np.uint8)
-                    yield split, chunk, np.moveaxis(pixels.reshape(len(chunk), size, size, -1), 3, 1)
-                if file.read(1):  # asking for more also compares the checksum
-                    raise EOFError
+                np.lib.format.read_array_header_1_0(file)  # from here on there are pixels
+                for i in range(0, len(labels), step):
+                    chunk = labels[i:i + step]
+                    pixels = file.read(len(chunk) * math.prod(shape))
+                    pixels = np.frombuffer(pixels, np.uint8).reshape(len(chunk), *shape)
+                    yield split, chunk, np.moveaxis(pixels, 3, 1)
+                if file.read(1):  # reading to the end compares the checksum
+                    raise ValueError(f'{split} images are larger')
 
 
 # -----------------------------------------------------------------------------
@@ -637,20 +643,21 @@ def write_tokens(writer, documents, encoding, val_below):
 
 
 def write_images(writer, images):
-    classes, seen = writer.meta['classes'], set()
-    for split, labels, pixels in images():
-        if labels.shape[1] == 1:
-            seen |= {(split, classes[label]) for label in labels[:, 0]}
+    """Writes what a generator of images yields, see above."""
+    counts, seen = writer.meta['images'], {split: set() for split in SPLITS['images']}
+    for split, labels, pixels in images:
         items = np.empty(len(labels), writer.dtype)
         items['label'], items['image'] = labels, pixels
         writer.append(split, items)
         writer.close()
-    if not all(writer.meta['images'].values()):
-        raise DataError(f"there are too few images for three splits ({writer.meta['images']}): add some")
-    lacking = {split: [name for name in classes if (split, name) not in seen] for split in SPLITS['images']}
-    for split, names in lacking.items() if seen else ():
-        if names:
-            print(f"warning: no {split} images of {', '.join(names)}", file=sys.stderr)
+        if labels.shape[1] == 1:  # of several labels any may be lacking
+            seen[split] |= {*labels[:, 0].tolist()}
+    if not all(counts.values()):
+        raise DataError(f'there are too few images for three splits ({counts}): add some')
+    for split in seen:  # such a class cannot be learned, or not be measured
+        lacking = [name for i, name in enumerate(writer.meta['classes']) if i not in seen[split]]
+        if lacking and seen[split]:
+            print(f"warning: no {split} images of {', '.join(lacking)}", file=sys.stderr)
 
 
 def write(folder, settings, fill, overwrite):
@@ -983,28 +990,31 @@ def from_text(args):
 
 
 def from_images(args):
-    """The same for a data set of images."""
-    name, size, channels, task, flag = args.data, getattr(args, 'size', 32), 3, 'multi-class', None
+    """The same for images."""
+    name, size, flag = args.data, getattr(args, 'size', 32), None
+    channels, task = 3, 'multi-class'
     if name in DIGITS:
         source, classes = f'load_digits of scikit-learn, as {name}', [*'0123456789']
-        images = partial(digit_images, name == 'digits_shifted')
+        images = digit_images(shifted=name == 'digits_shifted')
     elif name == 'images':
         found = pictures_of(args.input)
-        files, classes = sum(found.values(), []), [*found]
-        bytes_ = sum(path.stat().st_size for path in files)
-        source = f'{len(files)} pictures of {Path(args.input).resolve().name} ({bytes_} bytes)'
-        images = partial(own_images, found, size)
+        classes, files = [*found], sum(found.values(), [])
+        total = sum(path.stat().st_size for path in files)
+        source = f'{len(files)} pictures of {Path(args.input).resolve().name} ({total} bytes)'
+        images = picture_images(found, size)
     else:
-        info, suffix, flag = medmnist_info()[name], '' if size == 28 else f'_{size}', name
-        name += suffix  # as MedMNIST names its files
+        flag, info = name, medmnist_info()[name]
+        channels, task, classes = info['n_channels'], info['task'], [*info['label'].values()]
+        suffix = '' if size == 28 else f'_{size}'
+        name, source = flag + suffix, info[f'url{suffix}']  # as MedMNIST names its files
         path = Path(args.path or args.data_dir, f'{name}.npz')
-        if args.path and not path.is_file():
-            raise MissingData(f"'{path}' is missing: --path is a folder with MedMNIST's archives")
-        source = f'{path.name} ({path.stat().st_size} bytes)' if args.path else info[f'url{suffix}']
-        images = partial(medmnist_images, path, size, info)
-        channels, classes, task = info['n_channels'], [*info['label'].values()], info['task']
-    settings = {'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
-                'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}
+        if args.path:
+            with reading(f"'{path}' is missing", "--path is a folder with MedMNIST's archives"):
+                source = f'{path.name} ({path.stat().st_size} bytes)'
+        images = medmnist_images(path, size, info)
+    settings = {
+        'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
+        'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}
     return name, settings, partial(write_images, images=images)
 
 

@@ -679,8 +679,9 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
     ('a.jsonl', holding(b'{"text": "x"}\n{"txt": 1}\n'), 'line 2 of'),
     ('a.parquet', lambda whole: parquet(text=[1, 2]), "a.parquet.*'text' of strings .it holds int"),
     (NPZ, flipped(0.5), 'damaged'), (NPZ, dict(train_images=None), 'no archive of MedMNIST'),
-    (NPZ, dict(val_images=PIXELS[:, :14, :14]), r'val images of shape \(14, 14, 3\).*not \(28, 28, 3\)'),
-    (NPZ, dict(val_labels=np.full((30, 1), 9)), 'val labels .* to 9, not .* from 0 to 8, .* 9 classes')]
+    (NPZ, dict(val_images=PIXELS[:, :14, :14]), r'no archive of MedMNIST of this size'),
+    (NPZ, dict(val_images=PIXELS.repeat(2, 1)), r'no archive of .* this size .val images are larger'),
+    (NPZ, dict(val_labels=np.full((30, 1), 9)), 'val labels up to 9, not below 9')]
 
 
 @pytest.mark.parametrize('name, damage, said', DAMAGES)

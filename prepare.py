@@ -26,7 +26,6 @@ import codecs
 import contextlib
 import difflib
 import errno
-import glob
 import hashlib
 import importlib.util
 import io
@@ -40,9 +39,12 @@ import struct
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from platform import python_version
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -161,31 +163,91 @@ def open_shards(folder, meta, entries, verify=False):
 
 
 # -----------------------------------------------------------------------------
-# sources of text: generators of (split, text, ends); split None: the hash decides; ends: the document ends here
+# sources of text
+#
+# To add one, write a generator that yields a Document for each text, and a row of SOURCES, which
+# stands at the end of this part. Then `python prepare.py NAME` knows it. An example:
+#
+#     def notes(args):
+#         for path in sorted(Path(args.path).rglob('*.md')):
+#             yield Document(path.read_text('utf-8', REPLACE))
+#
+#     'notes': Source(notes, lambda args: (f'notes of {args.path}', 0.05), ('--path FOLDER',))
+#
+# For a data set of the hub whose texts stand in columns the generator is there: see `hub`.
 
-def stdlib_documents():
+@dataclass(slots=True)
+class Document:
+    """A text, or a piece of one that is too long for memory."""
+    text: str
+    prompt: str | None = None  # stands before the text; it is read, and not learned
+    split: str | None = None  # 'train' or 'val'; None: a hash of the prompt, or the text, decides
+    ends: bool = True  # False: the next Document goes on with this text
+
+
+@dataclass
+class Source:
+    """A row of SOURCES. args: the command line, such as args.path; args.data: the row's name."""
+    documents: Callable  # (args) -> Documents; called again if none of them came to validation
+    # (args) -> (what the data set is, for meta.json: what a later command says has to be the same;
+    # the share of the documents that is for validation). Raises DataError where args are wrong
+    describe: Callable
+    options: tuple = ()  # of OPTIONS, beside those of all text
+    tokenizer: str = 'gpt2'  # unless the command says another one
+
+
+REPLACE = 'replace_and_count'  # errors= of files that may hold something else than UTF-8
+replaced = {'bytes': 0}
+
+
+def replace_and_count(error):
+    """Does what errors='replace' does, and counts the bytes."""
+    replaced['bytes'] += error.end - error.start
+    return '\ufffd', error.end
+
+
+codecs.register_error(REPLACE, replace_and_count)
+
+
+def stdlib_documents(args):
     skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
     for folder, folders, files in os.walk(sysconfig.get_path('stdlib')):
-        folders[:] = sorted(set(folders) - skip)
+        folders[:] = sorted(set(folders) - skip)  # where os.walk goes next
         for file in sorted(files):
             if file.endswith('.py'):
-                yield None, Path(folder, file).read_text('utf-8', 'replace_and_count'), True
+                yield Document(Path(folder, file).read_text('utf-8', REPLACE))
 
 
-def text_documents(paths, size):
-    """Local files, streamed. A .txt is one document, in pieces of `size` characters or more."""
-    for path in paths:
+def text_documents(args):
+    """Documents of the files args.input, streamed."""
+    # small files are read in small pieces, so that the hash has something to choose from
+    size = sum(map(os.path.getsize, args.input)) // 200
+    size = min(2**16, max(2**6, size))
+    for path in args.input:
         empty = True
-        for text, ends in FORMATS[Path(path).suffix.lower()](path, size):
-            empty = empty and not ''.join(text).strip()
-            yield None, text, ends
+        for document in FORMATS[Path(path).suffix.lower()](path, size):
+            empty = empty and not f'{document.prompt or ""}{document.text}'.strip()
+            yield document
         if empty:
             raise DataError(f"'{path}' is empty: leave it out of --input")
 
 
+def describe_text(args):
+    files, total = [], 0
+    for path in map(Path, args.input):
+        if path.suffix.lower() not in FORMATS:
+            raise DataError(f"'{path}' is none of {', '.join(FORMATS)}: convert or rename it")
+        size = path.stat().st_size
+        files.append(f'{path.name} ({size} bytes)')
+        total += size
+    share = 5e6 / max(1, total)  # about 5 MB for validation
+    return ', '.join(files), min(0.05, max(0.005, share))
+
+
 def read_lines(path, size=-1):
-    """Lines, or `size` characters of a longer one. Bad bytes are replaced and counted, line ends stay."""
-    with open(path, encoding='utf-8-sig', errors='replace_and_count', newline='\n') as file:
+    """Yields lines, or `size` characters of a longer one. Line ends stay as they are."""
+    # utf-8-sig: without the mark that programs of Windows begin a file with
+    with open(path, encoding='utf-8-sig', errors=REPLACE, newline='\n') as file:
         while line := file.readline(size):
             if '\0' in line:
                 raise DataError(f"'{path}' is binary (it holds NUL bytes): give text in UTF-8")
@@ -193,80 +255,103 @@ def read_lines(path, size=-1):
 
 
 def read_txt(path, size):
+    """Yields one document, in pieces of `size` characters and up to a line more."""
     piece = ''
     for line in read_lines(path, size):
         piece += line
         if len(piece) >= size:
-            yield piece, False
+            yield Document(piece, ends=False)
             piece = ''
-    yield piece, True
+    yield Document(piece)
 
 
-def read_jsonl(path, _):
+def read_jsonl(path, size):
+    """Yields a document a line: its field 'text', or 'prompt' and 'completion'."""
+    def whole_characters(text):  # JSON can spell half a surrogate pair
+        return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
+
     for number, line in enumerate(read_lines(path), 1):
-        if line.strip():
-            with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and 'completion'",
-                         'give one JSON object a line'):
-                found = json.loads(line)
-                keys = ['text'] if 'text' in found else ['prompt', 'completion']
-                # JSON can spell half a surrogate pair
-                texts = [found[key].encode('utf-16', 'surrogatepass').decode('utf-16', 'replace_and_count')
-                         for key in keys]
-            yield texts[0] if len(texts) == 1 else tuple(texts), True
+        if not line.strip():  # as the last one often is
+            continue
+        with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and "
+                     "'completion'", 'give one JSON object a line'):
+            found = json.loads(line)
+            keys = ['text'] if 'text' in found else ['completion', 'prompt']
+            document = Document(*[whole_characters(found[key]) for key in keys])
+        yield document
 
 
-def has_prompts(path):
-    """Whether the first line of a .jsonl has a prompt."""
-    with open(path, encoding='utf-8-sig', errors='replace') as file:
-        first = next(filter(str.strip, file), '') if path.lower().endswith('.jsonl') else ''
-    with contextlib.suppress(ValueError):  # `read_jsonl` says of what is damaged
-        found = json.loads(first)
-        return isinstance(found, dict) and 'prompt' in found and 'text' not in found
-    return False
-
-
-def read_parquet(path, _):
+def read_parquet(path, size):
+    """Yields a document a row: its column 'text'."""
     import pyarrow.parquet
     with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
                  'convert it or rename the column'), pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(256, columns=['text']):
             for text in batch['text'].to_pylist():
-                if not isinstance(text, (str, type(None))):
+                if not isinstance(text, str | None):
                     raise ValueError(f'it holds {type(text).__name__}')
-                yield text or '', True
+                yield Document(text or '')
 
 
 FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
-HUB = {  # repository, columns of a document, files of each split, how many tokens, share of val without files
-    'cnn_dailymail': ('abisee/cnn_dailymail', ['article', 'highlights'],
-                      {'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}, None, 0.05),
-    'c4': ('allenai/c4', ['text'],
-           {'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'}, '156 billion', 0.05),
-    'fineweb_edu': ('HuggingFaceFW/fineweb-edu', ['text'],
-                    {'train': 'sample/10BT/*.parquet'}, '10 billion (its sample)', 0.005),
-}
 
 
-def hub_documents(name, path, limit):
-    """Streamed from the hub, or from its files in the folder `path`. limit: training tokens or None."""
-    import requests
-    from datasets import load_dataset
-    from huggingface_hub.constants import ENDPOINT
-    repository, columns, files, *_ = HUB[name]
-    with reading(f"the files of '{path or repository}' cannot be reached, are damaged or lack {columns}",
-                 f"connect, or use --path FOLDER with whole files {files['train']} of {repository}"):
-        if path:
-            files = {split: pattern for split, pattern in files.items()
-                     if glob.glob(os.path.join(path, pattern))}
-        else:
-            requests.head(ENDPOINT, timeout=10)  # datasets itself tries for half a minute
-        for split in files:
-            rows = load_dataset(path or repository, data_files=files, split=split, streaming=True)
-            if name == 'c4' and split == 'val':  # has 170M tokens; GaLore evaluates on 10M: 20,000 documents
-                rows = rows.take(min(20_000, max(100, limit // 10_000)) if limit else 20_000)
-            own = split if 'val' in files else None  # a copy without the validation files: the hash decides
-            for row in rows.select_columns(columns):
-                yield own, '\n\n'.join(row[column] for column in columns), True
+def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
+    """The Source of a repository of the hub: a document is a row of its files.
+
+    columns: of strings; an empty line goes between two. files: {split: pattern}, val first; where
+    there is none for val, val_share of train is. val_rows: so many of val at most, with --tokens N
+    at most N / 10,000. tokens: so many that --tokens has to say how many are wanted."""
+
+    def lies_in(folder, pattern):
+        return any(Path(folder).glob(pattern))
+
+    def documents(args):
+        import huggingface_hub
+        from datasets import load_dataset
+        origin, found = args.path or repository, files
+        if args.path:
+            found = {split: name for split, name in files.items() if lies_in(args.path, name)}
+        with reading(f"the files of '{origin}' cannot be reached, are damaged or lack {columns}",
+                     f'connect, or use --path FOLDER with whole files of {repository}'):
+            if not args.path:  # fails at once, where datasets tries for half a minute
+                huggingface_hub.dataset_info(repository, timeout=10)
+            for split in found:
+                rows = load_dataset(origin, data_files=found, split=split, streaming=True)
+                if split == 'val' and val_rows:
+                    wanted = args.tokens or 10_000 * val_rows
+                    rows = rows.take(min(val_rows, max(100, wanted // 10_000)))
+                for row in rows.select_columns(columns):
+                    text = '\n\n'.join(row[column] for column in columns)
+                    yield Document(text, split=split if 'val' in found else None)
+
+    def describe(args):
+        if args.path and not lies_in(args.path, files['train']):
+            raise DataError(f"'{args.path}' holds no {files['train']}: give a folder with the "
+                            "hub's files")
+        if tokens and not args.tokens and not args.path:
+            raise DataError(f'{args.data} has {tokens} tokens: say how many you want, as in '
+                            '--tokens 1_000_000_000')
+        return f'{repository} in {args.path}' if args.path else repository, val_share
+
+    return Source(documents, describe, ('--path FOLDER',))
+
+
+SOURCES = {
+    'stdlib': Source(
+        stdlib_documents, lambda args: (f'standard library of Python {python_version()}', 0.05),
+        tokenizer='bytes'),
+    'text': Source(text_documents, describe_text, ('--input FILE',)),
+    'cnn_dailymail': hub(
+        'abisee/cnn_dailymail', columns=['article', 'highlights'],
+        files={'val': '3.0.0/validation-*.parquet', 'train': '3.0.0/train-*.parquet'}),
+    'c4': hub(
+        'allenai/c4', columns=['text'], tokens='156 billion',
+        files={'val': 'en/c4-validation.*.json.gz', 'train': 'en/c4-train.*.json.gz'},
+        val_rows=20_000),  # of its 170M tokens the 10M that GaLore was evaluated on
+    'fineweb_edu': hub(
+        'HuggingFaceFW/fineweb-edu', columns=['text'], tokens='10 billion (its sample)',
+        files={'train': 'sample/10BT/*.parquet'}, val_share=0.005)}
 
 
 # -----------------------------------------------------------------------------
@@ -537,119 +622,137 @@ def carry(sources, target, names=TOKENIZER):
 # -----------------------------------------------------------------------------
 # writing
 
-def tokenise(documents, encoding, val_below):
-    """(split or None, text, ends) -> (split, tokens, ends, bytes, number), on all cores."""
-    for group in groups(documents):
-        splits, texts, ends = zip(*group)
-        prompts, texts = zip(*(text if isinstance(text, tuple) else ('', text) for text in texts))
-        before = encoding.encode_many(prompts) if any(prompts) else prompts
-        for split, prompt, text, end, first, tokens in zip(
-                splits, prompts, texts, ends, before, encoding.encode_many(texts)):
-            # answers to one prompt stay together
-            number, size = hash_of((prompt or text).encode()), len(text.encode())
-            if prompt:
-                tokens = np.concatenate([first | np.uint32(PROMPT), tokens])
-            yield split or ('val' if number < val_below else 'train'), tokens, end, size, number
-
-
 class Writer:
-    """The shards of a data set, and meta.json, which `publish` writes last."""
+    """The shards of a data set, and meta.json, which `publish` writes last. bar: tqdm's."""
 
     def __init__(self, folder, settings, bar):
         self.folder, self.meta, self.bar, self.files = folder, dict(settings), bar, {}
-        self.kind, self.dtype = settings.get('kind', 'tokens'), item_type(settings)
-        self.items_a_shard = settings.get('shard_tokens') or settings['shard_bytes'] / self.dtype.itemsize
-        self.begin()
 
     def begin(self):
-        """Begins anew."""
-        for file in self.files.values():
-            file.close()
-        for path in self.folder.glob('*.bin'):
+        """Begins, with the settings that meta has now."""
+        self.close()
+        for path in self.folder.glob('*.bin'):  # it begins anew, see `write_tokens`
             path.unlink()
         self.files = {}  # the open shard of each split
+        self.kind, self.dtype = kind_of(self.meta), item_type(self.meta)
+        self.full = self.meta.get('shard_tokens') or self.meta['shard_bytes'] / self.dtype.itemsize
+        self.meta |= {self.kind: dict.fromkeys(SPLITS[self.kind], 0), 'shards': []}
         self.bar.reset()
-        self.meta.update({self.kind: dict.fromkeys(SPLITS[self.kind], 0), 'shards': []})
 
     def append(self, split, items):
         if split not in self.files:
-            number = sum(shard['split'] == split for shard in self.meta['shards'])
+            number = sum(entry['split'] == split for entry in self.meta['shards'])
             self.files[split] = open(self.folder / f'{split}_{number:06d}.bin', 'x+b')
-            self.files[split].write(header_of(self.dtype, 0))
+            self.files[split].write(header_of(self.dtype, 0))  # how many there will be is not known
         self.files[split].write(items.astype(self.dtype, copy=False))
         self.meta[self.kind][split] += len(items)
         self.bar.update(len(items))
 
-    def close(self, least=None):
-        """Ends the shards of at least so many items, by default the full ones."""
+    def end_shards(self, least):
+        """Ends the shards of at least so many items."""
         for split, file in [*self.files.items()]:
             count = (file.tell() - HEADER.size) // self.dtype.itemsize
-            if count < (least or self.items_a_shard):
+            if count < least:
                 continue
             file.seek(0)
             file.write(header_of(self.dtype, count))
-            file.seek(0)
-            digest = checksum(file)
-            os.fsync(file.fileno())
+            file.seek(0)  # the checksum is of all bytes, the header's too
+            self.meta['shards'].append({'file': os.path.basename(file.name), 'split': split,
+                                        self.kind: count, 'sha256': checksum(file)})
+            os.fsync(file.fileno())  # a power cut after `write` leaves it complete
             self.files.pop(split).close()
-            name = os.path.basename(file.name)
-            self.meta['shards'].append({'file': name, 'split': split, self.kind: count, 'sha256': digest})
+
+    def close(self):
+        for file in self.files.values():
+            file.close()
 
     def publish(self):
-        self.close(least=1)
+        self.end_shards(least=1)
         write_json(self.folder / 'meta.json', self.meta)
 
 
-def write_tokens(writer, documents, encoding, val_below):
-    """Appends documents(). Those without a split are validation where their hash is below `val_below`; if
-    none is, as happens with a handful, the one with the lowest hash."""
-    meta, limit = writer.meta, writer.meta['limit'] or math.inf
-    meta.update(val_below=val_below, replaced_bytes=0)
-    meta.update({key: dict.fromkeys(SPLITS['tokens'], 0) for key in ('documents', 'bytes')})  # .txt: pieces
-
-    def replace(error):  # errors='replace', counted
-        meta['replaced_bytes'] += error.end - error.start
-        return '\ufffd', error.end
-
-    codecs.register_error('replace_and_count', replace)
-    begin = np.array(encoding.begin, np.uint32)
-    lowest, begun = 2**64, set()  # begun: the splits that are inside a document
-    for split, tokens, ends, size, number in tokenise(documents(), encoding, val_below):
-        if len(tokens):
-            prompted = tokens[0] >= PROMPT
-            if prompted and not meta.get('prompts'):
-                raise DataError('a line has a prompt, and the first one of --input has none: put a file with '
-                                'prompts first')
-            first = begin | np.uint32(PROMPT) if prompted else begin
-            writer.append(split, tokens if split in begun else np.concatenate([first, tokens]))
-            meta['documents'][split] += 1
-            meta['bytes'][split] += size
-            lowest = min(lowest, number)
-            begun.add(split)
-        if ends or split == 'val':  # a piece for validation leaves a seam
-            for end in begun:
-                writer.append(end, np.array([encoding.eot_token]))
-            begun.clear()
-        writer.close()
-        if meta['tokens']['train'] >= limit:
-            break
-    if not meta['tokens']['val'] and val_below <= lowest < 2**64:
-        writer.begin()
-        write_tokens(writer, documents, encoding, lowest + 1)
-    if not all(meta['tokens'].values()):
-        raise DataError(f"there is too little text to train and to validate on ({meta['tokens']}): add some")
+def write_tokens(writer, documents, encoding, val_share):
+    """Writes documents(). Of those that name no split the ones whose hash is in the lowest
+    `val_share` are for validation; if there is none, as in a handful, the one with the lowest."""
+    lowest = append_documents(writer, documents(), encoding, int(val_share * 2**64))
+    if not writer.meta['tokens']['val']:
+        append_documents(writer, documents(), encoding, lowest + 1)
+    counts = writer.meta['tokens']
+    if not all(counts.values()):
+        raise DataError(f'there is too little text to train and to validate on ({counts}): add '
+                        'some')
     if encoding.folder:
         carry([encoding.folder], writer.folder / 'tokenizer')
 
 
+def append_documents(writer, documents, encoding, val_below):
+    """Writes Documents, for validation those whose hash is below `val_below`. Returns the lowest
+    hash."""
+    replaced['bytes'] = 0
+    meta, limit = writer.meta, writer.meta['limit'] or math.inf
+    documents = iter(documents)
+    first = [*itertools.islice(documents, 1)]
+    if first and first[0].prompt is not None:
+        meta['prompts'] = True  # tokens have a bit for that
+    documents = itertools.chain(iter(first), documents)
+    del first  # its text may be long
+    writer.begin()
+    meta |= {'val_below': val_below, 'replaced_bytes': 0,
+             'documents': dict.fromkeys(SPLITS['tokens'], 0),  # of a .txt these are pieces
+             'bytes': dict.fromkeys(SPLITS['tokens'], 0)}
+    begin = np.array(encoding.begin, np.uint32)
+    # a long text comes in pieces, of which each may go into another split. inside: the splits whose
+    # last document has not ended
+    lowest, inside = 2**64, set()
+    for document, tokens in tokenised(documents, encoding):
+        # all answers to a prompt are in one split
+        number = hash_of((document.prompt or document.text).encode())
+        split = document.split
+        if split is None:
+            split = 'val' if number < val_below else 'train'
+        if len(tokens):
+            prompt = tokens[0] & PROMPT  # its top bit
+            if prompt and not meta.get('prompts'):
+                raise DataError('a line has a prompt, and the first one of --input has none: put '
+                                'a file with prompts first')
+            if split not in inside:
+                writer.append(split, begin | prompt)
+            writer.append(split, tokens)
+            meta['documents'][split] += 1
+            meta['bytes'][split] += len(document.text.encode())
+            lowest = min(lowest, number)
+            inside.add(split)
+        # what comes after a piece for validation does not go on with what is before it
+        if document.ends or split == 'val':
+            for ended in inside:
+                writer.append(ended, np.array([encoding.eot_token]))
+            inside.clear()
+        writer.end_shards(writer.full)
+        if meta['tokens']['train'] >= limit:
+            break
+    meta['replaced_bytes'] = replaced['bytes']
+    return lowest
+
+
+def tokenised(documents, encoding):
+    """Yields (Document, tokens (n,) uint32), on all cores. Tokens of a prompt have the top bit."""
+    for group in groups(documents):
+        prompts = iter(encoding.encode_many([x.prompt for x in group if x.prompt]))
+        for document, tokens in zip(group, encoding.encode_many([x.text for x in group])):
+            if document.prompt:
+                tokens = np.concatenate([next(prompts) | PROMPT, tokens])
+            yield document, tokens
+
+
 def write_images(writer, images):
     """Writes what a generator of images yields, see above."""
+    writer.begin()
     counts, seen = writer.meta['images'], {split: set() for split in SPLITS['images']}
     for split, labels, pixels in images:
         items = np.empty(len(labels), writer.dtype)
         items['label'], items['image'] = labels, pixels
         writer.append(split, items)
-        writer.close()
+        writer.end_shards(writer.full)
         if labels.shape[1] == 1:  # of several labels any may be lacking
             seen[split] |= {*labels[:, 0].tolist()}
     if not all(counts.values()):
@@ -661,34 +764,28 @@ def write_images(writer, images):
 
 
 def write(folder, settings, fill, overwrite):
-    """The data set `folder`, of what fill(writer) appends. One that is there already is left alone."""
-    from tqdm import tqdm
+    """Writes the data set `folder`: fill(writer) appends its items. One that is there already is
+    left alone."""
     if (folder / 'meta.json').exists() and not overwrite:
         found = read_meta(folder / 'meta.json')
-        for key in settings:
+        for key in settings:  # is it what this command would write?
             if found.get(key) != settings[key]:
                 raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
                                 f'{settings[key]!r}: choose another --name, or --overwrite it')
         open_shards(folder, found, found['shards'])
         print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
         return
-    kind, limit = settings.get('kind', 'tokens'), settings.get('limit')
-    with written_beside(folder, MARKER) as beside, \
-            tqdm(total=limit, unit=f' {kind}', unit_scale=True, disable=None) as bar:
-        writer = Writer(beside, settings, bar)
-        try:
-            fill(writer)
-            writer.publish()
-        except OSError as error:
-            error.filename = error.filename or str(folder)  # a full disk does not say whose
-            raise
-        finally:
-            for file in writer.files.values():
-                with contextlib.suppress(OSError):  # the disk is full
-                    file.close()
+    from tqdm import tqdm
+    kind = kind_of(settings)
+    look = dict(total=settings.get('limit'), unit=f' {kind}', unit_scale=True, disable=None)
+    with written_beside(folder, MARKER) as beside, tqdm(**look) as bar, \
+            contextlib.closing(Writer(beside, settings, bar)) as writer:
+        fill(writer)
+        writer.publish()
     counts = ', '.join(f'{count:,} {split}' for split, count in writer.meta[kind].items())
-    bad = writer.meta.get('replaced_bytes')
-    print(f"'{folder}': {counts} {kind}" + (f', {bad:,} bytes that were not UTF-8 replaced' if bad else ''))
+    print(f"'{folder}': {counts} {kind}")
+    if writer.meta.get('replaced_bytes'):
+        print(f"{writer.meta['replaced_bytes']:,} bytes that were not UTF-8 were replaced")
 
 
 # -----------------------------------------------------------------------------
@@ -701,7 +798,7 @@ def ensure(name, data_dir='data'):
     if path.exists():
         return
     if name not in ('stdlib', *DIGITS):
-        arguments = name if name in HUB else f'text --input FILE --name {name}'
+        arguments = name if name in SOURCES else f'text --input FILE --name {name}'
         if flag := re.fullmatch('([a-z]+mnist)(?:_(64|128|224))?', name):
             arguments = f'{flag[1]} --size {flag[2] or 28}'
         arguments += '' if str(data_dir) == 'data' else f' --data_dir {data_dir}'
@@ -888,18 +985,15 @@ class Images(Split):
 # -----------------------------------------------------------------------------
 # command line
 
-def number_of(word):
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # in one sentence, without the usage
+        raise DataError(f'{message} (python {self.prog} --help)')
+
+
+def number(word):
     if int(word) < 1:
         raise argparse.ArgumentTypeError(f'give at least 1, not {word}')
     return int(word)
-
-
-def text_file(word):
-    if not Path(word).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file '{word}'")
-    if Path(word).suffix.lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"'{word}' is none of {', '.join(FORMATS)}: convert or rename it")
-    return word
 
 
 def folder_name(word):
@@ -908,85 +1002,74 @@ def folder_name(word):
     return word
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise DataError(f'{message} (python {self.prog} --help)')
+OPTIONS = {  # {option and what it takes: keywords of argparse's add_argument}
+    '--input FILE': dict(nargs='+', required=True, help='.txt (one document), .jsonl (one a line), '
+                                                        '.parquet (one a row)'),
+    '--input FOLDER': dict(required=True, help='with a folder for each class'),
+    '--path FOLDER': dict(help='with the files, instead of the internet'),
+    '--size N': dict(type=number, default=224, help='pixels of a side (224)'),
+    '--size OF_MEDMNIST': dict(type=int, choices=[28, 64, 128, 224], default=28,
+                               help='pixels of a side: 28, 64, 128 or 224 (28)'),
+    '--tokenizer WHICH': dict(help='gpt2, bytes, or a folder or a name of the hub with a '
+                                   'tokenizer.json (gpt2, of stdlib bytes)'),
+    '--tokens N': dict(type=number, help='end when the training split has so many'),
+    '--shard_tokens N': dict(type=number, default=10**8, help='of a shard (100_000_000)'),
+    '--shard_bytes N': dict(type=number, default=10**9, help='of a shard (1_000_000_000)'),
+    '--name NAME': dict(type=folder_name, help='of the folder (the same, with _SIZE unless 28)'),
+    '--data_dir FOLDER': dict(default='data', help='of all data sets (data)')}
+
+
+def options_of(data):
+    """Those of OPTIONS that go with a data set."""
+    if data in SOURCES:
+        return *SOURCES[data].options, '--tokenizer WHICH', '--tokens N', '--shard_tokens N'
+    if data in DIGITS:
+        return '--shard_bytes N',
+    if data == 'images':
+        return '--input FOLDER', '--size N', '--shard_bytes N'
+    return '--path FOLDER', '--size OF_MEDMNIST', '--shard_bytes N'
 
 
 def arguments(argv):
-    known = ['stdlib', 'text', 'images', *HUB, *DIGITS, 'verify']
-    info = {} if argv and argv[0] in known else medmnist_info()
-    flags = [flag for flag in info if not flag.endswith('3d')]
-    about = {'description': __doc__, 'formatter_class': argparse.RawDescriptionHelpFormatter}
-    parser = Parser('prepare.py', **about)
-    if argv and argv[0] not in (*known, *flags, '-h', '--help'):
-        nearest = difflib.get_close_matches(argv[0].lower(), known + flags, 1, 0)[0]
-        why = 'holds volumes' if argv[0] in info else 'is no data set'
-        parser.error(f"'{argv[0]}' {why}: did you mean '{nearest}'?")
-    data = parser.add_subparsers(dest='data', metavar='DATA', required=True,
-                                 help=f"{' | '.join(known + flags)}; DATA --help shows its options")
-    for name in known + flags:
-        add = data.add_parser(name, allow_abbrev=False, **about).add_argument
-        if name == 'verify':
-            add('name', type=folder_name, help='of the folder')
-            add('--data_dir', metavar='FOLDER', default='data', help='of all data sets (data)')
-            continue
-        if name == 'text':
-            add('--input', type=text_file, nargs='+', metavar='FILE', required=True,
-                help='.txt (one document), .jsonl (one a line), .parquet (one a row)')
-        if name == 'images':
-            add('--input', metavar='FOLDER', required=True, help='with a folder a class')
-            add('--size', type=number_of, metavar='N', default=224, help='pixels of a side (224)')
-        if name in HUB or name in flags:
-            add('--path', metavar='FOLDER', help='with the files, instead of the internet')
-        if name in flags:
-            add('--size', type=int, choices=[28, 64, 128, 224], default=28, help='pixels of a side (28)')
-        if name in flags or name in ('images', *DIGITS):
-            add('--shard_bytes', type=number_of, metavar='N', default=10**9,
-                help='of a shard (1_000_000_000)')
-        else:
-            tokenizer = 'bytes' if name == 'stdlib' else 'gpt2'
-            add('--tokenizer', default=tokenizer, metavar='WHICH',
-                help=f"gpt2, bytes, or a folder or a name of the hub with a tokenizer.json ({tokenizer})")
-            add('--tokens', type=number_of, metavar='N', help='end when the training split has so many')
-            add('--shard_tokens', type=number_of, metavar='N', default=10**8,
-                help='of a shard (100_000_000)')
-        add('--name', type=folder_name, help='of the folder (that of the data, with _SIZE unless 28)')
-        add('--data_dir', metavar='FOLDER', default='data', help='of the folders of all data sets (data)')
-        add('--overwrite', action='store_true', help='prepare anew what is there already')
-    return parser.parse_args(argv)
+    """The command line, parsed; `data` is its first word. DataError: a mistake in it."""
+    data, *words = argv or ['--help']
+    names = [*SOURCES, *DIGITS, 'images', 'verify']
+    if data not in names:  # only then, because it reads a file
+        names += [flag for flag in medmnist_info() if not flag.endswith('3d')]
+    if data in ('-h', '--help'):
+        print(f"{__doc__}\nDATA: {', '.join(names)}; `prepare.py DATA --help` shows its options")
+        raise SystemExit(0)
+    if data not in names:
+        nearest = difflib.get_close_matches(data.lower(), names, 1, 0)[0]
+        raise DataError(f"'{data}' is no data set: did you mean '{nearest}'? (python prepare.py "
+                        '--help)')
+    parser = Parser(f'prepare.py {data}', allow_abbrev=False)
+    options = '--data_dir FOLDER',
+    if data == 'verify':
+        parser.add_argument('folder', type=folder_name, help='in --data_dir')
+    else:
+        parser.add_argument('--overwrite', action='store_true', help='what is there already')
+        options = *options_of(data), '--name NAME', *options
+    for option in options:
+        flag, metavar = option.split()
+        parser.add_argument(flag, metavar=metavar, **OPTIONS[option])
+    return parser.parse_args(words, argparse.Namespace(data=data))
 
 
 def from_text(args):
-    """What there is to do for a data set of tokens: its name, its settings, and who fills it."""
-    fraction = 0.05
-    if args.data == 'stdlib':
-        source, documents = f'standard library of Python {sys.version.split()[0]}', stdlib_documents
-    elif args.data == 'text':
-        sizes = [os.path.getsize(path) for path in args.input]
-        source = ', '.join(f'{Path(path).name} ({size} bytes)' for path, size in zip(args.input, sizes))
-        fraction = min(0.05, max(0.005, 5e6 / max(1, sum(sizes))))  # about 5 MB for validation
-        # small files are cut into small pieces, so that the hash has something to choose from
-        documents = partial(text_documents, args.input, min(2**16, max(2**6, sum(sizes) // 200)))
-    else:
-        source, _, files, many, fraction = HUB[args.data]
-        if args.path and not glob.glob(os.path.join(args.path, files['train'])):
-            raise DataError(f"'{args.path}' holds no {files['train']}: give a folder with the hub's files")
-        if many and not args.tokens and not args.path:
-            raise DataError(f'{args.data} has {many} tokens: say how many you want, as in '
-                            '--tokens 1_000_000_000')
-        source += f' in {args.path}' if args.path else ''
-        documents = partial(hub_documents, args.data, args.path, args.tokens)
-    encoding = tokenizer(args.tokenizer)
-    settings = {'source': source, 'tokenizer': encoding.name, 'shard_tokens': args.shard_tokens,
-                'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
-    if args.data == 'text' and has_prompts(args.input[0]):
-        settings['prompts'] = True
-    if args.data == 'text' and encoding.puts_space:
-        print('these tokens put a space before every text: before completions, too, as when a model '
-              'answers, and before the pieces in which a long .txt is read')
+    """What there is to do for text: the folder's name, its settings, and who fills it."""
+    source = SOURCES[args.data]
+    what, val_share = source.describe(args)
+    encoding = tokenizer(args.tokenizer or source.tokenizer)
+    settings = {
+        'source': what, 'tokenizer': encoding.name, 'shard_tokens': args.shard_tokens,
+        'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
+    if encoding.puts_space:
+        print('these tokens put a space before every text: before completions, too, as when a '
+              'model answers, and before the pieces in which a long .txt is read')
+    documents = partial(source.documents, args)
     return args.data, settings, partial(write_tokens, documents=documents, encoding=encoding,
-                                        val_below=int(fraction * 2**64))
+                                        val_share=val_share)
 
 
 def from_images(args):
@@ -1021,7 +1104,7 @@ def from_images(args):
 def verify(folder):
     """Compares each shard of a data set with its checksum. DataError: one differs."""
     if not (folder / 'meta.json').is_file():
-        raise MissingData(f"'{folder}' holds no data set: check its name, and --data_dir")
+        raise DataError(f"'{folder}' holds no data set: check its name, and --data_dir")
     meta = read_meta(folder / 'meta.json')
     open_shards(folder, meta, meta['shards'], verify=True)
     print(f"'{folder}': {len(meta['shards'])} shards are as they were written")
@@ -1031,8 +1114,9 @@ def main(argv):
     """Prepares, or verifies, a data set; one that is there is left alone. DataError: a mistake."""
     args = arguments(argv)
     if args.data == 'verify':
-        return verify(Path(args.data_dir, args.name))
-    name, settings, fill = from_text(args) if 'tokens' in args else from_images(args)
+        return verify(Path(args.data_dir, args.folder))
+    prepared = from_text if args.data in SOURCES else from_images
+    name, settings, fill = prepared(args)
     write(Path(args.data_dir, args.name or name), settings, fill, args.overwrite)
 
 

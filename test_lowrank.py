@@ -539,16 +539,17 @@ def test_tokens_of_any_vocabulary_round_trip(tmp_path, vocab_size, item):
         eot_token=vocab_size - 1, begin=(), folder=None,
         encode_many=lambda texts: [np.array(text.split(), np.uint32) for text in texts])
     rows = [np.random.default_rng(i).integers(0, vocab_size - 1, 100) for i in range(50)]
-    documents = [(split, ' '.join(map(str, row)), True) for split in ('train', 'val') for row in rows]
+    documents = [prepare.Document(' '.join(map(str, row)), split=split)
+                 for split in ('train', 'val') for row in rows]
     settings = {'limit': None, 'shard_tokens': 1000, 'vocab_size': vocab_size}
-    fill = functools.partial(prepare.write_tokens, documents=lambda: iter(documents), encoding=encoding,
-                             val_below=0)
+    fill = functools.partial(prepare.write_tokens, documents=lambda: documents, encoding=encoding,
+                             val_share=0)
     prepare.write(tmp_path / 'it', settings, fill, overwrite=False)
     for split in ('train', 'val'):
         data = prepare.Tokens('it', split, 8, tmp_path)
         assert [len(shard) for shard in data.shards] == [1010] * 5 and data.shards[0].dtype == f'<u{item}'
         assert np.array_equal(np.concatenate(data.shards), sum([[*row, vocab_size - 1] for row in rows], []))
-        assert data.meta['bytes'][split] == sum(len(text) for _, text, _ in documents[:50])
+        assert data.meta['bytes'][split] == sum(len(x.text) for x in documents if x.split == split)
 
 
 def test_a_shard_is_a_header_and_items_with_a_checksum(data, root):
@@ -1727,7 +1728,7 @@ DATA = [  # a reader, its words, what is said; or the words of a command of prep
         ('c4 --tokens 0', 'at least 1'), ('stdlib --tokns 3', '--tokns'),
         (f'c4 --path {HERE}', 'en/c4-train'), ('stdlib --path x', '--path'),
         ('pathmist', "did you mean 'pathmnist'"), ('PathMNIST', "did you mean 'pathmnist'"),
-        ('organmnist3d', 'volumes'), (f'octmnist --path {HERE}', 'octmnist.npz.*missing'),
+        ('organmnist3d', 'did you mean'), (f'octmnist --path {HERE}', 'octmnist.npz.*missing'),
         (f'octmnist --size 64 --path {HERE}', 'octmnist_64.npz.*missing.*--path'),
         ('pathmnist --size 32', '28'), ('digits --size 64', '--size'), ('digits --path x', '--path'),
         ('digits --tokens 3', '--tokens'), ('stdlib --shard_bytes 3', '--shard_bytes'),
@@ -2645,6 +2646,43 @@ def test_news_and_c4_come_from_a_folder_in_the_layout_of_the_hub(tmp_path):
     assert prepared('c4') == list(wanted.values())
     prepared('c4', '--tokens', '20_000', '--name', 'some')
     assert 20_000 <= len(all_tokens(tmp_path, 'some', 'train')) < 20_300
+
+
+def test_a_source_of_text_is_a_generator_and_a_row(tmp_path, monkeypatch):
+    with open(prepare.__file__, encoding='utf-8') as file:  # the example that its comment shows
+        example = ''.join(line[6:] for line in file if line.startswith('#     '))
+    generator, row = example.split("'notes': ")
+    exec(generator, scope := {**vars(prepare)})
+    shown = eval(row.rstrip(',\n'), scope)
+    for name in 'abcdefghij':
+        (tmp_path / 'mine' / name).mkdir(parents=True)
+        (tmp_path / 'mine' / name / 'x.md').write_bytes(f'note {name} \xff'.encode('latin-1'))
+
+    def answers(args):  # has prompts, says its splits, and goes on in pieces
+        for i in range(4):
+            yield prepare.Document(f'{i}', prompt='q', split='train', ends=False)
+        yield prepare.Document('end', split='train')
+        yield prepare.Document('checked', split='val')
+    monkeypatch.setitem(prepare.SOURCES, 'notes', shown)
+    monkeypatch.setitem(prepare.SOURCES, 'asked', prepare.Source(answers, lambda args: ('', 0.05)))
+    (tmp_path / 'files').mkdir()
+    for split in ('some', 'other'):
+        rows = ''.join(json.dumps({'a': f'{split} {i}', 'b': 'b', 'c': 1}) + '\n' for i in range(9))
+        (tmp_path / 'files' / f'{split}.jsonl').write_text(rows)
+    monkeypatch.setitem(prepare.SOURCES, 'rows', prepare.hub(
+        'who/knows', columns=['b', 'a'], files={'val': 'files/other.jsonl', 'train': 'files/some*'}))
+    here = ['--data_dir', str(tmp_path), '--tokenizer', 'bytes']
+    for words in (['notes', '--path', f'{tmp_path}/mine'], ['asked'], ['rows', '--path', str(tmp_path)]):
+        prepare.main([*words, *here])
+    assert sorted(sum(texts_of(tmp_path, 'notes'), [])) == [f'note {name} \ufffd' for name in 'abcdefghij']
+    assert texts_of(tmp_path, 'rows') == [[f'b\n\n{split} {i}' for i in range(9)] for split in ('some', 'other')]
+    tokens = all_tokens(tmp_path, 'asked', 'train')
+    assert (tokens & 0xFFFF).tolist() == [*b'q0q1q2q3end', 256]
+    assert (tokens >= prepare.PROMPT).tolist() == [True, False] * 4 + [False] * 4
+    with pytest.raises(prepare.DataError, match='data set with source .notes of .*--overwrite'):
+        prepare.main(['notes', '--path', f'{tmp_path}/files', *here])
+    with pytest.raises(prepare.DataError, match='unrecognized arguments: --path'):
+        prepare.main(['asked', '--path', f'{tmp_path}/files', *here])
 
 
 def beside(folder):

@@ -1,26 +1,24 @@
 """
-python prepare.py stdlib                                     the sources of Python's standard library, bytes
-python prepare.py text --input a.txt b.jsonl --name mine     .txt, .jsonl (field text), .parquet (column text)
-... --input answers.jsonl                                    prompt and completion: only the latter is learned
-python prepare.py cnn_dailymail [--path FOLDER]              news; FOLDER: a copy of the hub's files
-python prepare.py c4 --tokens 1_000_000_000 [--path FOLDER]
-python prepare.py fineweb_edu --tokens 1_000_000_000 [--path FOLDER]
-python prepare.py digits                                     scikit-learn's digits, 32 x 32, three channels
-python prepare.py digits_shifted                             the same inverted, coloured, rotated
-python prepare.py pathmnist --size 224 [--path FOLDER]       any 2D MedMNIST; FOLDER: that of the .npz
-python prepare.py images --input FOLDER --name mine          one's own pictures, FOLDER/class/*
-... --tokenizer HuggingFaceTB/SmolLM2-135M                   the tokens of a model of the hub, or of a folder
-python prepare.py verify mine                                whether the shards are as they were written
+Writes data sets (this command line) and reads them (`Tokens`, `Images`, for training scripts).
 
-Writes the shards of a data set (this command line) and reads them (`Tokens`, `Images`, for training scripts).
-data/NAME/ holds train_000000.bin ..., val_000000.bin ... (test_000000.bin ... for images) and meta.json.
-A shard is a header of 32 bytes (magic, version, bytes an item, number of items, zeros) and the items,
-little-endian. They are tokens (end-of-text ends every document, the top bit marks those of prompts), or
-images: the label, one byte (one a class where there are several labels), and the pixels (channels, size,
-size). They are written into a folder beside it, which takes its name when it is whole: an interrupted
-command, given again, begins anew. What is there stays (exit code 0 for the same command, 2 for another one),
-with --overwrite until the new one is whole. Of two commands at once the second is refused.
+python prepare.py stdlib                      the sources of Python's standard library, bytes
+python prepare.py text --input a.txt b.jsonl  .txt, .jsonl (field text), .parquet (column text)
+... --input answers.jsonl                     prompt, completion: only the latter is learned
+... --name mine --tokenizer ORGANISATION/MODEL    tokens of a model of the hub, or of a folder
+python prepare.py cnn_dailymail               news; --path FOLDER: of a copy of the hub's files
+python prepare.py c4 --tokens 1_000_000_000
+python prepare.py fineweb_edu --tokens 1_000_000_000
+python prepare.py digits                      scikit-learn's, 32 x 32, three channels
+python prepare.py digits_shifted              the same inverted, coloured, rotated
+python prepare.py pathmnist --size 224        any 2D MedMNIST; --path FOLDER: that of the .npz
+python prepare.py images --input FOLDER       one's own pictures, FOLDER/class/*
+python prepare.py verify mine                 whether the shards are as they were written
+
+What is there already stays (exit code 0 for the same command, 2 for another one), with --overwrite
+until the new one is complete. An interrupted command, given again, begins anew. Of two commands at
+once for one name the second is refused.
 """
+
 import argparse
 import codecs
 import contextlib
@@ -46,11 +44,12 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from platform import python_version
 
+# imported where they are used, as not each command needs them: torch (which takes a second),
+# datasets, huggingface_hub, Pillow, pyarrow, scikit-learn, scipy, tiktoken, tokenizers, tqdm
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import (in_one_line, read_json, refusals, replacing, typed, write_json,
-                    written_beside)
+from config import in_one_line, read_json, refusals, replacing, typed, write_json, written_beside
 
 # -----------------------------------------------------------------------------
 # what is written: data/NAME/ holds shards, train_000000.bin ..., val_000000.bin ... (of images
@@ -76,12 +75,8 @@ class DataError(ValueError):
     """A mistake, or a file that is broken or missing: what is wrong, the value, what to do."""
 
 
-class MissingData(DataError, FileNotFoundError):
-    """The data set, or a file of it, is not there."""
-
-
 @contextlib.contextmanager
-def reading(what, remedy, kind=DataError):
+def reading(what, remedy):
     """Makes one sentence of whatever a library says: damaged bytes fail in any way."""
     try:
         yield
@@ -90,7 +85,7 @@ def reading(what, remedy, kind=DataError):
     except Exception as error:
         # in one line, and not a page
         why = ' '.join((str(error) or type(error).__name__).split())[:80]
-        raise kind(f'{what} ({why}): {remedy}') from error
+        raise DataError(f'{what} ({why}): {remedy}') from error
 
 
 def hash_of(content):
@@ -792,17 +787,20 @@ def write(folder, settings, fill, overwrite):
 # reading
 
 def ensure(name, data_dir='data'):
-    """Prepares an embedded data set (stdlib, digits, digits_shifted) where it is missing, or
-    MissingData. Of a run's processes on a machine the first does it, and the others wait."""
+    """Prepares stdlib, digits or digits_shifted where it is missing; DataError for others. Of the
+    processes of a run on a machine the first does it, and the others wait."""
     path = Path(data_dir, name, 'meta.json')
     if path.exists():
         return
     if name not in ('stdlib', *DIGITS):
-        arguments = name if name in SOURCES else f'text --input FILE --name {name}'
+        arguments = f'text --input FILE --name {name}'
+        if name in SOURCES:
+            arguments = name
+        # as `from_images` names them
         if flag := re.fullmatch('([a-z]+mnist)(?:_(64|128|224))?', name):
             arguments = f'{flag[1]} --size {flag[2] or 28}'
-        arguments += '' if str(data_dir) == 'data' else f' --data_dir {data_dir}'
-        raise MissingData(f"data set '{name}' is not there: run 'python prepare.py {arguments}'")
+        raise DataError(f"data set '{name}' is not there: run 'python prepare.py {arguments} "
+                        f"--data_dir {data_dir}'")
     if os.environ.get('LOCAL_RANK', '0') == '0':
         main([name, '--data_dir', str(data_dir)])
     while not path.exists():  # torchrun ends this process if the first one fails

@@ -2726,7 +2726,7 @@ def test_an_interrupted_command_leaves_the_old_data_set_or_the_new_one(tmp_path,
         shutil.rmtree(folder)
         interrupt('fsync', 1, make, kill=False)
         assert not folder.exists() and not beside(folder)
-        with pytest.raises(FileNotFoundError, match="'it' is not there: run '.*it --data_dir"):
+        with pytest.raises(prepare.DataError, match="'it' is not there: run '.*it --data_dir"):
             prepare.Tokens('it', 'train', 8, tmp_path)
         some = make(*other)
     held = make('--overwrite')

@@ -235,7 +235,8 @@ def describe_text(args):
         size = path.stat().st_size
         files.append(f'{path.name} ({size} bytes)')
         total += size
-    share = 5e6 / max(1, total)  # about 5 MB for validation
+    # for validation about 5 MB: of small files a 20th, of large ones at least a 200th
+    share = 5e6 / max(1, total)
     return ', '.join(files), min(0.05, max(0.005, share))
 
 
@@ -281,6 +282,7 @@ def read_parquet(path, size):
     import pyarrow.parquet
     with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
                  'convert it or rename the column'), pyarrow.parquet.ParquetFile(path) as file:
+        # some rows at a time: a file may be larger than memory
         for batch in file.iter_batches(256, columns=['text']):
             for text in batch['text'].to_pylist():
                 if not isinstance(text, str | None):
@@ -288,15 +290,16 @@ def read_parquet(path, size):
                 yield Document(text or '')
 
 
+# readers: (path, characters of a piece) -> Documents
 FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 
 
 def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
     """The Source of a repository of the hub: a document is a row of its files.
 
-    columns: of strings; an empty line goes between two. files: {split: pattern}, val first; where
-    there is none for val, val_share of train is. val_rows: so many of val at most, with --tokens N
-    at most N / 10,000. tokens: so many that --tokens has to say how many are wanted."""
+    columns: of strings; an empty line goes between two. files: {split: pattern}; where there are
+    none for val, val_share of train is. val_rows: so many of val at most, with --tokens N at most
+    N / 10,000. tokens: so many that --tokens has to say how many are wanted."""
 
     def lies_in(folder, pattern):
         return any(Path(folder).glob(pattern))
@@ -311,7 +314,7 @@ def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
                      f'connect, or use --path FOLDER with whole files of {repository}'):
             if not args.path:  # fails at once, where datasets tries for half a minute
                 huggingface_hub.dataset_info(repository, timeout=10)
-            for split in found:
+            for split in sorted(found, reverse=True):  # val first, as --tokens ends with train
                 rows = load_dataset(origin, data_files=found, split=split, streaming=True)
                 if split == 'val' and val_rows:
                     wanted = args.tokens or 10_000 * val_rows
@@ -332,6 +335,7 @@ def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
     return Source(documents, describe, ('--path FOLDER',))
 
 
+# what `python prepare.py NAME` knows of text
 SOURCES = {
     'stdlib': Source(
         stdlib_documents, lambda args: (f'standard library of Python {python_version()}', 0.05),
@@ -420,6 +424,7 @@ def picture_images(found, size):
                 ground = Image.new('RGBA', picture.size, 'white')
                 picture = Image.alpha_composite(ground, picture.convert('RGBA'))
             picture = ImageOps.exif_transpose(picture.convert('RGB'))
+        # resized and cropped
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(picture)  # (size, size, 3)
         tenth = hash_of(content) % 10
@@ -443,6 +448,7 @@ def medmnist_images(path, size, info):
     medmnist.INFO."""
     shape = size, size, info['n_channels']
     step = max(1, 2**20 // math.prod(shape))  # so many images are about a megabyte
+    # where images have several labels each of them is 0 or 1
     limit = 2 if info['task'].startswith('multi-label') else len(info['label'])
     if not path.exists():
         from torchvision.datasets.utils import download_url
@@ -676,7 +682,7 @@ def write_tokens(writer, documents, encoding, val_share):
     if not all(counts.values()):
         raise DataError(f'there is too little text to train and to validate on ({counts}): add '
                         'some')
-    if encoding.folder:
+    if encoding.folder:  # a model that is trained on these tokens needs it
         carry([encoding.folder], writer.folder / 'tokenizer')
 
 
@@ -848,6 +854,7 @@ class Split:
 
     def need_below(self, limit, numbers, what):
         """OSError where a number that was read cannot be: a shard is damaged."""
+        # embeddings and losses would say less, and on a GPU later
         most = int(numbers.max(initial=0))
         if most >= limit:
             sentence = f'it holds {what} {most}, and there are {limit}: {ANEW}'
@@ -921,7 +928,7 @@ class Tokens(Split):
         import torch
         x, y = super().batch(batch_size, step, micro_step, accumulation, seed, rows)
         if self.learned is None:
-            return x, y
+            return x, y  # all rows have equally many targets
         # of each row, over the micro-batches of the step, (batch_size,)
         targets = sum(self.learned[self.index(batch_size, step, i, accumulation, seed)]
                       for i in range(accumulation))
@@ -1018,7 +1025,7 @@ OPTIONS = {  # {option and what it takes: keywords of argparse's add_argument}
 
 
 def options_of(data):
-    """Those of OPTIONS that go with a data set."""
+    """Those of OPTIONS that go with a data set. Others are refused."""
     if data in SOURCES:
         return *SOURCES[data].options, '--tokenizer WHICH', '--tokens N', '--shard_tokens N'
     if data in DIGITS:
@@ -1041,6 +1048,7 @@ def arguments(argv):
         nearest = difflib.get_close_matches(data.lower(), names, 1, 0)[0]
         raise DataError(f"'{data}' is no data set: did you mean '{nearest}'? (python prepare.py "
                         '--help)')
+    # a parser for this data set alone, so that `prepare.py c4 --help` shows what goes with c4
     parser = Parser(f'prepare.py {data}', allow_abbrev=False)
     options = '--data_dir FOLDER',
     if data == 'verify':

@@ -2670,7 +2670,7 @@ def test_a_source_of_text_is_a_generator_and_a_row(tmp_path, monkeypatch):
         rows = ''.join(json.dumps({'a': f'{split} {i}', 'b': 'b', 'c': 1}) + '\n' for i in range(9))
         (tmp_path / 'files' / f'{split}.jsonl').write_text(rows)
     monkeypatch.setitem(prepare.SOURCES, 'rows', prepare.hub(
-        'who/knows', columns=['b', 'a'], files={'val': 'files/other.jsonl', 'train': 'files/some*'}))
+        'who/knows', columns=['b', 'a'], files={'train': 'files/some*', 'val': 'files/other.jsonl'}))
     here = ['--data_dir', str(tmp_path), '--tokenizer', 'bytes']
     for words in (['notes', '--path', f'{tmp_path}/mine'], ['asked'], ['rows', '--path', str(tmp_path)]):
         prepare.main([*words, *here])

@@ -824,6 +824,7 @@ def order_of(count, seed, epoch=0):
 class Split:
     """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads them,
     and `first`: the number of the first item of each shard, and at the end that of all."""
+    learned = None  # of Tokens with prompts the targets of each window, (num_windows,)
 
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
@@ -870,10 +871,26 @@ class Split:
             index[rows] = order_of(len(self), seed, epoch)[index[rows]]
         return index
 
-    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None):
-        """x, y of a micro-batch of batch_size rows, or of those in `rows` (integers)."""
+    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
+        """x, y of a micro-batch of batch_size rows, or of those in `rows` (integers).
+
+        With prompts weights of rows, too. By these means over micro-batches and ranks, as of
+        ordinary losses, are the mean over heads of the mean loss of all targets that a head has in
+        the step, however they are spread. heads: split ones, of which each sees rows j % heads."""
         index = self.index(batch_size, step, micro_step, accumulation, seed)
-        return self.items(index if rows is None else index[rows])
+        if rows is None:
+            rows = np.arange(batch_size)
+        x, y = self.items(index[rows])
+        if self.learned is None:
+            return x, y
+        import torch
+        # of each row, over the micro-batches of the step, (batch_size,)
+        targets = sum(self.learned[self.index(batch_size, step, i, accumulation, seed)]
+                      for i in range(accumulation))
+        of_heads = targets.reshape(-1, heads).sum(0).clip(min=1)
+        of_rows = of_heads[np.asarray(rows) % heads]  # row j is of head j % heads
+        targets = torch.from_numpy(len(rows) * heads * of_rows).double()
+        return x, y, accumulation * batch_size / targets
 
 
 class Tokens(Split):
@@ -896,7 +913,6 @@ class Tokens(Split):
                         for shard in self.shards if len(shard) > block_size]
         self.first = np.cumsum([0, *map(len, self.windows)])
         self.num_windows = len(self)
-        self.learned = None  # with prompts the number of targets of each window, (num_windows,)
         if self.meta.get('prompts'):
             targets = [(shard[:, 1:] < PROMPT).sum(1) for shard in self.windows]
             self.learned = np.concatenate(targets)
@@ -918,26 +934,6 @@ class Tokens(Split):
             y[y >= PROMPT] = -100
         self.need_below(self.vocab_size, np.maximum(x, y), 'token')
         return torch.from_numpy(x), torch.from_numpy(y)
-
-    def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
-        """As of `Split`. heads: split ones see rows j % heads and learn the mean of their targets.
-
-        By weights of rows, means over micro-batches and ranks, as of ordinary losses, are the mean
-        over heads of the mean loss of all targets that a head has in the step, however they are
-        spread."""
-        import torch
-        x, y = super().batch(batch_size, step, micro_step, accumulation, seed, rows)
-        if self.learned is None:
-            return x, y  # all rows have equally many targets
-        # of each row, over the micro-batches of the step, (batch_size,)
-        targets = sum(self.learned[self.index(batch_size, step, i, accumulation, seed)]
-                      for i in range(accumulation))
-        of_heads = targets.reshape(-1, heads).sum(0).clip(min=1)
-        of_rows = of_heads[np.arange(batch_size) % heads]  # row j is of head j % heads
-        if rows is not None:
-            of_rows = of_rows[rows]
-        targets = torch.from_numpy(len(x) * heads * of_rows).double()
-        return x, y, accumulation * batch_size / targets
 
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
         """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the

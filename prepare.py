@@ -49,7 +49,7 @@ from platform import python_version
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from config import in_one_line, read_json, refusals, replacing, typed, write_json, written_beside
+from config import in_one_line, read_json, refusals, typed, write_json, written_beside
 
 # -----------------------------------------------------------------------------
 # what is written: data/NAME/ holds shards, train_000000.bin ..., val_000000.bin ... (of images
@@ -359,6 +359,7 @@ SOURCES = {
 
 DIGITS = ('digits', 'digits_shifted')
 PICTURES = '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp'
+MOST_PIXELS = 2**26  # of a picture that is read: 0.3 GB where it is transparent
 
 
 def digit_images(shifted):
@@ -418,6 +419,9 @@ def picture_images(found, size):
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
             picture = Image.open(io.BytesIO(content))
+            if picture.width * picture.height > MOST_PIXELS:  # before they are decoded
+                raise DataError(f"'{path}' has {picture.width} x {picture.height} pixels: make it "
+                                f'smaller, {MOST_PIXELS:,} at most are read')
             if picture.mode[0] in 'IF':  # Pillow would clip them
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
             if picture.has_transparency_data:  # on white, as browsers show it
@@ -608,16 +612,13 @@ def tokenizer(name, folder=None):
 
 
 def carry(sources, target, names=TOKENIZER):
-    """Copies files of these names into the folder `target`, each from the first of the folders
-    `sources` that has it, and removes those that none has."""
+    """Copies files of these names into a folder that is being written, each from the first of the
+    folders `sources` that has it."""
     for name in names:
         found = [path for path in (Path(source, name) for source in sources) if path.is_file()]
-        if not found:
-            (target / name).unlink(missing_ok=True)
-            continue
-        target.mkdir(exist_ok=True)
-        with replacing(target / name) as file:
-            file.write(found[0].read_bytes())
+        if found:
+            target.mkdir(exist_ok=True)
+            (target / name).write_bytes(found[0].read_bytes())
 
 
 # -----------------------------------------------------------------------------
@@ -833,8 +834,10 @@ class Split:
         if kind_of(self.meta) != kind:
             raise DataError(f"data set '{name}' holds {kind_of(self.meta)}, not {kind}: choose one "
                             f'of {kind}')
-        sums = ''.join(entry['sha256'] for entry in self.meta['shards'])
-        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[:16]  # of all splits
+        # of all splits, and of what their numbers mean
+        known = [[entry['split'], entry['sha256']] for entry in self.meta['shards']]
+        known += [self.meta.get(key) for key in ('classes', 'task', 'tokenizer', 'vocab_size')]
+        self.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
         entries = [entry for entry in self.meta['shards'] if entry['split'] == split]
         if not entries:
             raise DataError(f"data set '{name}' has no split '{split}': use one of "

@@ -59,16 +59,17 @@ def main(settings):
     where = join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
         model, tokens = read(s.init_from or f'{s.out_dir}/{s.checkpoint}')
+        end = tokens.eot_token
+        start = tokens.encode_ordinary(s.prompt) or [end]
     model.to(where.device).eval()
 
     generator = torch.Generator(where.device).manual_seed(s.seed)
-    start = tokens.encode_ordinary(s.prompt) or [tokens.eot_token]
     start = torch.tensor([start] * s.num_samples, device=where.device)  # (num_samples, time)
     texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                      generator=generator, vocab_size=tokens.n_vocab).tolist()
     for row, text in enumerate(texts):
         ends = [i for i, token in enumerate(text)
-                if token == tokens.eot_token and i >= start.shape[1]]
+                if token == end and i >= start.shape[1]]
         if ends:  # what follows is another text
             texts[row] = text = text[:ends[0]]
         print(tokens.decode(text))

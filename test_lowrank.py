@@ -1840,6 +1840,25 @@ def test_images_are_seen_as_timm_evaluates_them(side, size, crop_pct, interpolat
         assert y.shape == (3, size, size) and levels.abs().max() < (1e-3 if size == crop_pct * side else 1.6)
 
 
+def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, tmp_path):
+    for name, reader, key in (('digits', prepare.Images, 'classes'), ('tiny', prepare.Tokens, 'tokenizer')):
+        shutil.copytree(root / name, tmp_path / name)
+        words = ['train', 8, tmp_path] if reader is prepare.Tokens else ['train', tmp_path]
+        path, before = tmp_path / name / 'meta.json', reader(name, *words).fingerprint
+        meta = json.loads(path.read_text())
+        path.write_text(json.dumps({**meta, key: meta[key][::-1]}))
+        assert reader(name, *words).fingerprint != before
+
+
+@pytest.mark.parametrize('name, text', [
+    ('tokenizer_config.json', '[1'), ('tokenizer_config.json', '{"eos_token": 5}'), ('tokenizer.json', '{"model": 1}'),
+    ('tokenizer_config.json', '{"eos_token": {"content": "no such token"}}')])
+def test_a_damaged_tokenizer_is_one_sentence(bases, tmp_path, capsys, name, text):
+    folder = shutil.copytree(bases / 'llama', tmp_path / 'llama')
+    (folder / name).write_text(text)
+    refused(capsys, lambda: start(sample, [f'--init_from={folder}', '--device=cpu']), name)
+
+
 def test_epochs_are_passes_over_the_images_and_images_may_have_several_labels(root, tmp_path):
     words = [word for word in tiny('vit', root, tmp_path / 'a') if not word.startswith('--max_iters')]
     start(train_vit, [*words, '--epochs=3', '--batch_size=7', '--eval_interval=9', '--learning_rate=0.01'])
@@ -2451,7 +2470,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
     os.replace(held['best'] / 'best.pt', held['best'] / 'ckpt.pt')
     (held['damaged'] / 'ckpt.pt').write_bytes(before['gpt'][:1000])
     out_of(tiny_gpt(vocab_size=257), tmp_path / 'gpt2')
-    safetensors.torch.save_file({'x': torch.ones(1)}, tmp_path / 'gpt2' / 'model.safetensors')
+    more = {**safetensors.torch.load_file(tmp_path / 'gpt2' / 'model.safetensors'), 'x': torch.ones(1)}
+    safetensors.torch.save_file(more, tmp_path / 'gpt2' / 'model.safetensors')
     state = tiny_vit().state_dict()
     state['norm.bias'][3] = math.nan
     safetensors.torch.save_file(state, nan := tmp_path / 'nan.safetensors')
@@ -3618,7 +3638,8 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
     path = tmp_path / 'mine' / 'a' / '0.png'
     wide, turned = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
-    for said, write in (('8 bits', lambda: wide.save(path)),
+    large = Image.new('1', (9000, 9000))
+    for said, write in (('8 bits', lambda: wide.save(path)), ('9000 x 9000 pixels', lambda: large.save(path)),
                        ('damaged', lambda: path.write_bytes(b'no picture')),
                        ('damaged', lambda: turned.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
         write()

@@ -1850,6 +1850,15 @@ def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, t
         assert reader(name, *words).fingerprint != before
 
 
+def test_a_number_of_a_token_that_no_model_has_is_one_sentence(tmp_path):
+    from tokenizers import Tokenizer, models as kinds
+    words = Tokenizer(kinds.WordLevel({'<unk>': 0, 'a': 1, '<end>': 2**25}, unk_token='<unk>'))
+    words.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'a.txt').write_text('a a')
+    with pytest.raises(prepare.DataError, match="33554432 for '<end>'.*below 2.24"):
+        prepare_text(tmp_path, tmp_path / 'a.txt', '--tokenizer', str(tmp_path))
+
+
 @pytest.mark.parametrize('name, text', [
     ('tokenizer_config.json', '[1'), ('tokenizer_config.json', '{"eos_token": 5}'), ('tokenizer.json', '{"model": 1}'),
     ('tokenizer_config.json', '{"eos_token": {"content": "no such token"}}')])

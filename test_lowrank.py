@@ -1850,6 +1850,16 @@ def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, t
         assert reader(name, *words).fingerprint != before
 
 
+@pytest.mark.parametrize('make', [  # what torch says on CPUs and GPUs
+    lambda: torch.empty(2**55), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory'))])
+def test_full_memory_ends_in_one_sentence(capsys, make):
+    with pytest.raises(RuntimeError) as ended:
+        next(iter(make()))
+    config.in_one_line(ended.type, ended.value, ended.tb)
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'memory is full' in said and 'bench.py memory' in said
+
+
 def test_a_number_of_a_token_that_no_model_has_is_one_sentence(tmp_path):
     from tokenizers import Tokenizer, models as kinds
     words = Tokenizer(kinds.WordLevel({'<unk>': 0, 'a': 1, '<end>': 2**25}, unk_token='<unk>'))

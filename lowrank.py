@@ -21,6 +21,7 @@ always zero, takes no memory, and galore.py steps on W with R. Merged every T st
 
 import contextlib
 import math
+import numbers
 import warnings
 import weakref
 
@@ -191,6 +192,30 @@ def number(letters):
     return float(bytes(letters.round().to(torch.uint8).tolist()))
 
 
+def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers):
+    """ValueError: arguments of a MHLoRALinear (m, n) make no sense together."""
+    if factors not in ('both', 'B', 'basis'):
+        raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
+    are_integers = all(isinstance(x, numbers.Integral) for x in (rank, heads, merge_every))
+    if not are_integers or rank < 1 or heads < 1 or merge_every < 0:
+        raise ValueError(f'{rank=}, {heads=} must be integers of at least 1, {merge_every=} '
+                         'one of at least 0')
+    if factors != 'basis' and alpha is not None and not alpha > 0:
+        raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
+    if factors != 'basis' and rank > min(m, n):
+        raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
+                         f'outputs: set a rank between 1 and {min(m, n)}')
+    if factors == 'basis' and not merge_every:
+        raise ValueError("factors='basis' trains a factor that merges into W: set "
+                         'merge_every=1 (GaLore) or more')
+    if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
+        raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged '
+                         'every step, are one head: set heads=1, or split=True and merge_every '
+                         'above 1')
+    if split and heads % workers:
+        raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
+
+
 class MHLoRALinear(nn.Module):
     """
     A linear layer with a frozen weight and H low-rank heads, or a basis and a factor trained in it.
@@ -213,26 +238,7 @@ class MHLoRALinear(nn.Module):
                  merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None):
         super().__init__()
         m, n = linear.weight.shape
-        if factors not in ('both', 'B', 'basis'):
-            raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
-        are_integers = all(isinstance(x, int) for x in (rank, heads, merge_every))
-        if not are_integers or rank < 1 or heads < 1 or merge_every < 0:
-            raise ValueError(f'{rank=}, {heads=} must be integers of at least 1, {merge_every=} '
-                             'one of at least 0')
-        if factors != 'basis' and alpha is not None and not alpha > 0:
-            raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
-        if factors != 'basis' and rank > min(m, n):
-            raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
-                             f'outputs: set a rank between 1 and {min(m, n)}')
-        if factors == 'basis' and not merge_every:
-            raise ValueError("factors='basis' trains a factor that merges into W: set "
-                             'merge_every=1 (GaLore) or more')
-        if factors == 'basis' and heads > 1 and (not split or merge_every == 1):
-            raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged '
-                             'every step, are one head: set heads=1, or split=True and merge_every '
-                             'above 1')
-        if split and heads % workers:
-            raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
+        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers)
         self.in_features, self.out_features = n, m
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
         self.split = split and heads > 1  # one head sees all of the batch
@@ -244,7 +250,8 @@ class MHLoRALinear(nn.Module):
         if self.split:  # other heads are the same on all ranks
             self.worker, self.workers = worker, workers
         self.heads_here = heads // self.workers
-        self.resets = merge_reset or not merge_every or factors == 'basis'  # merges leave nothing
+        # after a merge there is nothing of a head that W has already
+        self.resets = merge_reset or not merge_every or factors == 'basis'
         self.moves_weight = factors == 'basis' and merge_every == 1  # GaLore
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias  # not copied
         self.sketch = None  # a leaf, see LowRankProduct; galore.py asks for it
@@ -252,7 +259,7 @@ class MHLoRALinear(nn.Module):
         self.merged_pair = None  # while split heads are averaged
         self.merges = 0  # how often it was merged
         if factors == 'basis':
-            shape = max(m, n), self.rank
+            shape = max(m, n), self.rank  # (long, r)
             self.register_buffer('basis', self.weight.new_empty(min(m, n), self.rank))
             if self.moves_weight:
                 self.zeros = zeros or Zeros()
@@ -292,8 +299,8 @@ class MHLoRALinear(nn.Module):
     def draw_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that heads add
         nothing."""
-        A = local(self.A)
-        here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]
+        A = local(self.A)  # (heads here, r, n); of shards some of them
+        here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]  # their numbers
         gain = math.sqrt(self.in_features / self.rank)
         for head in range(self.heads):  # every rank draws all: the same on any number of ranks
             drawn = torch.empty(A.shape[1:], dtype=wide(A))  # QR needs it
@@ -316,8 +323,9 @@ class MHLoRALinear(nn.Module):
             return (self.basis, factor) if is_tall else (factor, self.basis)
         if self.resets:
             return self.A.mT, self.B
-        A = torch.cat([self.A, self.A_merged], 1)  # of rank 2 r: B A - B' A'
-        B = torch.cat([self.B, -self.B_merged], 2)
+        # B A - B' A' is one product of rank 2 r
+        A = torch.cat([self.A, self.A_merged], 1)  # (heads here, 2 r, n)
+        B = torch.cat([self.B, -self.B_merged], 2)  # (heads here, m, 2 r)
         return A.mT, B
 
     @property
@@ -328,16 +336,16 @@ class MHLoRALinear(nn.Module):
         return self.scale / self.heads
 
     def forward(self, x):
-        if self.moves_weight and not torch.is_grad_enabled():
+        if self.moves_weight and not torch.is_grad_enabled():  # U is zero, and no R is wanted
             return F.linear(x, self.weight, self.bias)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         groups, scale = 1, self.merged_scale
-        if self.merged_pair is not None:
+        if self.merged_pair is not None:  # an evaluation of split heads
             into, out = self.merged_pair
         elif not self.split:  # every head sees every token: one pair of rank H r
             into, out = map(side_by_side, self.pair())
-        else:
+        else:  # each head its own part of the batch
             into, out = self.pair()
             groups, scale = self.heads_here, self.scale
             if not self.training:
@@ -355,11 +363,11 @@ class MHLoRALinear(nn.Module):
         average of all factors, or a given one. All ranks take part, and get the same bits."""
         if self.factors == 'basis':
             if factor is None:
-                factor = full(self.factor.detach())
+                factor = full(self.factor.detach())  # (heads here, long, r)
                 factor = mean(factor.to(wide(factor)).mean(0), self.workers)
             return self.pair(factor)
         pair = map(full, self.pair())
-        if self.workers > 1:
+        if self.workers > 1:  # heads have to be in one order: sums are rounded
             pair = (in_global_order(gather(x)) for x in pair)
         return tuple(map(side_by_side, pair))
 
@@ -381,9 +389,10 @@ class MHLoRALinear(nn.Module):
         self.merges += 1
         if self.moves_weight:
             return
-        factor = None
-        if bits < 32 and self.split and self.factors == 'basis':  # a direction has its own blocks
+        factor = None  # the average as it is
+        if bits < 32 and self.split and self.factors == 'basis':
             error = error_of(self.factor, state[self.factor])
+            # (heads here, r, long): blocks of 64 numbers are of one direction
             factor = coded_mean(self.factor.mT, bits, self.workers, error.mT).mT
         elif bits < 32 and self.split:
             raise ValueError(f"{bits=} are for merges of heads in a basis (factors='basis') and of "
@@ -393,7 +402,7 @@ class MHLoRALinear(nn.Module):
             local(self.factor).zero_()
         elif self.resets:
             self.draw_heads(generator)
-        else:
+        else:  # LTE: they train on
             self.A_merged.copy_(self.A)
             self.B_merged.copy_(self.B)
 
@@ -401,7 +410,7 @@ class MHLoRALinear(nn.Module):
         """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
         short, r), to zeros or `sums`: of all, or of each of this rank's heads."""
         zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
-        leaf = zero.expand(parts, *self.basis.shape)
+        leaf = zero.expand(parts, *self.basis.shape)  # of no memory, as nobody reads it
         self.sketch = leaf.requires_grad_()
         self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums.to(zero.dtype)
 

@@ -578,15 +578,6 @@ class LowRankAdamW(GaLoreAdamW):
             self._open_window(layer, state, wait)
         self.is_loaded = False
 
-    def step(self, closure=None):
-        """See GaLoreAdamW. Warns once where no `begin` came before it: bases grow old."""
-        if self.layers and not self.is_fresh and not self.is_warned:
-            warnings.warn('LowRankAdamW.step without begin(step) before it: bases, and moments '
-                          'after merges, stay as they are')
-            self.is_warned = True
-        self.is_fresh = False
-        return super().step(closure)
-
     def _open_state(self, layer, state):
         """Makes a layer's state, or takes over what backward passes have left in its sketch.
         ValueError: the state was loaded, and its bases were not."""
@@ -695,6 +686,11 @@ class LowRankAdamW(GaLoreAdamW):
             if not self.state[p].get('bases'):
                 raise ValueError('a layer has no basis yet: call optimizer.begin(step) before the '
                                  'forward pass')
+        if not (self.is_fresh or self.per_layer or self.is_warned):
+            warnings.warn('LowRankAdamW.step without begin(step) before it: bases, and moments '
+                          'after merges, stay as they are')
+            self.is_warned = True
+        self.is_fresh = False
         keep = 1.0 - group['lr'] * group['weight_decay']
         lr = group['lr'] * group['scale'] * keep  # as in GaLoreAdamW: decay after the update
         for some in alike(params, group['inside']):

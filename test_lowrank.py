@@ -1662,6 +1662,12 @@ def test_what_only_shows_later_is_warned_of_once():
             optimizer.step()
             optimizer.zero_grad()
     assert len(said) == 1 and 'without begin(step)' in str(said[0].message)
+    optimizer, counted = galore.LowRankAdamW(net), []  # torch's hooks run once a step
+    galore.GaLoreAdamW(nn.Linear(3, 3).parameters())
+    optimizer.register_step_post_hook(lambda *_: counted.append(1))
+    optimizer.begin(0)
+    optimizer.step()
+    assert counted == [1]
 
 
 def test_what_a_run_does_not_reach_is_said(root, tmp_path, capsys):

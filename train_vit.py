@@ -19,7 +19,7 @@ import config
 # -----------------------------------------------------------------------------
 # settings: ViT-B/16 on PathMNIST, full fine-tuning of timm's pretrained weights
 # run
-out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json, confusion.png
+out_dir = 'out/vit'  # checkpoints, log.jsonl, config.json
 init_from = 'pretrained'  # 'scratch', 'resume', 'auto' (resume where there is a checkpoint, else
 #                          scratch), 'pretrained' (timm's hub), or a file: timm's weights, a best.pt
 #                          of ours

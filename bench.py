@@ -306,10 +306,10 @@ def stepper(settings, ranks=None):
     # what trains depends on init_from (train='auto')
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch', compile=False)
-    where = join(s) if ranks is None else SimpleNamespace(
+    process = join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
     with contextlib.redirect_stdout(None):
-        run = script.build(s, where, ['a class'] * 9 if of_images else vocabulary(s))
+        run = script.build(s, process, ['a class'] * 9 if of_images else vocabulary(s))
     rows = s['batch_size'] // run.ranks
 
     def batch(micro_step):

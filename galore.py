@@ -5,7 +5,7 @@ W and its gradient G are seen as tall, (long, short). With an orthonormal basis 
 
     R = G Q  (long, r),    W <- W - lr scale rho(R) Q^T,    rho: Adam, whose moments are those of R
 
-and now and then a new basis from gradients. (The paper writes P^T G of matrices with m < n.)
+and now and then a new basis from gradients. (The paper transposes all: its P is this Q.)
 
     LowRankAdamW(model)    for models with layers of lowrank.py; G never exists
     GaLoreAdamW(groups)    for ordinary weights: galore-torch's class, and rules that need G
@@ -65,7 +65,8 @@ def gaussian(rows, rank, like, seed):
 
 def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     """
-    An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_turned`.
+    An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_turned`. For
+    GaLoreAdamW alone, which has G; that of layers is LowRankAdamW._refresh.
 
     svd     the leading singular vectors (GaLore, algorithm 2), with signs as LAPACK has them.
     power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
@@ -83,8 +84,8 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     elif basis == 'power':
         new = old
         if old is None:
-            sketch = tall.mT @ gaussian(len(tall), rank, G, seed)
-            new = orthonormal(sketch)
+            start = tall.mT @ gaussian(len(tall), rank, G, seed)
+            new = orthonormal(start)
         for _ in range(2):  # one has 0.978 of the SVD's energy, from a basis 200 steps old
             R = tall @ new  # (long, r)
             R = F.normalize(R, dim=0)  # squares of its columns stay in the range of float16
@@ -369,7 +370,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _adamw(self, params, group):
         """AdamW. By rule='adamw' as in torch: eps after the bias correction, decay before the
-        update; else as in galore-torch: before, after."""
+        update. Else as in galore-torch: eps before the bias correction, decay after the update."""
         lr, betas, eps, decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
         keep = 1.0 - lr * decay
         as_torch = 'rule' in group
@@ -484,7 +485,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 def steps_to_refresh(step, every, merge_every, block, blocks):
     """Steps from this one (from 0) to the next in which the layers of a block, of so many, take new
-    bases: after a merge, at block / blocks of a period of `every` steps: no step is slow."""
+    bases. Blocks take turns in a period of `every` steps, so that the work is spread; a basis
+    changes only after a merge."""
     first = block * (every // merge_every) // blocks * merge_every
     return (first - step) % every
 
@@ -599,6 +601,8 @@ class LowRankAdamW(GaLoreAdamW):
             seed = self._seed(p, state['bases'])
             new = orthonormal(gaussian(*old.shape, layer.basis, seed))
         elif 'sketch' in state:
+            # one step of subspace iteration: backward passes have multiplied by the old basis, see
+            # lowrank.second_moment
             Y = self._average_sketch(p, layer, state['sketch'])
             new = orthonormal(Y).to(old.dtype)
             is_good = Y.isfinite().all() & Y.any()
@@ -744,7 +748,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
                if isinstance(module, nn.Linear)}
     output = {p for name, p in linears.items() if is_wanted(name, ['logit'])}
     linears = {*linears.values()}
-    tables = {module.weight for module in named.values() if isinstance(module, nn.Embedding)}
+    embeddings = {module.weight for module in named.values()
+                  if isinstance(module, nn.Embedding)}
     spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: of places, and the class token
     ruled = rank > 0 or rule in FULL
 
@@ -753,13 +758,13 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
             return 'ruled'
         if rule == 'scale' and p in output:
             return 'output'
-        if rule == 'scale' and p in tables:
-            return 'tables'
+        if rule == 'scale' and p in embeddings:
+            return 'embeddings'
         if p.dim() >= 2 and name not in spared:
             return 'matrices'
         return 'vectors'
 
-    parts = {part: {} for part in ('ruled', 'output', 'tables', 'matrices', 'vectors')}
+    parts = {part: {} for part in ('ruled', 'output', 'embeddings', 'matrices', 'vectors')}
     for name, p in model.named_parameters():  # lists tied parameters once
         if p.requires_grad and p not in leave:
             parts[part_of(name, p)][name] = p
@@ -771,7 +776,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take '
                          'AdamW (rank=0), or name your modules in lowrank.KINDS')
     if ruled and rank_and_world()[0] == 0:
-        found = sum(len(parts[part]) for part in ('ruled', 'output', 'tables'))
+        found = sum(len(parts[part]) for part in ('ruled', 'output', 'embeddings'))
         others = sum(p.dim() == 2 for p in parts['matrices'].values())
         print(f'{rule} on {found} of {found + others} matrices')
     if rule in FULL:
@@ -779,7 +784,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     else:
         keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
                     rule=rule)
-    keys_of = dict(ruled=keys, output=dict(keys, momentum=0.9), tables=dict(keys, dim=0),
+    keys_of = dict(ruled=keys, output=dict(keys, momentum=0.9), embeddings=dict(keys, dim=0),
                    matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
     groups = []
     for part, params in parts.items():

@@ -6,7 +6,7 @@ W (m, n); H heads A (H, r, n), B (H, m, r); s = alpha / r.
 
     factors='both'   y = W x + s/H sum_h B_h A_h x      LoRA (arXiv 2106.09685), multi-head LoRA
     factors='B'      the same, A stays as it was drawn  LoRA-FA (arXiv 2308.03303)
-    split            head h sees the h-th part of the batch only (LTE, arXiv 2402.16828):
+    split            head h sees its own rows of the batch only (LTE, arXiv 2402.16828):
                      y = W x + s (B_h A_h - B_h' A_h') x; primes: what the last merge put into W
     merge            W <- W + s/H sum_h (B_h A_h - B_h' A_h')
 
@@ -50,8 +50,8 @@ class LowRankProduct(torch.autograd.Function):
     sketch (parts, short, r): a leaf that is not read; `second_moment` is added to its .grad. W gets
     no gradient, and there are no second derivatives (torch raises).
 
-    Operations a token, forward and backward, R = groups r: 4 m n + 6 R (m + n) with both trained,
-    4 m n + 2 R (m + n) where one is zero; a dense layer has 6 m n.
+    Operations a token, forward and backward, k = groups r: 4 m n + 6 k (m + n) with both trained,
+    4 m n + 2 k (m + n) where one is zero; a dense layer has 6 m n.
     """
 
     @staticmethod
@@ -59,16 +59,16 @@ class LowRankProduct(torch.autograd.Function):
         m, n = W.shape
         trains_into, trains_out = ctx.needs_input_grad[3:5]
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
-        time = len(flat) // groups  # tokens of a group
+        tokens = len(flat) // groups  # of a group
         if b is not None:
             b = b.to(x.dtype)
         y = F.linear(flat, W.to(x.dtype), b)  # (tokens, m)
         z = None
         if trains_out or not is_zero:
-            z = flat.view(groups, time, n) @ into.to(x.dtype)  # (groups, tokens / groups, r)
+            z = flat.view(groups, tokens, n) @ into.to(x.dtype)  # (groups, tokens / groups, r)
         if not is_zero:
             outT = out.to(x.dtype).mT.expand(groups, -1, -1)  # (groups, r, m)
-            y.view(groups, time, m).baddbmm_(z, outT, alpha=scale)
+            y.view(groups, tokens, m).baddbmm_(z, outT, alpha=scale)
         if not trains_into and sketch is None:
             flat = None  # where only `out` trains (LoRA-FA, a basis of a tall W) z is enough
         if not trains_out:
@@ -87,17 +87,17 @@ class LowRankProduct(torch.autograd.Function):
         m, n = W.shape
         groups = ctx.groups
         d = dy.reshape(dy.shape[:-1].numel(), m)  # (tokens, m)
-        time = len(d) // groups
+        tokens = len(d) // groups
         dx = db = d_into = d_out = d_sketch = dz = None
         if trains_into or not ctx.is_zero:
-            dz = d.view(groups, time, m) @ out.to(dy.dtype)  # (groups, tokens / groups, r)
+            dz = d.view(groups, tokens, m) @ out.to(dy.dtype)  # (groups, tokens / groups, r)
             if ctx.scale != 1:
                 dz.mul_(ctx.scale)
         if needs_x:
             dx = d @ W.to(dy.dtype)  # (tokens, n)
             if not ctx.is_zero:
                 intoT = into.to(dy.dtype).mT.expand(groups, -1, -1)  # (groups, r, n)
-                dx.view(groups, time, n).baddbmm_(dz, intoT)
+                dx.view(groups, tokens, n).baddbmm_(dz, intoT)
             dx = dx.view(*dy.shape[:-1], n)
         if needs_b:
             db = d.sum(0)
@@ -107,28 +107,28 @@ class LowRankProduct(torch.autograd.Function):
             sequences = len(dy) if dy.dim() > 1 else 1
             vQ = vQ.flatten(0, 1)  # (tokens, r)
             d_sketch = second_moment(u, v, vQ, sequences, ctx.parts)
-        # a head's loss is the mean over its own group: that over all has 1 / groups of its gradient
+        # the loss is the mean over all groups: a head's gradient came out `groups` times too small
         if trains_into:
             if groups != 1:
                 dz.mul_(groups)
-            d_into = torch.bmm(x.view(groups, time, n).mT, dz).view(into.shape)
+            d_into = torch.bmm(x.view(groups, tokens, n).mT, dz).view(into.shape)
         if trains_out:
             factor = ctx.scale * groups
             if factor != 1:
                 z = z * factor
-            d_out = torch.bmm(d.view(groups, time, m).mT, z).view(out.shape)
+            d_out = torch.bmm(d.view(groups, tokens, m).mT, z).view(out.shape)
         return dx, None, db, d_into, d_out, d_sketch, None, None, None
 
 
 def second_moment(u, v, vQ, sequences, parts=1):
     """
-    Y = sum_s G_s^T (G_s Q) / |G_s Q| (parts, short, r), G_s = u_s^T v_s: what a sequence adds to G.
+    Y = sum_i G_i^T (G_i Q) / |G_i Q| (parts, short, r), G_i = u_i^T v_i: what a sequence adds to G.
 
     u (tokens, long), v (tokens, short), vQ = v Q (tokens, r), of one sequence after the other; no
-    G_s is formed. It is one step of subspace iteration towards the directions in which the
+    G_i is formed. It is one step of subspace iteration towards the directions in which the
     gradients of single sequences lie, and the same however sequences are spread over micro-batches
-    and ranks. An output layer gets all tokens in one row, each as a sequence. parts: of the batch,
-    each as if its mean loss were the loss. Zeros where it is not finite.
+    and ranks. An output layer gets all tokens in one row, each as a sequence. parts: how many
+    pieces the batch is cut into, each as if it were the whole batch. Zeros where it is not finite.
     """
     tokens, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
     u = u.view(sequences, tokens, u.shape[1])
@@ -142,9 +142,9 @@ def second_moment(u, v, vQ, sequences, parts=1):
         w = torch.bmm(unit, unit.mT)  # (sequences, tokens, tokens)
         w = torch.bmm(w, vQ)  # (sequences, tokens, r)
     else:
-        w = torch.bmm(unit.mT, vQ)  # (sequences, long, r), G_s Q / size
+        w = torch.bmm(unit.mT, vQ)  # (sequences, long, r), G_i Q / size
         w = torch.bmm(unit, w)
-    # |G_s Q|^2 = sum of (v Q) * (u u^T v Q): G_s Q itself is not there in both orders
+    # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): G_i Q itself is not there in both orders
     square = (vQ.to(wide(u)) * w).sum((1, 2), keepdim=True)
     norm = square.clamp_min(1e-30).sqrt()
     w = w / norm * (size * parts)
@@ -181,15 +181,15 @@ def side_by_side(x):
     return x.permute(1, 0, 2).flatten(1)
 
 
-def letters(x):
+def as_text(x):
     """A number as text in a tensor (24,) of letters: neither .to(bfloat16) nor an average of equal
     state dicts changes it."""
     return torch.tensor([*f'{x!r:24}'.encode()], dtype=torch.uint8)
 
 
-def number(letters):
-    """The number that `letters` has written."""
-    return float(bytes(letters.round().to(torch.uint8).tolist()))
+def from_text(text):
+    """The number that `as_text` has written."""
+    return float(bytes(text.round().to(torch.uint8).tolist()))
 
 
 def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers):
@@ -223,9 +223,10 @@ class MHLoRALinear(nn.Module):
     linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays
     trainable. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see
     the top of this file. merge_every: T, steps between merges; the training loop calls `merge` for
-    T > 1. 0: never, or at the end. merge_reset: a merge draws A anew and zeroes B, as it does where
-    merge_every is 0; else they train on (LTE), less A_merged and B_merged. worker, workers: of
-    several ranks that share split heads, this one holds the heads worker::workers. zeros: the
+    T > 1. 0: never, or at the end. merge_reset: after a merge A is drawn anew and B is zero, as
+    it is where merge_every is 0; else heads train on (LTE), and what W has of them already is
+    subtracted. worker, workers: the rank of this process, of so many that share split heads; it
+    holds the heads worker::workers. zeros: the
     model's `Zeros`, None for a layer alone.
 
     Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r); or
@@ -330,7 +331,7 @@ class MHLoRALinear(nn.Module):
 
     @property
     def merged_scale(self):
-        """Of heads side by side, which are averaged so; in a basis factors are, beforehand."""
+        """The scale of a merge: s / H. In a basis the factors are averaged first."""
         if self.factors == 'basis':
             return self.scale
         return self.scale / self.heads
@@ -429,8 +430,8 @@ class MHLoRALinear(nn.Module):
             return self.factor_rows
         return self.factor
 
-    # In each of these torch makes a view dense, or wants it in a state dict: the zero factor steps
-    # aside
+    # Before torch copies or saves parameters the zero factor is taken out, and put back after it:
+    # it would become dense, or be in a state dict
 
     @contextlib.contextmanager
     def _without_zero(self):
@@ -454,13 +455,13 @@ class MHLoRALinear(nn.Module):
         with self._without_zero():
             super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.factors != 'basis':
-            destination[f'{prefix}alpha'] = letters(self.scale * self.rank)
+            destination[f'{prefix}alpha'] = as_text(self.scale * self.rank)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         alpha, theirs = self.scale * self.rank, state_dict.pop(f'{prefix}alpha', None)
-        if theirs is not None and self.factors != 'basis' and number(theirs) != alpha:
+        if theirs is not None and self.factors != 'basis' and from_text(theirs) != alpha:
             errors = args[-1]  # torch raises them in one
-            errors.append(f'{prefix}alpha is {number(theirs):g} in the state dict, and here '
+            errors.append(f'{prefix}alpha is {from_text(theirs):g} in the state dict, and here '
                           f'{alpha:g}: give apply_mhlora the alpha that it was trained with')
         with self._without_zero():
             super()._load_from_state_dict(state_dict, prefix, *args)
@@ -557,7 +558,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as "
                          "('attn', 'mlp')")
     refuse_what_bypasses(model, targets)
-    chosen, number = find_linears(model, targets)
+    chosen, how_many = find_linears(model, targets)
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
     zeros = Zeros(rank * max(max(linear.weight.shape) for linear in chosen.values()))
@@ -571,7 +572,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                                      merge_reset, worker, workers, zeros).train(linear.training)
         model.set_submodule(name, layers[W])
     if rank_and_world()[0] == 0:
-        said = f'low-rank weights on {len(chosen)} of {number} linear layers'
+        said = f'low-rank weights on {len(chosen)} of {how_many} linear layers'
         clamped = [name for name in chosen if model.get_submodule(name).rank < rank]
         if clamped:
             said += f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as '

@@ -167,7 +167,13 @@ def open_shards(folder, meta, entries, verify=False):
 #         for path in sorted(Path(args.path).rglob('*.md')):
 #             yield Document(path.read_text('utf-8', REPLACE))
 #
-#     'notes': Source(notes, lambda args: (f'notes of {args.path}', 0.05), ('--path FOLDER',))
+#     def describe_notes(args):
+#         sizes = [path.stat().st_size for path in Path(args.path or '').rglob('*.md')]
+#         if not args.path or not sizes:
+#             raise DataError(f"no .md files in '{args.path}': give --path FOLDER")
+#         return f'{len(sizes)} notes of {args.path}, {sum(sizes)} bytes', 0.05
+#
+#     'notes': Source(notes, describe_notes, ('--path FOLDER',))
 #
 # For a data set of the hub whose texts stand in columns the generator is there: see `hub`.
 

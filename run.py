@@ -3,8 +3,8 @@ A run: its processes, its checkpoint, its folder, its log. It has no command of 
 train_gpt.py, train_llama.py and train_vit.py call it. Nothing here knows a particular model, or
 data.
 
-    where = join(settings)                    torchrun's processes, the device, 'auto' resolved
-    checkpoint = open_run(settings, where)    out_dir is claimed; what a resumed run goes on from
+    process = join(settings)                    torchrun's processes, the device, 'auto' resolved
+    checkpoint = open_run(settings, process)    out_dir is claimed; what a resumed run goes on from
     run = assemble(model, ...)                a `Run`: what a step computes with
     meter = Meter(run, ...)                   the log
     save(run, 'ckpt.pt', ...)
@@ -39,7 +39,7 @@ from ranks import (FORMAT, gather_state, is_sharded, keep_out_of_ddp, load_state
                    per_rank_tensors, traffic)
 
 HERE = Path(__file__).parent
-ANSWER = 1800  # seconds that ranks wait for each other; rank 0 may write 40 GB to a slow disk
+TIMEOUT = 1800  # seconds that ranks wait for each other; rank 0 may write 40 GB to a slow disk
 
 # -----------------------------------------------------------------------------
 # processes
@@ -69,7 +69,7 @@ def join(settings):
         torch.cuda.set_device(device)
     if several:  # gloo beside nccl carries the stop flag, without waiting for the GPU
         backend = 'gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl'
-        dist.init_process_group(backend, timeout=timedelta(seconds=ANSWER))
+        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     return SimpleNamespace(rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0],
                            compute=dtype_of(settings, device))
@@ -180,7 +180,8 @@ def make_optimizer(model, settings):
 @dataclass
 class Run:
     """What a training step, an evaluation and a checkpoint compute with. Another model, such as an
-    average of weights: dataclasses.replace(run, model=other, net=other)."""
+    average of weights: dataclasses.replace(run, model=other, net=other), and where sync='merge'
+    replicas=replica_parameters(other)."""
     rank: int  # these five are from `join`
     ranks: int
     device: str
@@ -198,17 +199,18 @@ class Run:
     saved: int = None  # the step of the last checkpoint
 
 
-def assemble(model, shape, optimizer, settings, where, checkpoint=None):
+def assemble(model, shape, optimizer, settings, process, checkpoint=None):
     """
     The `Run` of a model and an optimizer, on from a checkpoint if there is one.
 
-    shape: see `Run`; where: from `join`. Compiles blocks, and puts DDP around the model.
+    shape: see `Run`; process: from `join`. Compiles blocks, and puts DDP around the model.
     ValueError: the checkpoint is another model's, or what was loaded is not finite.
     """
     s = SimpleNamespace(**settings)
-    run = Run(**vars(where), settings=settings, s=s, model=model, shape=shape, optimizer=optimizer,
-              replicas=replica_parameters(model) if s.sync == 'merge' else {},
-              scaler=torch.amp.GradScaler(where.device_type, enabled=where.compute == 'float16'))
+    scales = process.compute == 'float16'
+    run = Run(**vars(process), settings=settings, s=s, model=model, shape=shape,
+              optimizer=optimizer, scaler=torch.amp.GradScaler(process.device_type, enabled=scales),
+              replicas=replica_parameters(model) if s.sync == 'merge' else {})
     if checkpoint:
         load_state(model, named_layers(model), optimizer, checkpoint, run.replicas)
         if checkpoint['scaler']:  # empty of a run without float16
@@ -388,11 +390,12 @@ MAY_CHANGE = set("""
     per_layer shard sync_moments sync_bits device dtype compile wandb_log""".split())
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, RUN_FILES))})\.[0-9a-f]{{8}}\.tmp")  # of a kill
 TOKENIZER = '.tokenizer_of_nanolowrank'  # marks out_dir/tokenizer as written by a run
-UNSAID = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}
+# changes of these are not printed where a run resumes
+NOT_REPORTED = {'out_dir', 'init_from', 'overwrite', 'data_dir', 'device', 'eval_only', 'wandb_log'}
 _locks = []  # the one that this process holds
 
 
-def open_run(settings, where):
+def open_run(settings, process):
     """
     What comes before data are read and anything is built. Ranks whose settings or code differ are
     refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and
@@ -402,25 +405,25 @@ def open_run(settings, where):
     path = os.path.join(settings['out_dir'], 'ckpt.pt')
     if settings['init_from'] == 'auto':  # each rank looks at its own disk
         settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
-    if where.ranks > 1:
-        compare_ranks({**settings, 'code': fingerprint_of_code()}, where.ranks)
-    if where.rank == 0:
+    if process.ranks > 1:
+        compare_ranks({**settings, 'code': fingerprint_of_code()}, process.ranks)
+    if process.rank == 0:
         claim_folder(settings)
-    if where.ranks > 1:
+    if process.ranks > 1:
         dist.barrier()
     if settings['init_from'] != 'resume':
         return None
     checkpoint = load_checkpoint(path)
-    changed = need_same(settings, checkpoint)
-    if changed and where.rank == 0:
+    changed = refuse_other_settings(settings, checkpoint)
+    if changed and process.rank == 0:
         print(f'resumed with other settings than before: {changed}')
     return checkpoint
 
 
-def need_same_data(data, settings, where, checkpoint):
+def refuse_other_data(data, settings, process, checkpoint):
     """ValueError: ranks have other data (a fingerprint), or the run that goes on had."""
-    if where.ranks > 1:
-        compare_ranks({'data': data}, where.ranks)
+    if process.ranks > 1:
+        compare_ranks({'data': data}, process.ranks)
     if checkpoint and checkpoint.get('data', data) != data:
         raise ValueError(f"data set {settings['dataset']!r} is not the one that this run began "
                          'with: it was prepared anew, from other files or in another way')
@@ -495,7 +498,7 @@ def unlock():
     _stop.clear()
 
 
-def need_same(settings, checkpoint):
+def refuse_other_settings(settings, checkpoint):
     """Refuses (ValueError) to resume from weights alone, or from other settings than those in
     MAY_CHANGE; returns in words what of these has changed. Where train is 'auto' it becomes what
     the checkpoint's run made of it."""
@@ -517,9 +520,10 @@ def need_same(settings, checkpoint):
     if old != new:  # where the run is in its data is a number of steps
         raise ValueError(f'the checkpoint was trained with {old} rows a step, and batch_size times '
                          f'gradient_accumulation_steps is {new}: set them so that it is the same')
-    unsaid = UNSAID | {'max_iters'} if settings.get('epochs') else UNSAID  # it is not known yet
+    if settings.get('epochs'):  # these say what max_iters becomes, later
+        changed = [key for key in changed if key != 'max_iters']
     return ', '.join(f'{key} {before[key]!r} -> {settings[key]!r}' for key in changed
-                     if key not in unsaid)
+                     if key not in NOT_REPORTED)
 
 
 def start_run(settings, step):
@@ -548,25 +552,25 @@ def start_run(settings, step):
         for path in held:  # config.json is the last: where it is, the rest is known as ours
             os.remove(path)
     if os.path.exists(paths['log.jsonl']):
-        again = set()  # what is logged again of this step
-        if step >= settings['max_iters']:
-            again = {'val_loss', 'test_loss'}
-        elif step % settings['eval_interval'] == 0:
-            again = {'val_loss'}
+        ends = step >= settings['max_iters']
+        again = ends or step % settings['eval_interval'] == 0  # this step is evaluated again
         with open(paths['log.jsonl'], 'rb') as file:
-            lines = [line for line in file if was_logged_before(line, step, again)]
+            lines = [line for line in file if was_logged_before(line, step, again, ends)]
         with replacing(paths['log.jsonl']) as file:
             file.writelines(lines)
     write_json(paths['config.json'], settings)
 
 
-def was_logged_before(line, step, again):
-    """Whether a line of log.jsonl is whole, and not one that a run from this step on logs again."""
+def was_logged_before(line, step, again, ends):
+    """Whether a line of log.jsonl is whole, and not one that a run from this step on logs again:
+    evaluations, and the test where it ends."""
     try:
         record = json.loads(line)
-        if record['step'] == step:
-            return again.isdisjoint(record)
-        return record['step'] < step
+        if record['step'] == step and 'test_loss' in record:
+            return not ends
+        if record['step'] == step and 'train_loss' not in record:
+            return not again
+        return record['step'] <= step
     except (ValueError, KeyError, TypeError, RecursionError):  # a crash cut it
         return False
 
@@ -582,6 +586,8 @@ SHOWN = {  # of a record, in this order
     'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
     'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped', 'loss_scale': 'scale {:.3g}',
     'kept_bases': '{} bases kept'}
+SILENT = {'peak_memory_bytes', 'sync_bytes', 'trainable_parameters', 'optimizer_state_bytes',
+          'val_acc_by_class', 'test_acc_by_class', 'test_confusion', 'classes'}
 
 
 class Meter:
@@ -669,6 +675,8 @@ class Meter:
         if 'peak_memory_bytes' not in record:
             del shown['peak_memory_gb']
         words = [form.format(shown[key]) for key, form in SHOWN.items() if key in shown]
+        words += [f'{key} {value}' for key, value in record.items()
+                  if key not in SHOWN and key not in SILENT]
         self.progress.write(f'step {step:>6} | ' + ' | '.join(words), file=sys.stdout)
         sys.stdout.flush()  # a log in a file is read while it grows
         s, record = self.run.s, {'step': step, **record}
@@ -691,10 +699,10 @@ class Meter:
         s = self.run.s
         self.progress.close()
         if self.run.rank == 0 and step > self.start:
-            said = f'{s.out_dir}/ckpt.pt holds step {self.run.saved}'
+            words = f'{s.out_dir}/ckpt.pt holds step {self.run.saved}'
             if os.path.exists(f'{s.out_dir}/best.pt'):  # not before a first evaluation
-                said += f', {best}'
-            print(f'{said}; --init_from=resume goes on')
+                words += f', {best}'
+            print(f'{words}; --init_from=resume goes on')
             if draw_curve(s.out_dir):
                 print(f'{s.out_dir}/curve.png shows the losses')
             if self.unit == 'tokens':

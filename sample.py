@@ -56,15 +56,15 @@ def read(source):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
+    process = join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
     with config.refusals():
         model, tokens = read(s.init_from or f'{s.out_dir}/{s.checkpoint}')
         end = tokens.eot_token
         start = tokens.encode_ordinary(s.prompt) or [end]
-    model.to(where.device).eval()
+    model.to(process.device).eval()
 
-    generator = torch.Generator(where.device).manual_seed(s.seed)
-    start = torch.tensor([start] * s.num_samples, device=where.device)  # (num_samples, time)
+    generator = torch.Generator(process.device).manual_seed(s.seed)
+    start = torch.tensor([start] * s.num_samples, device=process.device)  # (num_samples, time)
     texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
                      generator=generator, vocab_size=tokens.n_vocab).tolist()
     for row, text in enumerate(texts):

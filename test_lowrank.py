@@ -56,7 +56,7 @@ import textbook
 import train_gpt
 import train_llama
 import train_vit
-from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, need_same, put_layers, save,
+from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, refuse_other_settings, put_layers, save,
                  save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
@@ -449,16 +449,16 @@ def test_what_may_not_change_has_to_be_the_same_on_resume():
         settings = {**train_gpt.defaults, key: 'something else'}
         if key in ('batch_size', 'gradient_accumulation_steps'):  # both, to the same number of rows
             with pytest.raises(ValueError, match='12 rows a step'):
-                need_same(settings, checkpoint)
+                refuse_other_settings(settings, checkpoint)
             settings.update(batch_size=6, gradient_accumulation_steps=2)
         if key in MAY_CHANGE:
-            need_same(settings, checkpoint)
+            refuse_other_settings(settings, checkpoint)
             assert settings['train'] == 'all'  # 'auto' is what the run made of it
         else:
             with pytest.raises(ValueError, match=f"trained with {key}=.*this run says 'something else'"):
-                need_same(settings, checkpoint)
+                refuse_other_settings(settings, checkpoint)
     with pytest.raises(ValueError, match='another script .*n_mlp'):
-        need_same({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
+        refuse_other_settings({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
 
 
 # -----------------------------------------------------------------------------
@@ -2724,8 +2724,11 @@ def test_a_source_of_text_is_a_generator_and_a_row(tmp_path, monkeypatch):
     tokens = all_tokens(tmp_path, 'asked', 'train')
     assert (tokens & 0xFFFF).tolist() == [*b'q0q1q2q3end', 256]
     assert (tokens >= prepare.PROMPT).tolist() == [True, False] * 4 + [False] * 4
-    with pytest.raises(prepare.DataError, match='data set with source .notes of .*--overwrite'):
+    with pytest.raises(prepare.DataError, match='no .md files in'):
         prepare.main(['notes', '--path', f'{tmp_path}/files', *here])
+    (tmp_path / 'mine' / 'x.md').write_text('one more')
+    with pytest.raises(prepare.DataError, match='data set with source .10 notes of .*--overwrite'):
+        prepare.main(['notes', '--path', f'{tmp_path}/mine', *here])
     with pytest.raises(prepare.DataError, match='unrecognized arguments: --path'):
         prepare.main(['asked', '--path', f'{tmp_path}/files', *here])
 

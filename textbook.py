@@ -119,7 +119,8 @@ def merge(workers, t, s):
             w.W[name] = W
             if s.merge_reset:
                 new_heads(w, name, t, s)
-            elif name in w.A:  # a head trains on, and W gives up what it adds
+            elif name in w.A:  # a head trains on, and W gives up what it adds (the fast code adds
+                # and subtracts B' A' instead, the heads at the last merge: the same)
                 w.W[name] = W - lora(w.A[name], w.B[name], s)
     for name in s.shared:  # those whose M is averaged, too: GaLoLTE, part 5
         states = [w.state['W', name] for w in workers]

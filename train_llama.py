@@ -98,15 +98,15 @@ from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers
 from model import SIZES, Llama, LlamaConfig
 from ranks import mean, rows_of, shard, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
-                 need_same_data, open_run, put_layers, save, set_learning_rate, stop_requested,
+                 open_run, put_layers, refuse_other_data, save, set_learning_rate, stop_requested,
                  unscale)
 
 
-def build(settings, where, vocabulary, checkpoint=None):
+def build(settings, process, vocabulary, checkpoint=None):
     """
     The model and its optimizer, ready to train: a `run.Run`.
 
-    where: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
+    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
     settings['train'], if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
@@ -129,21 +129,21 @@ def build(settings, where, vocabulary, checkpoint=None):
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
                          f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
     model.to(getattr(torch, s.param_dtype))
-    layers = put_layers(model, settings, where.rank, where.ranks)
+    layers = put_layers(model, settings, process.rank, process.ranks)
     freeze_as_set(model, settings)
     if s.shard:
-        shard(model, lowrank_layers(model), where.device)
+        shard(model, lowrank_layers(model), process.device)
     else:
-        model.to_empty(device=where.device)
+        model.to_empty(device=process.device)
     model.tie()
     if not checkpoint:  # one by one: nobody ever holds more of the model than what is to stay
         if loaded is None:
-            loaded = plain.drawn(device=where.device, dtype=getattr(torch, s.param_dtype))
+            loaded = plain.drawn(device=process.device, dtype=getattr(torch, s.param_dtype))
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
     optimizer = make_optimizer(model, settings)
-    return assemble(model, asdict(model.config), optimizer, settings, where, checkpoint)
+    return assemble(model, asdict(model.config), optimizer, settings, process, checkpoint)
 
 
 def loss_of(run, x, y, weights=None):
@@ -204,16 +204,16 @@ def evaluate(run, data):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = join(settings)
+    process = join(settings)
     with config.refusals():
-        checkpoint = open_run(settings, where)
+        checkpoint = open_run(settings, process)
         train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
                                 for split in ('train', 'val'))
-        need_same_data(train_data.fingerprint, settings, where, checkpoint)
+        refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
         # of a micro-batch the rows that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
-        rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
-        run = build(settings, where, train_data.vocab_size, checkpoint)
+        rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
+        run = build(settings, process, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size

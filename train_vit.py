@@ -107,8 +107,8 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layer
                      named_layers)
 from ranks import load_weights, mean, rows_of, shard
 from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
-                 make_optimizer, need_same_data, open_run, save, set_learning_rate, stop_requested,
-                 unscale)
+                 make_optimizer, open_run, refuse_other_data, save, set_learning_rate,
+                 stop_requested, unscale)
 
 # -----------------------------------------------------------------------------
 # images
@@ -218,12 +218,12 @@ class ViTRun(Run):
     look: Look = None
 
 
-def build(settings, where, classes, checkpoint=None):
+def build(settings, process, classes, checkpoint=None):
     """
     The model and its optimizer, ready to train: a `ViTRun`.
 
-    where: from run.join; classes: names; checkpoint: to go on from. Writes settings['train'], if it
-    is 'auto'.
+    process: from run.join; classes: names; checkpoint: to go on from. Writes settings['train'], if
+    it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -241,16 +241,16 @@ def build(settings, where, classes, checkpoint=None):
         raise ValueError(f"init_from={s.init_from!r} is no file: set 'scratch', 'resume', "
                          "'pretrained', or the path of a best.pt or of weights of timm")
     model = create_vit(shape, len(classes), weights, path)
-    look = look_of(model, shape, where.device)
+    look = look_of(model, shape, process.device)
     shape.update({key: getattr(look, key) for key in LOOK})
-    model.to('cpu' if s.shard else where.device, getattr(torch, s.param_dtype))
-    put_heads(model, settings, where.rank, where.ranks)
+    model.to('cpu' if s.shard else process.device, getattr(torch, s.param_dtype))
+    put_heads(model, settings, process.rank, process.ranks)
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
     if s.shard:
-        shard(model, lowrank_layers(model), where.device)
+        shard(model, lowrank_layers(model), process.device)
     optimizer = make_optimizer(model, settings)
-    run = assemble(model, shape, optimizer, settings, where, checkpoint)
+    run = assemble(model, shape, optimizer, settings, process, checkpoint)
     return ViTRun(**vars(run), look=look)
 
 
@@ -371,20 +371,20 @@ def test(run, data, meter, step):
 
 def main(settings):
     s = SimpleNamespace(**settings)
-    where = join(settings)
+    process = join(settings)
     with config.refusals():
-        checkpoint = open_run(settings, where)
+        checkpoint = open_run(settings, process)
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
-        need_same_data(train_data.fingerprint, settings, where, checkpoint)
+        refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
         classes, images = train_data.classes, s.batch_size * s.gradient_accumulation_steps
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
         # of a micro-batch the rows that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
-        rows = rows_of(s.batch_size, max(1, heads // where.ranks), where.rank, where.ranks)
-        run = build(settings, where, classes, checkpoint)
+        rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
+        run = build(settings, process, classes, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '

@@ -42,18 +42,18 @@ def draw_method():
     ways = (('LoRA: one head (or several, all at once)', one, TRAINED, 'merged at the end'),
             ('LTE: a head on each worker', two, TRAINED,
              'merged every T steps: W ← W + mean B A'),
-            ('GaLore (T = 1), GaLoLTE (T > 1)', [('P', 'A₁'), ('P', 'A₂')], BASIS,
-             'merged every T steps; P: a basis of the gradient'))
+            ('GaLore (T = 1), GaLoLTE (T > 1)', [('B₁', 'Qᵀ'), ('B₂', 'Qᵀ')], BASIS,
+             'merged every T steps; Q: a basis of the gradient'))
     figure = Figure((12, 3.3), layout='constrained')
-    for axes, (words, heads, left, merge) in zip(figure.subplots(1, 3), ways):
+    for axes, (words, heads, color, merge) in zip(figure.subplots(1, 3), ways):
         axes.set(xlim=(0, 9), ylim=(0, 4.9), aspect='equal', title=words)
         axes.axis('off')
         box(axes, 0.6, 1.7, 2.4, 2.4, FROZEN, 'W\n(m, n)')
         axes.text(3.5, 2.9, '+', size=16, ha='center', va='center')
         for number, (first, second) in enumerate(heads):
             y = 1.4 + 0.85 * len(heads) - 1.7 * number
-            box(axes, 4.2, y, 0.5, 1.4, left, first)
-            box(axes, 4.85, y + 0.9, 1.4, 0.5, TRAINED, second)
+            box(axes, 4.2, y, 0.5, 1.4, TRAINED, first)
+            box(axes, 4.85, y + 0.9, 1.4, 0.5, color, second)
             if len(heads) > 1:
                 axes.text(6.5, y + 0.75, f'worker {number + 1}', va='center')
         axes.add_patch(FancyArrowPatch((5.2, 0.75), (1.8, 1.6), arrowstyle='-|>', mutation_scale=12,

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 PLAIN = type(None), bool, int, float, str, tuple  # what a setting may be
 METHODS = Path(__file__).parent / 'methods'
-RULE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
+LINE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 # -----------------------------------------------------------------------------
 # mistakes: one sentence, exit code 2
@@ -91,9 +91,8 @@ def load(namespace, known, argv):
     namespace: its globals(); known: its `defaults`; argv: config files and --key=value, in any
     order. A file in a folder called methods is a method ('full' without one). A value that is a
     dict is a table by method, such as learning_rate = {'full': 1e-3, 'galore': 1e-2}; two of one
-    key are merged. Files run in their order, and each sees the plain values of those before it. The
-    command line wins, then tables, wherever they stand, then plain values, of which the last file's
-    counts, then the defaults.
+    key are merged. Files run in their order, and each sees the plain values of those before it. Who
+    wins, the strongest first: the command line, tables, plain values (the last file's), defaults.
     """
     sys.excepthook = in_one_line
     if not {'-h', '--help'}.isdisjoint(argv):
@@ -241,7 +240,7 @@ def show_help(namespace):
     """Prints a script's docstring, the methods, and its settings with their comments."""
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
-    block = Path(namespace['__file__']).read_text('utf-8').split(RULE)[1]
+    block = Path(namespace['__file__']).read_text('utf-8').split(LINE)[1]
     words = f"Methods: config/methods/NAME.py, NAME one of {', '.join(method_names())}"
     print(namespace['__doc__'].strip(), words, block.strip(), sep='\n\n')
 
@@ -267,7 +266,8 @@ CHOICES = dict(
     param_dtype=('float32', 'bfloat16', 'float64'),
     augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
 
-# A setting that does nothing beside the others is refused: (which, where it acts, what it takes)
+# A setting that does nothing beside the others is refused: (settings, when they do something, why
+# they do not and what to set)
 EFFECT = (
     ('heads factors split', lambda s: s.lowrank,
      "there are no low-rank layers: set lowrank='attn,mlp'"),

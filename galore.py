@@ -33,7 +33,7 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 # bases
 
 
-def is_turned(shape, proj_type='std'):
+def is_transposed(shape, proj_type='std'):
     """Whether the transpose of a matrix is seen as (long, short). 'std': so that the basis is on
     the smaller side, where moments are smaller; 'reverse_std': on the other; 'left', 'right': of
     W."""
@@ -63,10 +63,10 @@ def gaussian(rows, rank, like, seed):
     return drawn.to(like.dtype)
 
 
-def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
+def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     """
-    An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_turned`. For
-    GaLoreAdamW alone, which has G; that of layers is LowRankAdamW._refresh.
+    An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_transposed`.
+    For GaLoreAdamW alone, which has G; that of layers is LowRankAdamW._refresh.
 
     svd     the leading singular vectors (GaLore, algorithm 2), with signs as LAPACK has them.
     power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
@@ -76,11 +76,11 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
     here waits for the device, but CUDA's SVD does.
     """
     finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
-    tall = G.mT if turned else G  # (long, short)
+    tall = G.mT if transposed else G  # (long, short)
     if basis == 'svd':  # of G itself, as in galore-torch: signs of its transpose may be others
         finite_G = torch.where(finite, G, 0).to(wide(G))
         U, _, Vh = torch.linalg.svd(finite_G, full_matrices=False)
-        new = U[:, :rank] if turned else Vh[:rank].mT
+        new = U[:, :rank] if transposed else Vh[:rank].mT
     elif basis == 'power':
         new = old
         if old is None:
@@ -91,7 +91,7 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
             R = F.normalize(R, dim=0)  # squares of its columns stay in the range of float16
             new = orthonormal(tall.mT @ R)
     else:
-        seed = seed if turned else seed + 1
+        seed = seed if transposed else seed + 1
         new = orthonormal(gaussian(tall.shape[1], rank, G, seed))
     if old is not None:
         new = torch.where(finite, new, old.to(new.dtype))
@@ -102,14 +102,14 @@ def basis_of(G, rank, turned, basis='svd', old=None, seed=0):
 # updates of what is here of a weight
 
 
-def add_(W, U, basis, turned, lr, keep=1.0, key=0, first=0):
+def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0):
     """
-    W <- keep W - lr U basis^T, of a turned W the transpose, in place: the product goes straight
-    to W.
+    W <- keep W - lr U basis^T, in place, where W is seen transposed W <- keep W - lr basis U^T: the
+    product goes straight to W.
 
     In bfloat16 it exists for some rows at a time, and the sum is rounded at random (key, first).
     """
-    X, Y = (basis, U.mT) if turned else (U, basis.mT)  # in W's own layout
+    X, Y = (basis, U.mT) if transposed else (U, basis.mT)  # in W's own layout
     if W.dtype == torch.bfloat16:
         rows = max(BLOCK_OF_BITS // W.shape[1], 1)
         for i in range(0, len(W), rows):
@@ -238,7 +238,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias
     correction, decay after the update, moments kept over a refresh. Keys of such a group, as there:
     `rank`, `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see
-    `is_turned`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED).
+    `is_transposed`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED).
     Groups without `rank` follow AdamW with that arithmetic, too; by rule='adamw' as in torch, or a
     `rule` of rules.FULL, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see
     rules.new_moments).
@@ -399,25 +399,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for (_, age, after), lists in fused.items():
             fused_adam_(*lists, age, lr, betas, after, decay)
 
-    def _basis(self, W, state, group, turned):
+    def _basis(self, W, state, group, transposed):
         """The basis (short, r) of a step, a new one where it is due."""
         rank = min(group['rank'], *W.shape)
         period, since = divmod(state['step'], group['update_proj_gap'])
         if group['rule'] == 'apollo':  # drawn again in each step: it takes no memory
-            short = W.shape[0] if turned else W.shape[1]
+            short = W.shape[0] if transposed else W.shape[1]
             drawn = gaussian(short, rank, W, self._seed(W, period))
             return drawn.div_(math.sqrt(rank))
         if since == 0:
-            state['basis'] = basis_of(W.grad, rank, turned, group['basis'], state.get('basis'),
+            state['basis'] = basis_of(W.grad, rank, transposed, group['basis'], state.get('basis'),
                                       self._seed(W, state['step']))
         return state['basis']
 
     def _projected(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale rho(R) Q^T), or as the group's rule says, in place."""
         state.setdefault('step', 0)
-        turned = is_turned(W.shape, group['proj_type'])
-        basis = self._basis(W, state, group, turned)
-        G = W.grad.mT if turned else W.grad  # (long, short)
+        transposed = is_transposed(W.shape, group['proj_type'])
+        basis = self._basis(W, state, group, transposed)
+        G = W.grad.mT if transposed else W.grad  # (long, short)
         R = G @ basis  # (long, r)
         state['step'] += 1
         key = self._seed(W, state['step'], 0)
@@ -426,11 +426,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rule = PROJECTED[group['rule']]
         if rule is None:
             N = adam(R, state, group, key)  # (long, r), in the place of R
-            add_(W, N, basis, turned, lr * group['scale'], keep, key + 1)
+            add_(W, N, basis, transposed, lr * group['scale'], keep, key + 1)
             return
         N = adam(R.clone(), state, group, key)
         move = rule(G, R, N, basis, state, group)  # (long, short)
-        move_(W, move.mT if turned else move, lr, keep, key + 1)
+        move_(W, move.mT if transposed else move, lr, keep, key + 1)
 
     def _full(self, params, group):
         """W <- (1 - lr decay) W - lr times what a rule of FULL makes of the gradient, in place."""
@@ -513,14 +513,14 @@ class LowRankAdamW(GaLoreAdamW):
     moment). Groups are those of `param_groups`; scale multiplies lr inside a basis, where eps is
     1e-6, as in galore-torch; state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below
     32, what is averaged of split heads is sent in few bits. A basis is taken anew every basis_every
-    steps, the blocks of a model in turns, and the moments turn with it:
+    steps, the blocks of a model one after the other, and the moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
     The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a
-    new basis would turn what is not merged.
+    new basis would rotate what is not merged.
     """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
@@ -595,7 +595,8 @@ class LowRankAdamW(GaLoreAdamW):
                              'the optimizer')
 
     def _refresh(self, p, layer, state):
-        """A new basis (short, r) for a layer, the same bits on all ranks; moments turn with it."""
+        """A new basis (short, r) for a layer, the same bits on all ranks; moments are rotated to
+        it."""
         old = full(layer.basis)  # (short, r)
         if self.basis == 'random' or not state['bases']:  # nothing is known of gradients yet
             seed = self._seed(p, state['bases'])
@@ -634,7 +635,7 @@ class LowRankAdamW(GaLoreAdamW):
             # of Muon there is the first one alone
             moments = [x @ factor.to(x.dtype) for x, factor in zip(moments, (C, C.square()))]
             write_moments(state, moments, self._seed(p, state['step'], 2), first=first_here(p))
-        if 'error' in state:  # what merges have left: it turns as first moments do
+        if 'error' in state:  # what merges have left: it is rotated as first moments are
             E = state['error']
             E.copy_(E @ C.to(E.dtype))
 
@@ -709,11 +710,11 @@ class LowRankAdamW(GaLoreAdamW):
 
     def _apply(self, layer, U, lr, keep, key):
         """W <- keep W - lr U Q^T, of what is here of W and of U."""
-        W, turned = layer.weight, is_turned(layer.weight.shape)
-        basis = local(layer.basis) if turned else full(layer.basis)
-        if is_sharded(W) and turned:  # rows of W are rows of the basis, not of U
+        W, transposed = layer.weight, is_transposed(layer.weight.shape)
+        basis = local(layer.basis) if transposed else full(layer.basis)
+        if is_sharded(W) and transposed:  # rows of W are rows of the basis, not of U
             U = gather_rows(U, W.shape[1])
-        add_(local(W), U, basis, turned, lr, keep, key, first_here(W))
+        add_(local(W), U, basis, transposed, lr, keep, key, first_here(W))
 
     def state_bytes(self):
         """Bytes of all tensors in the state, and of the layers' bases."""

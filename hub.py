@@ -154,7 +154,7 @@ def config_json(config):
     return {'architectures': [FAMILIES[family]], 'model_type': family, **said}
 
 
-def turned(name, x):
+def transposed(name, x):
     """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and
     back."""
     is_linear = name.endswith(('.c_attn.weight', '.c_proj.weight', '.c_fc.weight'))
@@ -222,7 +222,7 @@ def read_tensors(folder, config):
                 name = f'transformer.{name}'
             is_buffer = name.endswith(('.attn.bias', '.attn.masked_bias', '.rotary_emb.inv_freq'))
             if not is_buffer and not (config.tied and name == 'lm_head.weight'):
-                yield name, turned(name, x) if gpt else x
+                yield name, transposed(name, x) if gpt else x
 
 
 def tensors_for_transformers(config, state):
@@ -233,7 +233,7 @@ def tensors_for_transformers(config, state):
     for name, x in state.items():
         if config.tied and name == 'lm_head.weight':
             continue
-        yield name, turned(name, x) if gpt else x
+        yield name, transposed(name, x) if gpt else x
         if gpt and not config.bias and name.startswith(('transformer.h.', 'transformer.ln_f.')):
             name = name.removesuffix('weight') + 'bias'
             yield name, x.new_zeros(len(x))  # (out,), or (width,) of a norm

@@ -552,7 +552,8 @@ class HubTokenizer:
         vocabulary = sorted(vocabulary.items(), key=lambda entry: entry[::-1])
         self.n_vocab = vocabulary[-1][1] + 1
         if self.n_vocab > 2**24:  # as many rows would an embedding have
-            raise DataError(f"'{path}' has the number {self.n_vocab - 1} for {vocabulary[-1][0]!r}: "
+            raise DataError(f"'{path}' has the number {self.n_vocab - 1} for "
+                            f'{vocabulary[-1][0]!r}: '
                             'give a tokenizer with numbers below 2^24')
         digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
         self.name = f'tokenizer.json {digest}'

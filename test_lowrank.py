@@ -922,7 +922,7 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         p = own[name]
         if s.optimizer == 'apollo':
             return galore.gaussian(rows, rank, p, optimizer._seed(p, t // s.basis_every))
-        other = s.basis == 'random' and not galore.is_turned(p.shape, 'std')
+        other = s.basis == 'random' and not galore.is_transposed(p.shape, 'std')
         return galore.gaussian(rows, rank, p, optimizer._seed(p, t) + other)
 
     def rate(t):
@@ -1819,8 +1819,8 @@ def test_augmentation_is_a_function_of_key_and_row():
     assert torch.equal(both, augmented('flip,crop', (1, 2, 0)))
     assert torch.equal(both[1::2], augmented('flip,crop', (1, 2, 0), slice(1, None, 2)))
     assert not torch.equal(both, augmented('flip,crop', (1, 3, 0)))
-    turned = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, images)]
-    assert 0 < sum(turned) < 8 and all(t or torch.equal(a, b) for t, a, b in zip(turned, flipped, images))
+    transposed = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, images)]
+    assert 0 < sum(transposed) < 8 and all(t or torch.equal(a, b) for t, a, b in zip(transposed, flipped, images))
     pair = torch.tensor([0, 1], dtype=torch.uint8).expand(4000, 1, 2, 2)
     pair = train_vit.augmented(pair, 'flip', (0,), count=4000, rows=np.arange(4000))
     assert pair[..., 0].double().mean().item() == pytest.approx(0.5, abs=0.03)  # every second one
@@ -3253,9 +3253,9 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
             rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
         states[first, last] = torch.stack([p, *(x for x in state.values() if torch.is_tensor(x))])
     assert torch.equal(states[0, 60], torch.cat([states[0, 17], states[17, 60]], 1))
-    square, turned = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
-    rules.round_(turned, square.clone(), 7)
-    assert torch.equal(turned.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
+    square, transposed = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
+    rules.round_(transposed, square.clone(), 7)
+    assert torch.equal(transposed.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
     twice = rounded(x[:2**20].repeat(2), 7)  # no two blocks of 2^20 alike
     assert (twice[:2**20] != twice[2**20:]).float().mean() > 0.1
     W = torch.zeros(8, 2**18, dtype=torch.bfloat16)  # 4 rows are a block
@@ -3285,7 +3285,7 @@ def test_small_steps_on_bfloat16_add_up(kind):
             net = lowrank.MHLoRALinear(linear, rank=4, factors='basis', merge_every=1)
             optimizer = galore.LowRankAdamW(net, lr=2e-5, basis_every=10**6)
             optimizer.begin(0)
-            net.basis.copy_(galore.basis_of(G.to(dtype), 4, turned=True, basis='power'))
+            net.basis.copy_(galore.basis_of(G.to(dtype), 4, transposed=True, basis='power'))
             trained, grad = net.factor, G.to(dtype).T @ net.basis
         else:
             group = {'full': {}, 'drop-in': group, 'fira': dict(group, rule='fira')}[kind]
@@ -3665,11 +3665,11 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
     path = tmp_path / 'mine' / 'a' / '0.png'
-    wide, turned = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
+    wide, transposed = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
     large = Image.new('1', (9000, 9000))
     for said, write in (('8 bits', lambda: wide.save(path)), ('9000 x 9000 pixels', lambda: large.save(path)),
                        ('damaged', lambda: path.write_bytes(b'no picture')),
-                       ('damaged', lambda: turned.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
+                       ('damaged', lambda: transposed.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
         write()
         with pytest.raises(prepare.DataError, match=f'0.png.*{said}'):
             prepare.main([*words, '--overwrite'])

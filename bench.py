@@ -45,7 +45,8 @@ def options_of(argv):
     lines = [f'{name:15}{what}' for name, what in BENCHES.items()]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog='\n'.join(lines))
+        usage='bench.py BENCH [config files and --key=value] [options]', allow_abbrev=False,
+        epilog='\n'.join(lines))
     parser.add_argument('bench', help='one of those below')
     parser.add_argument('--only', default='', help='cells whose words in the table hold this')
     parser.add_argument('--budget', default='12GiB', help='with config files: memory of the card')

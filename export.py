@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 import prepare
 from config import read_json
-from hub import SHAPE, config_json, create_vit, merged_vit, of_a_run, tensors_for_transformers
+from hub import (OUR_TOKENS, SHAPE, config_json, create_vit, merged_vit, of_a_run,
+                 tensors_for_transformers)
 from lowrank import side_by_side
 from run import load_checkpoint
 
@@ -51,9 +52,15 @@ def write_tensors(folder, tensors, dtype):
     for file, names in plan.filename_to_tensors.items():
         parts = {name: tensors[name].to(dtype).contiguous() for name in names}
         save_file(parts, f'{folder}/{file}', {'format': 'pt'})
+        open_to_others(folder, file)
     if plan.is_sharded:
         config.write_json(f'{folder}/model.safetensors.index.json',
                           {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename})
+
+
+def open_to_others(folder, file):
+    """Gives a file of safetensors, which its owner alone may read, the rights of its folder."""
+    os.chmod(f'{folder}/{file}', os.stat(folder).st_mode & 0o666)
 
 
 def write_transformers(run, checkpoint, folder, dtype):
@@ -67,6 +74,7 @@ def write_transformers(run, checkpoint, folder, dtype):
         print("no tokenizer.json is written: that of gpt2 lies on the hub, as 'gpt2'")
     elif not isinstance(tokens, prepare.HubTokenizer):
         print('no tokenizer.json is written: bytes have none')
+    said_of_tokens = {} if isinstance(tokens, prepare.HubTokenizer) else {OUR_TOKENS: tokens.name}
     if (run / 'config.json').is_file():
         said = read_json(run / 'config.json')
     else:
@@ -75,7 +83,7 @@ def write_transformers(run, checkpoint, folder, dtype):
     name = str(dtype).removeprefix('torch.')
     # transformers 4 and 5
     said.update(tie_word_embeddings=shape.tied, torch_dtype=name, dtype=name)
-    config.write_json(f'{folder}/config.json', said)
+    config.write_json(f'{folder}/config.json', {**said, **said_of_tokens})
 
 
 def write_peft(run, checkpoint, folder, dtype):
@@ -111,6 +119,7 @@ def write_peft(run, checkpoint, folder, dtype):
     tensors = {f'base_model.model.{name}': x.to(dtype).contiguous()
                for name, x in {**tensors, **classifier}.items()}
     save_file(tensors, f'{folder}/adapter_model.safetensors', {'format': 'pt'})
+    open_to_others(folder, 'adapter_model.safetensors')
     linears = [name.removesuffix('.weight') for name, x in state.items()
                if name.endswith('.weight') and x.dim() > 1]
     short = {name.split('.')[-1] for name in layers}

@@ -52,8 +52,9 @@ ONLY = {
         hidden_act=('silu', 'swish'), attention_bias=(False,), mlp_bias=(False,),
         attention_dropout=(0.0,), partial_rotary_factor=(1.0,), rope_interleaved=(False,),
         quantization_config=(None,))}
+OUR_TOKENS = 'nanolowrank_tokens'  # what export.py says where there is no tokenizer.json
 # keys that change nothing of what is computed
-NO_MATTER = set("""
+NO_MATTER = {OUR_TOKENS} | set("""
     _name_or_path _model_name_or_path architectures model_type torch_dtype dtype
     transformers_version use_cache initializer_range bos_token_id eos_token_id pad_token_id
     unk_token_id pretraining_tp
@@ -405,8 +406,11 @@ def read_weights(source):
         return *with_adapter(folder, shape, tensors), tokens
     shape = read_config(folder)
     refuse_other_depth(folder, files_of_tensors(folder)[0], shape)
-    known = os.path.isfile(os.path.join(folder, 'tokenizer.json'))
-    return shape, read_tensors(folder, shape), prepare.HubTokenizer(folder).name if known else None
+    about = read_json(os.path.join(folder, 'config.json'), {OUR_TOKENS: str})
+    tokens = about.get(OUR_TOKENS) if about.get(OUR_TOKENS) in ('bytes', 'gpt2') else None
+    if os.path.isfile(os.path.join(folder, 'tokenizer.json')):
+        tokens = prepare.HubTokenizer(folder).name
+    return shape, read_tensors(folder, shape), tokens
 
 
 def read_for(settings, kind):

@@ -518,8 +518,8 @@ def find_linears(model, targets):
                                  'give all targets in one call')
         if not any(is_wanted(name, [target]) for name in linears):
             there = ', '.join(sorted({name.split('.')[-1] for name in linears}))
-            raise ValueError(f"no linear layer matches lowrank='{target}': set 'attn', 'mlp', "
-                             f"'logit' or one of {there}")
+            raise ValueError(f"no linear layer matches '{target}': give 'attn', 'mlp' or 'logit', "
+                             f'if the model has such, or one of {there}')
     chosen = {name: linear for target in targets for name, linear in linears.items()
               if is_wanted(name, [target])}  # heads are drawn in this order
     others = {linear: name for name, linear in linears.items() if name not in chosen}

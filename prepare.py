@@ -36,6 +36,7 @@ import runpy
 import struct
 import sys
 import sysconfig
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,8 @@ def reading(what, remedy):
         raise
     except Exception as error:
         # in one line, and not a page
-        why = ' '.join((str(error) or type(error).__name__).split())[:80]
+        why = ' '.join((str(error) or type(error).__name__).split())
+        why = textwrap.shorten(why, 120, placeholder=' ...')
         raise DataError(f'{what} ({why}): {remedy}') from error
 
 

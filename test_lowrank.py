@@ -3573,6 +3573,15 @@ def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path, capsys):
     close(loaded(out_of(donor, tmp_path / 'hf'))[0](idx), donor(idx))
 
 
+def test_an_export_of_bytes_says_what_its_tokens_are(runs, tmp_path):
+    out = runs('gpt_full', 8)
+    start(export, [f'--out_dir={out}', f'--to={tmp_path}/hf'])
+    texts = [start(sample, [f'--init_from={source}', '--device=cpu', '--max_new_tokens=4', '--num_samples=1'])
+             for source in (f'{tmp_path}/hf', f'{out}/best.pt')]
+    assert texts[0] == texts[1]
+    assert os.stat(tmp_path / 'hf' / 'model.safetensors').st_mode == os.stat(tmp_path / 'hf' / 'config.json').st_mode
+
+
 def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, 'SHARD', 30_000)
     words = [f'--out_dir={runs("gpt_full", 4)}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf']

@@ -483,6 +483,7 @@ def draw_confusion(out_dir):
     axes.set_yticks(range(len(names)), names, **look)
     axes.set(xlabel='predicted', ylabel='true')
     figure.savefig(f'{out_dir}/confusion.png', dpi=120)
+    print(f'{out_dir}/confusion.png shows how often each class was taken for each')
 
 
 if __name__ == '__main__' and sys.argv[1:]:
@@ -498,3 +499,4 @@ elif __name__ == '__main__':
     draw_frontier()
     draw_layers()
     renew_tables()
+    print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

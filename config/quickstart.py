@@ -1,6 +1,6 @@
 # A small GPT on Python's own sources, byte by byte: the first thing to run.
 # python train_gpt.py config/quickstart.py config/methods/mhlora.py
-# Two CPU cores: 2.5 minutes, validation loss 1.69 nats a byte
+# Two CPU cores: 2.5 minutes, validation loss 1.69 to 1.73 nats a byte (threads, Python's version)
 out_dir = 'out/quickstart'
 dataset = 'stdlib'
 block_size, batch_size = 256, 8

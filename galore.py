@@ -260,7 +260,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
         self.is_last = True  # micro-batch of a step, see `begin`
         self.begun = None  # the step that `begin` has named
-        self.completed = set()  # per_layer: what has stepped since then
+        self.completed = set()  # per_layer: what has stepped since then, or since `step`
+        self.again = None  # what got a gradient once more
+        self.most = 0  # how many have stepped in a step
         self.kept_bases = 0  # refreshes that gave no basis, on the device
         self.names = {}  # of a parameter
         self.index = {}  # how many parameters were added before it: it seeds its bases
@@ -305,12 +307,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """To be called before each forward pass: which micro-batch of which step, from 0.
         ValueError: per_layer, and the step has been made already."""
         self._refuse_twice()
-        if self.completed and step == self.begun:
+        # a pass that has failed may be made again
+        if step == self.begun and len(self.completed) >= (self.most or len(self.index)):
             raise ValueError(f'begin({step}) again, and per_layer=True has made that step: say '
                              'which backward pass is the last one, by begin(step, micro_step, '
                              'micro_steps)')
         self.is_last = micro_step == micro_steps - 1
         self.begun = step
+        self.most = max(self.most, len(self.completed))
         self.completed.clear()
 
     def _seed(self, p, *counts):
@@ -321,19 +325,20 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """per_layer: one parameter's update, when the last micro-batch has brought its gradient."""
         if not self.is_last or p.grad is None:  # the hook runs without one too
             return
-        if p in self.completed:  # it stays: an error here would end DDP's process without a word
+        if p in self.completed and self.begun is not None:  # galore-torch's loops have no `begin`
+            self.again = p  # an error here would end DDP's process without a word
             return
         if p not in self.per_rank:
             mean(p.grad)
         self._update([p], self.param_groups[self.group_of[p]])
         p.grad = None
-        if self.begun is not None:  # galore-torch's loops have no `begin`
-            self.completed.add(p)
+        self.completed.add(p)
 
     def _refuse_twice(self):
-        again = [self.names[p] for p in self.completed if p.grad is not None]
-        if again:
-            raise ValueError(f'{again[0]} got two gradients in step {self.begun}, and '
+        late = [p for p in self.completed if p.grad is not None]  # DDP sets them after the hooks
+        if late or self.again is not None:
+            name = self.names[late[0] if late else self.again]
+            raise ValueError(f'{name} got two gradients in one step, and '
                              'per_layer=True has stepped on the first: call begin before each '
                              'backward pass, and ranks.keep_out_of_ddp(model, '
                              'optimizer.outside_ddp) before DistributedDataParallel wraps the '
@@ -355,6 +360,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             params = [p for p in group['params'] if p.grad is not None]
             if params:
                 self._update(params, group)
+        if self.begun is None:
+            self.completed.clear()
         return loss
 
     def _update(self, params, group):
@@ -477,6 +484,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def state_is_loaded(self):
         """To be called where the state has come from outside."""
+        self.completed.clear()
+        self.begun = self.again = None
 
 
 # -----------------------------------------------------------------------------
@@ -676,6 +685,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def state_is_loaded(self):
         """Windows that were open go on."""
+        super().state_is_loaded()
         self.is_loaded = True
         for p, layer in self.layers.items():
             layer.sketch = None

@@ -22,6 +22,7 @@ always zero, takes no memory, and galore.py steps on W with R. Merged every T st
 import contextlib
 import math
 import numbers
+import struct
 import warnings
 import weakref
 
@@ -181,15 +182,17 @@ def side_by_side(x):
     return x.permute(1, 0, 2).flatten(1)
 
 
-def as_text(x):
-    """A number as text in a tensor (24,) of letters: neither .to(bfloat16) nor an average of equal
-    state dicts changes it."""
-    return torch.tensor([*f'{x!r:24}'.encode()], dtype=torch.uint8)
+def as_digits(x):
+    """The 16 hexadecimal digits of a float64, (16,), each a small whole number: neither bfloat16
+    nor an average of equal state dicts changes them."""
+    digits = struct.pack('>d', x).hex()
+    return torch.tensor([int(digit, 16) for digit in digits], dtype=torch.float32)
 
 
-def from_text(text):
-    """The number that `as_text` has written."""
-    return float(bytes(text.round().to(torch.uint8).tolist()))
+def from_digits(digits):
+    """The number that `as_digits` has written; nan: these are none."""
+    digits = [f'{x:x}' for x in digits.float().round().int().flatten().tolist() if 0 <= x < 16]
+    return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
 
 def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers):
@@ -245,7 +248,7 @@ class MHLoRALinear(nn.Module):
         self.split = split and heads > 1  # one head sees all of the batch
         self.scale = 1.0  # s
         if factors != 'basis' and alpha is not None:
-            self.scale = alpha / rank
+            self.scale = float(alpha) / rank
         self.merge_every = merge_every
         self.worker, self.workers = 0, 1
         if self.split:  # other heads are the same on all ranks
@@ -271,6 +274,8 @@ class MHLoRALinear(nn.Module):
             self.A = nn.Parameter(self.weight.new_empty(self.heads_here, self.rank, n))
             self.A.requires_grad_(factors == 'both')
             self.B = nn.Parameter(self.weight.new_empty(self.heads_here, m, self.rank))
+            # of another alpha the same A and B are another function: it travels with them
+            self.register_buffer('alpha', as_digits(self.scale * self.rank))
         if not self.resets:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
@@ -291,6 +296,7 @@ class MHLoRALinear(nn.Module):
             if not self.moves_weight:
                 local(self.factor).zero_()
             return
+        self.alpha.copy_(as_digits(self.scale * self.rank))
         self.draw_heads()
         if not self.resets:  # where B' is zero A' may be anything: from A on changes are small
             self.A_merged.copy_(self.A)
@@ -451,18 +457,19 @@ class MHLoRALinear(nn.Module):
         with self._without_zero():
             return super()._apply(*args, **kwargs)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, *args, **kwargs):
         with self._without_zero():
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.factors != 'basis':
-            destination[f'{prefix}alpha'] = as_text(self.scale * self.rank)
+            super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        alpha, theirs = self.scale * self.rank, state_dict.pop(f'{prefix}alpha', None)
-        if theirs is not None and self.factors != 'basis' and from_text(theirs) != alpha:
-            errors = args[-1]  # torch raises them in one
-            errors.append(f'{prefix}alpha is {from_text(theirs):g} in the state dict, and here '
-                          f'{alpha:g}: give apply_mhlora the alpha that it was trained with')
+        if self.factors != 'basis':
+            alpha, key = self.scale * self.rank, f'{prefix}alpha'
+            theirs = state_dict.get(key)
+            if torch.is_tensor(theirs) and not theirs.is_meta and from_digits(theirs) != alpha:
+                errors = args[-1]  # torch raises them in one
+                errors.append(f'{key} is {from_digits(theirs):g} in the state dict, and here '
+                              f'{alpha:g}: give apply_mhlora the alpha that it was trained with')
+            state_dict[key] = as_digits(alpha).to(self.alpha)  # older ones have none
         with self._without_zero():
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -775,7 +782,7 @@ def check_training(model, *optimizers):
                              'another optimizer takes no bases, and nothing there would train')
     layers = [layer for layer in lowrank_layers(model)
               if layer.merge_every and not layer.moves_weight]
-    if layers and optimizers and optimizers[0] not in _watched:
+    if layers and optimizers and _watched.isdisjoint(optimizers):
         _watched.add(optimizers[0])
         optimizers[0].register_step_post_hook(merge_watch(layers[0]))
 

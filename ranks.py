@@ -34,14 +34,17 @@ def rank_and_world():
     return 0, 1
 
 
-@functools.cache
 def cards_are_alike():
     """Whether all ranks have the same kind of GPU. Every rank has to ask."""
-    if rank_and_world()[1] == 1:
-        return True
-    names = [None] * rank_and_world()[1]
+    world = rank_and_world()[1]
+    return world == 1 or len(names_of_cards(world)) == 1
+
+
+@functools.cache
+def names_of_cards(world):
+    names = [None] * world
     dist.all_gather_object(names, torch.cuda.get_device_name())
-    return len(set(names)) == 1
+    return set(names)
 
 
 # -----------------------------------------------------------------------------

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import (fail, locked, read_json, refusals, refuse_foreign, replacing, said,
-                    write_json)
+from config import (fail, locked, read_json, refusals, refuse_foreign, remove_leftovers,
+                    replacing, said, write_json)
 from galore import GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank import (apply_mhlora, check_training, count_parameters, freeze_rest, leaf_names,
                      named_layers, replica_parameters)
@@ -459,9 +459,11 @@ def claim_folder(settings):
         raise ValueError(f"out_dir '{out_dir}' is that of another run which is training: choose "
                          'another --out_dir, or wait for it')
     _locks.append(lock)
+    if 'block_size' in settings:  # of text
+        remove_leftovers(Path(out_dir, 'tokenizer'), TOKENIZER)
     if source == 'resume':
         return
-    if 'block_size' in settings:  # of text
+    if 'block_size' in settings:
         refuse_foreign(Path(out_dir, 'tokenizer'), TOKENIZER)
     held = [name for name in RUN_FILES if os.path.lexists(f'{out_dir}/{name}')]
     if not held:
@@ -649,7 +651,7 @@ class Meter:
                   'sync_bytes': round(run.ddp_bytes + sent / self.steps),
                   'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
-        if kept:  # their sketches, or gradients, were not finite, or zero
+        if kept:  # since the run began; their sketches were not finite, or zero
             record['kept_bases'] = math.ceil(kept)
         if run.scaler.is_enabled():  # it skips steps that are not finite, and lowers its scale
             record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())

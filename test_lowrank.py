@@ -38,6 +38,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.func import functional_call
 from torchvision.transforms.functional import to_pil_image
 
@@ -367,10 +368,10 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/llama_60m.py', 1, "'config/llama_60m.py' is one of train_llama.py"),
     ('llama', 'config/vit_quickstart.py', 1, 'is one of train_vit.py'),
     ('llama', 'config/llama_1b.py config/methods/lte.py', 1,
-     "learning_rate in config/llama_1b.py have values for full, galore, galore_lean, and not for the method "
+     "there are values of learning_rate in config/llama_1b.py for full, galore, galore_lean, and not for the method "
      "'lte'"),
     ('gpt', 'config/quickstart.py {m_mine}', 1,
-     "learning_rate, beta2 in config/quickstart.py have values for full, local_adamw"),
+     "learning_rate, beta2 in config/quickstart.py for full, local_adamw"),
     ('gpt', 'config/quickstart.py {m_mine}', 1, "the method 'mine': add them there, or set --learning_rate=, --beta2="),
     ('gpt', '{ends}', 1, "ends.py' does not run (SystemExit: 0)"),
     ('gpt', '--rank 16', 1, "'--rank' has no value: write --rank=16"),
@@ -1698,24 +1699,48 @@ def test_a_step_of_per_layer_is_made_once():
     with pytest.raises(ValueError, match=r'begin\(1\) again.*micro_steps'):
         optimizer.begin(1)  # of a second micro-batch
     net(torch.randn(4, 8)).backward()
-    with pytest.raises(ValueError, match='two gradients in step 1'):
+    net.zero_grad()
+    with pytest.raises(ValueError, match='two gradients in one step'):
         optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # a step may be made again
+    optimizer.begin(1)
+    net(torch.randn(4, 8)).backward()
+    optimizer.begin(2)
+    net.attn(torch.randn(4, 8)).sum().backward()  # a pass that fails comes to some
+    optimizer.begin(2)
+    net(torch.randn(4, 8)).backward()
+    optimizer.step()
 
 
 def test_alpha_travels_with_heads():
     net, other, bare = Squares(), Squares(), Squares()
     for one, alpha in ((net, 6.1), (other, 4.0)):
         lowrank.apply_mhlora(one, rank=4, alpha=alpha)
-    state = net.state_dict()
-    assert state['mlp.alpha'].dtype == torch.uint8
+    state, nothing = net.state_dict(), torch.zeros(16)
     half = {key: x.to(torch.bfloat16) for key, x in state.items()}
-    mean = {key: (x + x) / 2 for key, x in half.items()}
+    mean = {key: sum([x] * 5) / 5 for key, x in half.items()}
+    ema = {key: x.clone() for key, x in half.items()}
+    for key, x in half.items():
+        ema[key].mul_(0.9).add_(x, alpha=0.1)
     there = safetensors.torch.load(safetensors.torch.save(half))
-    for found in (state, half, mean, there):
+    for found in (state, half, mean, ema, there, torch.optim.swa_utils.AveragedModel(net).module.state_dict(),
+                  get_model_state_dict(net), copy.deepcopy(net).bfloat16().state_dict()):
         net.load_state_dict(found)
+        assert torch.equal(net.mlp.alpha, state['mlp.alpha'])
         with pytest.raises(RuntimeError, match='mlp.alpha is 6.1 in the state dict, and here 4'):
             other.load_state_dict(found)
     net.load_state_dict({key: x for key, x in state.items() if key[-5:] != 'alpha'})  # of an older one
+    with pytest.raises(RuntimeError, match='mlp.alpha is 0 in the state dict, and here 6.1'):
+        net.load_state_dict({**state, 'mlp.alpha': nothing})
+    for alpha in (np.float64(6.1), torch.tensor(6.1, dtype=torch.float64)):
+        lowrank.apply_mhlora(other := Squares(), rank=np.int64(4), alpha=alpha)
+        other.load_state_dict(state)
+    with torch.device('meta'):
+        lowrank.apply_mhlora(other := Squares(), rank=4, alpha=6.1)
+    other.to_empty(device='cpu').load_state_dict(state)
+    for layer in lowrank.lowrank_layers(other.to_empty(device='cpu')):
+        layer.start()
+    assert torch.equal(other.mlp.alpha, net.mlp.alpha)
     bare.load_state_dict(lowrank.merged_state_dict(net))
 
 
@@ -3970,8 +3995,13 @@ def plain_ddp_is_refused():
             stepping.step()
             assert {state['step'] for state in stepping.state.values()} == {1}
         else:
-            with pytest.raises(ValueError, match='two gradients in step 0.*keep_out_of_ddp'):
+            with pytest.raises(ValueError, match='two gradients in one step.*keep_out_of_ddp'):
                 stepping.step()
+    net = Squares()
+    stepping, wrapped = galore.GaLoreAdamW(net.parameters(), per_layer=True), ddp(net)
+    wrapped(torch.randn(4, 8)).backward()
+    with pytest.raises(ValueError, match='two gradients in one step'):  # as galore-torch's loops are
+        stepping.step()
     for apart, how in itertools.product((False, True), (dict(), dict(factors='basis'))):
         torch.manual_seed(0)
         net, rank, world = Squares(), *processes.rank_and_world()

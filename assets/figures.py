@@ -462,10 +462,11 @@ def renew_tables():
 def draw_confusion(out_dir):
     """Draws out_dir/confusion.png of the last test in a log: counts (of up to 40 classes), and as
     color the share of each true class."""
-    records = [record for name in ('log.jsonl', 'eval.jsonl')
+    records = [record for name in ('eval.jsonl', 'log.jsonl')  # what a run itself has tested counts
                for record in read_lines(f'{out_dir}/{name}') if 'test_confusion' in record]
     if not records:
-        raise SystemExit(f"'{out_dir}' has no log of a test with a confusion matrix: give the "
+        raise SystemExit(f"'{out_dir}' has no log of a test with a confusion matrix (images with "
+                         'several labels have none): give the '
                          'out_dir of a run of train_vit.py that has ended')
     matrix, classes = np.array(records[-1]['test_confusion']), records[-1]['classes']
     few = len(classes) <= 40

@@ -120,10 +120,13 @@ def load(namespace, known, argv):
     lacking = [key for key in tables
                if key not in found and key != 'lowrank' and not without_effect(key, s)]
     if lacking:
-        table = tables[lacking[0]]
-        *_, (_, where) = table.values()
-        fail(f"{', '.join(lacking)} {where} have values for {', '.join(table)}, and not for the "
-             f"method {method!r}: add them there, or set --{'=, --'.join(lacking)}=")
+        given = {}  # keys by what is said of them
+        for key in lacking:
+            *_, (_, where) = tables[key].values()
+            given.setdefault(f"{where} for {', '.join(tables[key])}", []).append(key)
+        said = '; '.join(f"{', '.join(keys)} {words}" for words, keys in given.items())
+        fail(f'there are values of {said}, and not for the method {method!r}: add them there, or '
+             f"set --{'=, --'.join(lacking)}=")
     if method == 'full' and 'learning_rate' in chosen and 'learning_rate' not in typed_in \
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {chosen['learning_rate'][1]} is that of full rank, and this run is "

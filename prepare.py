@@ -307,7 +307,8 @@ def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
 
     columns: of strings; an empty line goes between two. files: {split: pattern}; where there are
     none for val, val_share of train is. val_rows: so many of val at most, with --tokens N at most
-    N / 10,000. tokens: so many that --tokens has to say how many are wanted."""
+    N / 10,000. tokens: so many that --tokens has to say how many are wanted. No revision is
+    pinned: it is what the hub serves that day."""
 
     def lies_in(folder, pattern):
         return any(Path(folder).glob(pattern))

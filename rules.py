@@ -91,7 +91,9 @@ def round_(out, x, key, first=0):
         offset = _offset(key, block) + begin % BLOCK_OF_BITS
         # a copy; and CUDA's NaN has all bits set: one more would make it zero
         part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
-        part.view(torch.int32).add_(table[offset:offset + end - begin]).bitwise_and_(-2**16)
+        bits = part.view(torch.int32)
+        bits.add_(table[offset:offset + end - begin])
+        bits.bitwise_and_(-2**16)
         flat[here] = part
         begin = end
     if not out.is_contiguous():  # flat may be a copy
@@ -281,18 +283,21 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
             p = grad
         fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
         return p
-    state['exp_avg'], state['exp_avg_sq'] = M.contiguous(), V.contiguous()  # rows are views of them
-    all_rows, grad_rows = as_rows(p), as_rows(grad)  # views, where they can be
+    state['exp_avg'] = M.contiguous()  # rows are views of them
+    state['exp_avg_sq'] = V.contiguous()
+    all_rows = as_rows(p)  # views, where they can be
+    grad_rows = as_rows(grad)
     n = all_rows.shape[1]  # 0 of a shard that is empty
     count = max(at_a_time(p) // max(n, 1), 1)
     for i in range(0, len(all_rows), count):
         rows = slice(i, i + count)
         M, V = read_moments(state, rows)
         dtype = torch.promote_types(p.dtype, M.dtype)
-        tensors = all_rows[rows], grad_rows[rows], M, V
-        tensors = [x.to(dtype).contiguous() for x in tensors]  # the kernel reads raw memory
-        fused_adam_(*([x] for x in tensors), age, lr, betas, eps, decay)
-        part, _, M, V = tensors
+        part = all_rows[rows].to(dtype).contiguous()  # the kernel reads raw memory
+        part_of_grad = grad_rows[rows].to(dtype).contiguous()
+        M = M.to(dtype).contiguous()
+        V = V.to(dtype).contiguous()
+        fused_adam_([part], [part_of_grad], [M], [V], age, lr, betas, eps, decay)
         round_(all_rows[rows], part, key, first + i * n)
         write_moments(state, [M, V], key, rows, first + i * n, betas[0])
     if not p.is_contiguous():  # its rows are a copy
@@ -304,7 +309,8 @@ def adam(G, state, group, key=0, first=0):
     """Adam's move, rho of `step_`, in the place of G."""
     if 'exp_avg' not in state:
         new_moments(state, G, group['state_bits'])
-    return step_(G, G, state, -1.0, 0.0, group['betas'], group['eps'], key, first)  # 0 G + rho
+    betas, eps = group['betas'], group['eps']
+    return step_(G, G, state, -1.0, 0.0, betas, eps, key, first)  # 0 G + rho
 
 
 # -----------------------------------------------------------------------------
@@ -349,13 +355,14 @@ def fira(G, R, N, Q, state, group):
     """
     alpha = group['scale']
     phi, c = adam_rate(R, N, state, group, 1)  # (long, 1)
-    rest = norm(G, 1).square() - (2 * alpha - alpha**2) * norm(R, 1).square()
+    inside = norm(R, 1).square()
+    rest = norm(G, 1).square() - (2 * alpha - alpha**2) * inside
     squares = rest.clamp_min(0) * phi.square()
     phi = limited(phi, squares.sum().sqrt(), state)
     phi = (phi * c).to(G.dtype)
     # alpha (N - phi R) Q^T + phi G
-    inside = torch.addcmul(N, R, phi, value=-1)  # (long, r)
-    return torch.addmm(phi * G, inside, Q.mT, alpha=alpha)
+    left = torch.addcmul(N, R, phi, value=-1)  # (long, r)
+    return torch.addmm(phi * G, left, Q.mT, alpha=alpha)
 
 
 def apollo(G, R, N, Q, state, group):
@@ -400,7 +407,8 @@ def normalised(G, state, group, key=0, first=0):
     a mean square of 1. The output layer has a momentum."""
     G, dim = averaged(G, state, group, key, first), group['dim']
     root = norm(G, dim) / math.sqrt(G.shape[dim])
-    return G / root.clamp_min(1e-8)
+    root = root.clamp_min(1e-8)
+    return G / root
 
 
 def nesterov(G, state, group, key=0, first=0):
@@ -462,7 +470,8 @@ PACK = 64  # numbers that share a step, of 16 bits
 
 def in_blocks(x, slices=1):
     """The numbers of x (..., numbers), with zeros after them, (..., slices, blocks, 64)."""
-    x = F.pad(x, (0, -x.shape[-1] % (PACK * slices)))
+    missing = -x.shape[-1] % (PACK * slices)
+    x = F.pad(x, (0, missing))
     return x.unflatten(-1, (slices, -1, PACK))
 
 
@@ -490,22 +499,27 @@ def pack(x, bits):
     # eight numbers become one of 64 bits, of which `bits` bytes are used
     words = level.add_(half - 0.5).long()
     words = words.unflatten(-1, (8, 8))
-    words <<= bits * torch.arange(8, device=x.device)
+    shifts = bits * torch.arange(8, device=x.device)
+    words <<= shifts
     words = words.sum(-1, keepdim=True)  # (..., 8, 1)
     packed = words.view(torch.uint8)[..., :bits]  # (..., 8, bits)
-    step = step.to(torch.bfloat16).view(torch.uint8)
-    return torch.cat([packed.flatten(-2), step], -1)
+    packed = packed.flatten(-2)
+    step = step.to(torch.bfloat16).view(torch.uint8)  # (..., 2)
+    return torch.cat([packed, step], -1)
 
 
 def unpack(codes, dtype):
     """The numbers (..., 64) that `pack` made into codes."""
     bits = codes.shape[-1] // 8
     packed, step = codes.split([8 * bits, 2], -1)
-    words = F.pad(packed.reshape(-1, bits), (0, 8 - bits))
+    words = packed.reshape(-1, bits)
+    words = F.pad(words, (0, 8 - bits))
     words = words.view(torch.int64)  # (8 blocks, 1)
-    words = words >> bits * torch.arange(8, device=codes.device)  # (8 blocks, 8)
+    shifts = bits * torch.arange(8, device=codes.device)
+    words = words >> shifts  # (8 blocks, 8)
     level = words & 2**bits - 1
-    level = level.view(*codes.shape[:-1], PACK).to(dtype)
+    level = level.view(*codes.shape[:-1], PACK)
+    level = level.to(dtype)
     level.sub_(2 ** (bits - 1) - 0.5)
     step = step.contiguous().view(torch.bfloat16)  # (..., 1)
     return level.mul_(step)

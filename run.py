@@ -5,8 +5,8 @@ data.
 
     process = join(settings)                    torchrun's processes, the device, 'auto' resolved
     checkpoint = open_run(settings, process)    out_dir is claimed; what a resumed run goes on from
-    run = assemble(model, ...)                a `Run`: what a step computes with
-    meter = Meter(run, ...)                   the log
+    run = assemble(model, ...)                  a `Run`: what a step computes with
+    meter = Meter(run, ...)                     the log
     save(run, 'ckpt.pt', ...)
 """
 
@@ -459,12 +459,13 @@ def claim_folder(settings):
         raise ValueError(f"out_dir '{out_dir}' is that of another run which is training: choose "
                          'another --out_dir, or wait for it')
     _locks.append(lock)
-    if 'block_size' in settings:  # of text
-        remove_leftovers(Path(out_dir, 'tokenizer'), TOKENIZER)
+    is_text, tokenizer = 'block_size' in settings, Path(out_dir, 'tokenizer')
+    if is_text:  # of a kill while the folder was replaced: here nothing is lost yet
+        remove_leftovers(tokenizer, TOKENIZER)
     if source == 'resume':
         return
-    if 'block_size' in settings:
-        refuse_foreign(Path(out_dir, 'tokenizer'), TOKENIZER)
+    if is_text:
+        refuse_foreign(tokenizer, TOKENIZER)
     held = [name for name in RUN_FILES if os.path.lexists(f'{out_dir}/{name}')]
     if not held:
         return

@@ -58,8 +58,8 @@ def in_one_line(kind, error, trace):
         print(f"error: '{error.filename}' cannot be read or written ({error.strerror}): what was "
               'saved before stands', file=sys.stderr)
     elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
-        print('error: memory is full. What fits, without a GPU: python bench.py memory and the '
-              f'same config files ({said(error)})', file=sys.stderr)
+        print('error: memory is full. What fits, without a GPU: python bench.py memory with '
+              f'config files ({said(error)})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

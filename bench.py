@@ -12,6 +12,7 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import gc
 import itertools
@@ -80,8 +81,9 @@ import lowrank
 import train_gpt
 import train_llama
 import train_vit
+from hub import read_config
 from model import SIZES
-from prepare import ensure, read_meta
+from prepare import ensure, hub_folder, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
 from run import freeze_as_set, join, peak_memory_bytes
 
@@ -304,13 +306,15 @@ def stepper(settings, ranks=None):
     """
     s, script, numbers = dict(settings), script_of(settings), itertools.count()
     of_images = script is train_vit
+    planned = {} if of_images else {'planned': shape_of_loaded(s)}
     # what trains depends on init_from (train='auto')
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch', compile=False)
     process = join(s) if ranks is None else SimpleNamespace(
         rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
     with contextlib.redirect_stdout(None):
-        run = script.build(s, process, ['a class'] * 9 if of_images else vocabulary(s))
+        names = ['a class'] * 9 if of_images else vocabulary(s)
+        run = script.build(s, process, names, **planned)
     rows = s['batch_size'] // run.ranks
 
     def batch(micro_step):
@@ -321,6 +325,15 @@ def stepper(settings, ranks=None):
         tokens = torch.randint(run.model.config.vocab_size, (2, rows, s['block_size']))
         return tokens.unbind()
     return run, lambda: script.train_step(run, next(numbers), batch)
+
+
+def shape_of_loaded(s):
+    """The configuration of the weights that init_from names, of which config.json is enough, with
+    the settings' number of layers; None where there are none."""
+    if s['init_from'] in ('scratch', 'auto', 'resume') or os.path.isfile(s['init_from']):
+        return None
+    shape = read_config(hub_folder(s['init_from'], 'config.json'))
+    return dataclasses.replace(shape, n_layer=s['n_layer'] or shape.n_layer)
 
 
 def vocabulary(s):

@@ -104,7 +104,8 @@ def write_peft(run, checkpoint, folder, dtype):
     refuse_peft(s, layers, base, about.get('adapted'), text)
     pairs = {}
     for name, ours in layers.items():
-        A, B = zip(*(heads_side_by_side(state, part) for part in ours))
+        n = next(state[f'{part}.A'].shape[2] for part in ours if f'{part}.A' in state)
+        A, B = zip(*(heads_side_by_side(state, part, n) for part in ours))
         pairs[name] = torch.cat(A), torch.block_diag(*B)  # (R, n), (m, R): H r, of k thirds k H r
     R = max(len(A) for A, _ in pairs.values())
     tensors = {}
@@ -170,10 +171,11 @@ def refuse_peft(s, layers, base, adapted, text):
         raise ValueError(f'{why}: export the merged model, without --adapter')
 
 
-def heads_side_by_side(state, name):
+def heads_side_by_side(state, name, n):
     """A (H r, n), B (m, H r) of a layer; of one without heads (0, n), (m, 0)."""
-    W = state[f'{name}.weight'][None]  # (1, m, n)
-    A, B = state.get(f'{name}.A', W[:, :0]), state.get(f'{name}.B', W[:, :, :0])
+    m = len(state[f'{name}.weight'])
+    A = state.get(f'{name}.A', torch.empty(1, 0, n))
+    B = state.get(f'{name}.B', torch.empty(1, m, 0))
     return side_by_side(A.mT).mT, side_by_side(B)
 
 

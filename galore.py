@@ -23,8 +23,8 @@ from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
 from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
                    gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
                    per_rank_tensors, rank_and_world, rows_here, same)
-from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, fused_adam_,
-                   is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
+from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, code_, dense,
+                   fused_adam_, is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
                    rows_of_shape, step_, wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
@@ -102,23 +102,31 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
 # updates of what is here of a weight
 
 
-def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0):
+def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None):
     """
     W <- keep W - lr U basis^T, in place, where W is seen transposed W <- keep W - lr basis U^T: the
     product goes straight to W.
 
-    In bfloat16 it exists for some rows at a time, and the sum is rounded at random (key, first).
+    In bfloat16, and in 8 bits (scales, see rules.dense), it exists for some rows at a time, and the
+    sum is rounded at random (key, first).
     """
     X, Y = (basis, U.mT) if transposed else (U, basis.mT)  # in W's own layout
-    if W.dtype == torch.bfloat16:
-        rows = max(BLOCK_OF_BITS // W.shape[1], 1)
-        for i in range(0, len(W), rows):
-            part = W[i:i + rows]
-            new = (X[i:i + rows] @ Y).float()
-            new.mul_(-lr).add_(part, alpha=keep)
-            round_(part, new, key, first + i * W.shape[1])
-    else:
+    if W.dtype not in (torch.bfloat16, torch.int8):
         W.addmm_(X, Y, beta=keep, alpha=-lr)
+        return
+    count = max(BLOCK_OF_BITS // W.shape[1], 1)
+    for i in range(0, len(W), count):
+        rows = slice(i, i + count)
+        index = first + i * W.shape[1]
+        new = (X[rows] @ Y).float()
+        new.mul_(-lr)
+        if scales is None:
+            new.add_(W[rows], alpha=keep)
+            round_(W[rows], new, key, index)
+        else:
+            old = dense(W[rows], scales[rows], torch.float32)
+            new.add_(old, alpha=keep)
+            code_(W[rows], scales[rows], new, key, index)
 
 
 def move_(W, move, lr, keep, key=0, first=0):
@@ -130,9 +138,11 @@ def move_(W, move, lr, keep, key=0, first=0):
         W.mul_(keep).add_(move, alpha=-lr)
 
 
-def decay_(W, keep, key=0, first=0):
+def decay_(W, keep, key=0, first=0, scales=None):
     """W <- keep W, in place."""
-    if keep != 1 and W.dtype == torch.bfloat16:
+    if keep != 1 and scales is not None:
+        scales.mul_(keep)
+    elif keep != 1 and W.dtype == torch.bfloat16:
         round_(W, W.float().mul_(keep), key, first)
     elif keep != 1:
         W.mul_(keep)
@@ -715,7 +725,8 @@ class LowRankAdamW(GaLoreAdamW):
                 if layer.moves_weight:  # GaLore
                     self._apply(layer, move.to(p.dtype), lr, keep, key + 1)
                 else:  # GaLoLTE: a merge puts the factor into W
-                    decay_(local(layer.weight), keep, key + 1, first_here(layer.weight))
+                    decay_(local(layer.weight), keep, key + 1, first_here(layer.weight),
+                           layer.scales_here)
                     move_(local(p), move, lr, keep, key + 2, first_here(p))
 
     def _apply(self, layer, U, lr, keep, key):
@@ -724,7 +735,7 @@ class LowRankAdamW(GaLoreAdamW):
         basis = local(layer.basis) if transposed else full(layer.basis)
         if is_sharded(W) and transposed:  # rows of W are rows of the basis, not of U
             U = gather_rows(U, W.shape[1])
-        add_(local(W), U, basis, transposed, lr, keep, key, first_here(W))
+        add_(local(W), U, basis, transposed, lr, keep, key, first_here(W), layer.scales_here)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, and of the layers' bases."""

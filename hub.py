@@ -20,7 +20,7 @@ import prepare
 from config import read_json, typed
 from lowrank import merged_state_dict, named_layers
 from model import GPTConfig, LlamaConfig, make_model
-from ranks import load_weights
+from ranks import load_weights, local, per_rank_tensors, take
 from run import TOKENIZER, as_checkpoint, load_tensors, put_layers
 
 # -----------------------------------------------------------------------------
@@ -305,6 +305,7 @@ def of_a_run(checkpoint, path, dtype=None):
                          'GPT or a LLaMA')
     with torch.device('meta'):
         model = make_model(checkpoint['model_config'])
+    model.to(getattr(torch, checkpoint['settings']['param_dtype']))
     put_layers(model, checkpoint['settings'])
     model.load_state_dict(checkpoint['model'], assign=True)  # mapped: what is merged takes memory
     state, shape = merged_state_dict(model, dtype=dtype), model.config
@@ -328,11 +329,9 @@ def folders_of(source):
     return [folder]
 
 
-def with_adapter(folder, shape, tensors):
-    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged
-    into it, in float32; a LoRA of a tied output layer parts it from the embedding, which stays.
-
-    ValueError: what PEFT can do and we do not read, by its key."""
+def read_adapter(folder):
+    """({name: factor} of PEFT's LoRA in a folder, its adapter_config.json, the path of its
+    factors). ValueError: what PEFT can do and we do not read, by its key."""
     about = read_json(os.path.join(folder, 'adapter_config.json'),
                       {'r': int, 'lora_alpha': float, 'peft_type': str, 'bias': str})
     supported = {key: not about.get(key) for key in PEFT_NONE} | {
@@ -347,6 +346,13 @@ def with_adapter(folder, shape, tensors):
                              'is not supported: merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
+    return factors, about, path
+
+
+def with_adapter(folder, shape, tensors):
+    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged
+    into it, in float32; a LoRA of a tied output layer parts it from the embedding, which stays."""
+    factors, about, path = read_adapter(folder)
     if shape.tied and any(name.startswith('lm_head.') for name in factors):
         shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
     return shape, added(tensors, factors, about, path)
@@ -383,14 +389,36 @@ def added(tensors, factors, about, path):
                          'check base_model_name_or_path')
 
 
-def read_weights(source):
+@torch.no_grad()
+def load_heads(model, settings, adapter):
+    """Loads what `read_adapter` gave, the sum of a layer's heads, into the heads of a model, each
+    rank its part. ValueError: they are on other layers, or add up otherwise."""
+    factors, about, path = adapter
+    heads, rank, layers = settings['heads'], settings['rank'], named_layers(model)
+    saved = {name.rpartition('.lora_')[0] for name in factors}
+    if odd := saved ^ layers.keys():
+        raise ValueError(f"'{path}' has heads on other layers than this run, such as {min(odd)}: "
+                         'set lowrank as it was, or frozen_bits=None to merge them')
+    if (about['r'], about['lora_alpha']) != (heads * rank, settings['alpha']):
+        raise ValueError(f"'{path}' has r={about['r']}, lora_alpha={about['lora_alpha']:g}, and "
+                         f"here heads times rank is {heads * rank}, alpha {settings['alpha']:g}: "
+                         'set the same, or frozen_bits=None to merge it')
+    per_rank = per_rank_tensors(layers.values())
+    for name, layer in layers.items():
+        A = factors[f'{name}.lora_A.weight'].unflatten(0, (heads, rank))  # (heads, r, n)
+        B = factors[f'{name}.lora_B.weight'].unflatten(1, (heads, rank))  # (m, heads, r)
+        for p, x in ((layer.A, A), (layer.B, B.transpose(0, 1))):
+            local(p).copy_(take(x, p, per_rank))
+
+
+def read_weights(source, frozen_bits=None):
     """
     What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or
     None).
 
     source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a
-    .pt of a run of ours, whose heads are merged, or of nanoGPT's. ValueError, FileNotFoundError:
-    say what is wrong.
+    .pt of a run of ours, whose heads are merged, or of nanoGPT's. frozen_bits: into how many the
+    weights are to go. ValueError, FileNotFoundError: say what is wrong.
     """
     if os.path.isfile(source) or source.endswith('.pt'):
         loaded = load_tensors(source)
@@ -398,6 +426,7 @@ def read_weights(source):
             shape, state = from_nanogpt(loaded, source)
             return shape, state.items(), None
         checkpoint = as_checkpoint(loaded, source)
+        refuse_to_code_again(checkpoint, source, frozen_bits)
         shape, state = of_a_run(checkpoint, source)
         return shape, state.items(), checkpoint['tokenizer']
     folder, *rest = folders_of(source)
@@ -413,12 +442,34 @@ def read_weights(source):
     return shape, read_tensors(folder, shape), tokens
 
 
+def refuse_to_code_again(checkpoint, path, frozen_bits):
+    """ValueError: weights that are in few bits, with what heads have added, would be coded anew."""
+    if frozen_bits and checkpoint['settings']['frozen_bits']:
+        raise ValueError(f"'{path}' has weights in {frozen_bits} bits and heads beside them, which "
+                         'coded again together would be others: set frozen_bits=None, or begin '
+                         'from what export.py --adapter=True makes of it')
+
+
+def base_of(source, frozen_bits):
+    """(folder of an adapter or None, what the weights are read from) of an init_from. An adapter is
+    kept apart where weights go into few bits: they are those that it was trained on."""
+    if not frozen_bits or os.path.isfile(source):
+        return None, source
+    folder, *rest = folders_of(source)
+    about = os.path.join(folder, 'adapter_config.json')
+    if not rest:
+        return None, source
+    return folder, read_json(about)['base_model_name_or_path']
+
+
 def read_for(settings, kind):
-    """(configuration of that kind, iterable of (name, tensor)) of a training script's init_from,
-    see `read_weights`. ValueError: it does not go with the settings, or with the tokens of the
-    data."""
+    """(configuration of that kind, iterable of (name, tensor), heads for `load_heads` or None) of a
+    training script's init_from, see `read_weights`. ValueError: it does not go with the settings,
+    or with the tokens of the data."""
     source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
-    shape, tensors, tokens = read_weights(source)
+    adapter, base = base_of(source, settings['frozen_bits'])
+    heads = read_adapter(adapter) if adapter else None
+    shape, tensors, tokens = read_weights(base, settings['frozen_bits'])
     if not isinstance(shape, kind):
         what = 'a LLaMA: train it by train_llama.py'
         if isinstance(shape, GPTConfig):
@@ -436,7 +487,7 @@ def read_for(settings, kind):
         raise ValueError(f"data set '{dataset}' has other tokens ({held}) than the weights "
                          f"({tokens}): prepare it by 'prepare.py ... --tokenizer' with the folder "
                          'of the weights')
-    return shape, tensors
+    return shape, tensors, heads
 
 
 def carry_along(settings):
@@ -444,11 +495,12 @@ def carry_along(settings):
     and notes the name of these."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
-    sources = []
-    if settings['init_from'] != 'scratch':
-        sources = folders_of(settings['init_from'])[::-1]
+    sources, base = [], settings['init_from']
+    if base != 'scratch':
+        base = base_of(base, settings['frozen_bits'])[1]
+        sources = folders_of(base)[::-1]
     of_data = Path(settings['data_dir'], settings['dataset'], 'tokenizer')
-    about = {'init_from': settings['init_from'], 'adapted': len(sources) > 1}
+    about = {'init_from': base, 'adapted': len(sources) > 1}
     with config.written_beside(Path(settings['out_dir'], 'tokenizer'), TOKENIZER) as folder:
         prepare.carry([*sources, of_data], folder, (*prepare.TOKENIZER, 'config.json'))
         config.write_json(folder / 'base.json', about)
@@ -551,7 +603,7 @@ def merged_vit(checkpoint):
     return fuse_qkv(merged_state_dict(full))
 
 
-def read_vit(path, shape, classes, keep=False):
+def read_vit(path, shape, classes, keep=False, frozen_bits=None):
     """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its
     heads merged; the shape then fills in what is not set, and says how images are seen. The
     classifier stays if it is one of the same classes (timm's files do not name theirs: of as many);
@@ -564,6 +616,7 @@ def read_vit(path, shape, classes, keep=False):
         checkpoint = as_checkpoint(found, path)
         if 'classes' not in checkpoint:
             raise ValueError(f"'{path}' is the checkpoint of a GPT or a LLaMA: give one of a ViT")
+        refuse_to_code_again(checkpoint, path, frozen_bits)
         saved, known = checkpoint['model_config'], checkpoint['classes']
         for key in ('model', 'n_layer', 'n_embd', 'n_head'):
             if shape[key] not in (None, saved[key]):

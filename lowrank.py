@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from ranks import (average_replica, averaged_copy, coded_mean, error_of, first_here, full, gather,
                    gather_rows, in_global_order, is_sharded, local, mean, rank_and_world, rows_here,
                    scatter_gradient)
-from rules import round_, wide
+from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, wide
 
 
 # -----------------------------------------------------------------------------
@@ -48,22 +48,23 @@ class LowRankProduct(torch.autograd.Function):
     x (..., n), W (m, n), b (m,) or None; into (groups, n, r), out (groups, m, r), B A = out into^T;
     one of them may be a basis, and the other a factor, without groups. x is cut into equal parts,
     one for each group. is_zero: the factor is known to be zero, so only its gradient is computed.
-    sketch (parts, short, r): a leaf that is not read; `second_moment` is added to its .grad. W gets
-    no gradient, and there are no second derivatives (torch raises).
+    sketch (parts, short, r): a leaf that is not read; `second_moment` is added to its .grad.
+    scales: of a W that is codes, see rules.dense; it is unpacked for a pass and dropped. W gets no
+    gradient, and there are no second derivatives (torch raises).
 
     Operations a token, forward and backward, k = groups r: 4 m n + 6 k (m + n) with both trained,
     4 m n + 2 k (m + n) where one is zero; a dense layer has 6 m n.
     """
 
     @staticmethod
-    def forward(ctx, x, W, b, into, out, sketch, groups, scale, is_zero):
-        m, n = W.shape
-        trains_into, trains_out = ctx.needs_input_grad[3:5]
+    def forward(ctx, x, W, scales, b, into, out, sketch, groups, scale, is_zero):
+        m, n = len(W), x.shape[-1]
+        trains_into, trains_out = ctx.needs_input_grad[4:6]
         flat = x.reshape(x.shape[:-1].numel(), n)  # (tokens, n)
         tokens = len(flat) // groups  # of a group
         if b is not None:
             b = b.to(x.dtype)
-        y = F.linear(flat, W.to(x.dtype), b)  # (tokens, m)
+        y = F.linear(flat, dense(W, scales, x.dtype), b)  # (tokens, m)
         z = None
         if trains_out or not is_zero:
             z = flat.view(groups, tokens, n) @ into.to(x.dtype)  # (groups, tokens / groups, r)
@@ -74,8 +75,8 @@ class LowRankProduct(torch.autograd.Function):
             flat = None  # where only `out` trains (LoRA-FA, a basis of a tall W) z is enough
         if not trains_out:
             z = None
-        ctx.save_for_backward(flat, W, into, out, z)
-        ctx.groups, ctx.scale, ctx.is_zero = groups, scale, is_zero
+        ctx.save_for_backward(flat, W, scales, into, out, z)
+        ctx.n, ctx.groups, ctx.scale, ctx.is_zero = n, groups, scale, is_zero
         ctx.parts = 1 if sketch is None else len(sketch)
         # autograd must not take y for a view: what follows, such as a ReLU, may work in place
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], m))
@@ -83,9 +84,9 @@ class LowRankProduct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, W, into, out, z = ctx.saved_tensors
-        needs_x, _, needs_b, trains_into, trains_out, needs_sketch, *_ = ctx.needs_input_grad
-        m, n = W.shape
+        x, W, scales, into, out, z = ctx.saved_tensors
+        needs_x, _, _, needs_b, trains_into, trains_out, needs_sketch, *_ = ctx.needs_input_grad
+        m, n = len(W), ctx.n
         groups = ctx.groups
         d = dy.reshape(dy.shape[:-1].numel(), m)  # (tokens, m)
         tokens = len(d) // groups
@@ -95,7 +96,7 @@ class LowRankProduct(torch.autograd.Function):
             if ctx.scale != 1:
                 dz.mul_(ctx.scale)
         if needs_x:
-            dx = d @ W.to(dy.dtype)  # (tokens, n)
+            dx = d @ dense(W, scales, dy.dtype)  # (tokens, n)
             if not ctx.is_zero:
                 intoT = into.to(dy.dtype).mT.expand(groups, -1, -1)  # (groups, r, n)
                 dx.view(groups, tokens, n).baddbmm_(dz, intoT)
@@ -118,7 +119,7 @@ class LowRankProduct(torch.autograd.Function):
             if factor != 1:
                 z = z * factor
             d_out = torch.bmm(d.view(groups, tokens, m).mT, z).view(out.shape)
-        return dx, None, db, d_into, d_out, d_sketch, None, None, None
+        return dx, None, None, db, d_into, d_out, d_sketch, None, None, None
 
 
 def second_moment(u, v, vQ, sequences, parts=1):
@@ -195,7 +196,7 @@ def from_digits(digits):
     return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
 
-def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers):
+def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits):
     """ValueError: arguments of a MHLoRALinear (m, n) make no sense together."""
     if factors not in ('both', 'B', 'basis'):
         raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
@@ -217,14 +218,75 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, work
                          'above 1')
     if split and heads % workers:
         raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
+    if bits == 4 and (merge_every or factors == 'basis'):
+        raise ValueError(f'{merge_every=}, {factors=}, but weights in 4 bits stay as they are, and '
+                         "merges would move them: set merge_every=0 and factors='both' or 'B' "
+                         '(lora, mhlora, lora_fa), or frozen_bits=None')
+    if bits == 8 and factors != 'basis':
+        raise ValueError(f"weights in 8 bits train in a basis, and {factors=}: set factors='basis' "
+                         '(galore), or param_bits=None')
 
 
-class MHLoRALinear(nn.Module):
+class FrozenLinear(nn.Module):
+    """
+    A linear layer with a weight that no gradient reaches, as it is, or in 4 or 8 bits (rules.dense).
+
+    linear: the nn.Linear to replace; its weight is not copied, its bias stays trainable. bits: None,
+    4 or 8: then weight is codes, (m, n / 2) or (m, n), beside scales (m, n / 64 or n / 128), and is
+    unpacked for a pass. ValueError: n is cut into no blocks, or a weight in float64.
+    """
+
+    def __init__(self, linear, bits=None):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.bits, self.dtype = bits, linear.weight.dtype  # what it is, and what a state dict gets
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        self.register_parameter('scales', None)
+        if not bits:
+            return
+        W = linear.weight.detach()
+        if self.dtype == torch.float64:
+            raise ValueError(f'weights in float64 are not coded in {bits} bits: train in float32 or '
+                             'bfloat16')
+        codes, scales = new_codes(W, bits)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        if not W.is_meta:
+            code_(codes, scales, W)
+
+    def forward(self, x):
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, None, None, None, 1, 1.0,
+                                    True)
+
+    @property
+    def scales_here(self):
+        """The scales of this rank's rows of the weight, or None."""
+        return None if self.scales is None else local(self.scales)
+
+    def merged_weight(self):
+        """W in float32 or wider; of a sharded one this rank's rows."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return dense(local(self.weight), self.scales_here, dtype)
+
+    @torch.no_grad()
+    def write_weight(self, x, key=None):
+        """W <- x, of a sharded one this rank's rows, rounded with a key, see rules.round_."""
+        W = local(self.weight)
+        first = rows_here(self.weight).start * self.in_features
+        if self.scales is None:
+            round_(W, x, key, first)
+        else:
+            code_(W, self.scales_here, x, key, first)
+
+
+class MHLoRALinear(FrozenLinear):
     """
     A linear layer with a frozen weight and H low-rank heads, or a basis and a factor trained in it.
 
-    linear: the nn.Linear to replace; its weight is frozen (and not copied), its bias stays
-    trainable. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see
+    linear, bits: see FrozenLinear; 4 bits are for heads that are never merged, 8 for weights that
+    train in a basis. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see
     the top of this file. merge_every: T, steps between merges; the training loop calls `merge` for
     T > 1. 0: never, or at the end. merge_reset: after a merge A is drawn anew and B is zero, as
     it is where merge_every is 0; else heads train on (LTE), and what W has of them already is
@@ -239,11 +301,11 @@ class MHLoRALinear(nn.Module):
     """
 
     def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False,
-                 merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None):
-        super().__init__()
+                 merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None, bits=None):
         m, n = linear.weight.shape
-        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers)
-        self.in_features, self.out_features = n, m
+        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits)
+        super().__init__(linear, bits)
+        new = linear.weight.new_empty
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
         self.split = split and heads > 1  # one head sees all of the batch
         self.scale = 1.0  # s
@@ -257,23 +319,22 @@ class MHLoRALinear(nn.Module):
         # after a merge there is nothing of a head that W has already
         self.resets = merge_reset or not merge_every or factors == 'basis'
         self.moves_weight = factors == 'basis' and merge_every == 1  # GaLore
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias  # not copied
         self.sketch = None  # a leaf, see LowRankProduct; galore.py asks for it
         self.factor_rows = None  # another one, see `shard_gradient`
         self.merged_pair = None  # while split heads are averaged
         self.merges = 0  # how often it was merged
         if factors == 'basis':
             shape = max(m, n), self.rank  # (long, r)
-            self.register_buffer('basis', self.weight.new_empty(min(m, n), self.rank))
+            self.register_buffer('basis', new(min(m, n), self.rank))
             if self.moves_weight:
                 self.zeros = zeros or Zeros()
-                self.factor = nn.Parameter(self.zeros.view(shape, self.weight))
+                self.factor = nn.Parameter(self.zeros.view(shape, self.basis))
             else:
-                self.factor = nn.Parameter(self.weight.new_empty(self.heads_here, *shape))
+                self.factor = nn.Parameter(new(self.heads_here, *shape))
         else:
-            self.A = nn.Parameter(self.weight.new_empty(self.heads_here, self.rank, n))
+            self.A = nn.Parameter(new(self.heads_here, self.rank, n))
             self.A.requires_grad_(factors == 'both')
-            self.B = nn.Parameter(self.weight.new_empty(self.heads_here, m, self.rank))
+            self.B = nn.Parameter(new(self.heads_here, m, self.rank))
             # of another alpha the same A and B are another function: it travels with them
             self.register_buffer('alpha', as_digits(self.scale * self.rank))
         if not self.resets:
@@ -344,7 +405,7 @@ class MHLoRALinear(nn.Module):
 
     def forward(self, x):
         if self.moves_weight and not torch.is_grad_enabled():  # U is zero, and no R is wanted
-            return F.linear(x, self.weight, self.bias)
+            return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         groups, scale = 1, self.merged_scale
@@ -361,8 +422,8 @@ class MHLoRALinear(nn.Module):
             if x.shape[0] % groups:
                 raise ValueError(f'a batch of {x.shape[0]} does not split over {groups} heads: set '
                                  'batch_size to a multiple of heads times the number of ranks')
-        return LowRankProduct.apply(x, self.weight, self.bias, into, out, self.sketch, groups,
-                                    scale, self.moves_weight)
+        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, into, out, self.sketch,
+                                    groups, scale, self.moves_weight)
 
     @torch.no_grad()
     def pair_of_all(self, factor=None):
@@ -382,7 +443,7 @@ class MHLoRALinear(nn.Module):
     def merged_weight(self, factor=None):
         """What W becomes in a merge, in float32 or wider; of a sharded W this rank's rows. All
         ranks take part. factor: see `pair_of_all`."""
-        W = local(self.weight).to(wide(self.weight))
+        W = super().merged_weight()
         if self.moves_weight:
             return W
         into, out = self.pair_of_all(factor)
@@ -396,6 +457,9 @@ class MHLoRALinear(nn.Module):
         self.merges += 1
         if self.moves_weight:
             return
+        if self.bits == 4:
+            raise ValueError('weights in 4 bits stay as they are: take merged_state_dict(model) for '
+                             'those of a model without heads')
         factor = None  # the average as it is
         if bits < 32 and self.split and self.factors == 'basis':
             error = error_of(self.factor, state[self.factor])
@@ -404,7 +468,7 @@ class MHLoRALinear(nn.Module):
         elif bits < 32 and self.split:
             raise ValueError(f"{bits=} are for merges of heads in a basis (factors='basis') and of "
                              'whole weights: set 32')
-        round_(local(self.weight), self.merged_weight(factor), key, first_here(self.weight))
+        self.write_weight(self.merged_weight(factor), key)
         if self.factors == 'basis':
             local(self.factor).zero_()
         elif self.resets:
@@ -446,7 +510,7 @@ class MHLoRALinear(nn.Module):
             yield
         finally:
             if self.moves_weight:
-                view = self.zeros.view(factor.shape, self.weight)
+                view = self.zeros.view(factor.shape, self.basis)
                 if factor.is_meta == view.is_meta:
                     factor.data = view
                 else:  # as torch does: a new parameter
@@ -513,9 +577,10 @@ def refuse_what_bypasses(model, targets):
                              'into model.GPT')
 
 
-def find_linears(model, targets):
-    """({name: linear} of those that targets name, the number of all). ValueError: a target that
-    matches nothing; linears that a layer in their place would not stand for."""
+def find_linears(model, targets, also=()):
+    """({name: linear} of those that targets name, the same of those that `also` does and targets do
+    not, the number of all). ValueError: a target that matches nothing; linears that a layer in
+    their place would not stand for."""
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear}
     for target in targets:
@@ -529,10 +594,12 @@ def find_linears(model, targets):
                              f'if the model has such, or one of {there}')
     chosen = {name: linear for target in targets for name, linear in linears.items()
               if is_wanted(name, [target])}  # heads are drawn in this order
+    more = {name: linear for name, linear in linears.items()
+            if is_wanted(name, also) and name not in chosen}
     others = {linear: name for name, linear in linears.items() if name not in chosen}
     biases = {}  # by weight
-    for name, linear in chosen.items():
-        if linear in others:
+    for name, linear in {**chosen, **more}.items():
+        if linear in others and name in chosen:
             raise ValueError(f"'{name}' is called '{others[linear]}', too, where it would stay "
                              'without heads: give targets that name both')
         attributes = vars(linear)
@@ -544,11 +611,22 @@ def find_linears(model, targets):
         if biases.setdefault(linear.weight, linear.bias) is not linear.bias:
             raise ValueError(f"'{name}' shares its weight with another layer, but not its bias: "
                              'give both one bias, or none')
-    return chosen, len(linears)
+    return chosen, more, len(linears)
+
+
+def bits_of(name, linear, frozen_bits, param_bits):
+    """Into how many bits the weight of a linear layer goes, None: it stays as it is."""
+    bits = param_bits
+    if frozen_bits and not is_wanted(name, ['logit']):
+        bits = frozen_bits
+    if bits and linear.in_features % WEIGHT_BLOCKS[bits]:
+        return None
+    return bits
 
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both',
-                 split=False, merge_every=0, merge_reset=False, worker=0, workers=1):
+                 split=False, merge_every=0, merge_reset=False, worker=0, workers=1,
+                 frozen_bits=None, param_bits=None):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the
     same.
@@ -557,15 +635,24 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     of them in its dotted name is replaced. Others: see MHLoRALinear; in a basis a rank above a
     layer's smaller side is clamped. Linears that share their weight share one layer. An output
     layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
-    trainable: the count of parameters rises. Returns the names of the replaced layers and says how
-    many of how many they are, and what it passed over. ValueError: see `find_linears`,
-    `refuse_what_bypasses`.
+    trainable: the count of parameters rises.
+
+    frozen_bits=4: weights of all linears of attention and MLP, with heads or not (FrozenLinear), and
+    of other targets but an output layer, become codes, which changes the function a little.
+    param_bits=8: those of the targets, which then train in a basis. Where a width is cut into no
+    blocks the weight stays as it is.
+
+    Returns the names of the layers with heads and says how many of how many they are, what it
+    passed over, and what is coded. ValueError: see `find_linears`, `refuse_what_bypasses`.
     """
+    if frozen_bits not in (None, 4) or param_bits not in (None, 8) or frozen_bits and param_bits:
+        raise ValueError(f'{frozen_bits=} has to be None or 4, {param_bits=} None or 8, and one of '
+                         'them None')
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as "
                          "('attn', 'mlp')")
     refuse_what_bypasses(model, targets)
-    chosen, how_many = find_linears(model, targets)
+    chosen, plain, how_many = find_linears(model, targets, ['attn', 'mlp'] if frozen_bits else [])
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
     zeros = Zeros(rank * max(max(linear.weight.shape) for linear in chosen.values()))
@@ -575,15 +662,25 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         if W not in layers:
             if W in elsewhere:  # tied: freezing it would freeze the embedding, or another layer
                 linear.weight = nn.Parameter(W.detach().clone())
+            bits = bits_of(name, linear, frozen_bits, param_bits)
             layers[W] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every,
-                                     merge_reset, worker, workers, zeros).train(linear.training)
+                                     merge_reset, worker, workers, zeros,
+                                     bits).train(linear.training)
         model.set_submodule(name, layers[W])
+    for name, linear in plain.items():  # without heads
+        W = linear.weight
+        if W not in layers and bits_of(name, linear, frozen_bits, None):
+            layers[W] = FrozenLinear(linear, frozen_bits)
+        if W in layers:
+            model.set_submodule(name, layers[W])
     if rank_and_world()[0] == 0:
         said = f'low-rank weights on {len(chosen)} of {how_many} linear layers'
         clamped = [name for name in chosen if model.get_submodule(name).rank < rank]
         if clamped:
             said += f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as '
             said += clamped[0]
+        if frozen_bits or param_bits:
+            said += what_is_coded(model, {**chosen, **plain}, frozen_bits or param_bits)
         passed = [name for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and type(module) is not nn.Linear
                   and is_wanted(name, targets)]
@@ -596,6 +693,17 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             said += 'dimension, which is to be the batch'
         print(said)
     return list(chosen)
+
+
+def what_is_coded(model, names, bits):
+    """In words: of how many of the layers of these names the weights are in few bits."""
+    found = {name: model.get_submodule(name) for name in names}
+    whole = [name for name, layer in found.items() if getattr(layer, 'bits', None) is None]
+    said = f'; {len(found) - len(whole)} weights in {bits} bits'
+    if whole:
+        said += (f', not {len(whole)}, such as {whole[0]}: an output layer, or a width that '
+                 f'{WEIGHT_BLOCKS[bits]} does not divide')
+    return said
 
 
 def named_layers(model):
@@ -711,14 +819,17 @@ def merged_state_dict(model, replicas=None, dtype=None):
     for name, p in model.state_dict(keep_vars=True).items():  # a tied weight has two names
         state[name] = averages.get(p, state[name])
     for i, (name, layer) in enumerate(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, MHLoRALinear):
+        if not isinstance(layer, FrozenLinear):
             continue
         merged = layer.merged_weight()
         if is_sharded(layer.weight):
             merged = gather_rows(merged, layer.out_features)
-        state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or layer.weight.dtype)
-        round_(state[f'{name}.weight'], merged, i)
-        for key in (*layer.per_head(), 'basis', 'alpha'):
+        state[f'{name}.weight'] = torch.empty_like(merged, dtype=dtype or layer.dtype)
+        if layer.bits:  # as it is unpacked for a pass: to the nearest
+            state[f'{name}.weight'].copy_(merged)
+        else:
+            round_(state[f'{name}.weight'], merged, i)
+        for key in ('A', 'B', 'A_merged', 'B_merged', 'factor', 'basis', 'alpha', 'scales'):
             state.pop(f'{name}.{key}', None)
     return state
 
@@ -815,16 +926,20 @@ def count_parameters(model):
     moved = {layer.weight for layer in galore if layer.factor.requires_grad}
     # in shards a basis is a parameter
     skip = {x for layer in galore for x in (layer.factor, layer.basis)}
+    skip |= {layer.scales for layer in model.modules() if isinstance(layer, FrozenLinear)}
     heads = heads_of(model)
     for name, p in model.named_parameters():  # a tied weight comes once, under its first name
         if p in skip:
             continue
         trainable = p.requires_grad or p in moved
-        counts['total'] += p.numel()
-        counts['trainable' if trainable else 'frozen'] += p.numel()
+        numbers = p.numel()
+        if p.dtype == torch.uint8:  # in 4 bits
+            numbers = 2 * numbers
+        counts['total'] += numbers
+        counts['trainable' if trainable else 'frozen'] += numbers
         if trainable:
             kind = next((kind for kind in KINDS if is_wanted(name, [kind])), 'other')
-            counts['heads' if p in heads else kind] += p.numel()
+            counts['heads' if p in heads else kind] += numbers
     return counts
 
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rules import for_muon, in_blocks, orthogonalised, pack, unpack, wide
+from rules import code_, for_muon, in_blocks, orthogonalised, pack, unpack, wide
 
-FORMAT = 6  # of checkpoints
+FORMAT = 7  # of checkpoints
 
 traffic = {'bytes': 0}
 
@@ -408,7 +408,12 @@ def orthogonalise_rows(moves, size):
 def write(model, name, x):
     """Writes the parameter of that name, of shards this rank's rows."""
     p = model.get_parameter(name)
-    local(p).copy_(x[rows_here(p)])
+    part = x[rows_here(p)]
+    if p.is_floating_point():
+        local(p).copy_(part)
+    else:  # codes, see lowrank.FrozenLinear
+        layer = model.get_submodule(name.removesuffix('.weight'))
+        code_(local(p), layer.scales_here, part)
 
 
 # -----------------------------------------------------------------------------

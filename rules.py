@@ -6,6 +6,7 @@ layers or ranks.
     PROJECTED           moves of a gradient seen in a basis: Fira, APOLLO
     FULL, INSIDE        moves of a gradient as it is: SCALE, Muon; Adam
     round_              float32 into bfloat16, up or down at random
+    quantized, code_    weights in 4 bits that stay, and in 8 bits that train; dense: as numbers
     encode, decode      moments in 8 bits
     pack, unpack        what ranks send, in 2 to 8 bits
 
@@ -13,7 +14,9 @@ A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay.
 a parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
 """
 
+import functools
 import hashlib
+import importlib.util
 import math
 
 import torch
@@ -67,6 +70,20 @@ def _offset(key, block):
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % BLOCK_OF_BITS
 
 
+def bits_of(x, key, first=0):
+    """Yields slices of x (numbers,) and the random bits of their numbers, 16 each, int32; first:
+    the index of x's first number in the whole tensor."""
+    table = _random_bits(x.device)
+    size = at_a_time(x, BLOCK_OF_BITS)
+    begin, last = first, first + len(x)
+    while begin < last:
+        block = begin // BLOCK_OF_BITS
+        end = min(last, begin + size, (block + 1) * BLOCK_OF_BITS)
+        offset = _offset(key, block) + begin % BLOCK_OF_BITS
+        yield slice(begin - first, end - first), table[offset:offset + end - begin]
+        begin = end
+
+
 def round_(out, x, key, first=0):
     """
     out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's
@@ -81,23 +98,122 @@ def round_(out, x, key, first=0):
         return
     flat = out.reshape(-1)
     x = x.reshape(-1)
-    table = _random_bits(out.device)
-    size = at_a_time(out, BLOCK_OF_BITS)
-    begin = first
-    while begin < first + len(flat):
-        block = begin // BLOCK_OF_BITS
-        end = min(first + len(flat), begin + size, (block + 1) * BLOCK_OF_BITS)
-        here = slice(begin - first, end - first)
-        offset = _offset(key, block) + begin % BLOCK_OF_BITS
+    for here, random in bits_of(flat, key, first):
         # a copy; and CUDA's NaN has all bits set: one more would make it zero
         part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
         bits = part.view(torch.int32)
-        bits.add_(table[offset:offset + end - begin])
+        bits.add_(random)
         bits.bitwise_and_(-2**16)
         flat[here] = part
-        begin = end
     if not out.is_contiguous():  # flat may be a copy
         out.copy_(flat.view(out.shape))
+
+
+# -----------------------------------------------------------------------------
+# weights in 4 bits, which stay, and in 8 bits, which train
+
+# A block of numbers of a row shares a float32, its scale. No block is cut by FSDP2, which cuts rows.
+#
+#   4 bits   NF4 (QLoRA, Dettmers et al., arXiv 2305.14314): a number is the scale times one of 16
+#            levels, quantiles of a normal distribution; codes (m, n / 2) uint8, the first of two
+#            numbers in the upper half of a byte; the scale is the block's largest magnitude
+#   8 bits   the scale times -127 to 127; codes (m, n) int8, which go up or down at random where a
+#            step has changed the block: to the nearest, small steps would be lost
+WEIGHT_BLOCKS = {4: 64, 8: 128}  # numbers of a block
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+       0.7229568362236023, 1.0)
+
+
+@functools.cache
+def bitsandbytes():
+    """Its functions, or None where it is not installed. It takes two seconds to import."""
+    if importlib.util.find_spec('bitsandbytes') is None:
+        return None
+    return importlib.import_module('bitsandbytes.functional')
+
+
+def new_codes(W, bits):
+    """(codes, scales) for a matrix like W (m, n), empty. ValueError: its rows are no blocks."""
+    m, n = W.shape
+    numbers = WEIGHT_BLOCKS[bits]
+    if n % numbers:
+        raise ValueError(f'rows of {n} numbers are not cut into blocks of {numbers}')
+    scales = W.new_empty(m, n // numbers, dtype=torch.float32)
+    if bits == 4:
+        bitsandbytes()  # not in the middle of a step
+        return W.new_empty(m, n // 2, dtype=torch.uint8), scales
+    return W.new_empty(m, n, dtype=torch.int8), scales
+
+
+def code_(codes, scales, x, key=None, first=0):
+    """
+    codes, scales <- x (rows, n), in place.
+
+    In 8 bits the two sides of a number are taken at random, right on average: see `round_` for key
+    and first; without a key, and in 4 bits, each number goes to the nearest level. ValueError: 4
+    bits want bitsandbytes, which is not installed.
+    """
+    if isinstance(x, FakeTensor):
+        return
+    if codes.dtype == torch.uint8:
+        if bitsandbytes() is None:
+            raise ValueError('weights go into 4 bits by bitsandbytes: pip install bitsandbytes')
+        found, about = bitsandbytes().quantize_4bit(x.contiguous(), blocksize=WEIGHT_BLOCKS[4],
+                                                    quant_type='nf4')
+        codes.copy_(found.view(codes.shape))
+        scales.copy_(about.absmax.view(scales.shape))
+        return
+    blocks = x.float().unflatten(1, (-1, WEIGHT_BLOCKS[8]))  # (rows, blocks, 128)
+    scales.copy_(blocks.abs().amax(-1).div_(127))
+    tiny = torch.finfo(torch.float32).tiny
+    levels = blocks / scales[..., None].clamp_min(tiny)
+    flat = levels.view(-1)
+    if key is None:
+        flat.add_(0.5)
+    else:
+        for here, random in bits_of(flat, key, first):
+            flat[here].add_(random, alpha=2.0**-16)
+    codes.copy_(levels.floor_().clamp_(-127, 127).view(codes.shape))
+
+
+def dense(W, scales, dtype):
+    """A weight (m, n) in a dtype: of what `code_` wrote, or, where scales is None, W itself."""
+    if scales is None:
+        return W.to(dtype)
+    if scales.dtype != torch.float32:
+        raise ValueError(f'scales of coded weights are in {scales.dtype}: choose the dtype of a '
+                         'model before its weights are coded')
+    m, blocks = scales.shape
+    is_nf4 = W.dtype == torch.uint8
+    numbers = WEIGHT_BLOCKS[4 if is_nf4 else 8]
+    n = blocks * numbers
+    is_fake = isinstance(W, FakeTensor)
+    if is_nf4 and bitsandbytes() and not is_fake:
+        codes = W.reshape(-1, 1)
+        tops = scales.reshape(-1)
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, tops, numbers, 'nf4', (m, n), dtype)
+    out = scales.new_empty(m, n, dtype=dtype)
+    if is_fake:
+        return out
+    count = max(at_a_time(out) // n, 1)
+    for i in range(0, m, count):
+        rows = slice(i, i + count)
+        levels = W[rows]
+        if is_nf4:
+            levels = pairs_of_levels(W.device)[levels.int()].flatten(1)  # (rows, n)
+        x = levels.view(-1, blocks, numbers) * scales[rows, :, None]
+        out[rows] = x.view(-1, n)
+    return out
+
+
+@functools.cache
+def pairs_of_levels(device):
+    """The two levels of NF4 that each byte stands for, (256, 2)."""
+    byte = torch.arange(256)
+    levels = torch.tensor(NF4)
+    return torch.stack([levels[byte // 16], levels[byte % 16]], 1).to(device)
 
 
 # -----------------------------------------------------------------------------

@@ -144,7 +144,8 @@ def put_layers(model, settings, worker=0, workers=1):
     and returns them, each once, in the order in which their heads are drawn."""
     if not settings['lowrank']:
         return []
-    keys = 'heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset'
+    keys = ('heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset',
+            'frozen_bits', 'param_bits')
     names = apply_mhlora(model, settings['lowrank'].split(','), worker=worker, workers=workers,
                          **{key: settings[key] for key in keys})
     return list(dict.fromkeys(map(model.get_submodule, names)))

@@ -649,7 +649,7 @@ PIXELS = np.zeros((30, 28, 28, 3), np.uint8)
 DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other things in it; what is said
     # checkpoints and weights
     (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'), (CKPT, None, 'train first'),
-    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 6'),
+    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 7'),
     (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'), ('vit/best.pt', flipped(0.5), 'is damaged'),
     ('timm.pt', cut(0, 200), 'is damaged'), ('vit.safetensors', cut(0, 200), 'is damaged'),
     (SHARDED, cut(0, 3000), 'is damaged'), (SHARDED, None, 'is missing'),

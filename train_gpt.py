@@ -10,6 +10,7 @@ Two nodes: the same line on both, and in place of --standalone --nnodes=2 --rdzv
 --rdzv_endpoint=HOST:PORT.
 """
 
+import functools
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -56,6 +57,10 @@ train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loade
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+frozen_bits = None  # 4: loaded weights of attention and MLP in nf4 (QLoRA), beside heads that are
+#                     never merged; None: as param_dtype
+param_bits = None  # 8: weights that train in a basis as integers, a scale for each 128; None: as
+#                    param_dtype
 sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
 sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
 sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
@@ -92,43 +97,57 @@ if __name__ == '__main__':
 import torch
 
 import prepare
-from hub import carry_along, fill, read_for
+from hub import carry_along, fill, load_heads, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import GPT, GPTConfig
-from ranks import mean, rows_of, shard
+from ranks import mean, rows_of, shard, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
                  open_run, put_layers, refuse_other_data, save, set_learning_rate, stop_requested,
                  unscale)
 
 
-def build(settings, process, vocabulary, checkpoint=None):
+def build(settings, process, vocabulary, checkpoint=None, planned=None):
     """
     The model and its optimizer, ready to train: a `run.Run`.
 
-    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
-    settings['train'], if it is 'auto'.
+    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from; planned: a
+    configuration in place of the settings', for bench.py. Writes settings['train'], if it is
+    'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
-    loaded = None
+    loaded = adapter = None
     if checkpoint:
         shape = GPTConfig(**checkpoint['model_config'])
+    elif planned:
+        shape = planned
     elif s.init_from == 'scratch':
         shape = GPTConfig(s.block_size, s.vocab_size or vocabulary, n_layer=s.n_layer,
                           n_head=s.n_head, n_embd=s.n_embd, bias=s.bias)
     else:
-        shape, loaded = read_for(settings, GPTConfig)
-    model = GPT(replace(shape, dropout=s.dropout, checkpointing=s.checkpointing))
-    if loaded is not None:
-        fill(model, loaded, s.init_from)
-    model.to('cpu' if s.shard else process.device, getattr(torch, s.param_dtype))
+        shape, loaded, adapter = read_for(settings, GPTConfig)
+    shape = replace(shape, dropout=s.dropout, checkpointing=s.checkpointing)
+    with torch.device('meta'):
+        model, plain = GPT(shape), GPT(shape)
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
                          f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
-    put_layers(model, settings, process.rank, process.ranks)
+    model.to(getattr(torch, s.param_dtype))
+    layers = put_layers(model, settings, process.rank, process.ranks)
     freeze_as_set(model, settings)
     if s.shard:
         shard(model, lowrank_layers(model), process.device)
+    else:
+        model.to_empty(device=process.device)
+    model.tie()
+    if not checkpoint:  # one by one: nobody ever holds more of the model than what is to stay
+        if loaded is None:
+            loaded = plain.drawn(device=process.device, dtype=getattr(torch, s.param_dtype))
+        fill(plain, loaded, s.init_from, functools.partial(write, model))
+        for layer in layers:
+            layer.start()
+        if adapter:
+            load_heads(model, settings, adapter)
     optimizer = make_optimizer(model, settings)
     return assemble(model, asdict(model.config), optimizer, settings, process, checkpoint)
 

@@ -57,6 +57,10 @@ train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loade
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+frozen_bits = None  # 4: loaded weights of attention and MLP in nf4 (QLoRA), beside heads that are
+#                     never merged; None: as param_dtype
+param_bits = None  # 8: weights that train in a basis as integers, a scale for each 128; None: as
+#                    param_dtype
 sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
 sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
 sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
@@ -93,7 +97,7 @@ if __name__ == '__main__':
 import torch
 
 import prepare
-from hub import carry_along, fill, read_for
+from hub import carry_along, fill, load_heads, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import SIZES, Llama, LlamaConfig
 from ranks import mean, rows_of, shard, write
@@ -102,18 +106,21 @@ from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, 
                  unscale)
 
 
-def build(settings, process, vocabulary, checkpoint=None):
+def build(settings, process, vocabulary, checkpoint=None, planned=None):
     """
     The model and its optimizer, ready to train: a `run.Run`.
 
-    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from. Writes
-    settings['train'], if it is 'auto'.
+    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from; planned: a
+    configuration in place of the settings', for bench.py. Writes settings['train'], if it is
+    'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
-    loaded = None
+    loaded = adapter = None
     if checkpoint:
         shape = LlamaConfig(**checkpoint['model_config'])
+    elif planned:
+        shape = planned
     elif s.init_from == 'scratch':
         if s.size not in SIZES:
             raise ValueError(f"size={s.size!r} is not known: set one of {', '.join(SIZES)}")
@@ -122,9 +129,10 @@ def build(settings, process, vocabulary, checkpoint=None):
                             n_layer=s.n_layer or depth, n_head=s.n_head or heads,
                             n_mlp=s.n_mlp or hidden, n_kv_head=s.n_kv_head)
     else:
-        shape, loaded = read_for(settings, LlamaConfig)
+        shape, loaded, adapter = read_for(settings, LlamaConfig)
+    shape = replace(shape, checkpointing=s.checkpointing)
     with torch.device('meta'):
-        model, plain = (Llama(replace(shape, checkpointing=s.checkpointing)) for _ in range(2))
+        model, plain = Llama(shape), Llama(shape)
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
                          f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
@@ -142,6 +150,8 @@ def build(settings, process, vocabulary, checkpoint=None):
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
+        if adapter:
+            load_heads(model, settings, adapter)
     optimizer = make_optimizer(model, settings)
     return assemble(model, asdict(model.config), optimizer, settings, process, checkpoint)
 

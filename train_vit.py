@@ -57,6 +57,10 @@ train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the class
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
+frozen_bits = None  # 4: loaded weights of attention and MLP in nf4 (QLoRA), beside heads that are
+#                     never merged; None: as param_dtype
+param_bits = None  # 8: weights that train in a basis as integers, a scale for each 128; None: as
+#                    param_dtype
 sync = 'step'  # ranks average what has no heads at every 'step', or, as LTE, at a 'merge' alone
 sync_moments = True  # at merges in a basis average first moments, too; False: fewer bytes
 sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
@@ -232,7 +236,7 @@ def build(settings, process, classes, checkpoint=None):
         shape = {**LOOK, **checkpoint['model_config']}
     elif os.path.isfile(s.init_from):
         path = s.init_from
-        shape, weights = read_vit(path, shape, classes, keep=s.eval_only)
+        shape, weights = read_vit(path, shape, classes, s.eval_only, s.frozen_bits)
     elif s.init_from == 'scratch':
         shape.update(LOOK)
     elif s.init_from == 'pretrained':

@@ -264,7 +264,8 @@ LEAST |= dict.fromkeys((
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'),
     sync=('step', 'merge'), basis=('sketch', 'power', 'svd', 'random'),
-    state_bits=(None, 32, 16, 8), sync_bits=(32, 8, 4, 2),
+    frozen_bits=(None, 4), param_bits=(None, 8), state_bits=(None, 32, 16, 8),
+    sync_bits=(32, 8, 4, 2),
     dtype=('auto', 'float32', 'bfloat16', 'float16', 'float64'),
     param_dtype=('float32', 'bfloat16', 'float64'),
     augment=('', 'flip', 'crop', 'flip,crop', 'crop,flip'))
@@ -272,7 +273,7 @@ CHOICES = dict(
 # A setting that does nothing beside the others is refused: (settings, when they do something, why
 # they do not and what to set)
 EFFECT = (
-    ('heads factors split', lambda s: s.lowrank,
+    ('heads factors split frozen_bits param_bits', lambda s: s.lowrank,
      "there are no low-rank layers: set lowrank='attn,mlp'"),
     ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
@@ -335,6 +336,9 @@ CHECKS = (
      'sync_bits={sync_bits} is for heads in a basis and for whole weights: set sync_bits=32, or '
      'take config/methods/galolte_2bit.py or local_muon.py'),
     # what trains
+    (lambda s: s.frozen_bits and (s.init_from in ('scratch', 'auto') or s.train == 'all'),
+     "frozen_bits={frozen_bits} is for loaded weights that stay, init_from={init_from!r} and "
+     "train={train!r}: set init_from to a model, and train='auto', or frozen_bits=None"),
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
     (lambda s: s.train == 'factors'

@@ -673,14 +673,14 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             layers[W] = FrozenLinear(linear, frozen_bits)
         if W in layers:
             model.set_submodule(name, layers[W])
+    said = f'low-rank weights on {len(chosen)} of {how_many} linear layers'
+    if frozen_bits or param_bits:
+        said += what_is_coded(model, {**chosen, **plain}, frozen_bits or param_bits)
     if rank_and_world()[0] == 0:
-        said = f'low-rank weights on {len(chosen)} of {how_many} linear layers'
         clamped = [name for name in chosen if model.get_submodule(name).rank < rank]
         if clamped:
             said += f'; rank {rank} is clamped to the smaller side of {len(clamped)}, such as '
             said += clamped[0]
-        if frozen_bits or param_bits:
-            said += what_is_coded(model, {**chosen, **plain}, frozen_bits or param_bits)
         passed = [name for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and type(module) is not nn.Linear
                   and is_wanted(name, targets)]
@@ -696,9 +696,13 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
 
 def what_is_coded(model, names, bits):
-    """In words: of how many of the layers of these names the weights are in few bits."""
+    """In words: of how many of the layers of these names the weights are in few bits. ValueError:
+    of none."""
     found = {name: model.get_submodule(name) for name in names}
     whole = [name for name, layer in found.items() if getattr(layer, 'bits', None) is None]
+    if len(whole) == len(found):
+        raise ValueError(f'no weight goes into {bits} bits: {WEIGHT_BLOCKS[bits]} divides no width, '
+                         f'such as that of {whole[0]}')
     said = f'; {len(found) - len(whole)} weights in {bits} bits'
     if whole:
         said += (f', not {len(whole)}, such as {whole[0]}: an output layer, or a width that '

@@ -405,7 +405,7 @@ SPLIT = dict(heads=4, split=True, merge_every=10)  # a head, or in a basis nothi
 LOCAL = dict(workers=4, sync='merge', merge_every=10)
 OF_SCALE = {'output': functools.partial(scale, momentum=0.9),
             'embed': functools.partial(scale, dim=0)}
-METHODS = {  # galore_lean and galolte_2bit differ from others in bits, and have 32 here
+METHODS = {  # galore_lean, galore_int8, galolte_2bit differ from others in bits: 32 here
     'full': {}, 'scale': dict(optimizer='scale', rules=OF_SCALE),
     'muon': dict(optimizer='muon'), 'muon_lean': dict(optimizer='muon', momentum=0),
     'fira': dict(optimizer='fira', basis='power', scale=0.25),
@@ -416,6 +416,7 @@ METHODS = {  # galore_lean and galolte_2bit differ from others in bits, and have
     'relora': dict(factors='both', merge_every=20, merge_reset=True, rewarm_iters=5),
     'lte': dict(factors='both', **SPLIT),
     'galore': dict(factors='basis'), 'galore_lean': dict(factors='basis'),
+    'galore_int8': dict(factors='basis'),
     'galore_muon': dict(factors='basis', optimizer='muon'),
     'galolte': dict(factors='basis', **SPLIT),
     'galolte_2bit': dict(

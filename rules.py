@@ -17,6 +17,7 @@ a parameter in an optimizer, whose `step` counts the gradient already; `group` h
 import functools
 import hashlib
 import importlib.util
+import logging
 import math
 
 import torch
@@ -131,6 +132,8 @@ def bitsandbytes():
     """Its functions, or None where it is not installed. It takes two seconds to import."""
     if importlib.util.find_spec('bitsandbytes') is None:
         return None
+    # a hint about a kernel of inference, which is not used here
+    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
     return importlib.import_module('bitsandbytes.functional')
 
 

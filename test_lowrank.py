@@ -31,7 +31,6 @@ from collections import OrderedDict
 from types import SimpleNamespace
 from unittest import mock
 
-import bitsandbytes
 import numpy as np
 import pytest
 import safetensors.torch
@@ -62,6 +61,7 @@ from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, refus
                  save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
+              pytest.mark.filterwarnings('ignore:`torch.jit.script_method` is deprecated'),  # of bitsandbytes
               pytest.mark.filterwarnings('ignore:LowRankAdamW.step without begin:UserWarning')]
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -3772,7 +3772,8 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
 @pytest.mark.parametrize('with_bias', [True, False])
 def test_a_layer_in_4_bits_is_bitsandbytes_own(with_bias):
     linear, x = nn.Linear(128, 96, with_bias), normal(5, 7, 128, dtype=torch.float32).requires_grad_()
-    theirs = bitsandbytes.nn.Linear4bit(128, 96, with_bias, torch.float32, False, 'nf4')
+    from bitsandbytes.nn import Linear4bit
+    theirs = Linear4bit(128, 96, with_bias, torch.float32, False, 'nf4')
     theirs.load_state_dict(linear.state_dict())
     theirs.to('cpu')  # packs it
     headless = lowrank.FrozenLinear(copy.deepcopy(linear), 4)

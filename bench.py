@@ -174,6 +174,8 @@ def memory_cells():
             'galore': half,
             'galore, per_layer=True': half,
             'galore_lean, checkpointing=True': dict(rank=width // 4),
+            'galore_int8, checkpointing=True': dict(rank=width // 8),
+            'lora, frozen_bits=4, checkpointing=True': dict(rank=16, train='factors'),
             'muon_lean, checkpointing=True': {},
             'mhlora': {},
             # a worker with one head; three steps have a merge

@@ -127,14 +127,17 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        0.7229568362236023, 1.0)
 
 
-@functools.cache
-def bitsandbytes():
-    """Its functions, or None where it is not installed. It takes two seconds to import."""
-    if importlib.util.find_spec('bitsandbytes') is None:
-        return None
-    # a hint about a kernel of inference, which is not used here
-    logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
-    return importlib.import_module('bitsandbytes.functional')
+kernels = None  # bitsandbytes' functions, once `load_kernels` has found them
+
+
+def load_kernels():
+    """Imports bitsandbytes, which takes two seconds, where it is installed. Without it 4 bits are
+    unpacked in plain torch, which takes ten times as long and gives the same bits."""
+    global kernels
+    if kernels is None and importlib.util.find_spec('bitsandbytes'):
+        # a hint about a kernel of inference, which is not used here
+        logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+        kernels = importlib.import_module('bitsandbytes.functional')
 
 
 def new_codes(W, bits):
@@ -145,7 +148,7 @@ def new_codes(W, bits):
         raise ValueError(f'rows of {n} numbers are not cut into blocks of {numbers}')
     scales = W.new_empty(m, n // numbers, dtype=torch.float32)
     if bits == 4:
-        bitsandbytes()  # not in the middle of a step
+        load_kernels()  # not in the middle of a step
         return W.new_empty(m, n // 2, dtype=torch.uint8), scales
     return W.new_empty(m, n, dtype=torch.int8), scales
 
@@ -161,12 +164,15 @@ def code_(codes, scales, x, key=None, first=0):
     if isinstance(x, FakeTensor):
         return
     if codes.dtype == torch.uint8:
-        if bitsandbytes() is None:
+        if kernels is None:
             raise ValueError('weights go into 4 bits by bitsandbytes: pip install bitsandbytes')
-        found, about = bitsandbytes().quantize_4bit(x.contiguous(), blocksize=WEIGHT_BLOCKS[4],
-                                                    quant_type='nf4')
-        codes.copy_(found.view(codes.shape))
-        scales.copy_(about.absmax.view(scales.shape))
+        count = max(at_a_time(x) // x.shape[1], 1)  # it takes 30 bytes a number on a CPU
+        for i in range(0, len(x), count):
+            rows = slice(i, i + count)
+            found, about = kernels.quantize_4bit(x[rows].contiguous(), blocksize=WEIGHT_BLOCKS[4],
+                                                 quant_type='nf4')
+            codes[rows] = found.view(codes[rows].shape)
+            scales[rows] = about.absmax.view(scales[rows].shape)
         return
     blocks = x.float().unflatten(1, (-1, WEIGHT_BLOCKS[8]))  # (rows, blocks, 128)
     scales.copy_(blocks.abs().amax(-1).div_(127))
@@ -193,7 +199,7 @@ def dense(W, scales, dtype):
     numbers = WEIGHT_BLOCKS[4 if is_nf4 else 8]
     n = blocks * numbers
     is_fake = isinstance(W, FakeTensor)
-    if is_nf4 and bitsandbytes() and not is_fake:
+    if is_nf4 and kernels and not is_fake:
         codes = W.reshape(-1, 1)
         tops = scales.reshape(-1)
         return torch.ops.bitsandbytes.dequantize_4bit(codes, tops, numbers, 'nf4', (m, n), dtype)

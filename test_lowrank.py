@@ -103,8 +103,11 @@ ALL = ('--n_layer=2 --n_head=2 --n_embd=16 --batch_size=8 --max_iters=4 --eval_i
 
 
 def tiny(script, root, out, *words):
-    """The command line of a tiny run in float64."""
-    return [f'--data_dir={root}', f'--out_dir={out}', *(ALL + OWN[script]).split(), *words]
+    """The command line of a tiny run in float64; {base}: a LLaMA to begin from."""
+    words = [f'--data_dir={root}', f'--out_dir={out}', *(ALL + OWN[script]).split(), *words]
+    if '--init_from={base}' in words:
+        words = loading([word.format(base=f'{root}/base') for word in words])
+    return words
 
 
 def heads_of(run):
@@ -2076,10 +2079,7 @@ def words_of(name, root, out):
     shard = ['--shard=False'] * (name not in RUNS)  # the same without shards
     script, (which, *own) = name.split('_')[0], RUNS.get(name, RUNS.get(f'{name}_shard'))[0].split()
     own = ['--augment=flip,crop'] * (script == 'vit') + ['--gradient_accumulation_steps=2'] + own
-    words = tiny(script, root, out, *method(which), *own, *shard)
-    if '--init_from={base}' in words:
-        words = loading([word.format(base=f'{root}/base') for word in words])
-    return words
+    return tiny(script, root, out, *method(which), *own, *shard)
 
 
 def run(name, root, out, *words):
@@ -2465,7 +2465,9 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
 
 @pytest.mark.parametrize('words', [
     'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
-    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12'])
+    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
+    'llama galore --param_bits=8 --n_embd=128 --basis_every=12 --param_dtype=float32 --dtype=float32',
+    'llama mhlora --init_from={base} --frozen_bits=4 --param_dtype=float32 --dtype=float32'])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
     """Torch gives up after eight graphs of one function, in silence."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -3797,7 +3799,7 @@ def test_without_bitsandbytes_4_bits_are_unpacked_to_the_same_numbers(dtype):
     codes, scales = rules.new_codes(W, 4)
     rules.code_(codes, scales, W)
     theirs = rules.dense(codes, scales, dtype)
-    with mock.patch.object(rules, 'bitsandbytes', lambda: None):
+    with mock.patch.object(rules, 'kernels', None):
         assert torch.equal(rules.dense(codes, scales, dtype), theirs)
         with pytest.raises(ValueError, match='pip install bitsandbytes'):
             rules.code_(codes, scales, W)

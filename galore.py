@@ -23,9 +23,9 @@ from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
 from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
                    gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
                    per_rank_tensors, rank_and_world, rows_here, same)
-from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, code_, dense,
-                   fused_adam_, is_fused, muon_size, new_moments, orthogonalised, read_moments, round_,
-                   rows_of_shape, step_, wide, write_moments)
+from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, code_,
+                   dense, fused_adam_, is_fused, muon_size, new_moments, orthogonalised,
+                   read_moments, round_, rows_of_shape, step_, wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 

@@ -405,8 +405,12 @@ def load_heads(model, settings, adapter):
                          'set the same, or frozen_bits=None to merge it')
     per_rank = per_rank_tensors(layers.values())
     for name, layer in layers.items():
-        A = factors[f'{name}.lora_A.weight'].unflatten(0, (heads, rank))  # (heads, r, n)
-        B = factors[f'{name}.lora_B.weight'].unflatten(1, (heads, rank))  # (m, heads, r)
+        A, B = (factors.get(f'{name}.lora_{which}.weight') for which in 'AB')
+        if A is None or B is None or len(A) != B.shape[1] or len(A) != about['r']:
+            raise ValueError(f"'{path}' has no A and B of rank r={about['r']} for {name}: fetch it "
+                             'again')
+        A = A.unflatten(0, (heads, rank))  # (heads, r, n)
+        B = B.unflatten(1, (heads, rank))  # (m, heads, r)
         for p, x in ((layer.A, A), (layer.B, B.transpose(0, 1))):
             local(p).copy_(take(x, p, per_rank))
 

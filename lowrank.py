@@ -229,25 +229,27 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, work
 
 class FrozenLinear(nn.Module):
     """
-    A linear layer with a weight that no gradient reaches, as it is, or in 4 or 8 bits (rules.dense).
+    A linear layer with a weight that no gradient reaches, as it is, or in 4 or 8 bits
+    (rules.dense).
 
-    linear: the nn.Linear to replace; its weight is not copied, its bias stays trainable. bits: None,
-    4 or 8: then weight is codes, (m, n / 2) or (m, n), beside scales (m, n / 64 or n / 128), and is
-    unpacked for a pass. ValueError: n is cut into no blocks, or a weight in float64.
+    linear: the nn.Linear to replace; its weight is not copied, its bias stays trainable. bits:
+    None, 4 or 8: then weight is codes, (m, n / 2) or (m, n), beside scales (m, n / 64 or n / 128),
+    and is unpacked for a pass. ValueError: n is cut into no blocks, or a weight in float64.
     """
 
     def __init__(self, linear, bits=None):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        self.bits, self.dtype = bits, linear.weight.dtype  # what it is, and what a state dict gets
+        self.bits = bits
+        self.dtype_before = linear.weight.dtype
         self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
         self.register_parameter('scales', None)
         if not bits:
             return
         W = linear.weight.detach()
-        if self.dtype == torch.float64:
-            raise ValueError(f'weights in float64 are not coded in {bits} bits: train in float32 or '
-                             'bfloat16')
+        if W.dtype == torch.float64:
+            raise ValueError(f'weights in float64 are not coded in {bits} bits: train in float32 '
+                             'or bfloat16')
         codes, scales = new_codes(W, bits)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
@@ -257,8 +259,13 @@ class FrozenLinear(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, None, None, None, 1, 1.0,
-                                    True)
+        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, None, None, None, 1,
+                                    1.0, True)  # without heads
+
+    @property
+    def dtype(self):
+        """The dtype of W; of codes that which it had before, in which a state dict gets it."""
+        return self.dtype_before if self.bits else self.weight.dtype
 
     @property
     def scales_here(self):
@@ -286,13 +293,12 @@ class MHLoRALinear(FrozenLinear):
     A linear layer with a frozen weight and H low-rank heads, or a basis and a factor trained in it.
 
     linear, bits: see FrozenLinear; 4 bits are for heads that are never merged, 8 for weights that
-    train in a basis. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors, split: see
-    the top of this file. merge_every: T, steps between merges; the training loop calls `merge` for
-    T > 1. 0: never, or at the end. merge_reset: after a merge A is drawn anew and B is zero, as
-    it is where merge_every is 0; else heads train on (LTE), and what W has of them already is
-    subtracted. worker, workers: the rank of this process, of so many that share split heads; it
-    holds the heads worker::workers. zeros: the
-    model's `Zeros`, None for a layer alone.
+    train in a basis. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors,
+    split: see the top of this file. merge_every: T, steps between merges; the training loop calls
+    `merge` for T > 1. 0: never, or at the end. merge_reset: after a merge A is drawn anew and B is
+    zero, as it is where merge_every is 0; else heads train on (LTE), and what W has of them already
+    is subtracted. worker, workers: the rank of this process, of so many that share split heads; it
+    holds the heads worker::workers. zeros: the model's `Zeros`, None for a layer alone.
 
     Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r); or
     basis (short, r), factor (H / workers, long, r), in GaLore (long, r) and always zero: it takes
@@ -458,8 +464,8 @@ class MHLoRALinear(FrozenLinear):
         if self.moves_weight:
             return
         if self.bits == 4:
-            raise ValueError('weights in 4 bits stay as they are: take merged_state_dict(model) for '
-                             'those of a model without heads')
+            raise ValueError('weights in 4 bits stay as they are: take merged_state_dict(model) '
+                             'for those of a model without heads')
         factor = None  # the average as it is
         if bits < 32 and self.split and self.factors == 'basis':
             error = error_of(self.factor, state[self.factor])
@@ -637,8 +643,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
     trainable: the count of parameters rises.
 
-    frozen_bits=4: weights of all linears of attention and MLP, with heads or not (FrozenLinear), and
-    of other targets but an output layer, become codes, which changes the function a little.
+    frozen_bits=4: weights of all linears of attention and MLP, with heads or not (FrozenLinear),
+    and of other targets but an output layer, become codes, which changes the function a little.
     param_bits=8: those of the targets, which then train in a basis. Where a width is cut into no
     blocks the weight stays as it is.
 
@@ -651,8 +657,9 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     if isinstance(targets, str):
         raise ValueError(f"targets={targets!r} is a string: give a tuple of names, such as "
                          "('attn', 'mlp')")
-    refuse_what_bypasses(model, targets)
-    chosen, plain, how_many = find_linears(model, targets, ['attn', 'mlp'] if frozen_bits else [])
+    also = ('attn', 'mlp') if frozen_bits else ()
+    refuse_what_bypasses(model, [*targets, *also])
+    chosen, plain, how_many = find_linears(model, targets, also)
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
     zeros = Zeros(rank * max(max(linear.weight.shape) for linear in chosen.values()))
@@ -701,8 +708,8 @@ def what_is_coded(model, names, bits):
     found = {name: model.get_submodule(name) for name in names}
     whole = [name for name, layer in found.items() if getattr(layer, 'bits', None) is None]
     if len(whole) == len(found):
-        raise ValueError(f'no weight goes into {bits} bits: {WEIGHT_BLOCKS[bits]} divides no width, '
-                         f'such as that of {whole[0]}')
+        raise ValueError(f'no weight goes into {bits} bits: {WEIGHT_BLOCKS[bits]} divides no '
+                         f'width, such as that of {whole[0]}')
     said = f'; {len(found) - len(whole)} weights in {bits} bits'
     if whole:
         said += (f', not {len(whole)}, such as {whole[0]}: an output layer, or a width that '

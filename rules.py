@@ -113,7 +113,8 @@ def round_(out, x, key, first=0):
 # -----------------------------------------------------------------------------
 # weights in 4 bits, which stay, and in 8 bits, which train
 
-# A block of numbers of a row shares a float32, its scale. No block is cut by FSDP2, which cuts rows.
+# A block of numbers of a row shares a float32, its scale. No block is cut by FSDP2, which cuts
+# rows.
 #
 #   4 bits   NF4 (QLoRA, Dettmers et al., arXiv 2305.14314): a number is the scale times one of 16
 #            levels, quantiles of a normal distribution; codes (m, n / 2) uint8, the first of two

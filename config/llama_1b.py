@@ -9,5 +9,5 @@ size = '1b'
 param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
 block_size, batch_size, gradient_accumulation_steps = 256, 16, 32
 max_iters, warmup_iters, eval_interval = 5000, 500, 500
-rank = {'galore': 1024, 'galore_lean': 512}
-learning_rate = {'full': 5e-4, 'galore': 0.01, 'galore_lean': 0.01}
+rank = {'galore': 1024, 'galore_lean': 512, 'galore_int8': 512}
+learning_rate = {'full': 5e-4, 'galore': 0.01, 'galore_lean': 0.01, 'galore_int8': 0.01}

@@ -9,5 +9,5 @@ size = '7b'
 param_dtype, dtype, checkpointing = 'bfloat16', 'bfloat16', True
 block_size, batch_size, gradient_accumulation_steps = 256, 16, 1
 max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
-rank = {'galore_lean': 1024}
-learning_rate = {'galore_lean': 0.005, 'muon_lean': 1e-3}
+rank = {'galore_lean': 1024, 'galore_int8': 512}
+learning_rate = {'galore_lean': 0.005, 'galore_int8': 0.005, 'muon_lean': 1e-3}

@@ -19,6 +19,7 @@ out_dir = 'out/gpt2'  # the folder of a run
 checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
 to = ''  # the folder to write
 adapter = False  # True: the heads alone, as PEFT's LoRA of the weights that the run began from
+check = False  # True: of text, compare logits and losses before and after the merge
 dtype = 'auto'  # of what is written: the run's, or 'float32', 'bfloat16', 'float16', 'float64'
 overwrite = False  # True: replace a folder of an earlier export
 # -----------------------------------------------------------------------------
@@ -33,10 +34,11 @@ from safetensors.torch import save_file
 
 import prepare
 from config import read_json
-from hub import (OUR_TOKENS, SHAPE, config_json, create_vit, merged_vit, of_a_run,
-                 tensors_for_transformers)
-from lowrank import side_by_side
-from run import load_checkpoint
+from hub import (OUR_TOKENS, SHAPE, config_json, create_vit, fill, merged_vit, of_a_run,
+                 read_weights, tensors_for_transformers)
+from lowrank import averaged_heads, side_by_side
+from model import make_model
+from run import load_checkpoint, put_layers
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 
@@ -84,6 +86,28 @@ def write_transformers(run, checkpoint, folder, dtype):
     # transformers 4 and 5
     said.update(tie_word_embeddings=shape.tied, torch_dtype=name, dtype=name)
     config.write_json(f'{folder}/config.json', {**said, **said_of_tokens})
+
+
+@torch.no_grad()
+def compare(checkpoint, folder):
+    """Prints how far an exported model is from the one that was trained, on the first validation
+    tokens of its data; computed in float32."""
+    s, (shape, tensors, _) = SimpleNamespace(**checkpoint['settings']), read_weights(folder)
+    trained, exported = (make_model(some).float().eval()
+                         for some in (checkpoint['model_config'], shape))
+    put_layers(trained, checkpoint['settings'])
+    trained.load_state_dict(checkpoint['model'])
+    fill(exported, tensors, folder)
+    data = prepare.Tokens(s.dataset, 'val', s.block_size, s.data_dir, s.documents)
+    x, y, weights, documents = (*data.fixed_batch(0, 1, 4), None, None)[:4]
+    with averaged_heads(trained):
+        before = trained(x, documents=documents)
+    after = exported(x, documents=documents)
+    losses = [F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits in (before, after)]
+    away = (after - before).abs()
+    print(f'{x.numel()} validation tokens: loss {losses[0]:.4f} before the merge, {losses[1]:.4f} '
+          f'after it; logits differ by {away.mean():.2g} on average, at most {away.max():.2g} '
+          f'(their deviation is {before.std():.2g})')
 
 
 def write_peft(run, checkpoint, folder, dtype):
@@ -201,6 +225,8 @@ def main(settings):
         run, text = Path(s.out_dir, 'tokenizer'), 'tokenizer' in checkpoint
         if not s.to:
             raise ValueError("to='' names no folder to write: set --to=FOLDER")
+        if s.check and (s.adapter or not text):
+            raise ValueError('check=True compares a merged model of text: leave out --adapter')
         if os.path.exists(s.to) and not s.overwrite:
             raise ValueError(f"'{s.to}' is already there: choose another --to, or replace it by "
                              '--overwrite=True')
@@ -211,6 +237,8 @@ def main(settings):
                 write_transformers(run, checkpoint, folder, dtype)
             else:
                 write_timm(checkpoint, folder, dtype)
+        if s.check:
+            compare(checkpoint, s.to)
     what = 'the heads' if s.adapter else 'the model'
     print(f"'{s.to}' holds {what} of {s.out_dir}/{s.checkpoint}, step {checkpoint['step']}")
 

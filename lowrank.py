@@ -196,7 +196,8 @@ def from_digits(digits):
     return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
 
-def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits):
+def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
+                     dropout):
     """ValueError: arguments of a MHLoRALinear (m, n) make no sense together."""
     if factors not in ('both', 'B', 'basis'):
         raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
@@ -216,6 +217,9 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, work
         raise ValueError(f'{heads=} in one basis that see the same tokens, or are merged '
                          'every step, are one head: set heads=1, or split=True and merge_every '
                          'above 1')
+    if not 0 <= dropout < 1 or dropout and (split and heads > 1 or factors == 'basis'):
+        raise ValueError(f'lora_dropout={dropout} has to be in [0, 1), and is for heads that see '
+                         'all tokens: set split=False, or lora_dropout=0')
     if split and heads % workers:
         raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
     if bits == 4 and (merge_every or factors == 'basis'):
@@ -307,12 +311,15 @@ class MHLoRALinear(FrozenLinear):
     """
 
     def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False,
-                 merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None, bits=None):
+                 merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None, bits=None,
+                 dropout=0.0):
         m, n = linear.weight.shape
-        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits)
+        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
+                         dropout)
         super().__init__(linear, bits)
         new = linear.weight.new_empty
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
+        self.dropout = dropout
         self.split = split and heads > 1  # one head sees all of the batch
         self.scale = 1.0  # s
         if factors != 'basis' and alpha is not None:
@@ -415,6 +422,10 @@ class MHLoRALinear(FrozenLinear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         groups, scale = 1, self.merged_scale
+        if self.dropout and self.training:
+            into, out = map(side_by_side, self.pair())
+            z = F.dropout(x, self.dropout) @ into.to(x.dtype)  # (..., H r)
+            return super().forward(x) + scale * (z @ out.mT.to(x.dtype))
         if self.merged_pair is not None:  # an evaluation of split heads
             into, out = self.merged_pair
         elif not self.split:  # every head sees every token: one pair of rank H r
@@ -632,7 +643,7 @@ def bits_of(name, linear, frozen_bits, param_bits):
 
 def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, factors='both',
                  split=False, merge_every=0, merge_reset=False, worker=0, workers=1,
-                 frozen_bits=None, param_bits=None):
+                 frozen_bits=None, param_bits=None, lora_dropout=0.0):
     """
     Replaces linear layers of a model by MHLoRALinear, in place; the model's function stays the
     same.
@@ -645,6 +656,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
     frozen_bits=4: weights of all linears of attention and MLP, with heads or not (FrozenLinear),
     and of other targets but an output layer, become codes, which changes the function a little.
+    lora_dropout: this share of what the heads see of an input is dropped in training, as in PEFT.
     param_bits=8: those of the targets, which then train in a basis. Where a width is cut into no
     blocks the weight stays as it is.
 
@@ -672,7 +684,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
             bits = bits_of(name, linear, frozen_bits, param_bits)
             layers[W] = MHLoRALinear(linear, heads, rank, alpha, factors, split, merge_every,
                                      merge_reset, worker, workers, zeros,
-                                     bits).train(linear.training)
+                                     bits, lora_dropout).train(linear.training)
         model.set_submodule(name, layers[W])
     for name, linear in plain.items():  # without heads
         W = linear.weight

@@ -74,6 +74,44 @@ def chunked_loss(weight, x, targets, reduction):
         return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
 
 
+def attention(q, k, v, mask=None, cache=None, dropout=0.0, grouped=False):
+    """
+    Causal attention, q (batch, heads, time, size), as q.
+
+    mask: (batch, 1, time, time), True where a token sees another, see `mask_of`; None: all before
+    it. cache: a dict with k and v of earlier tokens, or none of them yet; these are added to it.
+    """
+    if cache is not None:
+        if cache:
+            k = torch.cat([cache['k'], k], 2)
+            v = torch.cat([cache['v'], v], 2)
+        cache.update(k=k, v=v)
+    new, all_of_them = q.shape[2], k.shape[2]
+    if 1 < new < all_of_them:
+        before = all_of_them - new
+        mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
+    is_causal = mask is None and new == all_of_them
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                          is_causal=is_causal, enable_gqa=grouped)
+
+
+def mask_of(documents):
+    """(batch, 1, time, time): which tokens see which, of the documents (batch, time) they are
+    of."""
+    same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
+    return same.tril()[:, None]
+
+
+def places_in(documents):
+    """The place of each token in its document, (batch, time), of documents that lie one after the
+    other."""
+    index = torch.arange(documents.shape[1], device=documents.device)
+    is_first = documents != documents.roll(1, 1)
+    is_first[:, 0] = True
+    start = torch.where(is_first, index, 0).cummax(1).values
+    return index - start
+
+
 class LanguageModel(nn.Module):
     """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`,
     `lm_head`."""
@@ -106,20 +144,22 @@ class LanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             yield name, self.draw_(name, torch.empty_like(parameter, **how))
 
-    def through_blocks(self, x, *more):
+    def through_blocks(self, x, *more, cache=None):
         """x (batch, time, width) after all blocks, which in training may recompute their
-        activations."""
-        for block in self.blocks:
+        activations. cache: of each block, see `attention`."""
+        for i, block in enumerate(self.blocks):
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, *more, use_reentrant=False)
-            else:
+            elif cache is None:
                 x = block(x, *more)
+            else:
+                x = block(x, *more, cache[i])
         return x
 
-    def forward(self, idx, targets=None, weights=None):
+    def forward(self, idx, targets=None, weights=None, documents=None):
         """Logits of idx (batch, time), or, with targets (batch, time), `language_loss`; weights:
-        (batch,)."""
-        x = self.hidden(idx)
+        (batch,); documents: (batch, time), of each token, where they do not see each other."""
+        x = self.hidden(idx, documents)
         if targets is None:
             return self.lm_head(x)
         return language_loss(self.lm_head, x, targets, weights, self.cross_entropy)
@@ -150,12 +190,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x, mask=None, cache=None):
         b, t, c = x.shape
         qkv = self.c_attn(x).view(b, t, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = attention(q, k, v, mask, cache, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(b, t, c))
         return F.dropout(y, self.dropout, self.training)
 
@@ -180,8 +220,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -213,13 +253,16 @@ class GPT(LanguageModel):
     def blocks(self):
         return self.transformer.h
 
-    def hidden(self, idx):
+    def hidden(self, idx, documents=None, cache=None):
         """The last block's output after its norm, (batch, time, width), of tokens idx (batch,
-        time)."""
-        position = torch.arange(idx.shape[1], device=idx.device)
+        time); cache: see `new_cache`, of tokens before these."""
+        if documents is None:
+            mask, position = None, positions_after(cache, idx)
+        else:
+            mask, position = mask_of(documents), places_in(documents)
         x = self.embedding(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.transformer.ln_f(self.through_blocks(x))
+        return self.transformer.ln_f(self.through_blocks(x, mask, cache=cache))
 
 
 # -----------------------------------------------------------------------------
@@ -297,14 +340,14 @@ class LlamaAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.size, config.norm_eps)
             self.k_norm = nn.RMSNorm(self.size, config.norm_eps)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         b, t, _ = x.shape
         q, k, v = (proj(x).view(b, t, -1, self.size).transpose(1, 2)  # (batch, head, time, size)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        y = attention(q, k, v, mask, cache, grouped=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -328,8 +371,8 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -367,12 +410,14 @@ class Llama(LanguageModel):
     def blocks(self):
         return self.model.layers
 
-    def hidden(self, idx):
+    def hidden(self, idx, documents=None, cache=None):
         """As of GPT."""
-        positions, c = torch.arange(idx.shape[1], device=idx.device), self.config
-        # once for all layers
+        positions, c = positions_after(cache, idx), self.config
+        # once for all layers; only how far two tokens are from each other counts
         cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)
-        return self.model.norm(self.through_blocks(self.embedding(idx), cos, sin))
+        mask = None if documents is None else mask_of(documents)
+        x = self.through_blocks(self.embedding(idx), cos, sin, mask, cache=cache)
+        return self.model.norm(x)
 
 
 def make_model(shape):
@@ -386,25 +431,54 @@ def make_model(shape):
 # -----------------------------------------------------------------------------
 # text
 
+def new_cache(model):
+    """What `hidden` keeps of tokens that it has seen, for those that follow: nothing yet."""
+    return [{} for _ in model.blocks]
+
+
+def length_of(cache):
+    """How many tokens a cache has seen."""
+    return cache[0]['k'].shape[2] if cache and cache[0] else 0
+
+
+def crop(cache, length):
+    """Forgets all but the first tokens, in place."""
+    for kept in cache:
+        kept.update({name: x[:, :, :length] for name, x in kept.items()})
+
+
+def positions_after(cache, idx):
+    """The positions (time,) of tokens idx (batch, time)."""
+    before = length_of(cache)
+    return torch.arange(before, before + idx.shape[1], device=idx.device)
+
+
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None, vocab_size=None):
+def following(model, idx, temperature=1.0, top_k=0, generator=None, vocab_size=None, cache=None):
     """
-    Continues token numbers idx (batch, time) by max_new_tokens, each from the last block_size
-    before it.
+    Yields the tokens (batch, 1) that follow token numbers idx (batch, time), without end, each from
+    the last block_size before it.
 
     temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all;
-    generator: a torch.Generator; vocab_size: of the tokenizer, where the model's is larger.
+    generator: a torch.Generator; vocab_size: of the tokenizer, where the model's is larger; cache:
+    that has seen the first tokens of idx. Keys and values are kept while all tokens fit into a
+    block; then all are computed again for each one.
     """
-    for _ in range(max_new_tokens):
-        logits = model.lm_head(model.hidden(idx[:, -model.config.block_size:])[:, -1])
+    cache, size = cache or new_cache(model), model.config.block_size
+    while True:
+        if idx.shape[1] <= size:
+            x = model.hidden(idx[:, length_of(cache):], cache=cache)
+        else:
+            x = model.hidden(idx[:, -size:])
+        logits = model.lm_head(x[:, -1])
         logits = logits[:, :vocab_size].float()  # (batch, vocab)
         if temperature == 0:
-            following = logits.argmax(-1, keepdim=True)
+            token = logits.argmax(-1, keepdim=True)
         else:
             logits = logits / temperature
             if top_k:
                 least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)
-            following = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        idx = torch.cat([idx, following], dim=1)
-    return idx
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        yield token
+        idx = torch.cat([idx, token], dim=1)

@@ -4,6 +4,7 @@ Writes data sets (this command line) and reads them (`Tokens`, `Images`, for tra
 python prepare.py stdlib                      the sources of Python's standard library, bytes
 python prepare.py text --input a.txt b.jsonl  .txt, .jsonl (field text), .parquet (column text)
 ... --input answers.jsonl                     prompt, completion: only the latter is learned
+... --input chats.jsonl --tokenizer MODEL     messages (role, content): the assistant's are learned
 ... --name mine --tokenizer ORGANISATION/MODEL    tokens of a model of the hub, or of a folder
 python prepare.py cnn_dailymail               news; --path FOLDER: of a copy of the hub's files
 python prepare.py c4 --tokens 1_000_000_000
@@ -34,6 +35,7 @@ import os
 import re
 import runpy
 import struct
+import subprocess
 import sys
 import sysconfig
 import textwrap
@@ -57,7 +59,8 @@ from config import in_one_line, read_json, refusals, typed, write_json, written_
 # test_000000.bin ... too), and meta.json, which says what is in them.
 #
 # A shard is a header and items, all little-endian. An item of text is a token: end-of-text ends
-# each document, and the top bit marks tokens of prompts. An item of images is its label, one byte
+# each document, the top bit marks tokens of prompts, and the next one the first token of a document
+# (of data with prompts, or with --documents). An item of images is its label, one byte
 # (where images have several labels one byte a class), and its pixels (channels, size, size).
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, zeros
@@ -65,6 +68,7 @@ MAGIC, VERSION = b'nLRshard', 1
 MARKER = '.data_of_nanolowrank'  # a file in every data set, see `written_beside`
 SPLITS = {'tokens': ('train', 'val'), 'images': ('train', 'val', 'test')}
 PROMPT = 2**31  # the top bit: this token is read, and not learned
+FIRST = 2**30  # and this one begins a document
 META = {  # what meta.json has to say of each kind
     'tokens': {'shards': list, 'vocab_size': int, 'tokens': dict},
     'images': {'shards': list, 'classes': list, 'task': str, 'channels': int, 'size': int,
@@ -110,7 +114,8 @@ def kind_of(meta):
 def item_type(meta):
     """The dtype of an item: a token, or the label and the pixels of an image."""
     if kind_of(meta) == 'tokens':
-        short = meta['vocab_size'] <= 2**16 and not meta.get('prompts')  # two bytes are enough
+        has_bits = meta.get('prompts') or meta.get('starts')
+        short = meta['vocab_size'] <= 2**16 and not has_bits  # two bytes are enough
         return np.dtype('<u2' if short else '<u4')
     labels = len(meta['classes']) if meta['task'].startswith('multi-label') else 1
     pixels = meta['channels'], meta['size'], meta['size']
@@ -130,7 +135,8 @@ def read_meta(path):
                 raise DataError(f"'{path}' is not of prepare.py (it has no {key}): move it away "
                                 'and prepare the data set again')
 
-    meta = read_json(path, {'kind': str, 'bytes': dict, 'prompts': bool, 'tokenizer': str})
+    meta = read_json(path, {'kind': str, 'bytes': dict, 'prompts': bool, 'starts': bool,
+                            'tokenizer': str})
     kind = kind_of(meta)
     need(meta, META.get(kind, META['tokens']))
     for entry in meta['shards']:
@@ -186,6 +192,8 @@ class Document:
     prompt: str | None = None  # stands before the text; it is read, and not learned
     split: str | None = None  # 'train' or 'val'; None: a hash of the prompt, or the text, decides
     ends: bool = True  # False: the next Document goes on with this text
+    turns: tuple = ()  # (prompt, text) that follow, of a chat
+    is_chat: bool = False  # its texts have what begins and ends them
 
 
 @dataclass
@@ -228,7 +236,7 @@ def text_documents(args):
     size = min(2**16, max(2**6, size))
     for path in args.input:
         empty = True
-        for document in FORMATS[Path(path).suffix.lower()](path, size):
+        for document in FORMATS[Path(path).suffix.lower()](path, size, args.tokenizer):
             empty = empty and not f'{document.prompt or ""}{document.text}'.strip()
             yield document
         if empty:
@@ -258,7 +266,7 @@ def read_lines(path, size=-1):
             yield line
 
 
-def read_txt(path, size):
+def read_txt(path, size, tokenizer=None):
     """Yields one document, in pieces of `size` characters and up to a line more."""
     piece = ''
     for line in read_lines(path, size):
@@ -269,23 +277,44 @@ def read_txt(path, size):
     yield Document(piece)
 
 
-def read_jsonl(path, size):
-    """Yields a document a line: its field 'text', or 'prompt' and 'completion'."""
-    def whole_characters(text):  # JSON can spell half a surrogate pair
-        return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
+def whole_characters(text):
+    """A text of JSON, which can spell half a surrogate pair."""
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
 
+
+def read_jsonl(path, size, tokenizer=None):
+    """Yields a document a line: its field 'text', or 'prompt' and 'completion', or 'messages',
+    spelled by the template of a tokenizer's folder."""
+    template, last_alone = None, 0
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():  # as the last one often is
             continue
         with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and "
-                     "'completion'", 'give one JSON object a line'):
+                     "'completion', nor 'messages'", 'give one JSON object a line'):
             found = json.loads(line)
+            is_chat = 'messages' in found or isinstance(found.get('prompt'), list)
             keys = ['text'] if 'text' in found else ['completion', 'prompt']
-            document = Document(*[whole_characters(found[key]) for key in keys])
+            if not is_chat:
+                document = Document(*[whole_characters(found[key]) for key in keys])
+        if is_chat:
+            template = template or Template(tokenizer)
+            with reading(f"line {number} of '{path}' is no chat that can be learned",
+                         'correct it, or leave it out'):
+                if len(line) > LONGEST:
+                    raise ValueError(f'it has {len(line)} characters')
+                if '\ufffd' in line:
+                    raise ValueError('it is not in UTF-8')
+                turns, are_all = template.turns(*messages_of(found))
+            (prompt, text), *more = turns
+            document = Document(text, prompt, turns=tuple(more), is_chat=True)
+            last_alone += not are_all
         yield document
+    if last_alone:
+        print(f'{last_alone} chats of which the last answer alone is learned: the template spells '
+              'earlier ones otherwise')
 
 
-def read_parquet(path, size):
+def read_parquet(path, size, tokenizer=None):
     """Yields a document a row: its column 'text'."""
     import pyarrow.parquet
     with reading(f"'{path}' is damaged or no parquet file with a column 'text' of strings",
@@ -298,7 +327,7 @@ def read_parquet(path, size):
                 yield Document(text or '')
 
 
-# readers: (path, characters of a piece) -> Documents
+# readers: (path, characters of a piece, the name of a tokenizer or None) -> Documents
 FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 
 
@@ -360,6 +389,194 @@ SOURCES = {
     'fineweb_edu': hub(
         'HuggingFaceFW/fineweb-edu', columns=['text'], tokens='10 billion (its sample)',
         files={'train': 'sample/10BT/*.parquet'}, val_share=0.005)}
+
+
+# -----------------------------------------------------------------------------
+# chats, spelled by the template of a model. A template is a program of strangers: jinja2 runs it in
+# its sandbox, in a process of its own with limits of time, memory and length
+
+ROLES = 'system', 'user', 'assistant'
+LONGEST = 10**7  # characters of a line with a chat, and of what a template makes of it
+SECONDS, MEMORY = 10, 2**30  # that a template may take for a chat
+
+
+def read_template(folder):
+    """(the text of a folder's chat template, {name: special token} for it). DataError: it has
+    none."""
+    about, path = {}, Path(folder, 'chat_template.jinja')
+    for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+        if Path(folder, name).is_file():
+            about |= read_json(Path(folder, name))
+    template = about.get('chat_template')
+    if isinstance(template, list):  # several, by name
+        by_name = {entry['name']: entry['template'] for entry in template}
+        template = by_name.get('default')
+    if path.is_file():
+        template = path.read_text('utf-8')
+    if not isinstance(template, str):
+        raise DataError(f"'{folder}' has no chat_template, and messages want one: give --tokenizer "
+                        'a model that was trained on chats')
+    tokens = {}
+    for name, token in about.items():
+        if isinstance(token, dict):  # older files have more to say of it
+            token = token.get('content')
+        if name.endswith('_token') and isinstance(token, str):
+            tokens[name] = token
+    return template, tokens
+
+
+def serve_template():
+    """The process that renders, see `Template`. It reads JSON lines, [template, special tokens] and
+    then [messages, add_generation_prompt], and answers each of these by [text, why there is
+    none]."""
+    import resource
+    import signal
+    from datetime import datetime
+
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(['*', '**'])
+
+        def call_binop(self, context, operator, left, right):
+            sizes = [len(x) if hasattr(x, '__len__') else abs(x) for x in (left, right)]
+            is_power = operator == '**'
+            if is_power and max(sizes) > 64 or not is_power and math.prod(sizes) > LONGEST:
+                raise TemplateError(f'{operator} of too much')
+            return super().call_binop(context, operator, left, right)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)  # jinja2's own escapes HTML
+
+    def render(messages, add_generation_prompt):
+        text, size = [], 0
+        for piece in template.generate(messages=messages, tools=None, documents=None,
+                                       add_generation_prompt=add_generation_prompt, **tokens):
+            size += len(piece)
+            if size > LONGEST:
+                raise TemplateError(f'it writes more than {LONGEST} characters')
+            text.append(piece)
+        return ''.join(text)
+
+    # as transformers has it
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    sandbox.filters['tojson'] = tojson
+    sandbox.globals.update(raise_exception=raise_exception,
+                           strftime_now=lambda form: datetime.now().strftime(form))
+    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    template = None
+    for line in sys.stdin:
+        signal.alarm(SECONDS)  # ends this process
+        first, second = json.loads(line)
+        try:
+            if template is None:
+                tokens = second
+                template = sandbox.from_string(first)
+                answer = '', None
+            else:
+                answer = render(first, second), None
+        except Exception as error:  # of a program of strangers
+            answer = None, f'{type(error).__name__}: {error}'[:200]
+        signal.alarm(0)
+        print(json.dumps(answer), flush=True)
+
+
+class Template:
+    """The chat template of a folder, or a name of the hub, with tokens. DataError: there is none,
+    or it does not compile."""
+
+    def __init__(self, source):
+        if source in (None, 'gpt2', 'bytes'):
+            raise DataError("messages are spelled by a model's chat template: give --tokenizer the "
+                            'folder, or the name on the hub, of a model that was trained on chats')
+        folder = hub_folder(source, *TOKENIZER)
+        template, tokens = read_template(folder)
+        code = ('import sys; sys.path.insert(0, sys.argv[1]); '
+                'import prepare; prepare.serve_template()')
+        here = os.path.dirname(os.path.abspath(__file__))
+        self.process = subprocess.Popen([sys.executable, '-c', code, here], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True, encoding='utf-8')
+        with reading(f"the chat template of '{folder}' is none", 'give another model'):
+            self.ask(template, tokens)
+
+    def ask(self, *question):
+        try:
+            self.process.stdin.write(json.dumps(question) + '\n')
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ''
+        if not line:
+            raise ValueError(f'its template wants more than {SECONDS} s')
+        text, why = json.loads(line)
+        if text is None:
+            raise ValueError(f'its template says {why}')
+        return text
+
+    def render(self, messages, add_generation_prompt=False):
+        """The text of messages, [{role, content}]; add_generation_prompt: an answer is to follow.
+        ValueError: the template fails, takes too long, or writes too much."""
+        return self.ask(messages, add_generation_prompt)
+
+    def turns(self, messages, first=0):
+        """([(prompt, answer)] of the assistant's turns from the message `first` on, whether these
+        are all). Together they are the text of all messages up to the last answer; a prompt ends as
+        where an answer is asked for. Where earlier turns are spelled otherwise in the end, as by
+        templates that drop thoughts, there is the last one alone. ValueError."""
+        answers = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
+        whole, found, done = self.render(messages[:answers[-1] + 1]), [], 0
+        for i in answers:
+            if i < first:
+                continue
+            prompt = self.render(messages[:i], True)
+            text = whole if i == answers[-1] else self.render(messages[:i + 1])
+            goes_on = whole.startswith(text) and text.startswith(prompt)
+            if goes_on and len(prompt) >= done:
+                found.append((text[done:len(prompt)], text[len(prompt):]))
+                done = len(text)
+            elif i == answers[-1]:
+                raise ValueError('its template asks for an answer otherwise than it spells one')
+        all_found = len(found) == sum(i >= first for i in answers)
+        if all_found:
+            return found, True
+        return [(prompt, whole[len(prompt):])], False
+
+
+def messages_of(found):
+    """(messages, the first that may be learned) of a line of .jsonl; None: it is no chat.
+    ValueError: it is one that is not supported."""
+    messages, first = found.get('messages'), 0
+    if messages is None and isinstance(found.get('prompt'), list):
+        messages, first = found['prompt'] + found['completion'], len(found['prompt'])
+    if messages is None:
+        return None
+    for key in ('tools', 'functions', 'images', 'image', 'videos', 'audio'):
+        if found.get(key):
+            raise ValueError(f'it has {key}')
+    plain = []
+    for message in messages:
+        role, content = message.get('role'), message.get('content')
+        if role not in ROLES:
+            raise ValueError(f'a role is {role!r}, and not one of {", ".join(ROLES)}')
+        if message.get('tool_calls'):
+            raise ValueError('it has tool_calls')
+        if isinstance(content, list):  # OpenAI's parts
+            kinds = {part.get('type') for part in content} - {'text'}
+            if kinds:
+                raise ValueError(f"it has content of type {', '.join(map(str, kinds))}")
+            content = ''.join(part['text'] for part in content)
+        if not isinstance(content, str) or not content.strip():
+            raise ValueError(f'the {role} says nothing')
+        plain.append({'role': role, 'content': whole_characters(content)})
+    if 'assistant' not in [message['role'] for message in plain[first:]]:
+        raise ValueError('no assistant answers')
+    return plain, first
 
 
 # -----------------------------------------------------------------------------
@@ -708,7 +925,7 @@ def append_documents(writer, documents, encoding, val_below):
     documents = iter(documents)
     first = [*itertools.islice(documents, 1)]
     if first and first[0].prompt is not None:
-        meta['prompts'] = True  # tokens have a bit for that
+        meta['prompts'] = meta['starts'] = True  # tokens have bits for that
     documents = itertools.chain(iter(first), documents)
     del first  # its text may be long
     writer.begin()
@@ -731,15 +948,18 @@ def append_documents(writer, documents, encoding, val_below):
                 raise DataError('a line has a prompt, and the first one of --input has none: put '
                                 'a file with prompts first')
             if split not in inside:
-                writer.append(split, begin | prompt)
+                if not document.is_chat:
+                    tokens = np.concatenate([begin | prompt, tokens])
+                if meta.get('starts'):
+                    tokens[0] |= FIRST
             writer.append(split, tokens)
             meta['documents'][split] += 1
-            meta['bytes'][split] += len(document.text.encode())
+            meta['bytes'][split] += sum(len(text.encode()) for text in texts_of(document)[1::2])
             lowest = min(lowest, number)
             inside.add(split)
         # what comes after a piece for validation does not go on with what is before it
         if document.ends or split == 'val':
-            for ended in inside:
+            for ended in inside if not document.is_chat else ():
                 writer.append(ended, np.array([encoding.eot_token]))
             inside.clear()
         writer.end_shards(writer.full)
@@ -749,14 +969,21 @@ def append_documents(writer, documents, encoding, val_below):
     return lowest
 
 
+def texts_of(document):
+    """The texts of a Document: a prompt and what follows it, in turn."""
+    pairs = [(document.prompt or '', document.text), *document.turns]
+    return [text for pair in pairs for text in pair]
+
+
 def tokenised(documents, encoding):
     """Yields (Document, tokens (n,) uint32), on all cores. Tokens of a prompt have the top bit."""
     for group in groups(documents):
-        prompts = iter(encoding.encode_many([x.prompt for x in group if x.prompt]))
-        for document, tokens in zip(group, encoding.encode_many([x.text for x in group])):
-            if document.prompt:
-                tokens = np.concatenate([next(prompts) | PROMPT, tokens])
-            yield document, tokens
+        texts = [text for document in group for text in texts_of(document)]
+        found = iter(encoding.encode_many(texts))
+        for document in group:
+            parts = [*itertools.islice(found, 2 + 2 * len(document.turns))]
+            parts[::2] = [part | PROMPT for part in parts[::2]]
+            yield document, np.concatenate(parts)
 
 
 def write_images(writer, images):
@@ -838,7 +1065,7 @@ def order_of(count, seed, epoch=0):
 class Split:
     """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads them,
     and `first`: the number of the first item of each shard, and at the end that of all."""
-    learned = None  # of Tokens with prompts the targets of each window, (num_windows,)
+    learned = None  # of Tokens, where not all are targets: those of each window, (num_windows,)
 
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
@@ -890,13 +1117,14 @@ class Split:
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
         """x, y of a micro-batch of batch_size rows, or of those in `rows` (integers).
 
-        With prompts weights of rows, too. By these means over micro-batches and ranks, as of
+        With prompts, or documents apart, weights of rows, too, and of the latter the document of
+        each token. By these means over micro-batches and ranks, as of
         ordinary losses, are the mean over heads of the mean loss of all targets that a head has in
         the step, however they are spread. heads: split ones, of which each sees rows j % heads."""
         index = self.index(batch_size, step, micro_step, accumulation, seed)
         if rows is None:
             rows = np.arange(batch_size)
-        x, y = self.items(index[rows])
+        x, y, *documents = self.items(index[rows])
         if self.learned is None:
             return x, y
         import torch
@@ -906,7 +1134,19 @@ class Split:
         of_heads = targets.reshape(-1, heads).sum(0).clip(min=1)
         of_rows = of_heads[np.asarray(rows) % heads]  # row j is of head j % heads
         targets = torch.from_numpy(len(rows) * heads * of_rows).double()
-        return x, y, accumulation * batch_size / targets
+        return x, y, accumulation * batch_size / targets, *documents
+
+
+def packed(lengths, block_size):
+    """Rows of documents in order, each row as many as fit: where each begins, and the end, (rows +
+    1,). lengths (documents,): at most block_size."""
+    ends = np.cumsum(lengths)
+    begins, filled = [0], 0
+    while begins[-1] < len(lengths):
+        last = int(np.searchsorted(ends, filled + block_size, 'right'))
+        begins.append(last)
+        filled = int(ends[last - 1])
+    return np.array(begins)
 
 
 class Tokens(Split):
@@ -914,12 +1154,22 @@ class Tokens(Split):
 
     `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. Batches are inputs
     and targets (rows, block_size), int64; of data with prompts, whose targets are -100, also
-    weights (rows,) for model.language_loss. DataError: a file is broken or missing, or block_size
-    is longer than the data."""
+    weights (rows,) for model.language_loss. documents: True: windows are whole documents that do
+    not see each other, packed in order, and the document of each token comes last; None: so it is
+    where there are prompts. DataError: a file is broken or missing, or block_size is longer than
+    the data."""
 
-    def __init__(self, name, split, block_size, data_dir='data'):
+    def __init__(self, name, split, block_size, data_dir='data', documents=None):
         super().__init__(name, split, 'tokens', data_dir)
         self.split, self.vocab_size, self.block_size = split, self.meta['vocab_size'], block_size
+        has_starts, prompts = self.meta.get('starts', False), self.meta.get('prompts', False)
+        self.documents = has_starts and prompts if documents is None else documents
+        if self.documents and not has_starts:
+            raise DataError(f"documents=True, but data set '{name}' does not say where its "
+                            'documents begin: prepare it with --documents')
+        if self.documents:
+            self.pack()
+            return
         longest = max(map(len, self.shards)) - 1
         if block_size > longest:
             raise DataError(f"block_size {block_size} is longer than the '{split}' data of "
@@ -929,9 +1179,65 @@ class Tokens(Split):
                         for shard in self.shards if len(shard) > block_size]
         self.first = np.cumsum([0, *map(len, self.windows)])
         self.num_windows = len(self)
-        if self.meta.get('prompts'):
+        if prompts:
             targets = [(shard[:, 1:] < PROMPT).sum(1) for shard in self.windows]
             self.learned = np.concatenate(targets)
+
+    def pack(self):
+        """Makes windows of whole documents. Of prompts those that are longer are cut; of plain text
+        each part is a document of its own."""
+        self.windows, self.first, learned, cut, lost = [], [0], [], 0, 0
+        for shard in self.shards:
+            begins = np.flatnonzero(shard & FIRST)
+            ends = np.append(begins[1:], len(shard))
+            if self.meta.get('prompts'):
+                limit = begins + self.block_size + 1
+                cut += int((ends > limit).sum())
+                ends = np.minimum(ends, limit)
+            else:
+                parts = [np.arange(a, b - 1, self.block_size) for a, b in zip(begins, ends)]
+                last = np.repeat(ends, [*map(len, parts)])
+                begins = np.concatenate([*parts, []]).astype(np.int64)
+                ends = np.minimum(last, begins + self.block_size + 1)
+            is_target = np.concatenate([[0], np.cumsum(shard < PROMPT)])
+            targets = is_target[ends] - is_target[np.minimum(begins + 1, ends)]
+            lost += int((targets == 0).sum())
+            begins, ends, targets = (x[targets > 0] for x in (begins, ends, targets))
+            rows = packed(ends - begins - 1, self.block_size)
+            self.windows.append((begins, ends, rows))
+            self.first.append(self.first[-1] + len(rows) - 1)
+            learned.append(np.add.reduceat(targets, rows[:-1]) if len(targets) else targets)
+        self.first = np.array(self.first)
+        self.learned, self.num_windows = np.concatenate(learned), len(self)
+        if not self.num_windows:
+            raise DataError(f"the '{self.split}' data of '{self.folder.name}' have no document "
+                            f'with a target among its first {self.block_size + 1} tokens: raise '
+                            'block_size, or set documents=False')
+        filled = sum(int((ends - begins - 1).sum()) for begins, ends, _ in self.windows)
+        padding = 1 - filled / (self.num_windows * self.block_size)
+        documents = sum(len(begins) for begins, _, _ in self.windows)
+        if os.environ.get('LOCAL_RANK', '0') != '0':
+            return
+        print(f'{self.split}: {documents:,} documents in {self.num_windows:,} rows of '
+              f'{self.block_size}, {padding:.0%} padding, {cut:,} cut, of {lost:,} no target is '
+              'left')
+
+    def rows_of_documents(self, index):
+        """Tokens (rows, 2, block_size), inputs and targets with their bits, and the document of
+        each token (rows, block_size)."""
+        tokens = np.full((len(index), 2, self.block_size), PROMPT, np.int64)  # padding: no target
+        documents = np.full((len(index), self.block_size), -1)
+        shards = np.searchsorted(self.first, index, 'right') - 1
+        for row, (i, j) in enumerate(zip(shards.tolist(), (index - self.first[shards]).tolist())):
+            begins, ends, rows = self.windows[i]
+            place = 0
+            for document in range(rows[j], rows[j + 1]):
+                text = self.shards[i][begins[document]:ends[document]]
+                here = slice(place, place + len(text) - 1)
+                tokens[row, 0, here], tokens[row, 1, here] = text[:-1], text[1:]
+                documents[row, here] = document - rows[j]
+                place = here.stop
+        return tokens, documents
 
     @cached_property
     def tokens_per_byte(self):
@@ -943,13 +1249,19 @@ class Tokens(Split):
 
     def items(self, index):
         import torch
-        tokens = self.gather(self.windows, index)  # (rows, block_size + 1)
-        x, y = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-        if self.learned is not None:
-            x &= PROMPT - 1
-            y[y >= PROMPT] = -100
+        documents = ()
+        if self.documents:
+            tokens, of_tokens = self.rows_of_documents(index)
+            x, y = tokens[:, 0].copy(), tokens[:, 1].copy()
+            documents = torch.from_numpy(of_tokens),
+        else:
+            tokens = self.gather(self.windows, index)  # (rows, block_size + 1)
+            x, y = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        if tokens.dtype.itemsize > 2:
+            x &= FIRST - 1
+            y = np.where(y < PROMPT, y & FIRST - 1, -100)
         self.need_below(self.vocab_size, np.maximum(x, y), 'token')
-        return torch.from_numpy(x), torch.from_numpy(y)
+        return torch.from_numpy(x), torch.from_numpy(y), *documents
 
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
         """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the
@@ -959,11 +1271,11 @@ class Tokens(Split):
         assert batch_size % world_size == 0, (batch_size, world_size)
         # of all batches
         windows = np.arange(count * batch_size) * self.num_windows // (count * batch_size)
-        x, y = self.items(windows.reshape(count, batch_size)[index, rank::world_size])
+        x, y, *documents = self.items(windows.reshape(count, batch_size)[index, rank::world_size])
         if self.learned is None:
             return x, y
         targets = torch.tensor(self.learned[windows].sum().clip(min=1)).double()
-        return x, y, (count * world_size / targets).expand(len(y))
+        return x, y, (count * world_size / targets).expand(len(y)), *documents
 
 
 class Images(Split):
@@ -1029,6 +1341,8 @@ OPTIONS = {  # {option and what it takes: keywords of argparse's add_argument}
                                help='pixels of a side: 28, 64, 128 or 224 (28)'),
     '--tokenizer WHICH': dict(help='gpt2, bytes, or a folder or a name of the hub with a '
                                    'tokenizer.json (gpt2, of stdlib bytes)'),
+    '--documents': dict(action='store_true', help='mark where documents begin, for documents=True '
+                                                  '(prompts and chats have it anyway)'),
     '--tokens N': dict(type=number, help='end when the training split has so many'),
     '--shard_tokens N': dict(type=number, default=10**8, help='of a shard (100_000_000)'),
     '--shard_bytes N': dict(type=number, default=10**9, help='of a shard (1_000_000_000)'),
@@ -1039,7 +1353,8 @@ OPTIONS = {  # {option and what it takes: keywords of argparse's add_argument}
 def options_of(data):
     """Those of OPTIONS that go with a data set. Others are refused."""
     if data in SOURCES:
-        return *SOURCES[data].options, '--tokenizer WHICH', '--tokens N', '--shard_tokens N'
+        return (*SOURCES[data].options, '--tokenizer WHICH', '--documents', '--tokens N',
+                '--shard_tokens N')
     if data in DIGITS:
         return '--shard_bytes N',
     if data == 'images':
@@ -1069,8 +1384,9 @@ def arguments(argv):
         parser.add_argument('--overwrite', action='store_true', help='what is there already')
         options = *options_of(data), '--name NAME', *options
     for option in options:
-        flag, metavar = option.split()
-        parser.add_argument(flag, metavar=metavar, **OPTIONS[option])
+        flag, *metavar = option.split()
+        takes = {'metavar': metavar[0]} if metavar else {}
+        parser.add_argument(flag, **takes, **OPTIONS[option])
     return parser.parse_args(words, argparse.Namespace(data=data))
 
 
@@ -1082,6 +1398,8 @@ def from_text(args):
     settings = {
         'source': what, 'tokenizer': encoding.name, 'shard_tokens': args.shard_tokens,
         'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
+    if args.documents:
+        settings['starts'] = True
     if encoding.puts_space:
         print('these tokens put a space before every text: before completions, too, as when a '
               'model answers, and before the pieces in which a long .txt is read')

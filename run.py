@@ -36,7 +36,7 @@ from galore import GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank import (apply_mhlora, check_training, count_parameters, freeze_rest, leaf_names,
                      named_layers, replica_parameters)
 from ranks import (FORMAT, gather_state, is_sharded, keep_out_of_ddp, load_state, local, mean,
-                   per_rank_tensors, traffic)
+                   per_rank_tensors, rank_and_world, traffic)
 
 HERE = Path(__file__).parent
 TIMEOUT = 1800  # seconds that ranks wait for each other; rank 0 may write 40 GB to a slow disk
@@ -145,7 +145,7 @@ def put_layers(model, settings, worker=0, workers=1):
     if not settings['lowrank']:
         return []
     keys = ('heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset',
-            'frozen_bits', 'param_bits')
+            'frozen_bits', 'param_bits', 'lora_dropout')
     names = apply_mhlora(model, settings['lowrank'].split(','), worker=worker, workers=workers,
                          **{key: settings[key] for key in keys})
     return list(dict.fromkeys(map(model.get_submodule, names)))
@@ -166,6 +166,10 @@ def freeze_as_set(model, settings, new=()):
 def make_optimizer(model, settings):
     """The optimizer that a script's settings ask for, of a model that `put_layers` has seen."""
     s = SimpleNamespace(**settings)
+    is_loaded = s.init_from not in ('scratch', 'resume')
+    if s.optimizer == 'muon' and is_loaded and rank_and_world()[0] == 0:
+        print('Muon on loaded weights: a model that was trained by Adam loses by it (arXiv '
+              '2605.10468), and lora, galore or full would be safer')
     common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), seed=s.seed, per_layer=s.per_layer)
     if s.optimizer == 'adamw' or s.lowrank:
         return LowRankAdamW(
@@ -386,9 +390,10 @@ def refuse_non_finite(run, step, what):
 RUN_FILES = 'ckpt.pt', 'best.pt', 'confusion.png', 'curve.png', 'log.jsonl', 'config.json'
 MAY_CHANGE = set("""
     out_dir init_from overwrite eval_interval eval_iters eval_only log_interval data_dir batch_size
-    gradient_accumulation_steps checkpointing dropout learning_rate min_lr epochs max_iters
-    warmup_iters rewarm_iters weight_decay beta1 beta2 momentum grad_clip basis basis_every scale
-    per_layer shard sync_moments sync_bits device dtype compile wandb_log""".split())
+    gradient_accumulation_steps checkpointing dropout lora_dropout learning_rate min_lr epochs
+    max_iters warmup_iters rewarm_iters weight_decay beta1 beta2 momentum grad_clip basis
+    basis_every scale per_layer shard sync_moments sync_bits device dtype compile
+    wandb_log""".split())
 LEFTOVER = re.compile(rf"({'|'.join(map(re.escape, RUN_FILES))})\.[0-9a-f]{{8}}\.tmp")  # of a kill
 TOKENIZER = '.tokenizer_of_nanolowrank'  # marks out_dir/tokenizer as written by a run
 # changes of these are not printed where a run resumes
@@ -504,14 +509,16 @@ def unlock():
 
 def refuse_other_settings(settings, checkpoint):
     """Refuses (ValueError) to resume from weights alone, or from other settings than those in
-    MAY_CHANGE; returns in words what of these has changed. Where train is 'auto' it becomes what
-    the checkpoint's run made of it."""
+    MAY_CHANGE; returns in words what of these has changed. Where train is 'auto', or documents
+    None, it becomes what the checkpoint's run made of it."""
     before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from what the run '
                          'wrote')
     if settings['train'] == 'auto':
         settings['train'] = before.get('train')
+    if settings.get('documents', True) is None:
+        settings['documents'] = before.get('documents')
     for key in settings.keys() - before.keys() - MAY_CHANGE:
         raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): '
                          'check --out_dir')

@@ -4,8 +4,10 @@ init_from:
 
 $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='The sea'
+$ python sample.py --out_dir=out/mine --chat
 """
 
+import contextlib
 import itertools
 import os
 import sys
@@ -17,6 +19,7 @@ import config
 out_dir = 'out/gpt2'  # the folder of a run
 checkpoint = 'best.pt'  # 'best.pt' or 'ckpt.pt'
 init_from = ''  # instead of a run's checkpoint: what init_from of a training script may name
+chat = False  # True: talk to it, by its chat template; Ctrl-C ends an answer, Ctrl-D the chat
 prompt = '\n'
 num_samples = 3
 max_new_tokens = 200
@@ -33,7 +36,7 @@ import torch
 
 import prepare
 from hub import fill, folders_of, read_weights
-from model import generate, make_model
+from model import crop, following, length_of, make_model, new_cache
 from run import join
 
 
@@ -54,6 +57,56 @@ def read(source):
     return model, prepare.tokenizer(tokens, next(known, folders[0]))
 
 
+def tokens_that_end(tokens):
+    """The tokens after which an answer is over: end-of-text, and what a folder's
+    generation_config.json names."""
+    path = os.path.join(tokens.folder, 'generation_config.json')
+    named = config.read_json(path).get('eos_token_id') if os.path.isfile(path) else None
+    if not isinstance(named, list):
+        named = [named]
+    return {tokens.eot_token, *named}
+
+
+def talk(model, tokens, s, generator):
+    """Answers lines of the terminal until its input ends. What the model has seen of a chat it does
+    not compute again."""
+    template, ends = prepare.Template(tokens.folder), tokens_that_end(tokens)
+    device = next(model.parameters()).device
+    messages, seen, cache = [], [], new_cache(model)
+    while True:
+        try:
+            said = input('> ')
+        except EOFError:
+            print()
+            return messages
+        if not said.strip():
+            continue
+        messages.append({'role': 'user', 'content': said})
+        idx = tokens.encode_many([template.render(messages, True)])[0].tolist()
+        if len(idx) + s.max_new_tokens > model.config.block_size and len(messages) > 1:
+            print(f'(a chat of more than {model.config.block_size} tokens: it begins anew)')
+            messages = messages[-1:]
+            idx = tokens.encode_many([template.render(messages, True)])[0].tolist()
+        same = [a == b for a, b in zip(seen[:length_of(cache)], idx[:-1])]
+        crop(cache, (*same, False).index(False))
+        answer, text = [], ''
+        more = following(model, torch.tensor([idx], device=device), s.temperature, s.top_k,
+                         generator, tokens.n_vocab, cache)
+        with contextlib.suppress(KeyboardInterrupt):
+            for token in itertools.islice(more, s.max_new_tokens):
+                if token.item() in ends:
+                    break
+                answer.append(token.item())
+                whole = tokens.decode(answer)
+                if not whole.endswith('\ufffd'):  # half a character
+                    print(whole[len(text):], end='', flush=True)
+                    text = whole
+        print()
+        crop(cache, min(length_of([kept]) for kept in cache))  # where it was interrupted
+        seen = idx + answer
+        messages.append({'role': 'assistant', 'content': text})
+
+
 def main(settings):
     s = SimpleNamespace(**settings)
     process = join({'device': s.device, 'dtype': 'auto', 'param_dtype': 'float32'})
@@ -64,9 +117,12 @@ def main(settings):
     model.to(process.device).eval()
 
     generator = torch.Generator(process.device).manual_seed(s.seed)
+    if s.chat:
+        with config.refusals():
+            return talk(model, tokens, s, generator)
     start = torch.tensor([start] * s.num_samples, device=process.device)  # (num_samples, time)
-    texts = generate(model, start, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k,
-                     generator=generator, vocab_size=tokens.n_vocab).tolist()
+    more = following(model, start, s.temperature, s.top_k, generator, tokens.n_vocab)
+    texts = torch.cat([start, *itertools.islice(more, s.max_new_tokens)], 1).tolist()
     for row, text in enumerate(texts):
         ends = [i for i, token in enumerate(text)
                 if token == end and i >= start.shape[1]]

@@ -151,7 +151,7 @@ def built(script, root, out, *words, checkpoint=None, ranks=1):
         data = prepare.Images(settings['dataset'], 'train', root)
         about = data.classes
     else:
-        data = prepare.Tokens(settings['dataset'], 'train', 16, root)
+        data = prepare.Tokens(settings['dataset'], 'train', settings['block_size'], root, settings['documents'])
         about = data.vocab_size
     return SCRIPTS[script].build(settings, join(settings), about, checkpoint), data
 
@@ -373,14 +373,14 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/llama_60m.py', 1, "'config/llama_60m.py' is one of train_llama.py"),
     ('llama', 'config/vit_quickstart.py', 1, 'is one of train_vit.py'),
     ('llama', 'config/llama_1b.py config/methods/lte.py', 1,
-     "there are values of learning_rate in config/llama_1b.py for full, galore, galore_lean, and not for the method "
+     "there are values of learning_rate in config/llama_1b.py for full, galore, galore_lean, galore_int8, and not for the method "
      "'lte'"),
     ('gpt', 'config/quickstart.py {m_mine}', 1,
      "learning_rate, beta2 in config/quickstart.py for full, local_adamw"),
     ('gpt', 'config/quickstart.py {m_mine}', 1, "the method 'mine': add them there, or set --learning_rate=, --beta2="),
     ('gpt', '{ends}', 1, "ends.py' does not run (SystemExit: 0)"),
     ('gpt', '--rank 16', 1, "'--rank' has no value: write --rank=16"),
-    ('gpt', '--overwrite config/quickstart.py', 1, 'write --overwrite=True'),
+    ('gpt', '--overwrite config/nowhere.py', 1, "config/nowhere.py' is not there"),
     ('gpt', '--learning_rate=1e400', 1, 'learning_rate=inf on the command line is no number to compute with'),
     ('gpt', '--data_dir=', 1, "data_dir='' names nothing: set --data_dir=data"),
     ('gpt', f'--n_layer={"x" * 5000}', 1, f"n_layer='{'x' * 79} on the command line is of type str"),
@@ -400,6 +400,11 @@ def test_a_mistake_is_one_sentence(tmp_path, capsys, monkeypatch, script, words,
     for name, path in paths.items():
         words, said = words.replace(f'{{{name}}}', path), said.replace(f'{{{name}}}', path)
     refused(capsys, lambda: settings_of(SCRIPTS[script], *words.split(), ranks=ranks), said)
+
+
+def test_a_bare_key_is_true_where_yes_or_no_is_asked():
+    found = settings_of(train_gpt, '--compile', '--documents', '--overwrite=False')
+    assert (found['compile'], found['documents'], found['overwrite']) == (True, True, False)
 
 
 def test_all_this_comes_before_torch_is_imported():
@@ -813,16 +818,20 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     assert (counts['heads'], counts['logit'], counts['trainable']) == (147_456, 769 * 9, 147_456 + 769 * 9)
 
 
+def continued(net, idx, count, **how):
+    return torch.cat([idx, *itertools.islice(models.following(net, idx, **how), count)], 1)
+
+
 def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
     net, idx = tiny_gpt(), tokens_of(2, 14)
     for p in net.parameters():
         p.data.mul_(5)
-    best = models.generate(net, idx, 5, temperature=0)
+    best = continued(net, idx, 5, temperature=0)
     for t in range(14, 19):  # the last 16 tokens are what it sees
         assert torch.equal(best[:, t], net(best[:, max(0, t - 16):t])[:, -1].argmax(-1))
 
     def drawn(**options):
-        return models.generate(net, idx, 5, generator=torch.Generator().manual_seed(1), **options)
+        return continued(net, idx, 5, generator=torch.Generator().manual_seed(1), **options)
     assert torch.equal(drawn(top_k=1), best) and torch.equal(drawn(temperature=1e-6), best)
     few = drawn(vocab_size=7, temperature=9.0)
     assert torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7 and not torch.equal(drawn(), best)
@@ -2020,8 +2029,8 @@ vit_galore            | galore                                                  
 vit_local_adamw       | local_adamw                                                 | again written
 vit_lte               | lte                                                         | one two wander
 gpt_reset             | lte --merge_reset=True                                      | one two wander again four
-gpt_answers           | lte --dataset=answers                                       | one two wander
-llama_answers         | galore --dataset=answers                                    | one two
+gpt_answers           | lte --dataset=answers --block_size=64                       | one two wander
+llama_answers         | galore --dataset=answers --documents=False                  | one two
 gpt_bits              | galolte --sync_bits=2                                       | one two wander again four
 gpt_muons             | galolte --optimizer=muon --sync_bits=4 --sync_moments=False | one two wander
 gpt_relogit           | relora --lowrank=attn,logit                                 | one two
@@ -2141,7 +2150,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     *(f'{script} {name}' + ' --state_bits=None' * name.endswith(('lean', 'int8'))
       + ' --param_bits=None' * name.endswith('int8')
       for script in SCRIPTS for name in ALONE),
-    *(f'{words} --dataset=answers' for words in ('gpt lte', 'llama galore', 'llama galolte')),
+    *(f'{words} --dataset=answers --documents=False' for words in ('gpt lte', 'llama galore', 'llama galolte')),
     'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'gpt lte --factors=B',
     'vit galore --checkpointing=True',
     'gpt lte --train=factors', 'gpt galolte --merge_every=1 --heads=1',
@@ -2204,7 +2213,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         got = record['val_loss']
         assert matrix.sum() == 12 and matrix.diagonal().sum() / 12 == pytest.approx(record['val_acc'])
     else:
-        val = prepare.Tokens(run.settings['dataset'], 'val', 16, root)
+        val = prepare.Tokens(run.settings['dataset'], 'val', 16, root, run.settings['documents'])
         x, y = map(torch.cat, zip(*(val.fixed_batch(i, 2, 8)[:2] for i in range(2))))
         got = module.evaluate(run, val)
     wanted = F.cross_entropy(forward(mean, x).flatten(0, -2), y.flatten())
@@ -2632,7 +2641,7 @@ def prepare_text(root, *words):
 
 
 def all_tokens(root, name, split):
-    return np.concatenate(prepare.Tokens(name, split, 1, root).shards)
+    return np.concatenate(prepare.Tokens(name, split, 1, root, documents=False).shards)
 
 
 def texts_of(root, name):
@@ -3223,7 +3232,7 @@ def test_a_signal_ends_an_evaluation(root, tmp_path, script):
 
 
 def test_of_prompts_no_token_is_a_target_and_every_other_one_is(root):
-    data = prepare.Tokens('answers', 'train', 16, root)
+    data = prepare.Tokens('answers', 'train', 16, root, documents=False)
     asked = {}  # no prompt is in both splits
     for split in ('train', 'val'):
         prompted = (all_tokens(root, 'answers', split) >= prepare.PROMPT).astype(np.uint8).tobytes()
@@ -3243,7 +3252,7 @@ def test_of_prompts_no_token_is_a_target_and_every_other_one_is(root):
 def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(root, tmp_path):
     gpt, idx = tiny_gpt(), tokens_of(2, 16)
     assert gpt(idx, torch.full_like(idx, -100), torch.zeros(2, dtype=double)).item() == 0
-    words = '--dataset=answers', '--max_iters=60', '--eval_interval=30', '--eval_iters=4'
+    words = '--dataset=answers', '--block_size=64', '--max_iters=60', '--eval_interval=30', '--eval_iters=4'
     train('gpt', root, tmp_path, *words)
     losses = logged(tmp_path, 'val_loss')
     assert losses[60] < 2.5 < losses[0]
@@ -3464,7 +3473,8 @@ def tune(script, root, base, out, *words):
     start(SCRIPTS[script], [word for word in usual if not word.startswith('--dataset=tiny')])
 
 
-@pytest.mark.parametrize('name', [name for name in sorted(os.listdir(GOLDEN)) if '.' not in name])
+@pytest.mark.parametrize('name', [name for name in sorted(os.listdir(GOLDEN))
+                                  if os.path.exists(f'{GOLDEN}/{name}/config.json')])
 def test_logits_are_those_of_transformers_and_of_what_is_written_again(tmp_path, name):
     model, _ = loaded(f'{GOLDEN}/{name}')
     golden = safetensors.torch.load_file(f'{GOLDEN}/{name}/logits.safetensors')
@@ -3944,6 +3954,270 @@ def test_int8_is_said_and_comes_out_as_numbers(root, tmp_path, capsys):
     close(loaded(tmp_path / 'a' / 'ckpt.pt')[0].float()(idx), run.model(idx), 1e-4)
     start(export, [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf'])
     close(loaded(tmp_path / 'hf')[0].float()(idx), run.model(idx), 1e-4)
+
+
+# -----------------------------------------------------------------------------
+# chats, and documents that do not see each other
+
+WRITTEN = json.loads(open(f'{GOLDEN}/chats/written.json', encoding='utf-8').read())  # by transformers
+
+
+def talker(folder, template, eos_token='<|im_end|>', **about):
+    """A folder with the tokenizer of assets/golden/chats and a template, a name there or a text."""
+    os.makedirs(folder, exist_ok=True)
+    shutil.copy(f'{GOLDEN}/chats/tokenizer.json', folder)
+    if os.path.exists(path := f'{GOLDEN}/chats/{template}.jinja'):
+        template = open(path).read()
+    config.write_json(f'{folder}/tokenizer_config.json',
+                      {'bos_token': '<s>', 'eos_token': eos_token, 'chat_template': template, **about})
+    return folder
+
+
+def prepared(folder, name, lines, *words):
+    """A data set of lines of .jsonl."""
+    (folder / f'{name}.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
+    prepare_text(folder, folder / f'{name}.jsonl', '--name', name, *words)
+    return [all_tokens(folder, name, split) for split in ('train', 'val')]
+
+
+@pytest.mark.parametrize('name', ['chatml', 'inst', 'headers', 'thinking'])
+def test_chats_are_spelled_as_transformers_does(tmp_path, capsys, name):
+    some = [chat for chat in WRITTEN if chat['template'] == name]
+    folder = talker(tmp_path / name, name, some[0]['eos_token'])
+    template, tokens = prepare.Template(folder), prepare.HubTokenizer(folder)
+    for chat in some:
+        messages = chat['messages']
+        assert template.render(messages) == chat['text']
+        assert template.render(messages[:-1], True) == chat['asked']
+        turns, are_all = template.turns(messages)
+        answers = [message['content'] for message in messages if message['role'] == 'assistant']
+        assert are_all == (name != 'thinking' or len(answers) == 1 or '</think>' not in answers[0])
+        text = ''.join(itertools.chain(*turns))
+        assert text == (chat['text'] if are_all else text) and text.endswith(turns[-1][1])
+        assert len(turns) == (len(answers) if are_all else 1)
+        for (prompt, learned), said in zip(turns[::-1], answers[::-1]):
+            assert said.strip() in learned and not prompt.endswith(said) and len(learned) < len(said) + 14
+    held = prepared(tmp_path, 'chats', [{'messages': chat['messages']} for chat in some], '--tokenizer', folder)
+    numbers = [int(token) & prepare.FIRST - 1 for split in held for token in split]
+    starts = [i for i, token in enumerate(itertools.chain(*held)) if token & prepare.FIRST] + [len(numbers)]
+    spelled = sorted(numbers[a:b] for a, b in itertools.pairwise(starts))
+    wanted = [chat['tokens'] for chat in some]
+    if name == 'thinking':  # of the last one alone
+        assert '1 chats of which the last answer alone is learned' in capsys.readouterr().out
+    assert spelled == sorted(wanted)
+    learned = [tokens.decode([int(x) for x in split if x < prepare.PROMPT]) for split in held]
+    assert 'Hi <you>' not in ''.join(learned) and 'Hello' in ''.join(learned)
+
+
+BAD_CHATS = [
+    ({'messages': [{'content': 'a'}]}, 'line 2 .*a role is None, and not one of system, user'),
+    ({'messages': [{'role': 'tool', 'content': 'a'}]}, "line 2 .*a role is 'tool'"),
+    ({'messages': [{'role': 'user', 'content': ' '}]}, 'line 2 .*the user says nothing'),
+    ({'messages': [{'role': 'user', 'content': 'a'}]}, 'line 2 .*no assistant answers'),
+    ({'messages': WRITTEN[0]['messages'], 'tools': [{}]}, 'line 2 .*it has tools'),
+    ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'line 2 .*it has tool_calls'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]}, 'line 2 .*content of type image'),
+    ({'messages': [{'role': 'user', 'content': 'a' * 10**7}]}, 'line 2 .*characters'),
+    ({'messages': 3}, 'line 2 .*no chat that can be learned'),
+    ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'}, 'line 2 .*no chat')]
+
+
+@pytest.mark.parametrize('line, said', BAD_CHATS)
+def test_a_chat_that_cannot_be_learned_is_refused_by_its_line(tmp_path, line, said):
+    good = {'messages': WRITTEN[0]['messages']}
+    with pytest.raises(prepare.DataError, match=said) as refusal:
+        prepared(tmp_path, 'chats', [good, line], '--tokenizer', talker(tmp_path / 'm', 'chatml'))
+    assert '\n' not in str(refusal.value) and not os.path.exists(tmp_path / 'data')
+
+
+def test_chats_want_a_template_and_utf_8(tmp_path):
+    lines = [{'messages': WRITTEN[0]['messages']}] * 2
+    with pytest.raises(prepare.DataError, match='--tokenizer the folder'):
+        prepared(tmp_path, 'chats', lines)
+    os.mkdir(tmp_path / 'none')
+    with pytest.raises(prepare.DataError, match='has no chat_template'):
+        prepared(tmp_path, 'chats', lines, '--tokenizer', with_tokens(tmp_path / 'none'))
+    (tmp_path / 'chats.jsonl').write_bytes(b'\n'.join(json.dumps(line).encode() for line in lines).replace(
+        b'Hello', b'Hell\xf6'))
+    with pytest.raises(prepare.DataError, match='line 1 .*not in UTF-8'):
+        prepare_text(tmp_path, tmp_path / 'chats.jsonl', '--name', 'chats', '--tokenizer',
+                     talker(tmp_path / 'm', 'chatml'))
+
+
+BAD_TEMPLATES = [
+    ("{{ ''.__class__.__mro__ }}", 'SecurityError'), ("{{ messages.__init__.__globals__ }}", 'SecurityError'),
+    ('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}', 'more than 1 s'),
+    ("{{ 'a' * 999999999 }}", r'\* of too much'), ('{{ 9 ** 9 ** 9 }}', r'\*\* of too much'),
+    ("{{ '%999999999d' % 1 }}", 'MemoryError|more than 1 s|characters'),
+    ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", 'more than 10000000 characters'),
+    ("{% set ns = namespace(a='b') %}{% for i in range(64) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+     'MemoryError|more than 1 s'),
+    ("{{ messages.append(1) }}", 'SecurityError'), ("{{ raise_exception('roles') }}", 'roles'), ('{% if %}', 'none')]
+
+
+@pytest.mark.parametrize('template, said', BAD_TEMPLATES)
+def test_a_template_is_a_strangers_program(tmp_path, monkeypatch, template, said):
+    monkeypatch.setattr(prepare, 'SECONDS', 1)
+    monkeypatch.setattr(prepare, 'MEMORY', 2**28)
+    with pytest.raises((ValueError, prepare.DataError), match=said) as refusal:
+        prepare.Template(talker(tmp_path / 'm', template)).render(WRITTEN[0]['messages'])
+    assert '\n' not in str(refusal.value)
+
+
+@pytest.mark.parametrize('make', [tiny_gpt, tiny_llama])
+def test_what_is_kept_of_tokens_changes_nothing(make):
+    net, idx = make().float().eval(), tokens_of(2, 16)
+    cache, found = models.new_cache(net), []
+    for a, b in itertools.pairwise((0, 5, 6, 11, 16)):
+        found.append(net.lm_head(net.hidden(idx[:, a:b], cache=cache)))
+    close(torch.cat(found, 1), net(idx), 1e-5)
+    models.crop(cache, 7)
+    close(net.lm_head(net.hidden(idx[:, 7:9], cache=cache)), net(idx)[:, 7:9], 1e-5)
+
+
+def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
+    folder = talker(out_of(tiny_llama(vocab_size=280, block_size=400).float(), tmp_path / 'm'), 'chatml')
+    said = iter(['Hi', '', 'And?', 'x' * 340])
+
+    def typed(_):
+        if (line := next(said, None)) is None:
+            raise EOFError
+        return line
+    monkeypatch.setattr('builtins.input', typed)
+    words = [f'--init_from={folder}', '--chat', '--device=cpu', '--max_new_tokens=6', '--temperature=0']
+    messages = start(sample, words)
+    assert [message['role'] for message in messages] == ['user', 'assistant']  # too long: it began anew
+    assert 'a chat of more than 400 tokens' in capsys.readouterr().out
+    # what it answers is what it would answer without what is kept
+    said, (net, tokens) = iter(['Hi', 'And?']), sample.read(str(folder))
+    messages, template = start(sample, words), prepare.Template(folder)
+    for i in (1, 3):
+        idx = torch.tensor([tokens.encode_ordinary(template.render(messages[:i], True))])
+        answer = continued(net.eval(), idx, 6, temperature=0)[0, idx.shape[1]:].tolist()
+        ends = [*answer, 259].index(259)
+        assert messages[i]['content'] == tokens.decode(answer[:ends]).rstrip('\ufffd')
+    calls, hidden = itertools.count(), models.Llama.hidden
+
+    def interrupted(net, *args, **how):  # Ctrl-C ends an answer, not the chat
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return hidden(net, *args, **how)
+    said = iter(['Hi', 'And?'])
+    with mock.patch.object(models.Llama, 'hidden', interrupted):
+        assert [message['role'] for message in start(sample, words)] == ['user', 'assistant'] * 2
+
+
+@pytest.mark.parametrize('make, checkpointing', [(tiny_gpt, False), (tiny_llama, False), (tiny_llama, True)])
+def test_documents_in_a_row_are_as_if_alone(make, checkpointing):
+    net, idx, lengths = make(checkpointing=checkpointing).float(), tokens_of(1, 16), (5, 1, 8)
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor([*lengths, 2]))[None]
+    targets = tokens_of(1, 16, seed=3)
+    targets[0, 14:] = -100
+    weights = torch.ones(1)
+    net(idx, targets, weights, documents).backward()
+    together = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    logits = net(idx, documents=documents)
+    for x, y, wanted in zip(idx.split((*lengths, 2), 1), targets.split((*lengths, 2), 1), logits.split((*lengths, 2), 1)):
+        close(net(x), wanted, 1e-5)
+        if y[0, 0] >= 0:
+            net(x, y, weights).backward()
+    for name, p in net.named_parameters():
+        close(p.grad, together[name], 1e-4)
+
+
+def test_rows_hold_whole_documents_in_order(root, tmp_path, capsys):
+    lines = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 11) + '!'} for i in range(90)]
+    lines += [{'prompt': 'a' * 9, 'completion': 'b' * 9}] * 9 + [{'prompt': 'q' * 40, 'completion': 'never'}, {'prompt': 'r' * 20, 'completion': 'd' * 40}]
+    held = prepared(tmp_path, 'answ', lines, '--tokenizer', 'bytes', '--shard_tokens', 300)
+    data = prepare.Tokens('answ', 'train', 32, tmp_path)
+    assert data.documents and re.search(r'padding, . cut, of . no target is left', capsys.readouterr().out)
+    pieces, of_data = [], held[0]
+    for i in range(data.num_windows):
+        x, y, documents = (part[0].numpy() for part in data.items(np.array([i])))
+        for document in range(documents.max() + 1):
+            here = documents == document
+            pieces.append((bytes(x[here].astype(np.uint8)), y[here]))
+        assert (y[documents == -1] == -100).all() and (np.diff(documents[documents >= 0]) >= 0).all()
+        assert data.learned[i] == (y >= 0).sum() > 0
+    starts = [*np.flatnonzero(of_data & prepare.FIRST), len(of_data)]
+    wanted = [of_data[a:b][:33] for a, b in itertools.pairwise(starts)]
+    wanted = [some for some in wanted if (some[1:] < prepare.PROMPT).any()]
+    assert [text for text, _ in pieces] == [bytes((some[:-1] & 255).astype(np.uint8)) for some in wanted]
+    for (_, y), some in zip(pieces, wanted):
+        assert (y == np.where(some[1:] < prepare.PROMPT, some[1:].astype(np.int64) & 2**30 - 1, -100)).all()
+    whole = prepare.Tokens('answ', 'train', 32, tmp_path, documents=False)
+    assert not whole.documents and len(whole.batch(4, 0)) == 3 and len(data.batch(4, 0)) == 4
+    # of plain text nothing is cut, and it has to say where documents begin
+    with pytest.raises(prepare.DataError, match='prepare it with --documents'):
+        prepare.Tokens('tiny', 'train', 16, root, documents=True)
+    texts = [{'text': f'{i} ' * (i + 1)} for i in range(40)]
+    held = prepared(tmp_path, 'texts', texts, '--tokenizer', 'bytes', '--documents')
+    assert not prepare.Tokens('texts', 'train', 16, tmp_path).documents
+    data = prepare.Tokens('texts', 'train', 16, tmp_path, documents=True)
+    count = sum(int((data.items(np.array([i]))[1] >= 0).sum()) for i in range(data.num_windows))
+    assert count == len(held[0]) - sum(1 for token in held[0] if token & prepare.FIRST)
+
+
+def test_a_run_learns_chats_apart_and_goes_on_so(root, tmp_path, capsys):
+    for name, words in (('a', []), ('b', ['--documents=False'])):
+        out = tmp_path / name
+        words = ['--dataset=answers', '--block_size=64', '--gradient_accumulation_steps=2', *words]
+        train('llama', root, out, *words)
+        settings = saved(out)['settings']
+        assert settings['documents'] == (name == 'a')
+        start(train_llama, tiny('llama', root, out, *words[:3], '--init_from=resume', '--max_iters=6'))
+        assert saved(out)['settings']['documents'] == (name == 'a') and saved(out)['step'] == 6
+    more = '--init_from=resume', '--documents=False'
+    refused(capsys, lambda: start(train_llama, tiny('llama', root, tmp_path / 'a', *words[:3], *more)),
+            'documents=True')
+
+
+def test_heads_drop_what_they_see_as_peft_does(root, tmp_path):
+    layer = lowrank.MHLoRALinear(nn.Linear(6, 5), heads=2, rank=3, alpha=6.0, dropout=0.25)
+    layer.B.data.normal_()
+    x, s = normal(40, 6, dtype=torch.float32), 6.0 / 3 / 2
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    seen = F.dropout(x, 0.25)
+    close(y, F.linear(x, layer.weight, layer.bias) + s * sum(seen @ A.T @ B.T for A, B in zip(layer.A, layer.B)), 1e-5)
+    assert not torch.equal(seen, x)
+    close(layer.eval()(x), F.linear(x, layer.merged_weight(), layer.bias), 1e-5)
+    ends = []  # the same masks after a resume
+    for out, steps in (('whole', [6]), ('parts', [4, 6])):
+        for end in steps:
+            more = ['--init_from=resume'] * (end == 6 and out == 'parts')
+            start(train_llama, tiny('llama', root, tmp_path / out, *method('mhlora', '--lora_dropout=0.2'),
+                                    f'--max_iters={end}', '--eval_interval=2', *more))
+        ends.append(saved(tmp_path / out))
+    assert same_run(*ends)
+
+
+def test_muon_on_loaded_weights_is_warned_of(root, bases, tmp_path, capsys):
+    for name in ('galore_muon', 'muon', 'lora'):
+        tune('llama', root, bases / 'llama', tmp_path / name, *method(name), '--max_iters=0')
+        assert ('2605.10468' in capsys.readouterr().out) == ('muon' in name)
+
+
+def test_an_export_is_compared_with_what_was_trained(root, bases, tmp_path, capsys):
+    tune('llama', root, bases / 'llama', tmp_path / 'a', *method('lte', '--merge_every=2'), '--param_dtype=float32',
+         '--dtype=float32')
+    words = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--check', '--overwrite']
+    start(export, words)
+    said = re.search(r'64 validation tokens: loss (\S+) before the merge, (\S+) after it; logits differ by (\S+)',
+                     capsys.readouterr().out)
+    assert said[1] == said[2] and float(said[3]) < 1e-5
+    with mock.patch.object(export, 'write_tensors', lambda folder, tensors, dtype, write=export.write_tensors: write(
+            folder, [(name, 1.1 * x) for name, x in tensors], dtype)):
+        start(export, words)
+    assert float(re.search(r'differ by (\S+)', capsys.readouterr().out)[1]) > 0.01
+    refused(capsys, lambda: start(export, [*words, '--adapter']), 'leave out --adapter')
+    about = json.loads((tmp_path / 'hf' / 'config.json').read_text())  # what llama.cpp's converter reads of a LLaMA
+    for key in ('num_hidden_layers', 'max_position_embeddings', 'hidden_size', 'intermediate_size', 'num_attention_heads',
+                'num_key_value_heads', 'rms_norm_eps', 'vocab_size', 'rope_theta'):
+        assert about[key], key
+    assert about['architectures'] == ['LlamaForCausalLM'] and (tmp_path / 'hf' / 'tokenizer.json').is_file()
 
 
 # -----------------------------------------------------------------------------

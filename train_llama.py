@@ -32,6 +32,8 @@ seed = 1337
 # data: a step trains batch_size * gradient_accumulation_steps sequences, on any number of ranks
 dataset = 'c4'  # a folder in data_dir, made by prepare.py
 data_dir = 'data'
+documents = None  # True: they do not see each other, and rows hold whole ones; None: where data
+#                   have prompts
 batch_size = 32  # sequences of a micro-batch, over all ranks
 gradient_accumulation_steps = 16  # micro-batches of a step
 block_size = 256  # tokens of a sequence
@@ -49,6 +51,7 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or name
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
+lora_dropout = 0.0  # share of a layer's input that heads do not see in a step
 factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
 #                   (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
@@ -156,12 +159,12 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
     return assemble(model, asdict(model.config), optimizer, settings, process, checkpoint)
 
 
-def loss_of(run, x, y, weights=None):
+def loss_of(run, x, y, weights=None, documents=None):
     """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted
-    sum."""
+    sum; documents (rows, time): of each token, where they are apart."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
-    batch = [x, y] if weights is None else [x, y, weights]
+    batch = [part for part in (x, y, weights, documents) if part is not None]
     if run.device_type == 'cuda':  # pinned: the copy overlaps with what the GPU still has to do
         batch = [part.pin_memory() for part in batch]
     with torch.autocast(run.device_type, getattr(torch, run.compute),
@@ -177,6 +180,8 @@ def train_step(run, step, batch):
     prompts. Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
+    if s.lora_dropout:
+        torch.manual_seed(hash((s.seed, step, run.rank)))  # the same masks after a resume
     for micro_step in range(micro_steps):
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, micro_steps)  # bases; which micro-batch is the last
@@ -217,8 +222,10 @@ def main(settings):
     process = join(settings)
     with config.refusals():
         checkpoint = open_run(settings, process)
-        train_data, val_data = (prepare.Tokens(s.dataset, split, s.block_size, s.data_dir)
-                                for split in ('train', 'val'))
+        train_data, val_data = (
+            prepare.Tokens(s.dataset, split, s.block_size, s.data_dir, settings['documents'])
+            for split in ('train', 'val'))
+        settings['documents'] = train_data.documents
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
         # of a micro-batch the rows that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1

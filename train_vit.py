@@ -48,6 +48,7 @@ lowrank = ''  # '' (full rank) or a comma list of 'attn', 'q', 'k', 'v', 'mlp', 
 heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
+lora_dropout = 0.0  # share of a layer's input that heads do not see in a step
 factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
 #                   (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
@@ -292,6 +293,8 @@ def train_step(run, step, batch):
     the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
+    if s.lora_dropout:
+        torch.manual_seed(hash((s.seed, step, run.rank)))  # the same masks after a resume
     for micro_step in range(micro_steps):
         run.net.require_backward_grad_sync = micro_step == micro_steps - 1  # gradients travel once
         run.optimizer.begin(step, micro_step, micro_steps)  # bases; which micro-batch is the last

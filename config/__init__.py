@@ -98,9 +98,11 @@ def load(namespace, known, argv):
     if not {'-h', '--help'}.isdisjoint(argv):
         show_help(namespace)
         raise SystemExit(0)
+    argv = [f'{word}=True' if type_of(known, word[2:]) is bool and word.startswith('--') else word
+            for word in argv]
     for word, following in zip(argv, [*argv[1:], '']):
         if word.startswith('--') and '=' not in word:
-            value = 'True' if isinstance(known.get(word[2:]), bool) else 'value'
+            value = 'value'
             if following and not following.startswith('--') and not following.endswith('.py'):
                 value = following
             fail(f"'{word}' has no value: write {word}={value}")
@@ -211,15 +213,21 @@ def run_file(path, seen, namespace):
             and (key in seen or isinstance(value, PLAIN) or isinstance(value, dict) and value)}
 
 
+def type_of(known, key):
+    """The type of a setting, that of its default; None, where it is worked out later, is one of
+    another."""
+    if known.get(key, '') is None:
+        return {'min_lr': float, 'documents': bool}.get(key, int)
+    return type(known.get(key))
+
+
 def checked(known, key, value, where):
     """A value for a key, whose type is that of its default (an integer may stand for a float)."""
     if key not in known:
         fail(f"unknown setting '{key}' {where}: did you mean '{nearest(key, known)}'?")
-    wanted, seen = type(known[key]), type(value)
-    if known[key] is None:  # such a default is worked out later
-        wanted = float if key == 'min_lr' else int
-        if value is None:
-            return None
+    wanted, seen = type_of(known, key), type(value)
+    if known[key] is None and value is None:
+        return None
     if wanted is float and seen is int:
         value, seen = float(value), float
     if wanted is not seen:
@@ -257,9 +265,9 @@ LEAST = dict.fromkeys((
     'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_mlp', 'vocab_size', 'img_size',
     'patch_size', 'heads', 'rank', 'basis_every', 'num_samples', 'max_new_tokens'), 1)
 LEAST |= dict.fromkeys((
-    'seed', 'dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs', 'warmup_iters',
-    'rewarm_iters', 'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1', 'beta2',
-    'grad_clip', 'top_k', 'temperature'), 0)
+    'seed', 'dropout', 'lora_dropout', 'learning_rate', 'min_lr', 'max_iters', 'epochs',
+    'warmup_iters', 'rewarm_iters', 'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1',
+    'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
 CHOICES = dict(
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'),
@@ -275,7 +283,7 @@ CHOICES = dict(
 EFFECT = (
     ('heads factors split frozen_bits param_bits', lambda s: s.lowrank,
      "there are no low-rank layers: set lowrank='attn,mlp'"),
-    ('alpha merge_reset', lambda s: s.lowrank and s.factors != 'basis',
+    ('alpha merge_reset lora_dropout', lambda s: s.lowrank and s.factors != 'basis',
      "it is for heads whose factors are not a basis: set lowrank, and factors='both' or 'B'"),
     ('rank', lambda s: s.lowrank or 'rank' in s.uses,
      "nothing has a low rank: set lowrank='attn,mlp'"),

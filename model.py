@@ -74,13 +74,43 @@ def chunked_loss(weight, x, targets, reduction):
         return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
 
 
-def attention(q, k, v, mask=None, cache=None, dropout=0.0, grouped=False):
+@dataclass
+class Apart:
+    """Documents that lie one after the other in rows of tokens and do not see each other: mask
+    (batch, 1, time, time), True where a token sees another, and on a CPU spans, [(begin, end)] of
+    the documents of each row."""
+    mask: torch.Tensor
+    spans: list
+
+
+def apart(documents):
+    """The `Apart` of the documents (batch, time) that tokens are of."""
+    same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
+    spans = []
+    if documents.device.type == 'cpu':  # others would wait for it
+        for row in documents:
+            lengths = row.unique_consecutive(return_counts=True)[1]
+            ends = lengths.cumsum(0).tolist()
+            spans.append([*zip([0, *ends], ends)])
+    return Apart(same.tril()[:, None], spans)
+
+
+def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     """
     Causal attention, q (batch, heads, time, size), as q.
 
-    mask: (batch, 1, time, time), True where a token sees another, see `mask_of`; None: all before
-    it. cache: a dict with k and v of earlier tokens, or none of them yet; these are added to it.
+    documents: an `Apart`; None: a token sees all before it. cache: a dict with k and v of earlier
+    tokens, or none of them yet; these are added to it.
     """
+    if documents is not None and not torch.compiler.is_compiling() and documents.spans:
+        # one by one: of 2,048 tokens, 16 documents, an eighth of the time of all
+        rows = []
+        for i, spans in enumerate(documents.spans):
+            parts = [attention(*(x[i:i + 1, :, begin:end] for x in (q, k, v)), dropout=dropout,
+                               grouped=grouped) for begin, end in spans]
+            rows.append(torch.cat(parts, 2))
+        return torch.cat(rows)
+    mask = None if documents is None else documents.mask
     if cache is not None:
         if cache:
             k = torch.cat([cache['k'], k], 2)
@@ -93,13 +123,6 @@ def attention(q, k, v, mask=None, cache=None, dropout=0.0, grouped=False):
     is_causal = mask is None and new == all_of_them
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=is_causal, enable_gqa=grouped)
-
-
-def mask_of(documents):
-    """(batch, 1, time, time): which tokens see which, of the documents (batch, time) they are
-    of."""
-    same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
-    return same.tril()[:, None]
 
 
 def places_in(documents):
@@ -190,12 +213,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, documents=None, cache=None):
         b, t, c = x.shape
         qkv = self.c_attn(x).view(b, t, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (batch, head, time, size)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, cache, dropout)
+        y = attention(q, k, v, documents, cache, dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(b, t, c))
         return F.dropout(y, self.dropout, self.training)
 
@@ -220,8 +243,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, documents=None, cache=None):
+        x = x + self.attn(self.ln_1(x), documents, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -257,12 +280,12 @@ class GPT(LanguageModel):
         """The last block's output after its norm, (batch, time, width), of tokens idx (batch,
         time); cache: see `new_cache`, of tokens before these."""
         if documents is None:
-            mask, position = None, positions_after(cache, idx)
+            position = positions_after(cache, idx)
         else:
-            mask, position = mask_of(documents), places_in(documents)
+            documents, position = apart(documents), places_in(documents)
         x = self.embedding(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.transformer.ln_f(self.through_blocks(x, mask, cache=cache))
+        return self.transformer.ln_f(self.through_blocks(x, documents, cache=cache))
 
 
 # -----------------------------------------------------------------------------
@@ -340,14 +363,14 @@ class LlamaAttention(nn.Module):
             self.q_norm = nn.RMSNorm(self.size, config.norm_eps)
             self.k_norm = nn.RMSNorm(self.size, config.norm_eps)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x, cos, sin, documents=None, cache=None):
         b, t, _ = x.shape
         q, k, v = (proj(x).view(b, t, -1, self.size).transpose(1, 2)  # (batch, head, time, size)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = attention(q, k, v, mask, cache, grouped=self.grouped)
+        y = attention(q, k, v, documents, cache, grouped=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -371,8 +394,8 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, documents=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -415,8 +438,8 @@ class Llama(LanguageModel):
         positions, c = positions_after(cache, idx), self.config
         # once for all layers; only how far two tokens are from each other counts
         cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)
-        mask = None if documents is None else mask_of(documents)
-        x = self.through_blocks(self.embedding(idx), cos, sin, mask, cache=cache)
+        documents = None if documents is None else apart(documents)
+        x = self.through_blocks(self.embedding(idx), cos, sin, documents, cache=cache)
         return self.model.norm(x)
 
 

@@ -422,11 +422,24 @@ def rival_rows(name, *costs):
 
 
 def sixteen_rows():
-    """Weights in bfloat16 against float32, of equal settings and seed."""
+    """Weights in few bits against float32, of equal settings and seed."""
     wide = best('quality')
     for method, mine in best('sixteen').items():
-        both = [', '.join(f'{x:.3f}' for x in losses(cells)) for cells in (mine, wide[method])]
-        yield method, *both, *less_than(mine, wide[method], 4)
+        theirs = wide[method.split(',')[0]]
+        both = [', '.join(f'{x:.3f}' for x in losses(cells)) for cells in (mine, theirs)]
+        weights = '8 bits' if 'param_bits' in method else 'bfloat16'
+        yield method.split(',')[0], weights, *both, *less_than(mine, theirs, 4)
+
+
+def eight_rows():
+    """Weights of 32, 16 and 8 bits at two rates, of equal seeds."""
+    for rate in (0.02, 0.002):
+        cells = [cell for cell in trained('eight') if cell['settings']['learning_rate'] == rate]
+        for method in ('galore', 'galore, param_dtype=bfloat16', 'galore, param_bits=8'):
+            mine = [cell for cell in cells if cell['method'] == method]
+            theirs = [cell for cell in cells if cell['method'] == 'galore']
+            less = less_than(mine, theirs) if method != 'galore' else ('', '')
+            yield f'{rate:g}', method, ', '.join(f'{x:.3f}' for x in losses(mine)), *less
 
 
 def renew_tables():
@@ -451,8 +464,10 @@ def renew_tables():
           rival_rows('screening', times, peaks))
     for name in ('english', 'longer', 'smaller'):
         renew('README.md', name, head, rival_rows(name))
-    head = 'method', 'weights in bfloat16', 'in float32', 'difference', 'its error'
+    head = 'method', 'weights', 'losses', 'in float32', 'difference', 'its error'
     renew('README.md', 'sixteen', head, sixteen_rows())
+    head = 'rate', 'method', 'losses of three seeds', "less float32's", 'its error'
+    renew('README.md', 'eight', head, eight_rows())
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,8 @@ import config
 BENCHES = {
     'screening': 'loss of each method on a small GPT, one setting changed at a time',
     'quality': 'loss of the finalists on a larger one, three seeds, and the time of a step',
-    'sixteen': 'the same with weights in bfloat16, for three methods',
+    'sixteen': 'the same with weights in bfloat16, and of GaLore in 8 bits',
+    'eight': 'loss of GaLore on the small GPT with weights in 32, 16 and 8 bits, at two rates',
     'english': 'loss of some methods on a small LLaMA and English text',
     'longer': 'loss of some methods on the small GPT after four times as many steps',
     'smaller': 'loss of some methods on a GPT of a third of its size',
@@ -175,6 +176,11 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'local_muon': (dict(ranks=4), rates([], 4e-3))}
 SIXTEEN = {name: (dict(FINALISTS[name][0], param_dtype='bfloat16'), rates([rate]))
            for name, rate in (('full', 1e-3), ('galore', 5e-3), ('lte', 2e-3))}
+SIXTEEN['galore, param_bits=8'] = FINALISTS['galore'][0], rates([5e-3])
+EIGHT = searched(64, {
+    'galore': ([2e-2, 2e-3],),
+    'galore, param_dtype=bfloat16': ([2e-2, 2e-3],),
+    'galore, param_bits=8': ([2e-2, 2e-3],)})
 ON_ENGLISH = searched(64, {
     'full': ([1e-3], 5e-4, 2e-3),
     'galore': ([1e-2], 2e-2, 4e-2),
@@ -187,6 +193,8 @@ ON_ENGLISH = searched(64, {
 FOR_LONGER = searched(64, {
     'full': ([2e-3], 1e-3, 4e-3),
     'galore': ([1e-2], 5e-3, 2e-2),
+    'galore, param_dtype=bfloat16': ([1e-2],),
+    'galore, param_bits=8': ([1e-2],),
     'muon': ([4e-3], 2e-3, 8e-3),
     'galore_muon': ([4e-3], 2e-3, 8e-3),
     'muon_lean': ([1.6e-2], 4e-3, 8e-3)})
@@ -223,6 +231,7 @@ def cells_of(name, base, methods):
 
 TRAININGS = {name: list(cells_of(name, base, methods)) for name, base, methods in (
     ('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS), ('sixteen', FINAL, SIXTEEN),
+    ('eight', SCREEN, EIGHT),
     ('english', ENGLISH, ON_ENGLISH), ('longer', LONGER, FOR_LONGER),
     ('smaller', SMALLER, FOR_SMALLER), ('convergence', ADAPT, ADAPTING),
     ('layers', LAYERS, HEADS_ON))}

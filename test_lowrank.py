@@ -4700,7 +4700,7 @@ def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name
                 continue
             if value.dtype == torch.int8:  # where a sum of ranks is rounded otherwise it may be the next one
                 away = (value.int() - whole[key].int()).abs()
-                assert away.max() <= 2 and away.float().mean() < 1e-2, f'{other} {key}'
+                assert away.max() <= 2 and away.float().mean() < 0.05, f'{other} {key}'
                 continue
             torch.testing.assert_close(value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
         for key in ('val_loss', 'train_loss', 'test_loss', 'val_auc', 'test_auc'):

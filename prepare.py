@@ -468,8 +468,9 @@ def serve_template():
     sandbox.filters['tojson'] = tojson
     sandbox.globals.update(raise_exception=raise_exception,
                            strftime_now=lambda form: datetime.now().strftime(form))
-    used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    if os.path.exists('/proc/self/statm'):  # other systems do not keep to such a limit
+        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     template = None
     for line in sys.stdin:
         signal.alarm(SECONDS)  # ends this process
@@ -1189,6 +1190,7 @@ class Tokens(Split):
         self.windows, self.first, learned, cut, lost = [], [0], [], 0, 0
         for shard in self.shards:
             begins = np.flatnonzero(shard & FIRST)
+            begins = np.union1d(begins, [0])  # a long text may go on from another shard
             ends = np.append(begins[1:], len(shard))
             if self.meta.get('prompts'):
                 limit = begins + self.block_size + 1

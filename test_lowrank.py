@@ -3817,6 +3817,12 @@ def test_without_bitsandbytes_4_bits_are_unpacked_to_the_same_numbers(dtype):
     assert 0.05 < (theirs.float() - W).norm() / W.norm() < 0.11  # of a normal distribution 0.09
 
 
+def test_a_run_in_4_bits_goes_on_without_bitsandbytes(root, runs, tmp_path):
+    whole, half = saved(runs('llama_nf4', 8)), runs('llama_nf4', 4)
+    with mock.patch.object(rules, 'kernels', None), mock.patch.object(rules, 'load_kernels', lambda: None):
+        assert same_run(whole, go_on('llama_nf4', root, half, tmp_path / 'on', 8))
+
+
 def test_8_bits_are_right_on_average_and_stay_where_nothing_moves():
     x = normal(6, 256, dtype=torch.float32) * torch.logspace(-6, 3, 6)[:, None]
     codes, scales = rules.new_codes(x, 8)
@@ -4160,6 +4166,10 @@ def test_rows_hold_whole_documents_in_order(root, tmp_path, capsys):
     data = prepare.Tokens('texts', 'train', 16, tmp_path, documents=True)
     count = sum(int((data.items(np.array([i]))[1] >= 0).sum()) for i in range(data.num_windows))
     assert count == len(held[0]) - sum(1 for token in held[0] if token & prepare.FIRST)
+    prepare_text(tmp_path, root / 'mine.txt', '--name', 'long', '--documents', '--shard_tokens', 5000)  # one text
+    data = prepare.Tokens('long', 'train', 16, tmp_path, documents=True)
+    count = sum(int((data.items(np.array([i]))[1] >= 0).sum()) for i in range(data.num_windows))
+    assert len(data.shards) > 3 and count > sum(map(len, data.shards)) - 2 * data.meta['documents']['val'] - 9
 
 
 def test_a_run_learns_chats_apart_and_goes_on_so(root, tmp_path, capsys):

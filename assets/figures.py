@@ -215,7 +215,7 @@ def draw_memory(name, panels):
     its lines have}."""
     categories = {'weights': '#4c72b0', 'state': '#dd8452', 'gradients': '#c44e52',
                   'activations': '#8c8c8c'}
-    with picture(name, (10.5, 6), (1, len(panels)), 5, sharey=True) as (row,):
+    with picture(name, (10.5, 7.5), (1, len(panels)), 5, sharey=True) as (row,):
         for axes, (words, about) in zip(row, panels.items()):
             cells = kept('memory', **about)
             names = [cell['method'].replace(', ', ',\n') for cell in cells]

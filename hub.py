@@ -501,10 +501,11 @@ def carry_along(settings):
         return
     sources, base = [], settings['init_from']
     if base != 'scratch':
-        base = base_of(base, settings['frozen_bits'])[1]
         sources = folders_of(base)[::-1]
+        base = base_of(base, settings['frozen_bits'])[1]
     of_data = Path(settings['data_dir'], settings['dataset'], 'tokenizer')
-    about = {'init_from': base, 'adapted': len(sources) > 1}
+    adapted = base != 'scratch' and len(folders_of(base)) > 1
+    about = {'init_from': base, 'adapted': adapted}
     with config.written_beside(Path(settings['out_dir'], 'tokenizer'), TOKENIZER) as folder:
         prepare.carry([*sources, of_data], folder, (*prepare.TOKENIZER, 'config.json'))
         config.write_json(folder / 'base.json', about)

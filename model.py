@@ -120,6 +120,9 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     if 1 < new < all_of_them:
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
+    if mask is not None and grouped:  # with both, kernels of GPUs that save memory are few
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
     is_causal = mask is None and new == all_of_them
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                           is_causal=is_causal, enable_gqa=grouped)

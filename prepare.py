@@ -34,6 +34,7 @@ import math
 import os
 import re
 import runpy
+import signal
 import struct
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def read_jsonl(path, size, tokenizer=None):
         with reading(f"line {number} of '{path}' has no string 'text', nor 'prompt' and "
                      "'completion', nor 'messages'", 'give one JSON object a line'):
             found = json.loads(line)
-            is_chat = 'messages' in found or isinstance(found.get('prompt'), list)
+            is_chat = any(isinstance(found.get(key), list) for key in ('messages', 'prompt'))
             keys = ['text'] if 'text' in found else ['completion', 'prompt']
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
@@ -303,7 +304,7 @@ def read_jsonl(path, size, tokenizer=None):
                 if len(line) > LONGEST:
                     raise ValueError(f'it has {len(line)} characters')
                 if '\ufffd' in line:
-                    raise ValueError('it is not in UTF-8')
+                    raise ValueError('it holds U+FFFD, which stands for what is not in UTF-8')
                 turns, are_all = template.turns(*messages_of(found))
             (prompt, text), *more = turns
             document = Document(text, prompt, turns=tuple(more), is_chat=True)
@@ -430,11 +431,20 @@ def serve_template():
     then [messages, add_generation_prompt], and answers each of these by [text, why there is
     none]."""
     import resource
-    import signal
     from datetime import datetime
 
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}, by which some templates mark answers: what is inside."""
+        tags = {'generation'}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(['*', '**'])
@@ -464,7 +474,9 @@ def serve_template():
         return ''.join(text)
 
     # as transformers has it
-    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True,
+                      extensions=['jinja2.ext.loopcontrols', Generation])
     sandbox.filters['tojson'] = tojson
     sandbox.globals.update(raise_exception=raise_exception,
                            strftime_now=lambda form: datetime.now().strftime(form))
@@ -502,7 +514,8 @@ class Template:
                 'import prepare; prepare.serve_template()')
         here = os.path.dirname(os.path.abspath(__file__))
         self.process = subprocess.Popen([sys.executable, '-c', code, here], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, text=True, encoding='utf-8')
+                                        stdout=subprocess.PIPE, text=True, encoding='utf-8',
+                                        start_new_session=True)
         with reading(f"the chat template of '{folder}' is none", 'give another model'):
             self.ask(template, tokens)
 
@@ -513,8 +526,10 @@ class Template:
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ''
-        if not line:
+        if not line and self.process.wait() == -signal.SIGALRM:
             raise ValueError(f'its template wants more than {SECONDS} s')
+        if not line:
+            raise ValueError('the process that renders it has ended: is jinja2 installed?')
         text, why = json.loads(line)
         if text is None:
             raise ValueError(f'its template says {why}')
@@ -550,13 +565,13 @@ class Template:
 
 
 def messages_of(found):
-    """(messages, the first that may be learned) of a line of .jsonl; None: it is no chat.
-    ValueError: it is one that is not supported."""
+    """(messages, the first that may be learned) of a line of .jsonl with messages, or with prompt
+    and completion as lists of such. ValueError: it is not supported."""
     messages, first = found.get('messages'), 0
-    if messages is None and isinstance(found.get('prompt'), list):
+    if not isinstance(messages, list):
+        if not isinstance(found.get('completion'), list):
+            raise ValueError('prompt is a list of messages, and completion is not')
         messages, first = found['prompt'] + found['completion'], len(found['prompt'])
-    if messages is None:
-        return None
     for key in ('tools', 'functions', 'images', 'image', 'videos', 'audio'):
         if found.get(key):
             raise ValueError(f'it has {key}')
@@ -565,8 +580,9 @@ def messages_of(found):
         role, content = message.get('role'), message.get('content')
         if role not in ROLES:
             raise ValueError(f'a role is {role!r}, and not one of {", ".join(ROLES)}')
-        if message.get('tool_calls'):
-            raise ValueError('it has tool_calls')
+        for key in message.keys() - {'role', 'content'}:
+            if message[key] and key not in ('name', 'id', 'weight', 'timestamp'):
+                raise ValueError(f'a message has {key}')
         if isinstance(content, list):  # OpenAI's parts
             kinds = {part.get('type') for part in content} - {'text'}
             if kinds:
@@ -810,6 +826,11 @@ class HubTokenizer:
         found = self.inner.encode_batch_fast(texts, add_special_tokens=False)  # has its own threads
         return [np.array(text.ids, np.uint32) for text in found]
 
+    def encode_with_ends(self, texts):
+        """Of each text the tokens (n,) uint32, and the character before which each ends, (n,)."""
+        for text in self.inner.encode_batch(texts, add_special_tokens=False):
+            yield np.array(text.ids, np.uint32), np.array([end for _, end in text.offsets])
+
     def encode_ordinary(self, text):
         return self.begin + self.inner.encode(text, add_special_tokens=False).ids
 
@@ -979,12 +1000,19 @@ def texts_of(document):
 def tokenised(documents, encoding):
     """Yields (Document, tokens (n,) uint32), on all cores. Tokens of a prompt have the top bit."""
     for group in groups(documents):
-        texts = [text for document in group for text in texts_of(document)]
+        chats = [''.join(texts_of(document)) for document in group if document.is_chat]
+        spelled = iter(encoding.encode_with_ends(chats) if chats else ())
+        texts = [text for document in group if not document.is_chat
+                 for text in (document.prompt or '', document.text)]
         found = iter(encoding.encode_many(texts))
         for document in group:
-            parts = [*itertools.islice(found, 2 + 2 * len(document.turns))]
-            parts[::2] = [part | PROMPT for part in parts[::2]]
-            yield document, np.concatenate(parts)
+            if document.is_chat:  # as a whole, as it will be read
+                tokens, ends = next(spelled)
+                borders = np.cumsum([len(text) for text in texts_of(document)])
+                part = np.searchsorted(borders, ends - 1, 'right')  # where a token's end lies
+                yield document, np.where(part % 2, tokens, tokens | PROMPT)
+            else:
+                yield document, np.concatenate([next(found) | PROMPT, next(found)])
 
 
 def write_images(writer, images):
@@ -1192,15 +1220,13 @@ class Tokens(Split):
             begins = np.flatnonzero(shard & FIRST)
             begins = np.union1d(begins, [0])  # a long text may go on from another shard
             ends = np.append(begins[1:], len(shard))
-            if self.meta.get('prompts'):
-                limit = begins + self.block_size + 1
-                cut += int((ends > limit).sum())
-                ends = np.minimum(ends, limit)
-            else:
-                parts = [np.arange(a, b - 1, self.block_size) for a, b in zip(begins, ends)]
-                last = np.repeat(ends, [*map(len, parts)])
-                begins = np.concatenate([*parts, []]).astype(np.int64)
-                ends = np.minimum(last, begins + self.block_size + 1)
+            is_cut = (shard[begins] & PROMPT > 0) & (ends - begins > self.block_size + 1)
+            cut += int(is_cut.sum())
+            ends = np.where(is_cut, begins + self.block_size + 1, ends)
+            parts = [np.arange(a, b - 1, self.block_size) for a, b in zip(begins, ends)]
+            last = np.repeat(ends, [*map(len, parts)])
+            begins = np.concatenate([*parts, []]).astype(np.int64)
+            ends = np.minimum(last, begins + self.block_size + 1)
             is_target = np.concatenate([[0], np.cumsum(shard < PROMPT)])
             targets = is_target[ends] - is_target[np.minimum(begins + 1, ends)]
             lost += int((targets == 0).sum())
@@ -1217,12 +1243,13 @@ class Tokens(Split):
                             'block_size, or set documents=False')
         filled = sum(int((ends - begins - 1).sum()) for begins, ends, _ in self.windows)
         padding = 1 - filled / (self.num_windows * self.block_size)
+        kept = self.learned.sum() / sum(int((shard < PROMPT).sum()) for shard in self.shards)
         documents = sum(len(begins) for begins, _, _ in self.windows)
         if os.environ.get('LOCAL_RANK', '0') != '0':
             return
         print(f'{self.split}: {documents:,} documents in {self.num_windows:,} rows of '
               f'{self.block_size}, {padding:.0%} padding, {cut:,} cut, of {lost:,} no target is '
-              'left')
+              f'left: {kept:.0%} of what is to be learned')
 
     def rows_of_documents(self, index):
         """Tokens (rows, 2, block_size), inputs and targets with their bits, and the document of

@@ -357,7 +357,7 @@ def shard(model, layers, device):
     model. One on the meta device gets memory for this rank's rows alone, whose values are then to
     be set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and
     heads that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one
-    and the rest.
+    and the rest; an old torch, and weights in few bits.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -382,8 +382,14 @@ def shard(model, layers, device):
         layer.register_parameter('basis', nn.Parameter(basis, requires_grad=False))
     left_alone = per_rank_tensors(layers) | {layer.factor for layer in galore}
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
+    try:
+        for module in (*blocks, model):
+            fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
+    except RuntimeError as error:
+        if all(p.is_floating_point() for p in model.parameters()):
+            raise
+        raise ValueError(f'torch {torch.__version__} does not shard weights in few bits: take 2.13 '
+                         'or newer, or set shard=False') from error
     move(device=device)
     for layer in galore:
         layer.shard_gradient()
@@ -408,7 +414,7 @@ def orthogonalise_rows(moves, size):
 def write(model, name, x):
     """Writes the parameter of that name, of shards this rank's rows."""
     p = model.get_parameter(name)
-    part = x[rows_here(p)]
+    part = x[rows_here(p)].to(local(p).device)
     if p.is_floating_point():
         local(p).copy_(part)
     else:  # codes, see lowrank.FrozenLinear

@@ -170,7 +170,8 @@ def code_(codes, scales, x, key=None, first=0):
         count = max(at_a_time(x) // x.shape[1], 1)  # it takes 30 bytes a number on a CPU
         for i in range(0, len(x), count):
             rows = slice(i, i + count)
-            found, about = kernels.quantize_4bit(x[rows].contiguous(), blocksize=WEIGHT_BLOCKS[4],
+            part = x[rows].float().contiguous()
+            found, about = kernels.quantize_4bit(part, blocksize=WEIGHT_BLOCKS[4],
                                                  quant_type='nf4')
             codes[rows] = found.view(codes[rows].shape)
             scales[rows] = about.absmax.view(scales[rows].shape)

@@ -2076,6 +2076,8 @@ vit_head_shard        | galore --train=classifier --shard=True                  
            base='--param_dtype=float32 --dtype=float32 --init_from={base} --frozen_bits=4 --lowrank=v_proj,mlp',
            wider='--rank=64 --n_embd=64 --n_mlp=96').strip().splitlines()]
 RUNS = {name.strip(): (words.strip(), set(laws.split())) for name, words, laws in RUNS}
+if torch.__version__ < (2, 13):  # its FSDP2 cuts no integers, and says so
+    RUNS = {name: run for name, run in RUNS.items() if name not in ('llama_int8_shard', 'llama_nf4_shard')}
 
 
 def that_hold(*laws):
@@ -3784,6 +3786,7 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
 
 @pytest.mark.parametrize('with_bias', [True, False])
 def test_a_layer_in_4_bits_is_bitsandbytes_own(with_bias):
+    torch.manual_seed(0)
     linear, x = nn.Linear(128, 96, with_bias), normal(5, 7, 128, dtype=torch.float32).requires_grad_()
     from bitsandbytes.nn import Linear4bit
     theirs = Linear4bit(128, 96, with_bias, torch.float32, False, 'nf4')
@@ -3797,7 +3800,7 @@ def test_a_layer_in_4_bits_is_bitsandbytes_own(with_bias):
     wanted = torch.autograd.grad(y, [x, layer.A, layer.B], dy)
     close(layer(x), y, 1e-4)
     for got, grad in zip(torch.autograd.grad(layer(x), [x, layer.A, layer.B], dy), wanted):
-        torch.testing.assert_close(got, grad)
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-4)
     assert torch.equal(headless(x), theirs(x))
     torch.testing.assert_close(*(torch.autograd.grad(net(x), x, dy) for net in (headless, theirs)))
     assert layer.weight.shape == (96, 64) and layer.scales.shape == (96, 2)
@@ -4022,11 +4025,13 @@ BAD_CHATS = [
     ({'messages': [{'role': 'user', 'content': ' '}]}, 'line 2 .*the user says nothing'),
     ({'messages': [{'role': 'user', 'content': 'a'}]}, 'line 2 .*no assistant answers'),
     ({'messages': WRITTEN[0]['messages'], 'tools': [{}]}, 'line 2 .*it has tools'),
-    ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'line 2 .*it has tool_calls'),
+    ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'line 2 .*a message has tool_calls'),
+    ({'messages': [{'role': 'assistant', 'content': 'a', 'reasoning_content': 'b'}]},
+     'line 2 .*a message has reasoning_content'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]}, 'line 2 .*content of type image'),
     ({'messages': [{'role': 'user', 'content': 'a' * 10**7}]}, 'line 2 .*characters'),
-    ({'messages': 3}, 'line 2 .*no chat that can be learned'),
-    ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'}, 'line 2 .*no chat')]
+    ({'messages': 3}, "line 2 .*has no string 'text'"),
+    ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'}, 'line 2 .*prompt is a list of messages, and completion is not')]
 
 
 @pytest.mark.parametrize('line, said', BAD_CHATS)
@@ -4035,6 +4040,30 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_line(tmp_path, line, sa
     with pytest.raises(prepare.DataError, match=said) as refusal:
         prepared(tmp_path, 'chats', [good, line], '--tokenizer', talker(tmp_path / 'm', 'chatml'))
     assert '\n' not in str(refusal.value) and not os.path.exists(tmp_path / 'data')
+
+
+def test_chats_are_encoded_as_a_whole(tmp_path):
+    from tokenizers import Tokenizer, models as kinds, normalizers, pre_tokenizers
+    letters = [*'\u2581[INST]/Hiyou. ', '</s>']
+    made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(dict.fromkeys(letters))}, []))
+    made.normalizer, made.pre_tokenizer = normalizers.Prepend('\u2581'), pre_tokenizers.Split(' ', 'isolated')
+    made.add_special_tokens(['</s>'])  # as LLaMA 2's it puts a space before each text
+    folder = talker(tmp_path / 'm', "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' "
+                    "else ' ' + m.content + eos_token }}{% endfor %}", '</s>')
+    made.save(f'{folder}/tokenizer.json')
+    chats = [[{'role': 'user', 'content': said}, {'role': 'assistant', 'content': 'you.'}] for said in ('Hi', 'H', 'i', 'you')]
+    chat = chats[0]
+    held = prepared(tmp_path, 'chats', [{'messages': some * (1 + i % 2)} for i, some in enumerate(chats)], '--tokenizer', folder)
+    tokens = prepare.HubTokenizer(folder)
+    for split in held:
+        starts = [*np.flatnonzero(split & prepare.FIRST), len(split)]
+        for a, b in itertools.pairwise(starts):
+            some = [int(token) & prepare.FIRST - 1 for token in split[a:b]]
+            wholes = [f"[INST] {said[0]['content']} [/INST] you.</s>" * (1 + i % 2) for i, said in enumerate(chats)]
+            turns = 1 + [tokens.encode_ordinary(whole) for whole in wholes].index(some) % 2
+            assert (split[a:b] < prepare.PROMPT).sum() == turns * len(' you.') + turns
+    template = prepare.Template(talker(tmp_path / 'g', '{% generation %}{{ messages[0].content }}{% endgeneration %}!'))
+    assert template.render(chat) == 'Hi!'
 
 
 def test_chats_want_a_template_and_utf_8(tmp_path):
@@ -4046,7 +4075,7 @@ def test_chats_want_a_template_and_utf_8(tmp_path):
         prepared(tmp_path, 'chats', lines, '--tokenizer', with_tokens(tmp_path / 'none'))
     (tmp_path / 'chats.jsonl').write_bytes(b'\n'.join(json.dumps(line).encode() for line in lines).replace(
         b'Hello', b'Hell\xf6'))
-    with pytest.raises(prepare.DataError, match='line 1 .*not in UTF-8'):
+    with pytest.raises(prepare.DataError, match=r'line 1 .*U\+FFFD'):
         prepare_text(tmp_path, tmp_path / 'chats.jsonl', '--name', 'chats', '--tokenizer',
                      talker(tmp_path / 'm', 'chatml'))
 
@@ -4103,10 +4132,13 @@ def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
         answer = continued(net.eval(), idx, 6, temperature=0)[0, idx.shape[1]:].tolist()
         ends = [*answer, 259].index(259)
         assert messages[i]['content'] == tokens.decode(answer[:ends]).rstrip('\ufffd')
-    calls, hidden = itertools.count(), models.Llama.hidden
+    calls, hidden, make = itertools.count(), models.Llama.hidden, prepare.Template
+    made = []
+    monkeypatch.setattr(prepare, 'Template', lambda source: made.append(make(source)) or made[-1])
 
-    def interrupted(net, *args, **how):  # Ctrl-C ends an answer, not the chat
+    def interrupted(net, *args, **how):  # Ctrl-C ends an answer, and neither the chat nor its template
         if next(calls) == 3:
+            os.kill(made[-1].process.pid, signal.SIGINT)
             raise KeyboardInterrupt
         return hidden(net, *args, **how)
     said = iter(['Hi', 'And?'])
@@ -4140,7 +4172,7 @@ def test_rows_hold_whole_documents_in_order(root, tmp_path, capsys):
     lines += [{'prompt': 'a' * 9, 'completion': 'b' * 9}] * 9 + [{'prompt': 'q' * 40, 'completion': 'never'}, {'prompt': 'r' * 20, 'completion': 'd' * 40}]
     held = prepared(tmp_path, 'answ', lines, '--tokenizer', 'bytes', '--shard_tokens', 300)
     data = prepare.Tokens('answ', 'train', 32, tmp_path)
-    assert data.documents and re.search(r'padding, . cut, of . no target is left', capsys.readouterr().out)
+    assert data.documents and re.search(r'padding, . cut, of . no target is left: 9.% of', capsys.readouterr().out)
     pieces, of_data = [], held[0]
     for i in range(data.num_windows):
         x, y, documents = (part[0].numpy() for part in data.items(np.array([i])))

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
 
+BOOLS = 'True', 'False'
 PLAIN = type(None), bool, int, float, str, tuple  # what a setting may be
 METHODS = Path(__file__).parent / 'methods'
 LINE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
@@ -98,8 +99,11 @@ def load(namespace, known, argv):
     if not {'-h', '--help'}.isdisjoint(argv):
         show_help(namespace)
         raise SystemExit(0)
-    argv = [f'{word}=True' if type_of(known, word[2:]) is bool and word.startswith('--') else word
-            for word in argv]
+    argv, words = [], argv
+    for word, following in zip(words, [*words[1:], '']):
+        if word[:2] == '--' and type_of(known, word[2:]) is bool and following not in BOOLS:
+            word = f'{word}=True'
+        argv.append(word)
     for word, following in zip(argv, [*argv[1:], '']):
         if word.startswith('--') and '=' not in word:
             value = 'value'

@@ -1227,8 +1227,9 @@ class Tokens(Split):
             last = np.repeat(ends, [*map(len, parts)])
             begins = np.concatenate([*parts, []]).astype(np.int64)
             ends = np.minimum(last, begins + self.block_size + 1)
-            is_target = np.concatenate([[0], np.cumsum(shard < PROMPT)])
-            targets = is_target[ends] - is_target[np.minimum(begins + 1, ends)]
+            before = np.zeros(len(shard) + 1, np.uint32)  # how many targets lie before a token
+            np.cumsum(shard < PROMPT, out=before[1:])
+            targets = before[ends] - before[np.minimum(begins + 1, ends)].astype(np.int64)
             lost += int((targets == 0).sum())
             begins, ends, targets = (x[targets > 0] for x in (begins, ends, targets))
             rows = packed(ends - begins - 1, self.block_size)

@@ -881,7 +881,9 @@ def clip_gradients(model, max_norm):
     per_head = set(heads)
     rest = [local(p.grad) for p in leaf_names(model) if p not in per_head and p.grad is not None]
     norms = [torch.linalg.vector_norm(grad, dtype=wide(grad)) for grad in rest]
-    norms = torch.stack(norms or [torch.zeros(())]).norm()[None]  # (1,)
+    if not norms:  # all has stepped in the backward pass
+        norms = [torch.zeros((), device=next(model.parameters()).device)]
+    norms = torch.stack(norms).norm()[None]  # (1,)
     if any(map(is_sharded, model.parameters())):  # each rank has seen its rows
         squares = mean(norms.square()).mul_(rank_and_world()[1])
         norms = squares.sqrt()

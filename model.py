@@ -121,7 +121,8 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
     if mask is not None and grouped:  # with both, kernels of GPUs that save memory are few
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        shares = q.shape[1] // k.shape[1]  # heads of q that share one of k and v
+        k, v = (x[:, :, None].expand(-1, -1, shares, -1, -1).flatten(1, 2) for x in (k, v))
         grouped = False
     is_causal = mask is None and new == all_of_them
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,

@@ -119,6 +119,13 @@ from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_
 # images
 
 
+def to_device(x, device):
+    """A tensor of the CPU on a device; a GPU goes on with what it still has to do."""
+    if torch.device(device).type == 'cuda':
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def augmented(images, augment, key, *, count, rows):
     """
     Flips and crops of uint8 images (rows, channels, size, size) on their device: a pure function of
@@ -132,9 +139,9 @@ def augmented(images, augment, key, *, count, rows):
     most = size // 8 if 'crop' in augment else 0
     moves = (draws[:, :2] * (2 * most + 1)).long() - most  # (rows, 2)
     places = torch.arange(size) + moves.T[..., None]  # (2, rows, size)
-    down, across = places.clamp(0, size - 1).to(images.device, non_blocking=True)
+    down, across = to_device(places.clamp(0, size - 1), images.device)
     if 'flip' in augment:
-        is_flipped = draws[:, 2:].to(images.device) < 0.5
+        is_flipped = to_device(draws[:, 2:] < 0.5, images.device)
         across = torch.where(is_flipped, across.flip(1), across)
     images = images.gather(2, down[:, None, :, None].expand_as(images))
     return images.gather(3, across[:, None, None, :].expand_as(images))
@@ -259,17 +266,12 @@ def build(settings, process, classes, checkpoint=None):
     return ViTRun(**vars(run), look=look)
 
 
-def to_device(run, x):
-    # pinned, so that the copy overlaps with what the GPU still has to do
-    return x.pin_memory().to(run.device, non_blocking=True) if run.device_type == 'cuda' else x
-
-
 def batch_of(run, data, rows, step, micro_step):
     """Images and labels of a micro-batch on this rank's device: the given rows of it, augmented."""
     s = run.s
     images, labels = data.batch(s.batch_size, step, micro_step, seed=s.seed, rows=rows,
                                 accumulation=s.gradient_accumulation_steps)
-    images, labels = to_device(run, images), to_device(run, labels)
+    images, labels = to_device(images, run.device), to_device(labels, run.device)
     if s.augment:
         key = s.seed, step, micro_step
         images = augmented(images, s.augment, key, count=s.batch_size, rows=rows)
@@ -334,8 +336,8 @@ def evaluate(run, data, name):
             if not rows and run.s.shard:
                 images, y = data.fixed_batch(0, 1)
             if len(y):
-                logits[of_rank] = logits_of(run, to_device(run, images))[:rows]
-                labels[of_rank] = to_device(run, y)[:rows]
+                logits[of_rank] = logits_of(run, to_device(images, run.device))[:rows]
+                labels[of_rank] = to_device(y, run.device)[:rows]
             i += 1
     run.model.train()
     if i < batches:

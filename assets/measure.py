@@ -155,7 +155,7 @@ WORKERS = dict(rank=96, beta2=0.999, ranks=4)
 FINALISTS = {  # ranks are a quarter of the width in all
     **searched(96, {
         'full': ([1e-3], 5e-4, 2e-3),
-        'galore': ([5e-3],),
+        'galore': ([5e-3], 5e-4),
         'GaLore drop-in': ([5e-3], 2.5e-3, 1e-2, 2e-2),
         'galolte': ([1.4e-2], 7e-3, 1e-2),
         'fira': ([], 1e-2),
@@ -176,7 +176,7 @@ FINALISTS = {  # ranks are a quarter of the width in all
     'local_muon': (dict(ranks=4), rates([], 4e-3))}
 SIXTEEN = {name: (dict(FINALISTS[name][0], param_dtype='bfloat16'), rates([rate]))
            for name, rate in (('full', 1e-3), ('galore', 5e-3), ('lte', 2e-3))}
-SIXTEEN['galore, param_bits=8'] = FINALISTS['galore'][0], rates([5e-3])
+SIXTEEN['galore, param_bits=8'] = FINALISTS['galore'][0], rates([5e-3], 5e-4)
 EIGHT = searched(64, {
     'galore': ([2e-2, 2e-3],),
     'galore, param_dtype=bfloat16': ([2e-2, 2e-3],),

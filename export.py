@@ -99,7 +99,7 @@ def compare(checkpoint, folder):
     trained.load_state_dict(checkpoint['model'])
     fill(exported, tensors, folder)
     data = prepare.Tokens(s.dataset, 'val', s.block_size, s.data_dir, s.documents)
-    x, y, weights, documents = (*data.fixed_batch(0, 1, 4), None, None)[:4]
+    x, y, _, documents = (*data.fixed_batch(0, 1, 4), None, None)[:4]
     with averaged_heads(trained):
         before = trained(x, documents=documents)
     after = exported(x, documents=documents)

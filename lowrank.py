@@ -284,8 +284,7 @@ class FrozenLinear(nn.Module):
     @torch.no_grad()
     def write_weight(self, x, key=None):
         """W <- x, of a sharded one this rank's rows, rounded with a key, see rules.round_."""
-        W = local(self.weight)
-        first = rows_here(self.weight).start * self.in_features
+        W, first = local(self.weight), first_here(self.weight)
         if self.scales is None:
             round_(W, x, key, first)
         else:

@@ -386,7 +386,8 @@ def shard(model, layers, device):
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh, ignored_params=left_alone, reshard_after_forward=True)
     except RuntimeError as error:
-        if all(p.is_floating_point() for p in model.parameters()):
+        is_coded = not all(p.is_floating_point() for p in model.parameters())
+        if not is_coded or torch.__version__ >= (2, 13):
             raise
         raise ValueError(f'torch {torch.__version__} does not shard weights in few bits: take 2.13 '
                          'or newer, or set shard=False') from error

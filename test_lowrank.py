@@ -4218,7 +4218,8 @@ def test_a_run_learns_chats_apart_and_goes_on_so(root, tmp_path, capsys):
             'documents=True')
 
 
-def test_heads_drop_what_they_see_as_peft_does(root, tmp_path):
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_heads_drop_what_they_see_as_peft_does(root, tmp_path, script):
     layer = lowrank.MHLoRALinear(nn.Linear(6, 5), heads=2, rank=3, alpha=6.0, dropout=0.25)
     layer.B.data.normal_()
     x, s = normal(40, 6, dtype=torch.float32), 6.0 / 3 / 2
@@ -4233,8 +4234,8 @@ def test_heads_drop_what_they_see_as_peft_does(root, tmp_path):
     for out, steps in (('whole', [6]), ('parts', [4, 6])):
         for end in steps:
             more = ['--init_from=resume'] * (end == 6 and out == 'parts')
-            start(train_llama, tiny('llama', root, tmp_path / out, *method('mhlora', '--lora_dropout=0.2'),
-                                    f'--max_iters={end}', '--eval_interval=2', *more))
+            start(SCRIPTS[script], tiny(script, root, tmp_path / out, *method('mhlora', '--lora_dropout=0.2'),
+                                        f'--max_iters={end}', '--eval_interval=2', *more))
         ends.append(saved(tmp_path / out))
     assert same_run(*ends)
 

@@ -212,7 +212,8 @@ def machine():
 
 def keep(name, cell):
     """Prints a cell, and appends it to assets/NAME.jsonl with machine, version of torch, date."""
-    print(*(f'{key}={x}' for key, x in cell.items() if key not in ('curve', 'ratios')), flush=True)
+    print(*(f'{key}={x}' for key, x in cell.items() if key not in ('curve', 'ratios', 'run')),
+          flush=True)
     about = dict(machine=machine(), torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
     with open(HERE / f'assets/{name}.jsonl', 'a', encoding='utf-8') as file:
         file.write(json.dumps({**cell, **about}) + '\n')

@@ -597,8 +597,9 @@ SHOWN = {  # of a record, in this order
     'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
     'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped', 'loss_scale': 'scale {:.3g}',
     'kept_bases': '{} bases kept'}
-SILENT = {'peak_memory_bytes', 'sync_bytes', 'trainable_parameters', 'optimizer_state_bytes',
-          'val_acc_by_class', 'test_acc_by_class', 'test_confusion', 'classes'}
+SILENT = {'peak_memory_bytes', 'sync_bytes', 'parameters', 'trainable_parameters',
+          'optimizer_state_bytes', 'val_acc_by_class', 'test_acc_by_class', 'test_confusion',
+          'classes'}
 
 
 class Meter:
@@ -613,13 +614,13 @@ class Meter:
     def __init__(self, run, step, items, unit, more=''):
         counts = count_parameters(run.model)
         self.run, self.start, self.items, self.unit = run, step, items, unit
-        self.trainable = counts['trainable']
+        self.total, self.trainable = counts['total'], counts['trainable']
         # losses, the last norm, skipped steps, bases that were not taken
         self.sums = torch.zeros(4, device=run.device)
         if run.rank == 0:
             start_run(run.settings, step)
             ranks = '1 rank' if run.ranks == 1 else f'{run.ranks} ranks'
-            print(f"{counts['total']:,} parameters, {self.trainable:,} trainable "
+            print(f"{self.total:,} parameters, {self.trainable:,} trainable "
                   f"({counts['heads']:,} in heads), {items:,} {unit} a step, {more}{run.device}, "
                   f'{run.compute}, {ranks}')
             if run.s.warmup_iters > run.s.max_iters:
@@ -658,7 +659,7 @@ class Meter:
                   f'{self.unit}_per_s': self.items / seconds,
                   'peak_memory_bytes': peak_memory_bytes(run.device), 'gradient_norm': norm,
                   'sync_bytes': round(run.ddp_bytes + sent / self.steps),
-                  'trainable_parameters': self.trainable,
+                  'parameters': self.total, 'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
         if kept:  # since the run began; their sketches were not finite, or zero
             record['kept_bases'] = math.ceil(kept)

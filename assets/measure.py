@@ -26,6 +26,7 @@ BENCHES = {
     'english': 'loss of some methods on a small LLaMA and English text',
     'longer': 'loss of some methods on the small GPT after four times as many steps',
     'smaller': 'loss of some methods on a GPT of a third of its size',
+    'twenty': 'loss of some methods on a GPT of 0.5M after 20 bytes a parameter, tuned one by one',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
     'costs': 'time, memory, bytes sent of what is screened; bytes sent of quality and english'}
@@ -69,6 +70,18 @@ ENGLISH = {**train_llama.defaults, **SMALL, 'dataset': 'webster', 'n_mlp': 704,
            'gradient_accumulation_steps': 1}
 LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
+
+
+def lasting(total, batch):
+    """Settings of a training on so many bytes, so many a step: the rate climbs for a tenth of it and
+    ends at 0, and 256 KiB are evaluated after each quarter."""
+    steps, rows = total // batch, batch // SMALL['block_size']
+    return dict(batch_size=rows, max_iters=steps, warmup_iters=steps // 10, min_lr=0.0,
+                eval_interval=-(-steps // 4), eval_iters=1024 // rows, log_interval=-(-steps // 20))
+
+
+# A GPT of 496,800 parameters (0.44M in attention and MLP), on English and code
+TWENTY = {**SCREEN, 'dataset': 'texts', 'n_embd': 96, **lasting(20 * 496_800, 8192)}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -204,6 +217,17 @@ FOR_SMALLER = searched(36, {
     'muon': ([1.6e-2], 8e-3, 3.2e-2),
     'galore_muon': ([8e-3], 4e-3, 1.6e-2, 3.2e-2),
     'muon_lean': ([3.2e-2], 1.6e-2, 6.4e-2)})
+# rate times decay; batches of 2 and 32 KiB as well as 8
+DECAY = dict(weight_decay=0.1)
+AT_TWENTY = {
+    'full': ({}, [
+        dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))
+        for batch, those in ((8192, (4e-3, 2e-3, 8e-3)), (2048, (2e-3, 1e-3, 4e-3)),
+                             (32768, (8e-3, 4e-3, 1.6e-2))) for rate in those]),
+    'muon': ({}, [
+        dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))
+        for batch, those in ((8192, (1.6e-2, 8e-3, 3.2e-2)), (2048, (8e-3, 4e-3, 1.6e-2)),
+                             (32768, (3.2e-2, 1.6e-2, 6.4e-2))) for rate in those])}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),
@@ -233,7 +257,7 @@ TRAININGS = {name: list(cells_of(name, base, methods)) for name, base, methods i
     ('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS), ('sixteen', FINAL, SIXTEEN),
     ('eight', SCREEN, EIGHT),
     ('english', ENGLISH, ON_ENGLISH), ('longer', LONGER, FOR_LONGER),
-    ('smaller', SMALLER, FOR_SMALLER), ('convergence', ADAPT, ADAPTING),
+    ('smaller', SMALLER, FOR_SMALLER), ('twenty', TWENTY, AT_TWENTY), ('convergence', ADAPT, ADAPTING),
     ('layers', LAYERS, HEADS_ON))}
 
 
@@ -262,7 +286,8 @@ def train(name, only):
 def train_one(about, settings, tell):
     """
     What is kept of a training, on one thread of its own process or of each of its ranks: losses, of
-    images accuracies too, numbers of parameters, bytes.
+    images accuracies too, numbers of parameters, bytes, and as `run` the settings that are not its
+    script's own.
 
     Where it did not run it says why and gives None; where it diverged there is no loss.
     """
@@ -288,10 +313,13 @@ def train_one(about, settings, tell):
         print(bench.title(about), 'did not run:', *[line for line in said if 'rror: ' in line][:1])
         return None
     looks = [line for line in records if 'val_loss' in line]
+    usual = bench.script_of(settings).defaults
     found = {'val_loss': None if diverged else looks[-1]['val_loss'],
+             'run': {key: x for key, x in settings.items() if usual.get(key) != x},
              'curve': {key: [look[key] for look in looks] for key in ('step', 'val_loss', 'val_acc')
                        if key in looks[0]}}
-    for key in ('test_acc', 'trainable_parameters', 'optimizer_state_bytes'):
+    for key in ('test_acc', 'parameters', 'trainable_parameters', 'optimizer_state_bytes',
+                'peak_memory_bytes'):
         if values := [line[key] for line in records if key in line]:
             found[key] = max(values)
     return found

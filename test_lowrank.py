@@ -4351,6 +4351,81 @@ def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of
 # -----------------------------------------------------------------------------
 # several ranks: one spawn for all, which runs beside the tests above
 
+# What nccl demands of the collectives of torch.distributed is demanded of them here, where gloo
+# would take more. Those of objects are left out: they go by gloo in a run on GPUs, too.
+
+COLLECTIVES = (  # some under their names from torch 2.13 on, and before
+    'all_gather all_gather_into_tensor all_gather_single all_reduce all_to_all all_to_all_single '
+    'broadcast gather reduce reduce_scatter reduce_scatter_single reduce_scatter_tensor scatter')
+NCCL_SENDS = {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64,
+              torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_calls = []  # (collective, shape, dtype) of this rank's, since `ranks_made_the_same_calls`
+
+
+def as_nccl_demands(collective):
+    """The collective, which asserts before what nccl demands of its tensors. The stop flag lies on
+    the CPU in a run on GPUs, too, and goes by gloo ('cpu:gloo,cuda:nccl'): so any device is
+    allowed, but one call has one device."""
+    name = collective.__name__
+
+    @functools.wraps(collective)
+    def checked(*args, **how):
+        given = [[x] if torch.is_tensor(x) else x for x in (*args, *how.values())]
+        given = [some for some in given if isinstance(some, list)]
+        tensors = [x for some in given for x in some]
+        for x in tensors:
+            assert x.is_contiguous(), f'{name}: {(*x.shape,)} of strides {x.stride()}'
+            assert x.dtype in NCCL_SENDS, f'{name}: {x.dtype}'
+        for some in given:
+            shapes = {(*x.shape,) for x in some}
+            assert len(shapes) == 1, f'{name}: {shapes} in one list'
+        kinds = {(x.dtype, x.device) for x in tensors}
+        assert len(kinds) == 1, f'{name}: {kinds} in one call'
+        first = tensors[0]
+        _calls.append((name, (*first.shape,), first.dtype))
+        return collective(*args, **how)
+    return checked
+
+
+def ranks_made_the_same_calls():
+    """Asserts that all ranks did, with tensors of one shape. Waits for all of them."""
+    of_ranks = [None] * processes.rank_and_world()[1]
+    torch.distributed.all_gather_object(of_ranks, _calls)
+    _calls.clear()
+    for calls in itertools.zip_longest(*of_ranks):
+        assert len({*calls}) == 1, f'ranks made other calls: {calls}'
+
+
+def test_what_nccl_would_refuse_is_refused():
+    def gather(x, parts=None):
+        return 'sent'
+    checked, x = as_nccl_demands(gather), torch.zeros(2, 3)
+    _calls.clear()
+    assert checked(x) == checked(x[1:], parts=[x[0], x[1]]) == checked(torch.tensor([1])) == 'sent'
+    calls = [('gather', (2, 3), torch.float32), ('gather', (1, 3), torch.float32),
+             ('gather', (1,), torch.int64)]
+    for wrong, said in (([x.mT], 'strides'), ([x, [x.mT]], 'strides'), ([x.short()], 'int16'),
+                        ([x, [x[0], x[:1]]], 'in one list'), ([x, [x.double()]], 'in one call'),
+                        ([x, [x.to('meta')]], 'in one call')):
+        with pytest.raises(AssertionError, match=f'gather: .*{said}'):
+            checked(*wrong)
+    assert _calls == calls
+
+
+@pytest.mark.parametrize('other', [[], [('gather', (1, 2), torch.float32)],
+                                   [('gather', (2, 1), torch.float64)]])
+def test_ranks_that_make_other_calls_are_found(other):
+    mine = [('gather', (2, 1), torch.float32)]
+
+    def all_gather_object(of_ranks, calls):
+        of_ranks[:] = [*calls], theirs
+    with mock.patch.object(torch.distributed, 'all_gather_object', all_gather_object):
+        _calls[:], theirs = mine, mine
+        ranks_made_the_same_calls()
+        _calls[:], theirs = mine, other
+        with pytest.raises(AssertionError, match='ranks made other calls'):
+            ranks_made_the_same_calls()
+
 
 def several_ranks(root, out, me, port):
     """What each of four processes runs. The last two go on as a pair when all four have trained."""
@@ -4358,19 +4433,23 @@ def several_ranks(root, out, me, port):
     os.dup2(said, 1), os.dup2(said, 2)
     sys.stdout, sys.stderr = (open(i, 'w', buffering=1, closefd=False) for i in (1, 2))
     dist = torch.distributed
+    for name in COLLECTIVES.split():
+        if hasattr(dist, name):
+            setattr(dist, name, as_nccl_demands(getattr(dist, name)))
     os.environ.update(RANK=str(me), LOCAL_RANK=str(me), WORLD_SIZE='4')
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     join, end = dist.init_process_group, dist.destroy_process_group
     join('gloo', f'file://{out}/store', rank=me, world_size=4)
     # all runs share a group, and rank 0's files are written when one ends
     dist.init_process_group = lambda *a, **k: dist.is_initialized() or join(*a, **k)
-    dist.destroy_process_group = lambda: dist.barrier()
+    dist.destroy_process_group = ranks_made_the_same_calls
     for name in (*that_hold('four'), 'gpt_local_adamw', 'gpt_replicas'):
         steps = 4 if name.endswith('_shard') else 8 if name in that_hold('four') else 1
         run(name, root, f'{out}/{name}_four', f'--max_iters={steps}')
     few_bits_are_the_same_on_any_number_of_ranks()
     plain_ddp_is_refused()
     ranks_send_what_is_counted()
+    ranks_made_the_same_calls()
     time.sleep(0.1)
     end()
     if me == 3:
@@ -4424,6 +4503,7 @@ def several_ranks(root, out, me, port):
     shards_begin_with_the_bits_of_one_process(root, f'{out}/begin')
     one_rank_saves_what_all_ranks_load(root, out / 'rows')
     no_rank_saves_what_is_not_finite_on_one(root, out)
+    ranks_made_the_same_calls()
     end()
 
 

@@ -66,13 +66,15 @@ def mean(x, world=None):
 def gather(x):
     """The tensors x of all ranks, (world, *x.shape)."""
     world = rank_and_world()[1]
-    x = x.detach()
+    part = x.detach()[None]  # gloo wants as many dimensions as the whole has
     if world == 1:
-        return x[None]
-    x = x.contiguous()
-    traffic['bytes'] += x.nbytes * (world - 1)
-    gathered = x.new_empty(world, *x.shape)
-    dist.all_gather(list(gathered), x)
+        return part
+    part = part.contiguous()
+    traffic['bytes'] += part.nbytes * (world - 1)
+    gathered = part.new_empty(world, *x.shape)
+    # its name from torch 2.13 on, and before
+    all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
+    all_gather(gathered, part)
     return gathered
 
 

@@ -58,8 +58,10 @@ def mean(x, world=None):
         world = rank_and_world()[1]
     if world > 1:
         traffic['bytes'] += 2 * x.nbytes * (world - 1) / world
-        dist.all_reduce(x)  # gloo has no average
-        x.div_(world)
+        whole = x.contiguous()  # x itself, unless it is transposed
+        dist.all_reduce(whole)  # gloo has no average
+        whole.div_(world)
+        x.copy_(whole)
     return x
 
 

@@ -4447,6 +4447,7 @@ def several_ranks(root, out, me, port):
         steps = 4 if name.endswith('_shard') else 8 if name in that_hold('four') else 1
         run(name, root, f'{out}/{name}_four', f'--max_iters={steps}')
     few_bits_are_the_same_on_any_number_of_ranks()
+    transposed_tensors_are_averaged()
     plain_ddp_is_refused()
     ranks_send_what_is_counted()
     ranks_made_the_same_calls()
@@ -4546,6 +4547,16 @@ def few_bits_are_the_same_on_any_number_of_ranks():
         here[0, 6, 32] = math.inf
     got = processes.coded_mean(x[rank::ranks], 8, ranks, here)
     assert got.isfinite()[0].all() and got[6, 32].isnan()
+
+
+def transposed_tensors_are_averaged():
+    """Such as the gradient of a transposed parameter."""
+    rank, ranks = processes.rank_and_world()
+    of_ranks = [normal(3, 4, seed=seed).mT for seed in range(ranks)]
+    wanted = torch.stack(of_ranks).mean(0)
+    x = of_ranks[rank]
+    assert processes.mean(x) is x
+    close(x, wanted)
 
 
 def ranks_send_what_is_counted():

@@ -49,9 +49,9 @@ def join(settings):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    settings: device, dtype, param_dtype; of a training per_layer, shard and split. Returns as
-    attributes: rank, ranks, device (of this process), device_type, compute (the name of the dtype
-    that is computed in).
+    settings: device, dtype, param_dtype; of a training compile, per_layer, shard and split. Returns
+    as attributes: rank, ranks, device (of this process), device_type, compute (the name of the
+    dtype that is computed in).
     """
     device, several = settings['device'], 'RANK' in os.environ
     if device == 'auto':
@@ -65,14 +65,20 @@ def join(settings):
              '--device=cpu')
     elif several:
         device = card_of_rank(device)
+    elif ':' in device and int(device.split(':')[1]) >= torch.cuda.device_count():
+        fail(f'device={device!r}, but the last card here is cuda:{torch.cuda.device_count() - 1}: '
+             'set that or one before it')
     if ':' in device:
         torch.cuda.set_device(device)
+    compute = dtype_of(settings, device)
+    if device != 'cpu':
+        check_capability(settings, compute)
     if several:  # gloo beside nccl carries the stop flag, without waiting for the GPU
         backend = 'gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl'
         dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     return SimpleNamespace(rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0],
-                           compute=dtype_of(settings, device))
+                           compute=compute)
 
 
 def card_of_rank(device):
@@ -97,6 +103,17 @@ def dtype_of(settings, device):
     # cards before Ampere; what goes with no GradScaler: see config.CHECKS
     unscaled = settings.get('per_layer') or settings.get('shard') and settings['split']
     return 'float32' if unscaled else 'float16'
+
+
+def check_capability(settings, compute):
+    """Refuses what this process's card cannot do, and says what is slow on it."""
+    capability = torch.cuda.get_device_capability()
+    here = 'this card has {}.{}'.format(*capability)
+    if settings.get('compile') and capability < (7, 0):  # Triton would say so at the first step
+        fail(f'compile=True needs a card of capability 7.0 or newer, and {here}: set '
+             '--compile=False')
+    if compute == 'bfloat16' and capability < (8, 0) and os.environ.get('RANK', '0') == '0':
+        print(f'bfloat16 is slow here: cards compute in it from capability 8.0 on, and {here}')
 
 
 def keep_freed_memory():

@@ -57,7 +57,7 @@ import textbook
 import train_gpt
 import train_llama
 import train_vit
-from run import (MAY_CHANGE, Meter, join, load_checkpoint, make_optimizer, refuse_other_settings, put_layers, save,
+from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, refuse_other_settings, put_layers, save,
                  save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
@@ -4346,6 +4346,114 @@ def test_codes_have_their_size_are_nearer_than_nothing_and_never_make_numbers_of
     for bits in (1, 16):
         with pytest.raises(ValueError, match=f'bits={bits} does not fit'):
             processes.coded_mean(x[None], bits)
+
+
+# -----------------------------------------------------------------------------
+# cards that are not here: what `join` makes of them
+
+
+@contextlib.contextmanager
+def cards(*capabilities):
+    """A host with GPUs of these capabilities, as far as `join` looks at it. Gives a dict: what
+    torch was told."""
+    told = {'card': 0}
+
+    def properties(card=None):
+        major, minor = capabilities[told['card'] if card is None else card]
+        return SimpleNamespace(major=major, minor=minor)
+
+    def set_device(device):
+        told['card'] = torch.device(device).index
+
+    def init_process_group(backend, timeout):
+        told.update(backend=backend, card_then=told['card'])
+    host = dict(is_available=lambda: len(capabilities) > 0, device_count=lambda: len(capabilities),
+                current_device=lambda: told['card'], get_device_properties=properties,
+                set_device=set_device, _check_bf16_tensor_supported=lambda card: True)  # emulated
+    group = dict(init_process_group=init_process_group,
+                 get_rank=lambda: int(os.environ['RANK']),
+                 get_world_size=lambda: int(os.environ['WORLD_SIZE']))
+    with mock.patch.multiple(torch.cuda, **host), mock.patch.multiple(torch.distributed, **group), \
+            mock.patch.object(torch.version, 'cuda', '12.8'):
+        yield told
+
+
+def torchrun(rank, ranks, local_rank):
+    """The environment of one of torchrun's processes."""
+    return mock.patch.dict(os.environ, RANK=str(rank), WORLD_SIZE=str(ranks),
+                           LOCAL_RANK=str(local_rank))
+
+
+@pytest.mark.parametrize('words, old, new', [  # before capability 8.0, and from it on
+    ([], 'float16', 'bfloat16'), (['--dtype=float16'], 'float16', 'float16'),
+    (['--dtype=float32'], 'float32', 'float32'), (['--dtype=bfloat16'], 'bfloat16', 'bfloat16'),
+    (['--param_dtype=bfloat16'], 'bfloat16', 'bfloat16'),
+    (['--param_dtype=float64'], 'float64', 'float64'),
+    (method('lte'), 'float16', 'bfloat16'),
+    (method('galore', '--shard=True'), 'float16', 'bfloat16'),
+    (method('lte', '--shard=True'), 'float32', 'bfloat16'),  # no GradScaler goes with these two
+    (['--per_layer=True', '--grad_clip=0'], 'float32', 'bfloat16')])
+@pytest.mark.parametrize('capability', [(6, 1), (7, 5), (8, 6), (9, 0)])
+def test_a_card_computes_in_what_it_is_good_at(capsys, capability, words, old, new):
+    settings = settings_of(train_gpt, *words, '--learning_rate=0.01')
+    with cards(capability):
+        process = join(settings)
+        said = capsys.readouterr().out
+        net = tiny_gpt()
+        put_layers(net, settings)
+        run = assemble(net, {}, make_optimizer(net, settings), settings, process)
+    wanted = old if capability < (8, 0) else new
+    assert (process.device, process.compute) == ('cuda', wanted)
+    assert run.scaler.is_enabled() == (wanted == 'float16')
+    assert run.scaler._device == 'cuda'
+    is_slow = wanted == 'bfloat16' and capability < (8, 0)
+    assert ('bfloat16 is slow here' in said) == is_slow
+    assert not is_slow or said.endswith('this card has {}.{}\n'.format(*capability))
+
+
+def test_a_rank_has_its_card_and_backend(capsys):
+    def joined(words, *capabilities):
+        with cards(*capabilities) as told:
+            process = join(settings_of(train_gpt, *words.split()))
+        found = process.rank, process.ranks, process.device, process.device_type, process.compute
+        return found, told
+    pair = (7, 5), (8, 6)
+    assert joined('', *pair) == ((0, 1, 'cuda', 'cuda', 'float16'), {'card': 0})
+    assert joined('--device=cuda:1', *pair) == ((0, 1, 'cuda:1', 'cuda', 'bfloat16'), {'card': 1})
+    assert joined('--device=cpu', *pair) == ((0, 1, 'cpu', 'cpu', 'float32'), {'card': 0})
+    assert joined('') == ((0, 1, 'cpu', 'cpu', 'float32'), {'card': 0})
+    with torchrun(rank=3, ranks=4, local_rank=1):  # of the second of two hosts
+        both = {'card': 1, 'card_then': 1, 'backend': 'cpu:gloo,cuda:nccl'}
+        for words in ('', '--device=cuda'):
+            assert joined(words, *pair) == ((3, 4, 'cuda:1', 'cuda', 'bfloat16'), both)
+        alone = {'card': 0, 'card_then': 0, 'backend': 'gloo'}
+        assert joined('--device=cpu', *pair) == ((3, 4, 'cpu', 'cpu', 'float32'), alone)
+        assert joined('') == ((3, 4, 'cpu', 'cpu', 'float32'), alone)
+        assert not capsys.readouterr().out
+        joined('--dtype=bfloat16', (7, 5), (7, 5))  # rank 0 says that it is slow
+        assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, capabilities, local_rank, said', [
+    ('--device=cuda', [], None, "device='cuda', but torch"),
+    ('--device=cuda', [], 0, 'finds no CUDA GPU here: set --device=cpu'),
+    ('--device=cuda:2', [(8, 6), (8, 6)], None, 'the last card here is cuda:1: set'),
+    ('--device=cuda:1', [(8, 6), (8, 6)], 0, "device='cuda:1' is one card for all"),
+    ('', [(8, 6), (8, 6)], 2, 'processes than there are cards: set --nproc_per_node=2'),
+    ('--compile=True', [(6, 1)], None, '7.0 or newer, and this card has 6.1: set --compile=False'),
+    ('--compile=True', [(9, 0), (6, 1)], 1, '7.0 or newer, and this card has 6.1')])
+def test_what_no_card_here_can_do_is_one_sentence(capsys, words, capabilities, local_rank, said):
+    settings, place = settings_of(train_gpt, *words.split()), contextlib.nullcontext()
+    if local_rank is not None:
+        place = torchrun(local_rank, 3, local_rank)
+    with cards(*capabilities) as told, place, mock.patch('time.sleep'):
+        with pytest.raises(SystemExit) as ended:
+            join(settings)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count('\n') == 1 and said in error
+    assert 'backend' not in told  # no other rank waits
+    with cards((7, 0)):  # the oldest that compiles
+        join(settings_of(train_gpt, '--compile=True'))
 
 
 # -----------------------------------------------------------------------------

@@ -429,7 +429,9 @@ def open_run(settings, process):
     if settings['init_from'] == 'auto':  # each rank looks at its own disk
         settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if process.ranks > 1:
-        compare_ranks({**settings, 'code': fingerprint_of_code()}, process.ranks)
+        # of 'auto' unlike cards may make unlike dtypes
+        compare_ranks({**settings, 'dtype': process.compute, 'code': fingerprint_of_code()},
+                      process.ranks)
     if process.rank == 0:
         claim_folder(settings)
     if process.ranks > 1:

@@ -4594,6 +4594,10 @@ def several_ranks(root, out, me, port):
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
         run('gpt_full', root, f'{out}/differ', f'--seed={me}')
     assert 'rank 0 has seed=0 and rank 1 1: start all ranks with the same' in said.getvalue()
+    unlike = mock.patch('run.dtype_of', return_value=('float16', 'bfloat16')[me])  # cards
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit), unlike:
+        run('gpt_full', root, f'{out}/differ')
+    assert "rank 0 has dtype='float16' and rank 1 'bfloat16': start all" in said.getvalue()
     os.mkdir(f'{out}/disk{me}'), os.chdir(f'{out}/disk{me}')  # of two nodes, the first one has a checkpoint
     if me == 0:
         shutil.copytree(f'{out}/gpt_full', 'here')

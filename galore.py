@@ -18,14 +18,15 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
 from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
                    gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
                    per_rank_tensors, rank_and_world, rows_here, same)
-from rules import (BLOCK_OF_BITS, FULL, INSIDE, ORTHOGONAL, PROJECTED, SHORTEST, adam, code_,
-                   dense, fused_adam_, is_fused, muon_size, new_moments, orthogonalised,
-                   read_moments, round_, rows_of_shape, step_, wide, write_moments)
+from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time, fused_adam_,
+                   in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
+                   orthogonalised, read_moments, rows_of_shape, step_, wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 
@@ -102,7 +103,7 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
 # updates of what is here of a weight
 
 
-def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None):
+def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None, compile=False):
     """
     W <- keep W - lr U basis^T, in place, where W is seen transposed W <- keep W - lr basis U^T: the
     product goes straight to W.
@@ -114,38 +115,24 @@ def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None):
     if W.dtype not in (torch.bfloat16, torch.int8):
         W.addmm_(X, Y, beta=keep, alpha=-lr)
         return
-    count = max(BLOCK_OF_BITS // W.shape[1], 1)
+    n = W.shape[1]
+    numbers = MOST if compile or isinstance(W, FakeTensor) else at_a_time(W)
+    count = max(numbers // n, 1)
     for i in range(0, len(W), count):
         rows = slice(i, i + count)
-        index = first + i * W.shape[1]
-        new = (X[rows] @ Y).float()
-        new.mul_(-lr)
-        if scales is None:
-            new.add_(W[rows], alpha=keep)
-            round_(W[rows], new, key, index)
-        else:
-            old = dense(W[rows], scales[rows], torch.float32)
-            new.add_(old, alpha=keep)
-            code_(W[rows], scales[rows], new, key, index)
+        some = None if scales is None else scales[rows]
+        move_(W[rows], X[rows] @ Y, lr, keep, key, first + i * n, some, compile)
 
 
-def move_(W, move, lr, keep, key=0, first=0):
-    """W <- keep W - lr move, in place."""
-    if W.dtype == torch.bfloat16:
-        new = move.float() * -lr
-        round_(W, new.add_(W, alpha=keep), key, first)
-    else:
-        W.mul_(keep).add_(move, alpha=-lr)
-
-
-def decay_(W, keep, key=0, first=0, scales=None):
-    """W <- keep W, in place."""
-    if keep != 1 and scales is not None:
-        scales.mul_(keep)
-    elif keep != 1 and W.dtype == torch.bfloat16:
-        round_(W, W.float().mul_(keep), key, first)
-    elif keep != 1:
-        W.mul_(keep)
+def move_(W, move, lr, keep, key=0, first=0, scales=None, compile=False):
+    """W <- keep W - lr move, in place; move: like W, or None; scales: see rules.dense."""
+    if W.dtype in (torch.bfloat16, torch.int8) and (scales is None or move is not None):
+        in_pieces(move_rows, [W, scales, move], (lr, keep), key, first, compile)
+        return
+    if keep != 1:
+        (W if scales is None else scales).mul_(keep)
+    if move is not None:
+        W.add_(move, alpha=-lr)
 
 
 def alike(params, rule):
@@ -164,6 +151,11 @@ def alike(params, rule):
             lists_of_shape.append([])
         lists_of_shape[-1].append(p)
     return sum(lists.values(), [])
+
+
+def size_of_move(rule, shape):
+    """What a rule's moves of matrices of a shape are multiplied by."""
+    return muon_size(shape) if rule in ORTHOGONAL else 1.0
 
 
 # -----------------------------------------------------------------------------
@@ -257,17 +249,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
     over ranks (but for those in `per_rank`, which differ), and frees the gradient. The
     parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is
     the last. No other optimizer of this class takes them after that. seed: of random bases and of
-    rounding. no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
+    rounding. compile: steps in 16 and 8 bits, see rules.in_pieces; None: on GPUs that can.
+    no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
     that makes no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the
     smaller side of a matrix is clamped, with a warning.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
                  correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False,
-                 per_rank=()):
+                 per_rank=(), compile=None):
         if not all(x >= 0 for x in (lr, eps, weight_decay, *betas)) or max(betas) >= 1:
             raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
+        self.compile = compile
         self.is_last = True  # micro-batch of a step, see `begin`
         self.begun = None  # the step that `begin` has named
         self.completed = set()  # per_layer: what has stepped since then, or since `step`
@@ -299,6 +293,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         numbered = [f'parameter {first + i}' for i in range(len(group['params']))]
         names = group.get('param_names') or numbered
         fill_in(group)
+        group['compile'] = is_compiled(self.compile, group['params'][0].device)
         refuse_values(group)
         refuse_shapes(group, names)
         say_what_differs(group, names)
@@ -412,7 +407,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             else:
                 before = eps * correction if as_torch else eps
                 key = self._seed(param, age, 0)
-                step_(p, grad, state, lr, keep, betas, before, key, first_here(param))
+                step_(p, grad, state, lr, keep, betas, before, key, first_here(param),
+                      group['compile'])
         for (_, age, after), lists in fused.items():
             fused_adam_(*lists, age, lr, betas, after, decay)
 
@@ -443,22 +439,25 @@ class GaLoreAdamW(torch.optim.Optimizer):
         rule = PROJECTED[group['rule']]
         if rule is None:
             N = adam(R, state, group, key)  # (long, r), in the place of R
-            add_(W, N, basis, transposed, lr * group['scale'], keep, key + 1)
+            add_(W, N, basis, transposed, lr * group['scale'], keep, key + 1,
+                 compile=group['compile'])
             return
         N = adam(R.clone(), state, group, key)
         move = rule(G, R, N, basis, state, group)  # (long, short)
-        move_(W, move.mT if transposed else move, lr, keep, key + 1)
+        move = move.mT if transposed else move
+        move_(W, move, lr, keep, key + 1, compile=group['compile'])
 
     def _full(self, params, group):
         """W <- (1 - lr decay) W - lr times what a rule of FULL makes of the gradient, in place."""
         keep = 1.0 - group['lr'] * group['weight_decay']
+        lr = group['lr'] * size_of_move(group['rule'], params[0].shape)
         for W, move in zip(params, self._moves(FULL, group['rule'], params, group)):
             key = self._seed(W, self.state[W]['step'], 0)
-            move_(local(W), move, group['lr'], keep, key + 1, first_here(W))
+            move_(local(W), move, lr, keep, key + 1, first_here(W), None, group['compile'])
 
     def _moves(self, rules, name, params, group):
         """What parameters of one shape move along, by a rule of that name; of shards the rows
-        here."""
+        here. See `size_of_move`."""
         moves = []
         for p in params:
             state = self.state[p]
@@ -468,13 +467,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if name not in ORTHOGONAL:
             return moves
         # all at once: small products would wait for their launches
-        dtype, p = moves[0].dtype, params[0]
+        p = params[0]
         moves = torch.stack(moves)  # (matrices, rows here, columns)
         if is_sharded(p) and p.dim() == 2:
-            moves = orthogonalise_rows(moves, len(p))
-        else:  # of a sharded factor ranks have whole heads
-            moves = orthogonalised(moves)
-        return [move.to(dtype).mul_(muon_size(p.shape)) for move in moves]
+            return orthogonalise_rows(moves, len(p))
+        return orthogonalised(moves)  # of a sharded factor ranks have whole heads
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
@@ -485,6 +482,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """As in torch, but state keeps the dtype that it has."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group['params']]
+        for group in self.param_groups:
+            group['compile'] = is_compiled(self.compile, group['params'][0].device)
         numbers = [i for group in state_dict['param_groups'] for i in group['params']]
         for p, i in zip(params, numbers):
             for key, x in state_dict['state'].get(i, {}).items():
@@ -544,7 +543,7 @@ class LowRankAdamW(GaLoreAdamW):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0,
-                 per_layer=False, sync_bits=32, sync_moments=True, momentum=0.95):
+                 per_layer=False, sync_bits=32, sync_moments=True, momentum=0.95, compile=None):
         if rule not in INSIDE:
             raise ValueError(f"{rule=} is not one of {', '.join(map(repr, INSIDE))}")
         if not basis_every >= 1:
@@ -576,7 +575,7 @@ class LowRankAdamW(GaLoreAdamW):
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
                            'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
-                         per_rank=per_rank_tensors(lowrank_layers(model)))
+                         per_rank=per_rank_tensors(lowrank_layers(model)), compile=compile)
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
@@ -653,7 +652,7 @@ class LowRankAdamW(GaLoreAdamW):
             moments = [x.view(local(p).shape) for x in read_moments(state)]  # (long, r)
             # of Muon there is the first one alone
             moments = [x @ factor.to(x.dtype) for x, factor in zip(moments, (C, C.square()))]
-            write_moments(state, moments, self._seed(p, state['step'], 2), first=first_here(p))
+            write_moments(state, moments, self._seed(p, state['step'], 2), first_here(p))
         if 'error' in state:  # what merges have left: it is rotated as first moments are
             E = state['error']
             E.copy_(E @ C.to(E.dtype))
@@ -716,26 +715,29 @@ class LowRankAdamW(GaLoreAdamW):
                           'after merges, stay as they are')
             self.is_warned = True
         self.is_fresh = False
-        keep = 1.0 - group['lr'] * group['weight_decay']
+        keep, compile = 1.0 - group['lr'] * group['weight_decay'], group['compile']
         lr = group['lr'] * group['scale'] * keep  # as in GaLoreAdamW: decay after the update
         for some in alike(params, group['inside']):
+            size = size_of_move(group['inside'], some[0].shape)
             for p, move in zip(some, self._moves(INSIDE, group['inside'], some, group)):
                 layer = self.layers[p]
                 key = self._seed(p, self.state[p]['step'], 0)
                 if layer.moves_weight:  # GaLore
-                    self._apply(layer, move.to(p.dtype), lr, keep, key + 1)
+                    self._apply(layer, move.to(p.dtype), lr * size, keep, key + 1, compile)
                 else:  # GaLoLTE: a merge puts the factor into W
-                    decay_(local(layer.weight), keep, key + 1, first_here(layer.weight),
-                           layer.scales_here)
-                    move_(local(p), move, lr, keep, key + 2, first_here(p))
+                    if keep != 1:
+                        move_(local(layer.weight), None, 0.0, keep, key + 1,
+                              first_here(layer.weight), layer.scales_here, compile)
+                    move_(local(p), move, lr * size, keep, key + 2, first_here(p), None, compile)
 
-    def _apply(self, layer, U, lr, keep, key):
+    def _apply(self, layer, U, lr, keep, key, compile):
         """W <- keep W - lr U Q^T, of what is here of W and of U."""
         W, transposed = layer.weight, is_transposed(layer.weight.shape)
         basis = local(layer.basis) if transposed else full(layer.basis)
         if is_sharded(W) and transposed:  # rows of W are rows of the basis, not of U
             U = gather_rows(U, W.shape[1])
-        add_(local(W), U, basis, transposed, lr, keep, key, first_here(W), layer.scales_here)
+        add_(local(W), U, basis, transposed, lr, keep, key, first_here(W), layer.scales_here,
+             compile)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, and of the layers' bases."""

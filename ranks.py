@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rules import code_, for_muon, in_blocks, orthogonalised, pack, unpack, wide
+from rules import code_, in_blocks, orthogonalised, pack, unpack, wide
 
 FORMAT = 7  # of checkpoints
 
@@ -406,7 +406,7 @@ def orthogonalise_rows(moves, size):
     world, each = dist.get_world_size(), rows_each(size)
     _, here, n = moves.shape
     done = []
-    for some in for_muon(moves).split(world):
+    for some in moves.split(world):
         parts = F.pad(some, (0, 0, 0, each - here, 0, world - len(some)))  # (world, each, n)
         X = exchanged(parts).flatten(0, 1)[:size]  # one matrix, (size, n)
         X = F.pad(orthogonalised(X), (0, 0, 0, each * world - size))

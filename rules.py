@@ -32,13 +32,78 @@ def wide(x):
 
 
 CHUNK, CHUNK_OF_A_CPU = 2**22, 2**18  # numbers
+MOST = 2**24  # where steps are compiled
 
 
-def at_a_time(x, most=CHUNK):
-    """How many numbers of x are taken at a time: on a CPU as many as fit its cache, else `most`. A
-    fake tensor (a planner's, see bench.py) has shapes alone, and no cache."""
-    on_a_cpu = x.device.type == 'cpu' and not isinstance(x, FakeTensor)
-    return CHUNK_OF_A_CPU if on_a_cpu else most
+def at_a_time(x):
+    """How many numbers of x are taken at a time: on a CPU as many as fit its cache."""
+    return CHUNK_OF_A_CPU if x.device.type == 'cpu' else CHUNK
+
+
+# -----------------------------------------------------------------------------
+# pieces and compiled functions
+
+# A step is written once, as a function that writes into rows of its tensors. A CPU runs it as it
+# is, on pieces that fit its cache. A GPU runs it compiled, on all rows at once: each number is read
+# once and written once, by one or a few kernels, and no temporary is as large as a weight.
+
+
+def is_compiled(compile, device):
+    """Whether steps are compiled on a device; compile: True, False, or None: on GPUs that can."""
+    if compile is None:
+        return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+    return compile
+
+
+@functools.cache
+def compiled(function):
+    """A function, compiled for any number of rows; once for each length of rows and each combination
+    of dtypes, of which there may be more than the 8 that torch allows."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(function, fullgraph=True, dynamic=True)
+
+
+@functools.lru_cache(maxsize=16)  # the matrices of a group have the same ones
+def on_device(numbers, device):
+    """Numbers as a tensor, by a copy that the host does not wait for."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    if device.type == 'cuda':
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
+
+
+def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flags=()):
+    """
+    function(*tensors, numbers, start, *flags), which writes into some of the tensors, on all rows.
+
+    tensors: of equally many rows, or None; numbers: floats that differ from step to step; flags:
+    what is compiled in; start: of a key and the index of the first number in the whole tensor, makes
+    random bits, see `random_bits`. Both ways give the same bits.
+    """
+    x = tensors[0]
+    if not x.numel():  # of a shard
+        return
+    n = x[0].numel()  # of a row
+    if isinstance(x, FakeTensor):  # one row stands for all: a compiled function has no temporaries
+        tensors = [None if x is None else x[:1] for x in tensors]
+        count, compile = 1, False
+    elif compile:
+        function, numbers = compiled(function), on_device(tuple(numbers), x.device)
+        count = max(MOST // n, 1)
+    else:
+        count = max(at_a_time(x) // n, 1)
+    for i in range(0, len(tensors[0]), count):
+        some = [None if x is None else x[i:i + count] for x in tensors]
+        if compile:
+            mark_rows(some)
+        function(*some, numbers, start_of(key, first + i * n), *flags)
+
+
+def mark_rows(tensors):
+    """Tells torch.compile that rows of another length are another function."""
+    for x in tensors:
+        if x is not None and x.dim() > 1:
+            torch._dynamo.mark_static(x, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -46,43 +111,64 @@ def at_a_time(x, most=CHUNK):
 
 # bfloat16 keeps 8 bits of a number: what is smaller than 1 / 512 of it is lost when it is added. So
 # weights and moments are rounded up or down at random, right on average (stochastic rounding, Gupta
-# et al., arXiv 1502.02551). The random bits of an element depend on a key and its index alone, so
-# that ranks, shards of a tensor and resumed runs agree. They are read from a table, at an offset
-# for each key and block. A block sees all 16-bit numbers equally often: a mean that is off by 3e-4
-# of a spacing is a weight decay of 1e-6 a step.
-BLOCK_OF_BITS = 2**20  # numbers
-_tables = {}  # by device
+# et al., arXiv 1502.02551). The random bits of a number depend on a key and its index alone, so
+# that ranks, shards of a tensor and resumed runs agree.
+GOLDEN = -0x61c88647  # 2^32 over the golden ratio, as 32 bits with a sign
 
 
-def _table_of_bits(device):
-    """16 random bits each, (2 BLOCK_OF_BITS,), int32."""
-    if device in _tables:
-        return _tables[device]
-    generator = torch.Generator().manual_seed(16)
-    table = torch.randperm(BLOCK_OF_BITS, generator=generator, dtype=torch.int32) % 2**16
-    _tables[device] = table.repeat(2).to(device)
-    return _tables[device]
+def square_root(x):
+    """The square root, to the last bit as compiled functions have it: torch.sqrt is not, on CPUs."""
+    return x.rsqrt().reciprocal_()
 
 
-def _offset(key, block):
-    """A random place in the table: neighbouring blocks and keys have nothing to do with each
-    other."""
-    words = f'{key} {block}'.encode()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) % BLOCK_OF_BITS
+def as_int32(x):
+    """The last 32 bits of an integer, with a sign."""
+    return (x + 2**31) % 2**32 - 2**31
 
 
-def random_bits_of(x, key, first=0):
-    """Yields slices of x (numbers,) and the random bits of their numbers, 16 each, int32; first:
-    the index of x's first number in the whole tensor."""
-    table = _table_of_bits(x.device)
-    size = at_a_time(x, BLOCK_OF_BITS)
-    begin, last = first, first + len(x)
-    while begin < last:
-        block = begin // BLOCK_OF_BITS
-        end = min(last, begin + size, (block + 1) * BLOCK_OF_BITS)
-        offset = _offset(key, block) + begin % BLOCK_OF_BITS
-        yield slice(begin - first, end - first), table[offset:offset + end - begin]
-        begin = end
+def start_of(key, first):
+    """What `random_bits` wants of a key, an integer, and the index of the first number."""
+    digest = hashlib.blake2b(str(key).encode(), digest_size=4).digest()
+    return as_int32(int.from_bytes(digest) + first * GOLDEN)
+
+
+def random_bits(x, start):
+    """32 random bits for each number of x, int32: a hash of start and the number's index, which
+    multiplies and mixes twice (as murmur3 ends). The upper 16 and the lower 16 go on their own."""
+    bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    bits.mul_(GOLDEN).add_(start)
+    bits.bitwise_xor_(bits >> 15).mul_(-0x7a143595)
+    bits.bitwise_xor_(bits >> 13).mul_(-0x3d4d51cb)
+    return bits
+
+
+def upper(bits):
+    """16 random bits of 32."""
+    return (bits >> 16).bitwise_and_(2**16 - 1)
+
+
+def lower(bits):
+    """The other 16."""
+    return bits & 2**16 - 1
+
+
+def put(out, x, random):
+    """out <- x; float32 into bfloat16 goes up or down by random bits, 16 each, int32."""
+    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
+        out.copy_(x)
+        return
+    bits = x.view(torch.int32)
+    size = bits & 2**31 - 1  # without the sign
+    # inf and NaN stay: CUDA's NaN has all bits set, and one more would make it zero
+    size.clamp_(max=0x7fff0000)
+    size.add_(random).bitwise_and_(-2**16)
+    size.bitwise_or_(bits & -2**31)
+    out.copy_(size.view(torch.float32))
+
+
+def put_rows(out, x, numbers, start):
+    """out <- x, rounded at random."""
+    put(out, x, upper(random_bits(x, start)))
 
 
 def round_(out, x, key, first=0):
@@ -91,21 +177,13 @@ def round_(out, x, key, first=0):
     becomes the upper one as often as it is near to it; what bfloat16 holds stays, inf and NaN too.
 
     out, x: of one shape; key: an integer, another for every tensor and time; first: the index of
-    out's first element in the whole tensor. 6 passes over memory.
+    out's first element in the whole tensor.
     """
-    is_exact = out.dtype != torch.bfloat16 or x.dtype != torch.float32
-    if is_exact or isinstance(out, FakeTensor):  # the latter has no bits, and 1B a thousand pieces
+    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
         out.copy_(x)
         return
     flat = out.reshape(-1)
-    x = x.reshape(-1)
-    for here, random in random_bits_of(flat, key, first):
-        # a copy; and CUDA's NaN has all bits set: one more would make it zero
-        part = x[here].nan_to_num(math.nan, math.inf, -math.inf)
-        bits = part.view(torch.int32)
-        bits.add_(random)
-        bits.bitwise_and_(-2**16)
-        flat[here] = part
+    in_pieces(put_rows, [flat, x.reshape(-1)], key=key, first=first)
     if not out.is_contiguous():  # flat may be a copy
         out.copy_(flat.view(out.shape))
 
@@ -162,31 +240,41 @@ def code_(codes, scales, x, key=None, first=0):
     and first; without a key, and in 4 bits, each number goes to the nearest level. ValueError: 4
     bits want bitsandbytes, which is not installed.
     """
+    if codes.dtype == torch.uint8:
+        code_4_bits(codes, scales, x)
+    elif key is None:
+        in_pieces(code_rows, [codes, scales, x], flags=[True])
+    else:
+        in_pieces(code_rows, [codes, scales, x], key=key, first=first)
+
+
+def code_4_bits(codes, scales, x):
     if isinstance(x, FakeTensor):
         return
-    if codes.dtype == torch.uint8:
-        if kernels is None:
-            raise ValueError('weights go into 4 bits by bitsandbytes: pip install bitsandbytes')
-        count = max(at_a_time(x) // x.shape[1], 1)  # it takes 30 bytes a number on a CPU
-        for i in range(0, len(x), count):
-            rows = slice(i, i + count)
-            part = x[rows].float().contiguous()
-            found, about = kernels.quantize_4bit(part, blocksize=WEIGHT_BLOCKS[4],
-                                                 quant_type='nf4')
-            codes[rows] = found.view(codes[rows].shape)
-            scales[rows] = about.absmax.view(scales[rows].shape)
-        return
+    if kernels is None:
+        raise ValueError('weights go into 4 bits by bitsandbytes: pip install bitsandbytes')
+    count = max(at_a_time(x) // x.shape[1], 1)  # it takes 30 bytes a number on a CPU
+    for i in range(0, len(x), count):
+        rows = slice(i, i + count)
+        part = x[rows].float().contiguous()
+        found, about = kernels.quantize_4bit(part, blocksize=WEIGHT_BLOCKS[4], quant_type='nf4')
+        codes[rows] = found.view(codes[rows].shape)
+        scales[rows] = about.absmax.view(scales[rows].shape)
+
+
+def code_rows(codes, scales, x, numbers, start, to_nearest=False):
+    """codes, scales <- x (rows, n) in 8 bits."""
     blocks = x.float().unflatten(1, (-1, WEIGHT_BLOCKS[8]))  # (rows, blocks, 128)
-    scales.copy_(blocks.abs().amax(-1).div_(127))
+    size = blocks.abs().amax(-1).div_(127)
+    scales.copy_(size)
     tiny = torch.finfo(torch.float32).tiny
-    levels = blocks / scales[..., None].clamp_min(tiny)
-    flat = levels.view(-1)
-    if key is None:
-        flat.add_(0.5)
-    else:
-        for here, random in random_bits_of(flat, key, first):
-            flat[here].add_(random, alpha=2.0**-16)
-    codes.copy_(levels.floor_().clamp_(-127, 127).view(codes.shape))
+    levels = blocks / size[..., None].clamp_min(tiny)
+    threshold = 0.5
+    if not to_nearest:
+        random = upper(random_bits(levels, start))
+        threshold = random.float().mul_(2.0**-16)
+    levels.add_(threshold).floor_().clamp_(-127, 127)
+    codes.copy_(levels.flatten(1))
 
 
 def dense(W, scales, dtype):
@@ -214,8 +302,8 @@ def dense(W, scales, dtype):
         levels = W[rows]
         if is_nf4:
             levels = pairs_of_levels(W.device)[levels.int()].flatten(1)  # (rows, n)
-        x = levels.view(-1, blocks, numbers) * scales[rows, :, None]
-        out[rows] = x.view(-1, n)
+        levels = levels.view(-1, blocks, numbers)
+        torch.mul(levels, scales[rows, :, None], out=out[rows].view(levels.shape))
     return out
 
 
@@ -225,6 +313,22 @@ def pairs_of_levels(device):
     byte = torch.arange(256)
     levels = torch.tensor(NF4)
     return torch.stack([levels[byte // 16], levels[byte % 16]], 1).to(device)
+
+
+def move_rows(W, scales, move, numbers, start):
+    """W <- keep W - lr move, rounded at random; of codes, if scales are given."""
+    lr, keep = numbers
+    x = W
+    if scales is not None:  # (rows, blocks, 128)
+        x = W.unflatten(1, (-1, WEIGHT_BLOCKS[8])) * scales[..., None]
+        x = x.flatten(1)
+    new = x.float() * keep
+    if move is not None:
+        new.sub_(move.float() * lr)
+    if scales is None:
+        put(W, new, upper(random_bits(W, start)))
+    else:
+        code_rows(W, scales, new, (), start)
 
 
 # -----------------------------------------------------------------------------
@@ -248,8 +352,12 @@ def rows_of_shape(shape):
 
 
 def as_rows(x):
-    """x as (rows, n), see `rows_of_shape`."""
+    """x as (rows, n), see `rows_of_shape`; each block is a row, if all have one size: compiled
+    functions take fewer passes then."""
     leading, n = rows_of_shape(x.shape)
+    blocks = -(-n // BLOCK)
+    if n and n % blocks == 0:
+        return x.reshape(leading.numel() * blocks, n // blocks)
     return x.reshape(leading.numel(), n)
 
 
@@ -263,13 +371,18 @@ def by_block(x):
     return x.unflatten(1, (blocks, -1))
 
 
-def encode(x, age, levels, power, dtype):
+def shift_of(age):
+    """By how much the thresholds of `encode` are moved at an age, in [0, 1)."""
+    return age * 0.7548776662 % 1.0
+
+
+def encode(x, shift, levels, power, dtype):
     """
     Codes (rows, n) of `dtype` and tops (rows, blocks) of x (rows, n), float32.
 
     Off by less than a level, and right on average: x goes up or down by a threshold that runs
-    through (0, 1) with `age`. To the nearest level a second moment would not decay by 0.1% a step.
-    Its codes are at least 1: the update divides by the root.
+    through (0, 1) with a moment's age, see `shift_of`. To the nearest level a second moment would
+    not decay by 0.1% a step. Its codes are at least 1: the update divides by the root.
     """
     blocks = by_block(x)  # (rows, blocks, numbers)
     size = blocks.abs()
@@ -279,19 +392,18 @@ def encode(x, age, levels, power, dtype):
     size.mul_(levels**power)  # level l is at l^power
 
     # thresholds are spread evenly, over a block and over ages; they are not random
-    index = torch.arange(blocks.shape[-1], device=x.device)
-    shift = age * 0.7548776662 % 1.0  # in Python: float32 has no room for large ages
+    index = torch.arange(blocks.shape[-1], dtype=x.dtype, device=x.device)
     threshold = (index * 0.6180339887 + shift) % 1.0  # (numbers,)
 
     # the level below, its distance from the number, and what of the way to the next level a number
     # has to be for the upper one
     if power == 2:  # the next level is 2 l + 1 away
-        level = size.sqrt().floor_()
+        level = square_root(size).floor_()
         level.clamp_(max=levels - 1)
         root = level
         needed = torch.addcmul(threshold, level, 2 * threshold)
     else:  # (2 l + 1) (2 l^2 + 2 l + 1)
-        level = size.sqrt().sqrt_().floor_()
+        level = square_root(square_root(size)).floor_()
         level.clamp_(max=levels - 1)
         root = level.square()
         needed = (2 * level).add_(1)
@@ -337,37 +449,54 @@ def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
             state[name] = like.new_zeros(like.shape, dtype=dtype)
 
 
-def read_moments(state, rows=slice(None)):
-    """First and second moment, if there is one, or some rows of them (rows, n), see `as_rows`, in
-    float32 or wider."""
-    found = []
-    for name, (levels, power, _) in EIGHT_BITS.items():
-        if name not in state:
-            continue
-        x = as_rows(state[name])[rows]
-        if f'{name}_top' in state:
-            top = state[f'{name}_top'].flatten(0, -2)[rows]
-            x = decode(x, top, levels, power)
-        found.append(x.to(wide(x)))
-    return found
+def read(x, top, dtype=torch.float32):
+    """The numbers of a moment (rows, n), or of its codes and tops, in a dtype or wider; a copy."""
+    if top is None:
+        return x.to(torch.promote_types(x.dtype, dtype), copy=True)
+    levels, power, _ = EIGHT_BITS['exp_avg' if x.dtype == torch.int8 else 'exp_avg_sq']
+    return decode(x, top, levels, power).to(dtype)
 
 
-def write_moments(state, moments, key, rows=slice(None), first=0, beta1=1.0):
-    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first, of
-    these rows). With a beta1 of up to 0.95 the first one goes to the nearest: a step moves it by
-    more than its last bit, and that is less noise."""
-    for x, (name, kind) in zip(moments, EIGHT_BITS.items()):
-        is_first = name == 'exp_avg'
-        out = as_rows(state[name])[rows]
-        x = x.reshape(out.shape)
-        if f'{name}_top' in state:
-            code, top = encode(x, state['step'], *kind)
-            out.copy_(code)
-            state[f'{name}_top'].flatten(0, -2)[rows] = top
-        elif is_first and beta1 <= 0.95:
-            out.copy_(x)  # to the nearest
-        else:
-            round_(out, x, hash((key, is_first)), first)
+def write(out, top, x, shift, random):
+    """Writes what `read` reads; shift: of codes; random: for bfloat16 16 bits each, or None: to the
+    nearest."""
+    if top is not None:
+        kind = EIGHT_BITS['exp_avg' if out.dtype == torch.int8 else 'exp_avg_sq']
+        code, new_top = encode(x, shift, *kind)
+        out.copy_(code)
+        top.copy_(new_top)
+    elif random is None:
+        out.copy_(x)
+    else:
+        put(out, x, random)
+
+
+def rows_like_moments(x, state):
+    """x as rows, see `as_rows`, if the moments of a state are coded, else flat."""
+    return as_rows(x) if 'exp_avg_top' in state else x.reshape(-1)
+
+
+def rows_of_moment(state, name):
+    """A moment as rows, and their tops (rows, blocks of a row); or flat, and None."""
+    rows = rows_like_moments(state[name], state)
+    top = state.get(f'{name}_top')
+    if top is not None:
+        top = top.view(len(rows), -(-rows.shape[1] // BLOCK))
+    return rows, top
+
+
+def read_moments(state):
+    """First and second moment, if there is one, in float32 or wider, see `rows_of_moment`."""
+    return [read(*rows_of_moment(state, name)) for name in EIGHT_BITS if name in state]
+
+
+def write_moments(state, moments, key, first=0):
+    """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first)."""
+    for x, name in zip(moments, EIGHT_BITS):
+        out, top = rows_of_moment(state, name)
+        random = random_bits(out, start_of(key, first))
+        half = upper(random) if name == 'exp_avg' else lower(random)
+        write(out, top, x.reshape(out.shape), shift_of(state['step']), half)
 
 
 # -----------------------------------------------------------------------------
@@ -387,22 +516,48 @@ def is_fused(p, state):
     return 'exp_avg_top' not in state and state['exp_avg'].dtype == p.dtype != torch.bfloat16
 
 
-def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
+def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
+    """p <- keep p - lr M / (sqrt(V) + eps), and the moments take grad in; to_nearest: of M."""
+    lr, keep, beta1, rest1, beta2, rest2, eps, shift = numbers  # rest1: 1 - beta1
+    random = random_bits(p, start)
+    up, other = upper(random), lower(random)
+    m, v = read(M, M_top, wide(p)), read(V, V_top, wide(p))
+    g = grad.to(v.dtype)
+    m.mul_(beta1).add_(g * rest1)
+    v.mul_(beta2).add_((g * g).mul_(rest2))
+    rho = m / square_root(v).add_(eps)
+    new = p.to(v.dtype) * keep
+    put(p, new.sub_(rho.mul_(lr)), up)
+    write(M, M_top, m, shift, None if to_nearest else up)
+    write(V, V_top, v, shift, other)
+
+
+def is_nearest(beta):
+    """Whether an average over so few steps goes to the nearest in bfloat16: a step moves it by more
+    than its last bit, and that is less noise."""
+    return beta <= 0.95
+
+
+def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0, compile=False):
     """
     p <- keep p - lr rho, in place; the moments of `state` take grad in.
 
         rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
 
     has eps before the bias correction, as in galore-torch (after it in torch's kernel, which
-    computes this). p may be grad itself. Returns p, or that in another layout. One pass over
-    memory; where p or moments are in 16 or 8 bits, all is computed in float32, chunk by chunk, and
-    rounded at random (`round_`: key, first).
+    computes this). p may be grad itself. Returns p, or that in another layout. Where p or moments
+    are in 16 or 8 bits, all is computed in float32, see `in_pieces`, and rounded at random
+    (`round_`: key, first).
     """
     age = state['step']
-    eps = eps / math.sqrt(1 - betas[1] ** age)  # as torch has it
-    decay = (1 - keep) / lr if lr else 0.0
+    correction = math.sqrt(1 - betas[1] ** age)
     M, V = state['exp_avg'], state['exp_avg_sq']
-    if is_fused(p, state) and (p is grad or p.stride() == M.stride()):
+    if is_fused(p, state):
+        if p is not grad and p.stride() != M.stride():  # of a checkpoint, perhaps
+            M, V = (torch.empty_like(p).copy_(x) for x in (M, V))
+            state['exp_avg'], state['exp_avg_sq'] = M, V
+        eps = eps / correction  # as torch has it
+        decay = (1 - keep) / lr if lr else 0.0
         is_grad = p is grad
         if grad.stride() != M.stride():  # the kernel reads raw memory
             grad = torch.empty_like(M).copy_(grad)
@@ -412,23 +567,16 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0):
         return p
     state['exp_avg'] = M.contiguous()  # rows are views of them
     state['exp_avg_sq'] = V.contiguous()
-    all_rows = as_rows(p)  # views, where they can be
-    grad_rows = as_rows(grad)
-    n = all_rows.shape[1]  # 0 of a shard that is empty
-    count = max(at_a_time(p) // max(n, 1), 1)
-    for i in range(0, len(all_rows), count):
-        rows = slice(i, i + count)
-        M, V = read_moments(state, rows)
-        dtype = torch.promote_types(p.dtype, M.dtype)
-        part = all_rows[rows].to(dtype).contiguous()  # the kernel reads raw memory
-        part_of_grad = grad_rows[rows].to(dtype).contiguous()
-        M = M.to(dtype).contiguous()
-        V = V.to(dtype).contiguous()
-        fused_adam_([part], [part_of_grad], [M], [V], age, lr, betas, eps, decay)
-        round_(all_rows[rows], part, key, first + i * n)
-        write_moments(state, [M, V], key, rows, first + i * n, betas[0])
+    rows = rows_like_moments(p, state)  # views, where they can be
+    grad_rows = rows if p is grad else rows_like_moments(grad, state)
+    moments = [*rows_of_moment(state, 'exp_avg'), *rows_of_moment(state, 'exp_avg_sq')]
+    beta1, beta2 = betas
+    lr = lr * correction / (1 - beta1**age)
+    numbers = lr, keep, beta1, 1 - beta1, beta2, 1 - beta2, eps, shift_of(age)
+    in_pieces(adam_rows, [rows, grad_rows, *moments], numbers, key, first, compile,
+              flags=[is_nearest(beta1)])
     if not p.is_contiguous():  # its rows are a copy
-        p.copy_(all_rows.view(p.shape))
+        p.copy_(rows.view(p.shape))
     return p
 
 
@@ -437,7 +585,7 @@ def adam(G, state, group, key=0, first=0):
     if 'exp_avg' not in state:
         new_moments(state, G, group['state_bits'])
     betas, eps = group['betas'], group['eps']
-    return step_(G, G, state, -1.0, 0.0, betas, eps, key, first)  # 0 G + rho
+    return step_(G, G, state, -1.0, 0.0, betas, eps, key, first, group['compile'])  # 0 G + rho
 
 
 # -----------------------------------------------------------------------------
@@ -508,25 +656,38 @@ def apollo(G, R, N, Q, state, group):
 # rules that see a gradient alone, of a shard its rows
 
 
-def first_moment(G, state, group):
-    """The average that a rule keeps, zero at first, like G, in float32 or wider. `write_moments`
-    writes it; it may be the state's own memory."""
-    if 'exp_avg' not in state:  # rows are views of it
-        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
-    return read_moments(state)[0].view(G.shape).to(wide(G))
+def average_rows(out, G, M, M_top, numbers, start, to_nearest, ahead):
+    """M <- momentum M + (1 - momentum) G, and out <- M, or what the next average would be if G came
+    again (Nesterov)."""
+    momentum, rest, shift = numbers  # rest: 1 - momentum
+    random = None if to_nearest else upper(random_bits(M, start))
+    m = read(M, M_top, wide(G))
+    new = G.to(m.dtype) * rest
+    m.mul_(momentum).add_(new)
+    write(M, M_top, m, shift, random)
+    out.copy_(m.mul(momentum).add_(new) if ahead else m)
 
 
-def averaged(G, state, group, key=0, first=0):
-    """The running average of G by the group's momentum, in float32 or wider; of momentum 0 G, and
-    no state."""
-    if not group['momentum']:  # a run may have had one before it was resumed
+def averaged(G, state, group, key=0, first=0, ahead=False):
+    """
+    The running average of G by the group's momentum, in float32 or wider; ahead: a step further,
+    see `average_rows`, in the dtype of Muon's products. Of momentum 0 it is G, and there is no
+    state.
+    """
+    momentum = group['momentum']
+    out = torch.empty(G.shape, dtype=dtype_of_muon(G) if ahead else wide(G), device=G.device)
+    if not momentum:  # a run may have had one before it was resumed
         state.pop('exp_avg', None)
         state.pop('exp_avg_top', None)
-        return G.to(wide(G))
-    M = first_moment(G, state, group)
-    M = M.lerp_(G.to(M.dtype), 1 - group['momentum'])
-    write_moments(state, [M], key, first=first, beta1=group['momentum'])
-    return M
+        return out.copy_(G)
+    if 'exp_avg' not in state:  # rows are views of it
+        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
+    numbers = momentum, 1 - momentum, shift_of(state['step'])
+    tensors = [rows_like_moments(out, state), rows_like_moments(G, state),
+               *rows_of_moment(state, 'exp_avg')]
+    in_pieces(average_rows, tensors, numbers, key, first, group['compile'],
+              flags=[is_nearest(momentum), ahead])
+    return out
 
 
 def normalised(G, state, group, key=0, first=0):
@@ -541,23 +702,21 @@ def normalised(G, state, group, key=0, first=0):
 def nesterov(G, state, group, key=0, first=0):
     """What Muon makes orthogonal: the averaged gradient, a step ahead (Nesterov). Without momentum
     it is G (as in SWAN, Ma et al. 2025, arXiv 2412.13148, which scales rows first)."""
-    M = averaged(G, state, group, key, first)
-    if not group['momentum']:
-        return M
-    return G.to(M.dtype).lerp(M, group['momentum'])
+    return averaged(G, state, group, key, first, ahead=True)
 
 
-def for_muon(x):
-    """x in the dtype of Muon's products: bfloat16, but of float64, in which laws are checked."""
-    return x if x.dtype == torch.float64 else x.bfloat16()
+def dtype_of_muon(x):
+    """The dtype of Muon's products: bfloat16, but of float64, in which laws are checked."""
+    return torch.float64 if x.dtype == torch.float64 else torch.bfloat16
 
 
 def orthogonalised(X, steps=5):
     """X (..., m, n) with all singular values near 1, each matrix on its own, by Newton-Schulz
-    iterations (Muon, Jordan et al. 2024). See `for_muon`."""
+    iterations (Muon, Jordan et al. 2024), in `dtype_of_muon`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     shape = X.shape
-    X = for_muon(X).reshape(shape[:-2].numel(), *shape[-2:])  # (matrices, m, n)
+    X = X.to(dtype_of_muon(X))
+    X = X.reshape(shape[:-2].numel(), *shape[-2:])  # (matrices, m, n)
     is_tall = shape[-2] > shape[-1]
     if is_tall:  # K is on the smaller side
         X = X.mT

@@ -187,7 +187,8 @@ def make_optimizer(model, settings):
     if s.optimizer == 'muon' and is_loaded and rank_and_world()[0] == 0:
         print('Muon on loaded weights: a model that was trained by Adam loses by it (arXiv '
               '2605.10468), and lora, galore or full would be safer')
-    common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), seed=s.seed, per_layer=s.per_layer)
+    common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), seed=s.seed, per_layer=s.per_layer,
+                  compile=s.compile or None)  # None: on GPUs
     if s.optimizer == 'adamw' or s.lowrank:
         return LowRankAdamW(
             model, weight_decay=s.weight_decay, scale=s.scale, basis=s.basis,

@@ -127,6 +127,8 @@ def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None, com
 def move_(W, move, lr, keep, key=0, first=0, scales=None, compile=False):
     """W <- keep W - lr move, in place; move: like W, or None; scales: see rules.dense."""
     if W.dtype in (torch.bfloat16, torch.int8) and (scales is None or move is not None):
+        if scales is None and W.is_contiguous():  # flat: one compiled function for all shapes
+            W, move = W.view(-1), None if move is None else move.reshape(-1)
         in_pieces(move_rows, [W, scales, move], (lr, keep), key, first, compile)
         return
     if keep != 1:

@@ -20,6 +20,7 @@ always zero, takes no memory, and galore.py steps on W with R. Merged every T st
 """
 
 import contextlib
+import functools
 import math
 import numbers
 import struct
@@ -879,9 +880,10 @@ def clip_gradients(model, max_norm):
              for p in layer.per_head().values() if p.grad is not None]
     per_head = set(heads)
     rest = [local(p.grad) for p in leaf_names(model) if p not in per_head and p.grad is not None]
-    norms = [torch.linalg.vector_norm(grad, dtype=wide(grad)) for grad in rest]
-    if not norms:  # all has stepped in the backward pass
-        norms = [torch.zeros((), device=next(model.parameters()).device)]
+    norms = [torch.zeros((), device=next(model.parameters()).device)]
+    if rest:  # not all has stepped in the backward pass
+        widest = functools.reduce(torch.promote_types, (grad.dtype for grad in rest), torch.float32)
+        norms = torch._foreach_norm(rest, dtype=widest)  # a few launches; torch clips by it, too
     norms = torch.stack(norms).norm()[None]  # (1,)
     if any(map(is_sharded, model.parameters())):  # each rank has seen its rows
         squares = mean(norms.square()).mul_(rank_and_world()[1])

@@ -25,6 +25,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -38,6 +39,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._inductor import metrics
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.func import functional_call
 from torchvision.transforms.functional import to_pil_image
@@ -3352,6 +3354,72 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
     before = layer.weight.clone()
     lowrank.merged_state_dict(layer, dtype=torch.bfloat16)
     assert torch.equal(layer.weight, before)  # what is rounded stays as it is
+
+
+def graphs_compiled():
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
+
+
+def adam_in_few_bits(p, n, compile, bits, steps):
+    """p and its moments after some steps of rules.step_."""
+    state, p = {'step': 0}, p[:, :n].clone()
+    rules.new_moments(state, p, bits)
+    for step in range(steps):
+        state['step'] += 1
+        rules.step_(p, p.roll(1, 0), state, 0.01 / (step + 1), 0.99 - step / 100, (0.9, 0.999), 1e-8, step,
+                    first=7 * n, compile=compile)
+    return [p, *(x for x in state.values() if torch.is_tensor(x))]
+
+
+def moved(p, n, compile, bits, steps):
+    """A weight after some moves."""
+    W, scales = p[:, :n].clone(), None
+    if bits:
+        W, scales = rules.new_codes(p[:, :n], 8)
+        rules.code_(W, scales, p[:, :n])
+    for step in range(steps):
+        galore.move_(W, p[:, -n:].clone(), 0.01 / (step + 1), 0.99 - step / 100, step, 7 * n, scales, compile)
+    return [W] if scales is None else [W, scales]
+
+
+def averages(p, n, compile, bits, steps):
+    """What Muon makes orthogonal, and its moment."""
+    state, group = {'step': 0}, dict(momentum=0.95, state_bits=bits, compile=compile)
+    for step in range(steps):
+        state['step'] += 1
+        ahead = rules.nesterov(p[:, :n].roll(step, 0), state, group, step, 7 * n)
+    return [ahead, *(x for x in state.values() if torch.is_tensor(x))]
+
+
+@pytest.mark.parametrize('function, bits, most', [
+    (adam_in_few_bits, None, 3), (adam_in_few_bits, 8, 12), (moved, None, 3), (moved, 8, 10), (averages, None, 3)])
+def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_again(function, bits, most):
+    p = normal(40, 1024, dtype=torch.float32).bfloat16()
+    before, metrics.generated_kernel_count = graphs_compiled(), 0
+    for rows, n in ((40, 512), (30, 768), (3, 1024)):
+        found, wanted = (function(p[:rows], n, compile, bits, 3) for compile in (True, False))
+        for a, b in zip(found, wanted):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    # of codes each length of a row is compiled on its own; here moments have blocks of 256
+    assert graphs_compiled() - before == (3 if function is moved and bits else 1)
+    assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
+
+
+def test_a_backward_pass_steps_by_compiled_functions_from_any_thread():
+    results = []
+    for compile in (True, False):
+        net = put(tiny_llama(n_embd=64, n_mlp=96).bfloat16(), rank=16, factors='basis', merge_every=1)
+        optimizer = galore.LowRankAdamW(net, lr=0.01, state_bits=16, per_layer=True, compile=compile)
+        for step in range(2):
+            optimizer.begin(step)
+            loss = net(tokens_of(2, 8), tokens_of(2, 8))
+            worker = threading.Thread(target=loss.backward)  # as autograd on a GPU has its own
+            worker.start()
+            worker.join()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(net.state_dict())
+    assert all(torch.equal(x, results[1][name]) for name, x in results[0].items())
 
 
 @pytest.mark.parametrize('kind', ['full', 'drop-in', 'fira', 'layer'])

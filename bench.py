@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import io
 import itertools
 import json
 import math
@@ -23,9 +24,14 @@ import os
 import platform
 import re
 import runpy
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
+import warnings
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -73,11 +79,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank
+import rules
 import train_gpt
 import train_llama
 import train_vit
@@ -85,7 +93,7 @@ from hub import read_config
 from model import SIZES
 from prepare import ensure, hub_folder, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
-from run import freeze_as_set, join, peak_memory_bytes
+from run import Meter, freeze_as_set, join, not_finite, peak_memory_bytes, set_learning_rate
 
 HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -299,13 +307,35 @@ def script_of(settings):
     return train_llama if 'size' in settings else train_gpt
 
 
-def stepper(settings, ranks=None):
+class Drawn:
+    """Random data in the place of prepare.Tokens, or of Images with `num_classes`: what a rank gets
+    of a micro-batch."""
+    num_classes = 9
+
+    def __init__(self, run):
+        self.run, self.rows = run, run.s.batch_size // run.ranks
+
+    def __len__(self):
+        return self.run.s.batch_size
+
+    def batch(self, *_, **__):
+        run, rows = self.run, self.rows
+        if 'img_size' in run.settings:
+            size = run.look.size
+            images = torch.randint(256, (rows, 3, size, size), dtype=torch.uint8)
+            return images, torch.randint(self.num_classes, (rows,))
+        return torch.randint(run.model.config.vocab_size, (2, rows, run.s.block_size)).unbind()
+
+    fixed_batch = batch  # of an evaluation
+
+
+def stepper(settings, ranks=None, rank=0, device='cpu'):
     """
     (run, step) of a script from scratch: what its build makes, and its train_step on random data, a
     step further each call.
 
-    settings: all that the script has; ranks: this is the first of so many on CPUs, whom it does not
-    join.
+    settings: all that the script has; ranks: this one, `rank`, is of so many on such devices, whom
+    it does not join.
     """
     s, script, numbers = dict(settings), script_of(settings), itertools.count()
     of_images = script is train_vit
@@ -314,20 +344,21 @@ def stepper(settings, ranks=None):
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch', compile=False)
     process = join(s) if ranks is None else SimpleNamespace(
-        rank=0, ranks=ranks, device='cpu', device_type='cpu', compute=s['dtype'])
+        rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=s['dtype'])
     with contextlib.redirect_stdout(None):
-        names = ['a class'] * 9 if of_images else vocabulary(s)
+        names = ['a class'] * Drawn.num_classes if of_images else vocabulary(s)
         run = script.build(s, process, names, **planned)
-    rows = s['batch_size'] // run.ranks
+    data = Drawn(run)
 
-    def batch(micro_step):
-        if of_images:
-            size = run.look.size
-            images = torch.randint(256, (rows, 3, size, size), dtype=torch.uint8)
-            return images, torch.randint(9, (rows,))
-        tokens = torch.randint(run.model.config.vocab_size, (2, rows, s['block_size']))
-        return tokens.unbind()
-    return run, lambda: script.train_step(run, next(numbers), batch)
+    def step():
+        number = next(numbers)
+
+        def batch(micro_step):
+            if of_images:  # these lie on the device
+                return script.batch_of(run, data, list(range(data.rows)), number, micro_step)
+            return data.batch()
+        return script.train_step(run, number, batch)
+    return run, step
 
 
 def shape_of_loaded(s):
@@ -429,6 +460,21 @@ COLLECTIVES = dict(scatter='scattered', alltoall='scattered', allgather='gathere
                    gather='scattered', broadcast='broadcast')
 
 
+def put_in(name, args):
+    """(how it is sent, see COLLECTIVES; the tensors that a rank puts in) of torch's collective of
+    that name."""
+    how = next((how for word, how in COLLECTIVES.items() if word in name), 'averaged')
+    return how, tree_leaves(args[how in ('gathered', 'scattered')])
+
+
+def number_in(function, args):
+    """What stands for the number in a fake tensor, where an operator reads one: all is finite,
+    rates are zero; else None."""
+    if function is torch.ops.aten._local_scalar_dense.default:
+        return args[0].dtype == torch.bool
+    return None
+
+
 class Watch(TorchDispatchMode):
     """
     Sees what happens to fake tensors: bytes of those alive (`now`), the most since `start`
@@ -450,14 +496,12 @@ class Watch(TorchDispatchMode):
         del self.alive[key]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype == torch.bool  # without values: all is finite, rates are zero
+        if (number := number_in(function, args)) is not None:
+            return number
         out = function(*args, **kwargs or {})
         self.fake.fake_tensor_converter.tensor_memo.clear()  # Module.to bears no weak references
         if function.namespace == 'c10d':
-            name = function.name()
-            how = next((how for word, how in COLLECTIVES.items() if word in name), 'averaged')
-            inputs = tree_leaves(args[how in ('gathered', 'scattered')])
+            how, inputs = put_in(function.name(), args)
             self.sent[how] += sum(x.nbytes for x in inputs)
             return out
         for x in tree_leaves(out):
@@ -492,14 +536,14 @@ def watched():
 
 
 @contextlib.contextmanager
-def fake_ranks(ranks):
-    """Makes this process the first of so many ranks, whose collectives do nothing; DDP, which wants
-    real memory, is left out."""
+def fake_ranks(ranks, rank=0, device='cpu'):
+    """Makes this process one of so many ranks, whose collectives do nothing; DDP, which wants real
+    memory, is left out."""
     if ranks == 1:
         yield
         return
-    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=ranks)
-    mesh = init_device_mesh('cpu', (ranks,))  # reads its numbers, and fake tensors have none
+    dist.init_process_group('fake', store=FakeStore(), rank=rank, world_size=ranks)
+    mesh = init_device_mesh(device, (ranks,))  # reads its numbers, and fake tensors have none
     try:
         alone = mock.patch('torch.nn.parallel.DistributedDataParallel',
                            side_effect=lambda model, *_, **__: model)
@@ -737,6 +781,374 @@ def communication(only, cells=None):
         found = of_depth(functools.partial(sent_a_step, workers=about['workers']), settings, 1)
         return {key: round(x) for key, x in found.items()}
     measure_all('communication', cells or communication_cells(), only, measure)
+
+
+# -----------------------------------------------------------------------------
+# a card that is not there: steps on fake tensors of 'cuda:0', in a process of their own
+
+# Autograd asks torch's C++ for the card of a tensor. This one is always there, and does nothing. It
+# has to be loaded before torch, which looks for cards once.
+CARD = """
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+static const Device card(DeviceType::CUDA, 0);
+struct Guard : impl::DeviceGuardImplInterface {
+  DeviceType type() const { return card.type(); }
+  Device getDevice() const { return card; }
+  Device exchangeDevice(Device) const { return card; }
+  void setDevice(Device) const {}
+  void uncheckedSetDevice(Device) const noexcept {}
+  Stream getStream(Device) const { return Stream(Stream::DEFAULT, card); }
+  Stream exchangeStream(Stream stream) const { return stream; }
+  DeviceIndex deviceCount() const noexcept { return 1; }
+};
+extern "C" void take_place() {  // of that of a torch with CUDA
+  static Guard guard;
+  impl::device_guard_impl_registry[static_cast<size_t>(card.type())].store(&guard);
+}
+namespace at {
+struct Hooks : CUDAHooksInterface {
+  Hooks(CUDAHooksArgs) {}
+  void init() const {}
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
+  bool hasPrimaryContext(DeviceIndex) const { return true; }
+  DeviceIndex deviceCount() const { return 1; }
+  long versionRuntimeCuDNN() const { return 0; }
+  Generator getNewGenerator(DeviceIndex = -1) const { return detail::createCPUGenerator(); }
+};
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", REGISTRY_PREFERRED, Hooks)
+}
+"""
+FAKE_STEPS = 3  # with merges and new bases after two
+# operators whose kernels on a card wait for it; fake tensors refuse those whose results have a size
+# that the card decides, such as nonzero
+WAITING = {'_local_scalar_dense', '_linalg_svd', '_linalg_eigh', '_linalg_eig',
+           '_linalg_check_errors'}
+MAY_WAIT = {  # functions of a phase
+    'step': {'_table_of_bits', 'pairs_of_levels',  # once
+             'refuse_equal_heads',  # at the first merge
+             'draw_heads',  # of a merge that draws new ones
+             '_maybe_opt_step'},  # of float16's scaler
+    'line': {'line'},
+    'evaluate': {'evaluate'},
+    'save': {'not_finite', 'gather_state', 'collect'}}
+
+
+def place():
+    """Where in this project, or in torch's GradScaler, an operator was called: the function, and it
+    with its callers in words."""
+    frame, found = sys._getframe(1), []
+    while frame and len(found) < 3:
+        path = Path(frame.f_code.co_filename)
+        name = frame.f_code.co_name
+        is_ours = path.parent == HERE and path != Path(__file__) or path.name == 'grad_scaler.py'
+        if is_ours and name[0] != '<':  # not a comprehension
+            found.append((path.name, frame.f_lineno, name))
+        frame = frame.f_back
+    words = ' < '.join(f'{name}:{line} {function}' for name, line, function in found)
+    return (found[0][2], words) if found else ('', 'the backward pass')
+
+
+class FakeCard(FakeTensorMode):
+    """Fake tensors of a card that torch need not touch."""
+    avoid_device_init = True  # torch's name: what is made of numbers is made on the CPU
+
+
+class CardWatch(TorchDispatchMode):
+    """
+    Sees for what the host would wait, by the phase that it is told of.
+
+    waits: {phase: {(function, words)}} of operators that wait for the card, or copy between it and
+    memory that is not pinned; mixed: {words} of those that mix devices; collectives: of each its
+    name and what is put in.
+    """
+
+    def __init__(self, fake):
+        super().__init__()
+        self.fake, self.pinned, self.phase = fake, [], ''
+        self.waits, self.mixed, self.collectives = {}, set(), []
+
+    def pin(self, x):
+        """In the place of Tensor.pin_memory."""
+        self.pinned.append(x)
+        return x
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == 'prim':  # asks for a tensor's device
+            return function(*args, **kwargs)
+        out = number_in(function, args)
+        if out is None:
+            out = function(*args, **kwargs)
+        self.fake.fake_tensor_converter.tensor_memo.clear()  # Module.to bears no weak references
+        name = function.name().split('::')[1].split('.')[0]
+        inputs = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        if function.namespace == 'c10d':
+            put = [(str(x.dtype), *x.shape) for x in put_in(function.name(), args)[1]]
+            self.collectives.append((name, *put))
+            self.mixed |= {f'{name} of a tensor that is not contiguous, at {place()[1]}'
+                           for x in inputs if not x.is_contiguous()}
+            return out
+        where = {x.device.type for x in inputs if x.dim()}
+        target = out.device.type if torch.is_tensor(out) else ''
+        if name in ('copy_', '_to_copy'):
+            source = inputs[-1]
+            way = source.device.type, target
+            is_pinned = any(x is source for x in self.pinned)
+            no_wait = kwargs.get('non_blocking') or args[2:3] == (True,)
+            if way == ('cuda', 'cpu') or way == ('cpu', 'cuda') and not (is_pinned and no_wait):
+                self.note(f'{name} from {way[0]} to {way[1]}')
+        elif where == {'cpu', 'cuda'} or any(map(has_both, args)):
+            self.mixed.add(f'{name} mixes devices, at {place()[1]}')
+        elif name in WAITING or is_by_mask(name, args):
+            if any(x.device.type == 'cuda' for x in inputs):
+                self.note(name)
+        return out
+
+    def note(self, what):
+        function, words = place()
+        self.waits.setdefault(self.phase, set()).add((function, f'{what}, at {words}'))
+
+    def wrong(self):
+        """What is not as it should be, in sentences."""
+        found = sorted(self.mixed)
+        for phase, may in MAY_WAIT.items():
+            waits = sorted(self.waits.get(phase, ()))
+            found += [f'{phase} waits: {words}' for function, words in waits if function not in may]
+            if phase == 'line' and len(waits) > 1:
+                found.append('line waits more than once: ' + '; '.join(words for _, words in waits))
+        return found
+
+
+def has_both(x):
+    """Whether x is a list with tensors of a card and of the CPU, numbers among them."""
+    return isinstance(x, (list, tuple)) and {'cpu', 'cuda'} <= {
+        part.device.type for part in x if torch.is_tensor(part)}
+
+
+def is_by_mask(name, args):
+    """Whether an operator reads or writes where a mask is true: how many numbers the card knows."""
+    return name in ('index', 'index_put_', '_index_put_impl_') and any(
+        x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None)
+
+
+class Done:
+    """A stream or an event of a card that has nothing to do."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    stream_id = 0
+
+    def wait(self, *_):
+        pass
+
+    record = record_event = wait_event = wait_stream = wait
+
+
+@contextlib.contextmanager
+def fake_card(ranks=1, rank=0):
+    """While it lasts, this process is one of so many ranks, each with a card that computes nothing.
+    Gives the `CardWatch`."""
+    answers = dict(
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+        set_device=lambda _: None, is_bf16_supported=lambda *_, **__: True,
+        get_device_name=lambda *_: 'no card', get_device_capability=lambda *_: (9, 0),
+        max_memory_allocated=lambda _: 0,
+        Stream=Done, Event=Done, stream=Done, current_stream=Done, default_stream=Done)
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        touch = 'torch._subclasses.fake_tensor.init_gpu_context'
+        stack.enter_context(mock.patch(touch, lambda _: None))
+        # objects travel as bytes, which fake tensors have not
+        stack.enter_context(mock.patch('torch.distributed.all_gather_object', all_alike))
+        # these pass fake tensors over, and on a card everything is to run
+        stack.enter_context(mock.patch('rules.FakeTensor', ()))
+        stack.enter_context(mock.patch.dict('rules._tables', clear=True))
+        rules.pairs_of_levels.cache_clear()
+        # AUC and so on are computed from numbers
+        stack.enter_context(mock.patch('train_vit.measure', lambda *_: (0.0, 0.0, [], None)))
+        # a fake number is zero, and a scale of zero ends a run
+        stack.enter_context(mock.patch.object(torch.amp.GradScaler, 'get_scale', lambda _: 1.0))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # others ask what card it is
+        stack.enter_context(torch.compiler.set_stance('force_eager'))
+        stack.enter_context(fake_ranks(ranks, rank, 'cuda'))
+        fake = stack.enter_context(FakeCard(allow_non_fake_inputs=True))
+        watch = stack.enter_context(CardWatch(fake))
+        stack.enter_context(mock.patch.object(torch.Tensor, 'pin_memory', lambda x: watch.pin(x)))
+        yield watch
+
+
+def all_alike(found, x):
+    """In the place of dist.all_gather_object: all ranks have what this one has."""
+    found[:] = [x] * len(found)
+
+
+def not_there(run):
+    """Names of what a run has on another device than its own."""
+    found = dict([*run.model.named_parameters(), *run.model.named_buffers()])
+    for name, module in run.model.named_modules():  # such as a sketch
+        found |= {f'{name}.{key}': x for key, x in vars(module).items()}
+    for p, state in run.optimizer.state.items():
+        found |= {f'{key} of {run.optimizer.names[p]}': x for key, x in state.items()}
+    tensors = {name: x for name, x in found.items() if torch.is_tensor(x)}
+    tensors |= {f'{name}.grad': x.grad for name, x in tensors.items() if x.is_leaf
+                and x.grad is not None}
+    return [name for name, x in tensors.items() if x.device != torch.device(run.device)]
+
+
+def on_fake_card(settings, ranks=1, rank=0):
+    """Steps with two micro-batches, merges and new bases, a line of the log, an evaluation, and
+    what a save gathers, on a fake card: ([what is wrong, in sentences], collectives)."""
+    script = script_of(settings)
+    of_images = script is train_vit
+    with fake_card(ranks, rank) as watch, tempfile.TemporaryDirectory() as folder:
+        run, step = stepper({**settings, 'out_dir': folder}, ranks, rank, 'cuda:0')
+        meter = Meter(run, 0, 1, 'images' if of_images else 'tokens')
+        watch.phase = 'step'
+        for number in range(FAKE_STEPS):
+            watch.pinned.clear()
+            set_learning_rate(run.optimizer, run.settings, number)
+            meter.add(*step())
+        watch.phase = 'line'
+        meter.line(FAKE_STEPS, 0.0)
+        watch.phase = 'evaluate'
+        script.evaluate(run, Drawn(run), *['val'] * of_images)
+        watch.phase = 'save'
+        not_finite(run.model, run.optimizer)
+        gather_state(run.model, lowrank.named_layers(run.model), run.optimizer, run.replicas)
+        return watch.wrong() + [f'{name} is not on the card' for name in not_there(run)], \
+            watch.collectives
+
+
+# small models by script, and dtypes of weights and of products
+SMALL = {
+    'train_gpt': dict(n_head=2, n_embd=64, vocab_size=257, block_size=32),
+    'train_llama': dict(n_head=2, n_kv_head=1, n_embd=128, n_mlp=256, vocab_size=9,
+                        block_size=32),  # of four ranks one has none of nine rows
+    'train_vit': dict(model='vit_tiny_patch16_224', img_size=32, patch_size=8, n_head=2, n_embd=64,
+                      augment='flip,crop')}
+DTYPES = {'float32, bfloat16': dict(dtype='bfloat16'), 'float32, float16': dict(dtype='float16'),
+          'bfloat16': dict(param_dtype='bfloat16', dtype='bfloat16')}
+FAKE_CELLS = (  # of the tests: script, method, dtypes, ranks, in shards
+    ('train_gpt', 'full', 'float32, float16', 1, False),
+    ('train_gpt', 'relora', 'float32, float16', 1, False),
+    ('train_gpt', 'fira', 'float32, bfloat16', 1, False),
+    ('train_gpt', 'muon_lean', 'bfloat16', 1, False),
+    ('train_llama', 'galore', 'float32, float16', 1, False),
+    ('train_llama', 'galore_int8', 'bfloat16', 1, False),
+    ('train_llama', 'lora, frozen_bits=4, lora_dropout=0.1, train=factors', 'bfloat16', 1, False),
+    ('train_vit', 'lte', 'bfloat16', 1, False),
+    ('train_gpt', 'lte', 'float32, bfloat16', 4, False),
+    ('train_gpt', 'galolte_2bit', 'bfloat16', 4, False),
+    ('train_gpt', 'muon', 'bfloat16', 4, True),
+    ('train_llama', 'galore', 'float32, bfloat16', 4, True))
+
+
+def small_settings(script, method_name, dtypes, shard):
+    """All settings of a small model on the fake card."""
+    known = sys.modules[script].defaults
+    s = {**known, **method(method_name), **SMALL[script], **DTYPES[dtypes], 'shard': shard}
+    s.update(n_layer=2, batch_size=8, gradient_accumulation_steps=2, init_from='scratch',
+             rank=min(s['rank'], 16), basis_every=2, min_lr=0.0)
+    if 'eval_iters' in s:  # of a ViT a split says how many
+        s['eval_iters'] = 2
+    s.update(grad_clip=0.0 if s['per_layer'] else 1.0)
+    if s['merge_every'] > 1:
+        s.update(merge_every=2, rewarm_iters=0)
+    return s
+
+
+def all_fake_cells():
+    """Cells as those of FAKE_CELLS: all method files, in all dtypes and ways that go."""
+    everything = itertools.product(SMALL, METHODS, DTYPES, (1, 4), (False, True))
+    for cell in [*everything]:
+        script, *words, ranks, shard = cell
+        # FSDP2 moves a ViT to the card in a way that fake tensors do not see
+        if shard and (ranks == 1 or script == 'train_vit'):
+            continue
+        settings = small_settings(script, *words, shard)
+        world = mock.patch.dict(os.environ, WORLD_SIZE=str(ranks))
+        try:
+            with world, contextlib.redirect_stderr(None):
+                config.check(settings, settings, {})
+        except SystemExit:  # the scripts refuse it
+            continue
+        yield cell
+
+
+def try_on_fake_card(script, method_name, dtypes, ranks, shard):
+    """What is wrong in a cell, in sentences. Of several ranks it is run as the first, the second
+    and the last one, whose collectives have to be alike."""
+    settings = small_settings(script, method_name, dtypes, shard)
+    found, sent = [], []
+    for rank in (0,) if ranks == 1 else (0, 1, ranks - 1):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                wrong, collectives = on_fake_card(settings, ranks, rank)
+        except Exception as error:  # such as an operator that mixes devices
+            wrong, collectives = [f'{type(error).__name__}: {config.said(error)}, at '
+                                  f'{place_of(error)}'], []
+        found += [words for words in wrong if words not in found]
+        sent.append(collectives)
+        for number, (first, mine) in enumerate(itertools.zip_longest(sent[0], collectives)):
+            if first != mine:
+                found.append(f'collective {number} is {first} on rank 0, and {mine} on rank {rank}')
+                break
+    return found
+
+
+def place_of(error):
+    """Where in this project an error was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).parent == HERE]
+    return f'{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}'
+
+
+def answer(cells):
+    """Prints what is wrong in cells, a line of JSON each: what `ask_fake_card` reads."""
+    warnings.simplefilter('ignore')
+    rules.load_kernels()  # they ask torch for cards
+    for cell in cells:
+        print(json.dumps([cell, try_on_fake_card(*cell)]), flush=True)
+
+
+def ask_fake_card(cells):
+    """Yields (cell, what is wrong in it, in sentences) of cells such as FAKE_CELLS."""
+    for line in beside_fake_card('bench.answer(json.loads(sys.argv[2]))', json.dumps(cells)):
+        yield json.loads(line)
+
+
+def beside_fake_card(code, word=''):
+    """Yields the lines that code prints in a process of its own with the card of CARD; word: its
+    sys.argv[2]. ValueError: g++ is not there, or the process fails."""
+    if not shutil.which('g++'):
+        raise ValueError('a card that is not there wants a compiler: install g++')
+    code = ('import ctypes, json, sys; card = ctypes.CDLL(sys.argv[1]); import bench; '
+            f'card.take_place()\n{code}')
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = f'{folder}/card.cpp', f'{folder}/card.so'
+        Path(source).write_text(CARD, 'utf-8')
+        command = ['g++', '-std=c++20', '-shared', '-fPIC', '-w', source, '-o', library]
+        command += [f'-I{root}/include', f'-L{root}/lib', '-lc10', '-ltorch_cpu']
+        subprocess.run([*command, f'-Wl,-rpath,{root}/lib'], check=True)
+        process = subprocess.Popen([sys.executable, '-c', code, library, word], cwd=HERE,
+                                   stdout=subprocess.PIPE, text=True)
+        with process:
+            yield from process.stdout
+        if process.returncode:
+            raise ValueError(f'the process with a fake card ended with code {process.returncode}')
 
 
 if __name__ == '__main__':

@@ -672,7 +672,7 @@ class Meter:
         nothing steps on."""
         run, sent = self.run, traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
-        self.sums[3] = run.optimizer.kept_bases
+        self.sums[3].fill_(run.optimizer.kept_bases)  # what is assigned comes from the CPU
         loss, norm, skipped, kept = mean(self.sums).tolist()  # over all ranks
         seconds = (time.perf_counter() - self.clock) / self.steps
         record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * seconds,

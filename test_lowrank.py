@@ -3032,6 +3032,30 @@ def test_a_cell_is_kept_as_soon_as_it_is_known_beside_a_reference(tmp_path, monk
     assert '0 of 2 lines are missing' in capsys.readouterr().out
 
 
+DEEDS = """
+import torch
+with bench.fake_card() as watch:
+    watch.phase, x, number = 'step', torch.ones(3, 3, device='cuda:0'), torch.ones(())
+    torch.ones(3).pin_memory().to('cuda:0', non_blocking=True), x * number  # these do not wait
+    x.sum().item(), x.cpu(), torch.ones(3).to('cuda:0'), torch.ones(3).to('cuda:0', non_blocking=True)
+    x[torch.tensor([0])], torch.stack([x[0, 0], number])
+    torch.linalg.svd(x), x.index_put_([x[:, 0] > 0], x)
+print(json.dumps(watch.wrong()))
+bench.answer(json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='a card that is not there wants a compiler: install g++')
+def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix():
+    cells = [cell for cell in bench.FAKE_CELLS if cell[3] == 1 or torch.__version__ >= (2, 13)]  # collectives
+    wrong, *found = map(json.loads, bench.beside_fake_card(DEEDS, json.dumps(cells)))
+    deeds = [words.split(', at')[0].removeprefix('step waits: ') for words in wrong]
+    assert deeds == ['index mixes devices', 'stack mixes devices',
+                     '_linalg_svd', '_local_scalar_dense', '_to_copy from cpu to cuda', '_to_copy from cuda to cpu', 'index_put_']
+    assert [tuple(cell) for cell, _ in found] == cells
+    assert not [(cell, words) for cell, words in found if words]
+
+
 def test_every_training_behind_the_tables_is_a_command_line_and_its_line_is_found():
     trainings = runpy.run_path(f'{HERE}/assets/measure.py')['TRAININGS']
     for name, cells in trainings.items():

@@ -828,7 +828,7 @@ FAKE_STEPS = 3  # with merges and new bases after two
 WAITING = {'_local_scalar_dense', '_linalg_svd', '_linalg_eigh', '_linalg_eig',
            '_linalg_check_errors'}
 MAY_WAIT = {  # functions of a phase
-    'step': {'_table_of_bits', 'pairs_of_levels',  # once
+    'step': {'pairs_of_levels',  # once
              'refuse_equal_heads',  # at the first merge
              'draw_heads',  # of a merge that draws new ones
              '_maybe_opt_step'},  # of float16's scaler
@@ -974,8 +974,8 @@ def fake_card(ranks=1, rank=0):
         stack.enter_context(mock.patch('torch.distributed.all_gather_object', all_alike))
         # these pass fake tensors over, and on a card everything is to run
         stack.enter_context(mock.patch('rules.FakeTensor', ()))
-        stack.enter_context(mock.patch.dict('rules._tables', clear=True))
-        rules.pairs_of_levels.cache_clear()
+        for kept in (rules.pairs_of_levels, rules.on_device):
+            kept.cache_clear()
         # AUC and so on are computed from numbers
         stack.enter_context(mock.patch('train_vit.measure', lambda *_: (0.0, 0.0, [], None)))
         # a fake number is zero, and a scale of zero ends a run

@@ -143,7 +143,7 @@ def random_bits(x, start):
 
 
 def upper(bits):
-    """16 random bits of 32."""
+    """16 random bits of 32, as a number."""
     return (bits >> 16).bitwise_and_(2**16 - 1)
 
 
@@ -152,23 +152,21 @@ def lower(bits):
     return bits & 2**16 - 1
 
 
-def put(out, x, random):
-    """out <- x; float32 into bfloat16 goes up or down by random bits, 16 each, int32."""
-    if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
+def put(out, x, bits=None, half=upper):
+    """out <- x, which is used up; float32 into bfloat16 goes up or down by a half of random bits, or,
+    without any, to the nearest."""
+    if out.dtype != torch.bfloat16 or x.dtype != torch.float32 or bits is None:
         out.copy_(x)
         return
-    bits = x.view(torch.int32)
-    size = bits & 2**31 - 1  # without the sign
-    # inf and NaN stay: CUDA's NaN has all bits set, and one more would make it zero
-    size.clamp_(max=0x7fff0000)
-    size.add_(random).bitwise_and_(-2**16)
-    size.bitwise_or_(bits & -2**31)
-    out.copy_(size.view(torch.float32))
+    # inf and NaN stay: a card's NaN has all bits but the sign set, and one more would change it
+    number = x.view(torch.int32).clamp_(max=0x7fff0000)
+    number.add_(half(bits)).bitwise_and_(-2**16)
+    out.copy_(x)
 
 
 def put_rows(out, x, numbers, start):
     """out <- x, rounded at random."""
-    put(out, x, upper(random_bits(x, start)))
+    put(out, x.clone(), random_bits(x, start))
 
 
 def round_(out, x, key, first=0):
@@ -326,7 +324,7 @@ def move_rows(W, scales, move, numbers, start):
     if move is not None:
         new.sub_(move.float() * lr)
     if scales is None:
-        put(W, new, upper(random_bits(W, start)))
+        put(W, new, random_bits(W, start))
     else:
         code_rows(W, scales, new, (), start)
 
@@ -450,25 +448,24 @@ def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
 
 
 def read(x, top, dtype=torch.float32):
-    """The numbers of a moment (rows, n), or of its codes and tops, in a dtype or wider; a copy."""
+    """The numbers of a moment (rows, n), or of its codes and tops, in a dtype or wider; a moment that
+    has it already is returned itself."""
     if top is None:
-        return x.to(torch.promote_types(x.dtype, dtype), copy=True)
+        return x.to(torch.promote_types(x.dtype, dtype))
     levels, power, _ = EIGHT_BITS['exp_avg' if x.dtype == torch.int8 else 'exp_avg_sq']
     return decode(x, top, levels, power).to(dtype)
 
 
-def write(out, top, x, shift, random):
-    """Writes what `read` reads; shift: of codes; random: for bfloat16 16 bits each, or None: to the
-    nearest."""
+def write(out, top, x, shift, bits=None, half=upper):
+    """Writes what `read` reads, and uses x up; shift: of codes; bits, half: of bfloat16, see
+    `put`."""
     if top is not None:
         kind = EIGHT_BITS['exp_avg' if out.dtype == torch.int8 else 'exp_avg_sq']
         code, new_top = encode(x, shift, *kind)
         out.copy_(code)
         top.copy_(new_top)
-    elif random is None:
-        out.copy_(x)
     else:
-        put(out, x, random)
+        put(out, x, bits, half)
 
 
 def rows_like_moments(x, state):
@@ -492,11 +489,11 @@ def read_moments(state):
 
 def write_moments(state, moments, key, first=0):
     """Writes what `read_moments` reads; bfloat16 is rounded at random (`round_`: key, first)."""
-    for x, name in zip(moments, EIGHT_BITS):
+    for x, name, half in zip(moments, EIGHT_BITS, (upper, lower)):
         out, top = rows_of_moment(state, name)
-        random = random_bits(out, start_of(key, first))
-        half = upper(random) if name == 'exp_avg' else lower(random)
-        write(out, top, x.reshape(out.shape), shift_of(state['step']), half)
+        bits = random_bits(out, start_of(key, first))
+        x = x.reshape(out.shape).clone()
+        write(out, top, x, shift_of(state['step']), bits, half)
 
 
 # -----------------------------------------------------------------------------
@@ -519,23 +516,27 @@ def is_fused(p, state):
 def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
     """p <- keep p - lr M / (sqrt(V) + eps), and the moments take grad in; to_nearest: of M."""
     lr, keep, beta1, rest1, beta2, rest2, eps, shift = numbers  # rest1: 1 - beta1
-    random = random_bits(p, start)
-    up, other = upper(random), lower(random)
+    bits = random_bits(p, start)
     m, v = read(M, M_top, wide(p)), read(V, V_top, wide(p))
     g = grad.to(v.dtype)
     m.mul_(beta1).add_(g * rest1)
     v.mul_(beta2).add_((g * g).mul_(rest2))
     rho = m / square_root(v).add_(eps)
-    new = p.to(v.dtype) * keep
-    put(p, new.sub_(rho.mul_(lr)), up)
-    write(M, M_top, m, shift, None if to_nearest else up)
-    write(V, V_top, v, shift, other)
+    new = p.to(v.dtype, copy=True).mul_(keep)
+    put(p, new.sub_(rho.mul_(lr)), bits)
+    write(M, M_top, m, shift, None if to_nearest else bits)
+    write(V, V_top, v, shift, bits, lower)
 
 
 def is_nearest(beta):
     """Whether an average over so few steps goes to the nearest in bfloat16: a step moves it by more
     than its last bit, and that is less noise."""
     return beta <= 0.95
+
+
+def as_laid_out(x, like):
+    """x, or a copy in the layout of `like`: torch's kernel reads raw memory."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0, compile=False):
@@ -553,18 +554,14 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0, compile=False):
     correction = math.sqrt(1 - betas[1] ** age)
     M, V = state['exp_avg'], state['exp_avg_sq']
     if is_fused(p, state):
-        if p is not grad and p.stride() != M.stride():  # of a checkpoint, perhaps
-            M, V = (torch.empty_like(p).copy_(x) for x in (M, V))
-            state['exp_avg'], state['exp_avg_sq'] = M, V
         eps = eps / correction  # as torch has it
         decay = (1 - keep) / lr if lr else 0.0
-        is_grad = p is grad
-        if grad.stride() != M.stride():  # the kernel reads raw memory
-            grad = torch.empty_like(M).copy_(grad)
-        if is_grad:
-            p = grad
-        fused_adam_([p], [grad], [M], [V], age, lr, betas, eps, decay)
-        return p
+        g = as_laid_out(grad, M)
+        x = g if p is grad else as_laid_out(p, M)
+        fused_adam_([x], [g], [M], [V], age, lr, betas, eps, decay)
+        if p is grad:
+            return x
+        return p.copy_(x)
     state['exp_avg'] = M.contiguous()  # rows are views of them
     state['exp_avg_sq'] = V.contiguous()
     rows = rows_like_moments(p, state)  # views, where they can be
@@ -660,12 +657,12 @@ def average_rows(out, G, M, M_top, numbers, start, to_nearest, ahead):
     """M <- momentum M + (1 - momentum) G, and out <- M, or what the next average would be if G came
     again (Nesterov)."""
     momentum, rest, shift = numbers  # rest: 1 - momentum
-    random = None if to_nearest else upper(random_bits(M, start))
+    bits = None if to_nearest else random_bits(M, start)
     m = read(M, M_top, wide(G))
     new = G.to(m.dtype) * rest
     m.mul_(momentum).add_(new)
-    write(M, M_top, m, shift, random)
     out.copy_(m.mul(momentum).add_(new) if ahead else m)
+    write(M, M_top, m, shift, bits)
 
 
 def averaged(G, state, group, key=0, first=0, ahead=False):

@@ -44,7 +44,8 @@ BENCHES = {
     'heads': 'time of a step with heads at once, with one after the other, and at full rank',
     'speed': "time of every method's step, on a GPT, LLaMA and ViT",
     'memory': 'peak memory by method, planned and run; of given files: what fits on a card',
-    'communication': 'bytes that each worker puts on the wire a step'}
+    'communication': 'bytes that each worker puts on the wire a step',
+    'card': 'all that one GPU tells in 25 minutes; --dry: does it run, on a CPU, in two'}
 
 
 def options_of(argv):
@@ -58,6 +59,7 @@ def options_of(argv):
     parser.add_argument('--only', default='', help='cells whose words in the table hold this')
     parser.add_argument('--budget', default='12GiB', help='with config files: memory of the card')
     parser.add_argument('--ranks', type=int, default=1, help='with config files: how many cards')
+    parser.add_argument('--dry', action='store_true', help='card: the same on a CPU, small')
     options, options.words = parser.parse_known_args(argv or ['--help'])
     if options.bench not in BENCHES:
         config.fail(f"'{options.bench}' is no bench: take one of {', '.join(BENCHES)}")
@@ -78,8 +80,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -93,7 +97,8 @@ from hub import read_config
 from model import SIZES
 from prepare import ensure, hub_folder, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
-from run import Meter, freeze_as_set, join, not_finite, peak_memory_bytes, set_learning_rate
+from run import (Meter, freeze_as_set, join, not_finite, operations_of, peak_memory_bytes, peak_of,
+                 set_learning_rate)
 
 HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -342,7 +347,7 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
     planned = {} if of_images else {'planned': shape_of_loaded(s)}
     # what trains depends on init_from (train='auto')
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
-    s.update(init_from='scratch', compile=False)
+    s.update(init_from='scratch')
     process = join(s) if ranks is None else SimpleNamespace(
         rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=s['dtype'])
     with contextlib.redirect_stdout(None):
@@ -594,7 +599,8 @@ def peaks(settings, ranks):
     """What `planned` makes its numbers of: peaks before an optimizer's step and in it."""
     with fake_ranks(ranks), watched() as watch:
         micro_steps = min(2, settings['gradient_accumulation_steps'])
-        run, step = stepper({**settings, 'gradient_accumulation_steps': micro_steps}, ranks)
+        run, step = stepper(dict(settings, gradient_accumulation_steps=micro_steps, compile=False),
+                            ranks)
         most = dict(backward=0, step=0, gradients=0)
 
         def note(phase):
@@ -719,7 +725,7 @@ def plan(words, budget, ranks=1):
         try:
             with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
                 settings = config.load({}, known, [*words, path, '--learning_rate=1'])
-                settings.update(device='cpu', dtype='bfloat16')
+                settings.update(device='cpu', dtype='bfloat16', compile=False)
                 with watched():
                     full = {**settings, 'lowrank': '', 'optimizer': 'adamw'}
                     model = stepper(full, ranks=1)[0].model
@@ -1031,7 +1037,8 @@ def on_fake_card(settings, ranks=1, rank=0):
             watch.collectives
 
 
-# small models by script, and dtypes of weights and of products
+# small models by script (in shards none is a ViT, which FSDP2 moves to the card in a way that fake
+# tensors do not see), and dtypes of weights and of products
 SMALL = {
     'train_gpt': dict(n_head=2, n_embd=64, vocab_size=257, block_size=32),
     'train_llama': dict(n_head=2, n_kv_head=1, n_embd=128, n_mlp=256, vocab_size=9,
@@ -1070,21 +1077,20 @@ def small_settings(script, method_name, dtypes, shard):
 
 
 def all_fake_cells():
-    """Cells as those of FAKE_CELLS: all method files, in all dtypes and ways that go."""
-    everything = itertools.product(SMALL, METHODS, DTYPES, (1, 4), (False, True))
-    for cell in [*everything]:
-        script, *words, ranks, shard = cell
-        # FSDP2 moves a ViT to the card in a way that fake tensors do not see
-        if shard and (ranks == 1 or script == 'train_vit'):
-            continue
-        settings = small_settings(script, *words, shard)
-        world = mock.patch.dict(os.environ, WORLD_SIZE=str(ranks))
-        try:
-            with world, contextlib.redirect_stderr(None):
-                config.check(settings, settings, {})
-        except SystemExit:  # the scripts refuse it
-            continue
-        yield cell
+    """Cells as those of FAKE_CELLS: all method files on each script in turns of dtypes, and on four
+    ranks, also in shards; but for what the scripts refuse."""
+    for number, name in enumerate(METHODS):
+        for turn, (script, ranks, shard) in enumerate((
+                ('train_gpt', 1, False), ('train_llama', 1, False), ('train_vit', 1, False),
+                (list(SMALL)[number % 3], 4, False), (list(SMALL)[number % 2], 4, True))):
+            cell = script, name, list(DTYPES)[(number + turn) % 3], ranks, shard
+            settings, world = small_settings(*cell[:3], shard), {'WORLD_SIZE': str(ranks)}
+            try:
+                with mock.patch.dict(os.environ, world), contextlib.redirect_stderr(io.StringIO()):
+                    config.check(settings, settings, {})
+            except SystemExit:
+                continue
+            yield cell
 
 
 def try_on_fake_card(script, method_name, dtypes, ranks, shard):
@@ -1151,9 +1157,163 @@ def beside_fake_card(code, word=''):
             raise ValueError(f'the process with a fake card ended with code {process.returncode}')
 
 
+# -----------------------------------------------------------------------------
+# one card
+
+# tests of test_lowrank.py that take TEST_DEVICE: what the core computes
+TESTS_OF_CARDS = """
+    written_down a_merge_keeps bases_are_orthonormal power_converges plain_group muon_is_torchs
+    muon_in_a_basis a_sketch_is rounding bfloat16 8_bits in_4_bits""".split()
+
+
+def card_cells(dry):
+    """Cells of a card, those that say most first. In a dry run models are small."""
+    alone = [name for name, settings in METHODS.items()
+             if settings.get('sync') != 'merge' or settings.get('split')]
+    gpt = {**train_gpt.defaults, 'batch_size': 8, 'dtype': 'bfloat16', 'vocab_size': 50257}
+    llama = {**LLAMA, 'size': '1b', 'n_layer': 24, 'batch_size': 4, 'vocab_size': 32000,
+             'checkpointing': True}
+    vit = {**train_vit.defaults, 'n_layer': 12, 'batch_size': 32, 'dtype': 'bfloat16'}
+    large = {**llama, 'size': '7b', 'n_layer': 32, 'batch_size': 8}
+    if dry:
+        gpt.update(SMALL['train_gpt'], n_layer=2)
+        llama.update(SMALL['train_llama'], n_layer=2)
+        large.update(SMALL['train_llama'], n_layer=2)
+        vit.update(SMALL['train_vit'], n_layer=2, batch_size=8)
+    step = dict(sync='step')
+    first = dict.fromkeys(('full', 'galore', 'muon', 'galore_lean', 'mhlora', 'lora'), step)
+    rest = {name: step for name in alone if name not in first}
+    seven = {'galore_lean': dict(rank=1024), 'galore_int8': dict(rank=512),
+             'lora, frozen_bits=4': dict(train='factors')}
+    some = {name: step for name in ('full', 'galore', 'mhlora', 'lte')}
+
+    def cells(model, base, methods):
+        return named(base, methods, what='step', model=model, dtype=base['dtype'],
+                     compile=base['compile'])
+    found = [
+        *cells('GPT-2 124M', gpt, first), *cells('LLaMA-1B', llama, first),
+        (dict(what='tests'), {}), *cells('LLaMA-7B', large, seven), *cells('ViT-B', vit, first),
+        *cells('GPT-2 124M', dict(gpt, compile=True), some),
+        *cells('GPT-2 124M', dict(gpt, dtype='float16'), some)]
+    if dry:  # compiled code takes a minute, and other models have the same layers
+        found = [cell for cell in found if not cell[0].get('compile')]
+        return found + cells('GPT-2 124M', gpt, rest)
+    return [*found, *cells('GPT-2 124M', gpt, rest), *cells('LLaMA-1B', llama, rest),
+            *cells('ViT-B', vit, rest)]
+
+
+def launches_of(step):
+    """How many kernels a step starts on the card; on a CPU, how many operators."""
+    kind = ProfilerActivity.CUDA if DEVICE == 'cuda' else ProfilerActivity.CPU
+    with profile(activities=[kind]) as found:
+        step()
+        if DEVICE == 'cuda':
+            torch.cuda.synchronize()
+    if DEVICE == 'cuda':  # but for copies, and what only names a part of the step
+        return sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation
+                   and not event.name.startswith('Mem') for event in found.events())
+    return sum(event.name.startswith('aten::') for event in found.events())
+
+
+def steps_on_card(settings, most=3.0):
+    """What steps of a run take on this machine, measured for so many seconds at `most`: seconds
+    (the median), launches of one, the peak of allocated bytes, tokens or images a second, MFU."""
+    run, step = stepper(settings)
+    for _ in range(3):  # bases, moments, compiled code
+        step()
+    found, times = dict(launches=launches_of(step)), []
+    begun = time.perf_counter()
+    while len(times) < 3 or len(times) < 20 and time.perf_counter() - begun < most:
+        start = time.perf_counter()
+        step()
+        if DEVICE == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    items = settings['batch_size'] * settings.get('block_size', 1)
+    if script_of(settings) is train_vit:
+        operations = train_vit.operations_of_image(run.model)
+    else:
+        operations = operations_of(run.model, settings['block_size'], run.model.config.n_embd)
+    found['seconds'] = statistics.median(times)
+    found['items_per_s'] = items / found['seconds']
+    found['measured'] = peak_memory_bytes(run.device)
+    if peak := peak_of(machine(), run.compute):
+        found['mfu'] = operations * found['items_per_s'] / peak
+    return found
+
+
+def tests_on_card(dry):
+    """What the tests say with their tensors on this machine's device. dry: which there are."""
+    words = [sys.executable, '-m', 'pytest', '-q', 'test_lowrank.py']
+    words += ['-k', ' or '.join(TESTS_OF_CARDS), *['--collect-only'] * dry]
+    ran = subprocess.run(words, cwd=HERE, env={**os.environ, 'TEST_DEVICE': DEVICE},
+                         capture_output=True, text=True)
+    lines = [line for line in ran.stdout.splitlines() if line] or ['nothing']
+    found = dict(said=lines[-1])
+    if ran.returncode:
+        failed = [line for line in lines if line.startswith(('FAILED', 'ERROR'))]
+        found['error'] = '; '.join([f'{len(failed)} failed', *failed])[:600]
+    return found
+
+
+def on_card(about, settings, dry):
+    """What is kept of a cell of a card; `error`: in a sentence, what failed. Not dry, its steps run
+    in a process of their own: an error of a card stays with a process."""
+    if about['what'] == 'tests':
+        return tests_on_card(dry)
+    found = {}
+    try:
+        if dry:
+            found.update(steps_on_card(settings, 0.0))
+            found['planned'] = planned(settings)['total']
+        else:
+            with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+                steps = pool.submit(steps_on_card, settings)
+                found['planned'] = planned(settings)['total']  # meanwhile
+                found.update(steps.result())
+    except Exception as error:
+        found['error'] = f'{type(error).__name__}: {config.said(error)}'
+    return found
+
+
+def card(only, dry=False):
+    """Keeps what one card tells, a cell at a time. dry: keeps nothing, asks the fake card, too, and
+    ends with exit code 1 if something fails, or would wait for a card."""
+    if not dry and DEVICE != 'cuda':
+        raise ValueError('bench.py card wants a GPU: say --dry to see whether it would run')
+    if not dry:
+        measure_all('card', card_cells(dry), only, lambda *cell: on_card(*cell[:2], dry))
+        return
+    torch.set_num_threads(1)  # of small shapes more would wait for each other
+    wrong = []
+
+    def say(words, found):
+        print(words, *found, sep='\n    ', flush=True)
+        wrong.extend(found)
+
+    def ask(cells):
+        for cell, found in ask_fake_card(cells):
+            say(', '.join(map(str, cell)), found)
+    cells = dict.fromkeys([*FAKE_CELLS, *all_fake_cells()])
+    cells = [cell for cell in cells if only in ', '.join(map(str, cell))]
+    with ThreadPoolExecutor(2) as pool:  # each has a process
+        asked = [pool.submit(ask, cells[first::2]) for first in (0, 1)]
+        for about, settings in card_cells(dry):
+            if only in title(about):
+                found = on_card(about, settings, dry)
+                error = [found.pop('error')] if 'error' in found else []
+                say(f'{title(about)}: {found}', error)
+        for part in asked:
+            part.result()
+    print(f'{len(wrong)} things are wrong')
+    raise SystemExit(1 if wrong else 0)
+
+
 if __name__ == '__main__':
     with config.refusals():
         if options.words:
             plan(options.words, options.budget, options.ranks)
         else:
-            globals()[options.bench](options.only)
+            run_bench = globals()[options.bench]
+            more = [options.dry] if options.bench == 'card' else []
+            run_bench(options.only, *more)

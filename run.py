@@ -33,8 +33,8 @@ from tqdm import tqdm
 from config import (fail, locked, read_json, refusals, refuse_foreign, remove_leftovers,
                     replacing, said, write_json)
 from galore import GaLoreAdamW, LowRankAdamW, param_groups
-from lowrank import (apply_mhlora, check_training, count_parameters, freeze_rest, leaf_names,
-                     named_layers, replica_parameters)
+from lowrank import (FrozenLinear, MHLoRALinear, apply_mhlora, check_training, count_parameters,
+                     freeze_rest, leaf_names, named_layers, replica_parameters)
 from ranks import (FORMAT, gather_state, is_sharded, keep_out_of_ddp, load_state, local, mean,
                    per_rank_tensors, rank_and_world, traffic)
 
@@ -615,11 +615,49 @@ SHOWN = {  # of a record, in this order
     'val_acc': 'accuracy {:.4f}', 'val_auc': 'AUC {:.4f}', 'test_acc': 'accuracy {:.4f}',
     'test_auc': 'AUC {:.4f}', 'gradient_norm': 'norm {:.2f}', 'dt_ms': '{:8.1f} ms/step',
     'tokens_per_s': '{:>9,.0f} tokens/s', 'images_per_s': '{:>9,.0f} images/s', 'lr': 'lr {:.2e}',
-    'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped', 'loss_scale': 'scale {:.3g}',
-    'kept_bases': '{} bases kept'}
+    'mfu': 'MFU {:.1%}', 'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
+    'loss_scale': 'scale {:.3g}', 'kept_bases': '{} bases kept'}
 SILENT = {'peak_memory_bytes', 'sync_bytes', 'parameters', 'trainable_parameters',
           'optimizer_state_bytes', 'val_acc_by_class', 'test_acc_by_class', 'test_confusion',
           'classes'}
+
+
+# peak of a card's matrix products in operations a second, dense, with float32 sums, by vendors'
+# data sheets: in bfloat16, in float16. The first one whose words are in the card's name counts
+PEAKS = {
+    'H200': (989e12, 989e12), 'H100 PCIe': (756e12, 756e12), 'H100': (989e12, 989e12),
+    'A100': (312e12, 312e12), 'L40S': (362e12, 362e12), 'L4': (121e12, 121e12),
+    'A10': (125e12, 125e12), 'RTX 4090': (165e12, 165e12), 'RTX 3090': (71e12, 71e12),
+    'RTX 3060': (25.6e12, 25.6e12), 'T4': (None, 65e12), 'V100': (None, 125e12)}
+OTHER_CARDS = r'\b(Ti|D|SUPER|Laptop|NVL|MIG)\b'  # have such a name, and another peak
+
+
+def peak_of(card, dtype):
+    """The peak of a card of that name in a dtype, see PEAKS; None: not known."""
+    known = [peaks for words, peaks in PEAKS.items() if re.search(rf'\b{words}\b', card)]
+    if not known or dtype not in ('bfloat16', 'float16') or re.search(OTHER_CARDS, card):
+        return None
+    return known[0][dtype == 'float16']
+
+
+def operations_of(model, length, width):
+    """
+    Operations that the products of a training step need for a token, of `length` in a row.
+
+    A trained weight of a linear layer needs 6 a number, a frozen one 4, as no product gives its
+    gradient; heads 6 a number that a token meets, GaLore's projection 2; attention, of `width`, 12
+    length width a block, as nanoGPT counts it. What is computed again for checkpointing is left
+    out, and so are tables of embeddings and optimizers.
+    """
+    found = 12 * len(model.blocks) * length * width
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Linear, FrozenLinear)):
+            m, n = layer.out_features, layer.in_features
+            found += (6 if layer.weight.requires_grad else 4) * m * n
+        if isinstance(layer, MHLoRALinear):
+            rank = layer.rank if layer.split else layer.heads * layer.rank
+            found += (2 if layer.moves_weight else 6) * rank * (m + n)
+    return found
 
 
 class Meter:
@@ -627,12 +665,18 @@ class Meter:
     The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
 
     run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says
-    which. Sums stay on the device: but for merges that draw new heads, and float16's scaler, the
-    host waits in `line` only.
+    which; operations: of one, see `operations_of`: where the card's peak is known the log has what
+    share of it they are, the MFU (Chowdhery et al., arXiv 2204.02311). Sums stay on the device: but
+    for merges that draw new heads, and float16's scaler, the host waits in `line` only.
     """
 
-    def __init__(self, run, step, items, unit, more=''):
+    def __init__(self, run, step, items, unit, more='', operations=0):
         counts = count_parameters(run.model)
+        peak = None
+        if run.device_type == 'cuda':
+            peak = peak_of(torch.cuda.get_device_name(run.device), run.compute)
+        # seconds of a step at the peak of all cards
+        self.fastest = items * operations / peak / run.ranks if peak else 0
         self.run, self.start, self.items, self.unit = run, step, items, unit
         self.total, self.trainable = counts['total'], counts['trainable']
         # losses, the last norm, skipped steps, bases that were not taken
@@ -681,6 +725,8 @@ class Meter:
                   'sync_bytes': round(run.ddp_bytes + sent / self.steps),
                   'parameters': self.total, 'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
+        if self.fastest:
+            record['mfu'] = self.fastest / seconds
         if kept:  # since the run began; their sketches were not finite, or zero
             record['kept_bases'] = math.ceil(kept)
         if run.scaler.is_enabled():  # it skips steps that are not finite, and lowers its scale

@@ -105,8 +105,8 @@ from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers
 from model import SIZES, Llama, LlamaConfig
 from ranks import mean, rows_of, shard, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
-                 open_run, put_layers, refuse_other_data, save, set_learning_rate, stop_requested,
-                 unscale)
+                 open_run, operations_of, put_layers, refuse_other_data, save, set_learning_rate,
+                 stop_requested, unscale)
 
 
 def build(settings, process, vocabulary, checkpoint=None, planned=None):
@@ -234,7 +234,8 @@ def main(settings):
         step = checkpoint['step'] if checkpoint else 0
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
-        meter = Meter(run, step, tokens, 'tokens')
+        operations = operations_of(run.model, s.block_size, run.model.config.n_embd)
+        meter = Meter(run, step, tokens, 'tokens', operations=operations)
         if run.rank == 0:
             carry_along(settings)
     del checkpoint

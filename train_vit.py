@@ -112,8 +112,8 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layer
                      named_layers)
 from ranks import load_weights, mean, rows_of, shard
 from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
-                 make_optimizer, open_run, refuse_other_data, save, set_learning_rate,
-                 stop_requested, unscale)
+                 make_optimizer, open_run, operations_of, refuse_other_data, save,
+                 set_learning_rate, stop_requested, unscale)
 
 # -----------------------------------------------------------------------------
 # images
@@ -267,6 +267,13 @@ def build(settings, process, classes, checkpoint=None):
     return ViTRun(**vars(run), look=look)
 
 
+def operations_of_image(model):
+    """Operations that a training step needs for an image, see run.operations_of; the head, of one
+    token, counts as if it were of all."""
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    return tokens * operations_of(model, tokens, model.embed_dim)
+
+
 def batch_of(run, data, rows, step, micro_step):
     """Images and labels of a micro-batch on this rank's device: the given rows of it, augmented."""
     s = run.s
@@ -398,7 +405,7 @@ def main(settings):
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '
-        meter = Meter(run, step, images, unit='images', more=epochs)
+        meter = Meter(run, step, images, 'images', epochs, operations_of_image(run.model))
     del checkpoint
 
     def batch(micro_step):

@@ -59,14 +59,15 @@ import textbook
 import train_gpt
 import train_llama
 import train_vit
-from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, refuse_other_settings, put_layers, save,
-                 save_checkpoint, set_learning_rate, start_run, unlock, unscale)
+from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of, peak_of, put_layers,
+                 refuse_other_settings, save, save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
               pytest.mark.filterwarnings('ignore:`torch.jit.script_method` is deprecated'),  # of bitsandbytes
               pytest.mark.filterwarnings('ignore:LowRankAdamW.step without begin:UserWarning')]
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
+DEVICE = os.environ.get('TEST_DEVICE', 'cpu')  # of what the core computes, for bench.py card
 SCRIPTS = {'gpt': train_gpt, 'llama': train_llama, 'vit': train_vit}
 FILES = {name[:-3]: f'{HERE}/config/methods/{name}' for name in sorted(os.listdir(f'{HERE}/config/methods'))
          if name.endswith('.py')}
@@ -101,7 +102,7 @@ OWN = {'gpt': TEXT, 'llama': TEXT + '--n_mlp=24 --n_kv_head=1 --vocab_size=257',
        'vit': '--dataset=xrays --init_from=scratch --model=vit_tiny_patch16_224 --img_size=28 '
               '--patch_size=14 --learning_rate=0.001 --min_lr=0.001'}
 ALL = ('--n_layer=2 --n_head=2 --n_embd=16 --batch_size=8 --max_iters=4 --eval_interval=4 --log_interval=2 '
-       '--warmup_iters=2 --param_dtype=float64 --dtype=float64 --device=cpu ')
+       f'--warmup_iters=2 --param_dtype=float64 --dtype=float64 --device={DEVICE} ')
 
 
 def tiny(script, root, out, *words):
@@ -190,7 +191,7 @@ def refused(capsys, call, *needles):
 
 def normal(*shape, seed=0, dtype=double):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g, dtype=double).to(dtype)
+    return torch.randn(shape, generator=g, dtype=double).to(DEVICE, dtype)
 
 
 def tokens_of(*shape, high=31, seed=1):
@@ -198,7 +199,7 @@ def tokens_of(*shape, high=31, seed=1):
 
 
 def eye(size):
-    return torch.eye(size, dtype=double)
+    return torch.eye(size, dtype=double, device=DEVICE)
 
 
 def close(a, b, tolerance=1e-12):
@@ -1131,7 +1132,8 @@ def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_
 @pytest.mark.parametrize('m, n', [(30, 50), (50, 30)])
 def test_power_converges_to_the_svd_and_does_not_flip(m, n):
     U, V = (torch.linalg.qr(normal(k, 30, seed=k))[0] for k in (m, n))
-    G, U, energy = U * 0.5 ** torch.arange(30.) @ V.mT, U[:, :5], 0.98 * (0.25 ** torch.arange(5)).sum()
+    G, energy = U * 0.5 ** torch.arange(30., device=DEVICE) @ V.mT, 0.98 * sum(0.25**i for i in range(5))
+    U = U[:, :5]
     P, gaps = galore.basis_of(G, 5, True, 'power'), []
     for _ in range(12):
         gaps.append(torch.linalg.matrix_norm(U @ U.mT - P @ P.mT, 2).item())
@@ -1215,7 +1217,7 @@ def test_a_window_of_sketches_resumes_bit_for_bit_from_torchs_state_dict(dtype):
 def test_muon_is_torchs(dtype, tolerance, momentum):
     own = {} if momentum is None else {'momentum': momentum}
     for shape in SHAPES:
-        W, theirs = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Parameter(torch.ones(shape))
+        W, theirs = (nn.Parameter(torch.ones(shape, dtype=kind, device=DEVICE)) for kind in (dtype, torch.float32))
         grads, hyper = normal(6, 1, *shape, dtype=dtype), dict(lr=0.01, weight_decay=0.1)
         optimizer = galore.GaLoreAdamW([dict(params=[W], rule='muon', **own)], **hyper)
         ours, = follow(optimizer, [W], grads)
@@ -1228,7 +1230,8 @@ def test_muon_is_torchs(dtype, tolerance, momentum):
 
 @pytest.mark.parametrize('shape', SHAPES)
 def test_muon_in_a_basis_of_all_directions_is_muon(shape):
-    linear, theirs = nn.Linear(*shape[::-1], bias=False), nn.Parameter(torch.zeros(shape))
+    linear = nn.Linear(*shape[::-1], bias=False, device=DEVICE)
+    theirs = nn.Parameter(torch.zeros(shape, device=DEVICE))
     nn.init.zeros_(linear.weight)
     net = lowrank.MHLoRALinear(linear, rank=min(shape), factors='basis', merge_every=1)
     ours = galore.LowRankAdamW(net, lr=0.01, weight_decay=0.1, scale=1.0, rule='muon', basis_every=3)
@@ -1465,10 +1468,11 @@ def test_random_bases_are_others_for_each_seed_layer_and_refresh(root, tmp_path)
 @pytest.mark.parametrize('dtype', [double, torch.float16])
 def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, time, dtype):
     torch.manual_seed(0)
-    x, dy = torch.randn(5, time, n), torch.randn(5, time, m)
+    x, dy = torch.randn(5, time, n).to(DEVICE), torch.randn(5, time, m).to(DEVICE)
     x[1], dy[2], wanted = 0, 0, 0  # sequences that count for nothing
-    layer = lowrank.MHLoRALinear(nn.Linear(n, m, False).to(dtype), rank=3, factors='basis', merge_every=1)
-    P = torch.linalg.qr(torch.randn(6, 3).double())[0]
+    linear = nn.Linear(n, m, False).to(DEVICE, dtype)
+    layer = lowrank.MHLoRALinear(linear, rank=3, factors='basis', merge_every=1)
+    P = torch.linalg.qr(torch.randn(6, 3).double())[0].to(DEVICE)
     for G in dy.double().mT @ x.double():
         G = G if m < n else G.T
         wanted = wanted + G @ (G.T @ P) / (G.T @ P).norm().clamp_min(1e-9)
@@ -2192,7 +2196,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
     if min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8:
         steps = 2 * max(run.settings['basis_every'] % 8, run.settings['merge_every'] % 8) + 1
     batches = [seen(script, data, step, run.settings) for step in range(steps)]
-    joined = [tuple(map(torch.cat, zip(*batch))) for batch in batches]
+    joined = [tuple(torch.cat(parts).to(DEVICE) for parts in zip(*batch)) for batch in batches]
     forward, first, matrices, how = book_of(plain, run.model, run.optimizer, run.settings)
     book = textbook.train(forward, first, joined, matrices, how)
     for step, _ in enumerate(batches):
@@ -2220,7 +2224,7 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         val = prepare.Tokens(run.settings['dataset'], 'val', 16, root, run.settings['documents'])
         x, y = map(torch.cat, zip(*(val.fixed_batch(i, 2, 8)[:2] for i in range(2))))
         got = module.evaluate(run, val)
-    wanted = F.cross_entropy(forward(mean, x).flatten(0, -2), y.flatten())
+    wanted = F.cross_entropy(forward(mean, x.to(DEVICE)).flatten(0, -2), y.to(DEVICE).flatten())
     assert got == pytest.approx(wanted.item(), abs=1e-6) and run.model.training
 
 
@@ -3056,6 +3060,28 @@ def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix():
     assert not [(cell, words) for cell, words in found if words]
 
 
+def test_the_peak_of_a_card_is_looked_up_and_operations_are_counted_by_what_trains():
+    for name, dtype, peak in (
+            ('NVIDIA H100 80GB HBM3', 'bfloat16', 989e12), ('NVIDIA H100 PCIe', 'bfloat16', 756e12),
+            ('NVIDIA A100-SXM4-40GB', 'float16', 312e12), ('NVIDIA L40S', 'bfloat16', 362e12),
+            ('NVIDIA L4', 'bfloat16', 121e12), ('NVIDIA GeForce RTX 3060', 'float16', 25.6e12),
+            ('Tesla T4', 'float16', 65e12), ('Tesla T4', 'bfloat16', None), ('NVIDIA A10G', 'bfloat16', None),
+            ('NVIDIA GeForce RTX 3090 Ti', 'bfloat16', None), ('NVIDIA H100 NVL', 'bfloat16', None),
+            ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None), ('NVIDIA L4', 'float32', None)):
+        assert peak_of(name, dtype) == peak, name
+    net, attention = tiny_gpt(), 12 * 2 * 16 * 16
+    products = 2 * (3 + 1 + 4 + 4) * 16**2 + 31 * 16  # numbers of the blocks' weights, and of the output layer
+    assert operations_of(net, 16, 16) == 6 * products + attention
+    lowrank.apply_mhlora(net, ('attn',), heads=2, rank=3)
+    lowrank.freeze_rest(net)  # heads of rank 6 on matrices (48, 16) and (16, 16)
+    assert operations_of(net, 16, 16) == 4 * products + 2 * 6 * 6 * (48 + 16 + 16 + 16) + attention
+    net = tiny_gpt()
+    lowrank.apply_mhlora(net, ('attn',), rank=3, factors='basis', merge_every=1)
+    by_galore = 2 * (3 + 1) * 16**2
+    wanted = 6 * (products - by_galore) + 4 * by_galore + 2 * 2 * 3 * (48 + 16 + 16 + 16) + attention
+    assert operations_of(net, 16, 16) == wanted
+
+
 def test_every_training_behind_the_tables_is_a_command_line_and_its_line_is_found():
     trainings = runpy.run_path(f'{HERE}/assets/measure.py')['TRAININGS']
     for name, cells in trainings.items():
@@ -3289,13 +3315,13 @@ def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(root, tm
 
 
 def rounded(x, key, first=0):
-    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    out = torch.empty_like(x, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     rules.round_(out, x.clone(), key, first)
     return out.float()
 
 
 def test_rounding_is_right_on_average_and_independent_from_place_to_place_and_time_to_time():
-    x = normal(64, 50, dtype=torch.float32) * 10.0 ** torch.arange(-32, 32)[:, None]
+    x = normal(64, 50, dtype=torch.float32) * 10.0 ** torch.arange(-32, 32, device=DEVICE)[:, None]
     keys = [hash((seed, step)) for seed in (1, 2) for step in range(1000)]
     ups = torch.stack([(rounded(x, key) > x).flatten() for key in keys]).double()  # (times, numbers)
     low = (x.view(torch.int32) & -2**16).view(torch.float32)
@@ -3315,12 +3341,12 @@ def test_rounding_drifts_nowhere_and_blocks_have_nothing_to_do_with_each_other()
     spacing = 2.0 ** (x.abs().log2().floor() - 7)
     drift = sum(((rounded(x, key) - x) / spacing).mean().item() for key in range(400)) / 400
     assert abs(drift) < 1e-4  # its standard error is 2e-5
-    some = torch.full((2**20,), 1 + 2.0**-7 / 4)  # a quarter of the way: a quarter goes up
+    some = torch.full((2**20,), 1 + 2.0**-7 / 4, device=DEVICE)  # a quarter of the way: a quarter goes up
     assert abs((rounded(some, 5) > some).sum().item() - 2**18) < 5 * (2**20 * 3 / 16) ** 0.5
 
 
 def test_random_bits_are_even_and_independent_of_neighbours_other_keys_and_each_other():
-    x, halves = torch.empty(2**20), {}
+    x, halves = torch.empty(2**20, device=DEVICE), {}
     for key in (7, 8, 7 + 2**16):
         bits = rules.random_bits(x, rules.start_of(key, 0))
         halves[key, 0], halves[key, 1] = rules.upper(bits), rules.lower(bits)

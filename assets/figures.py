@@ -442,6 +442,19 @@ def eight_rows():
             yield f'{rate:g}', method, ', '.join(f'{x:.3f}' for x in losses(mine)), *less
 
 
+def card_rows():
+    """What `bench.py card` has kept of steps; of what failed the error."""
+    for cell in kept('card', what='step'):
+        compiled = ', compiled' * cell['compile']
+        row = cell['model'], cell['method'], cell['dtype'] + compiled
+        if 'error' in cell:
+            yield *row, cell['error'], '', '', '', ''
+            continue
+        mfu = f"{100 * cell['mfu']:.1f}%" if 'mfu' in cell else ''
+        yield (*row, f"{1000 * cell['seconds']:.1f}", f"{cell['items_per_s']:,.0f}", mfu,
+               str(cell['launches']), f"{cell['measured'] / 1e9:.2f} ({cell['planned'] / 1e9:.2f})")
+
+
 def renew_tables():
     renew('../README.md', 'methods', ('method', 'what it is, and learning rates that were good'),
           method_rows())
@@ -468,6 +481,11 @@ def renew_tables():
     renew('README.md', 'sixteen', head, sixteen_rows())
     head = 'rate', 'method', 'losses of three seeds', "less float32's", 'its error'
     renew('README.md', 'eight', head, eight_rows())
+    if cells := kept('card'):
+        head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
+                'kernels a step', 'peak, GB (planned)')
+        renew('README.md', 'card', head, card_rows(),
+              f"{cells[0]['machine']}, torch {cells[0]['torch']}, {cells[0]['date']}.")
 
 
 # -----------------------------------------------------------------------------

@@ -1164,7 +1164,8 @@ def beside_fake_card(code, word=''):
 # tests of test_lowrank.py that take TEST_DEVICE: what the core computes
 TESTS_OF_CARDS = (
     'as_it_is_written_down', 'bases_are_orthonormal', 'power_converges', 'a_plain_group', 'muon_is',
-    'muon_in_a_basis', 'a_sketch_is', '8_bits_are_off', 'rounding_is', 'rounding_drifts')
+    'muon_in_a_basis', 'a_sketch_is', '8_bits_are_off', 'rounding_is', 'rounding_drifts',
+    'random_bits', 'compiled_steps')
 
 
 def card_cells(dry):

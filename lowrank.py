@@ -349,7 +349,8 @@ class MHLoRALinear(FrozenLinear):
             self.A.requires_grad_(factors == 'both')
             self.B = nn.Parameter(new(self.heads_here, m, self.rank))
             # of another alpha the same A and B are another function: it travels with them
-            self.register_buffer('alpha', as_digits(self.scale * self.rank))
+            digits = as_digits(self.scale * self.rank)
+            self.register_buffer('alpha', digits.to(self.weight.device))
         if not self.resets:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))

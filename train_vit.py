@@ -257,7 +257,6 @@ def build(settings, process, classes, checkpoint=None):
     shape.update({key: getattr(look, key) for key in LOOK})
     model.to('cpu' if s.shard else process.device, getattr(torch, s.param_dtype))
     put_heads(model, settings, process.rank, process.ranks)
-    model.to('cpu' if s.shard else process.device)  # the buffer alpha of heads
     model.set_grad_checkpointing(s.checkpointing)
     freeze_as_set(model, settings, new=('logit',))
     if s.shard:

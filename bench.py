@@ -1059,7 +1059,6 @@ FAKE_CELLS = (  # of the tests: script, method, dtypes, ranks, in shards
     ('train_vit', 'lte', 'bfloat16', 1, False),
     ('train_gpt', 'lte', 'float32, bfloat16', 4, False),
     ('train_gpt', 'galolte_2bit', 'bfloat16', 4, False),
-    ('train_gpt', 'muon', 'bfloat16', 4, True),
     ('train_llama', 'galore', 'float32, bfloat16', 4, True))
 
 

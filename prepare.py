@@ -426,10 +426,10 @@ def read_template(folder):
     return template, tokens
 
 
-def serve_template():
+def serve_template(seconds, memory):
     """The process that renders, see `Template`. It reads JSON lines, [template, special tokens] and
-    then [messages, add_generation_prompt], and answers each of these by [text, why there is
-    none]."""
+    then [messages, add_generation_prompt], and answers each of these by [text, why there is none].
+    seconds, memory (bytes): what an answer may take."""
     import resource
     from datetime import datetime
 
@@ -482,10 +482,10 @@ def serve_template():
                            strftime_now=lambda form: datetime.now().strftime(form))
     if os.path.exists('/proc/self/statm'):  # other systems do not keep to such a limit
         used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     template = None
     for line in sys.stdin:
-        signal.alarm(SECONDS)  # ends this process
+        signal.alarm(seconds)  # ends this process
         first, second = json.loads(line)
         try:
             if template is None:
@@ -511,7 +511,7 @@ class Template:
         folder = hub_folder(source, *TOKENIZER)
         template, tokens = read_template(folder)
         code = ('import sys; sys.path.insert(0, sys.argv[1]); '
-                'import prepare; prepare.serve_template()')
+                f'import prepare; prepare.serve_template({SECONDS}, {MEMORY})')
         here = os.path.dirname(os.path.abspath(__file__))
         self.process = subprocess.Popen([sys.executable, '-c', code, here], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True, encoding='utf-8',

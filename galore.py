@@ -24,8 +24,8 @@ from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
 from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
                    gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
                    per_rank_tensors, rank_and_world, rows_here, same)
-from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time, fused_adam_,
-                   in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
+from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time,
+                   fused_adam_, in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
                    orthogonalised, read_moments, rows_of_shape, step_, wide, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up

@@ -57,8 +57,8 @@ def is_compiled(compile, device):
 
 @functools.cache
 def compiled(function):
-    """A function, compiled for any number of rows; once for each length of rows and each combination
-    of dtypes, of which there may be more than the 8 that torch allows."""
+    """A function, compiled for any number of rows; once for each length of rows and combination of
+    dtypes, of which there may be more than the 8 that torch allows."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(function, fullgraph=True, dynamic=True)
 
@@ -77,8 +77,8 @@ def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flag
     function(*tensors, numbers, start, *flags), which writes into some of the tensors, on all rows.
 
     tensors: of equally many rows, or None; numbers: floats that differ from step to step; flags:
-    what is compiled in; start: of a key and the index of the first number in the whole tensor, makes
-    random bits, see `random_bits`. Both ways give the same bits.
+    what is compiled in; start: for `random_bits`, of a key and the index of the first number in the
+    whole tensor. Both ways give the same bits.
     """
     x = tensors[0]
     if not x.numel():  # of a shard
@@ -117,7 +117,7 @@ GOLDEN = -0x61c88647  # 2^32 over the golden ratio, as 32 bits with a sign
 
 
 def square_root(x):
-    """The square root, to the last bit as compiled functions have it: torch.sqrt is not, on CPUs."""
+    """The square root as compiled functions have it, to the last bit: that of CPUs is another."""
     return x.rsqrt().reciprocal_()
 
 
@@ -153,8 +153,8 @@ def lower(bits):
 
 
 def put(out, x, bits=None, half=upper):
-    """out <- x, which is used up; float32 into bfloat16 goes up or down by a half of random bits, or,
-    without any, to the nearest."""
+    """out <- x, which is used up; float32 into bfloat16 goes up or down by a half of random bits,
+    or, without any, to the nearest."""
     if out.dtype != torch.bfloat16 or x.dtype != torch.float32 or bits is None:
         out.copy_(x)
         return
@@ -448,8 +448,8 @@ def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
 
 
 def read(x, top, dtype=torch.float32):
-    """The numbers of a moment (rows, n), or of its codes and tops, in a dtype or wider; a moment that
-    has it already is returned itself."""
+    """The numbers of a moment (rows, n), or of its codes and tops, in a dtype or wider; a moment
+    that has it already is returned itself."""
     if top is None:
         return x.to(torch.promote_types(x.dtype, dtype))
     levels, power, _ = EIGHT_BITS['exp_avg' if x.dtype == torch.int8 else 'exp_avg_sq']

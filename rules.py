@@ -19,6 +19,8 @@ import hashlib
 import importlib.util
 import logging
 import math
+import os
+import shutil
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +53,21 @@ def at_a_time(x):
 def is_compiled(compile, device):
     """Whether steps are compiled on a device; compile: True, False, or None: on GPUs that can."""
     if compile is None:
-        return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+        can = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+        return can and has_compilers()
     return compile
+
+
+@functools.cache
+def has_compilers():
+    """Whether there is what torch.compile wants for a GPU. What is missing it says once."""
+    missing = [] if importlib.util.find_spec('triton') else ['triton']
+    if not any(map(shutil.which, (os.environ.get('CC', 'gcc'), 'gcc', 'clang'))):
+        missing.append('a C compiler')
+    if missing:
+        print('steps in 16 and 8 bits are slow here: to compile them torch wants '
+              + ' and '.join(missing))
+    return not missing
 
 
 @functools.cache

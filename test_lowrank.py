@@ -3456,6 +3456,23 @@ def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_
     assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
 
 
+def test_steps_are_compiled_on_gpus_that_can(capsys):
+    cpu, card = torch.device('cpu'), torch.device('cuda', 0)
+    known = {}
+    for capability, package, compiler in itertools.product(((6, 1), (7, 5)), (None, 'triton'), (None, 'cc')):
+        rules.has_compilers.cache_clear()
+        with (mock.patch('torch.cuda.get_device_capability', lambda _: capability),
+              mock.patch('importlib.util.find_spec', lambda _: package), mock.patch('shutil.which', lambda _: compiler)):
+            known[capability[0], package, compiler] = rules.is_compiled(None, card)
+            assert rules.is_compiled(True, cpu) and not rules.is_compiled(False, card)
+            assert not rules.is_compiled(None, cpu)
+    rules.has_compilers.cache_clear()
+    assert [where for where, compiles in known.items() if compiles] == [(7, 'triton', 'cc')]
+    assert capsys.readouterr().out.splitlines() == [
+        f'steps in 16 and 8 bits are slow here: to compile them torch wants {what}'
+        for what in ('triton and a C compiler', 'triton', 'a C compiler')]
+
+
 def test_a_backward_pass_steps_by_compiled_functions_from_any_thread():
     results = []
     for compile in (True, False):

@@ -222,7 +222,7 @@ DECAY = dict(weight_decay=0.1)
 AT_TWENTY = {
     'full': ({}, [
         dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))
-        for batch, those in ((8192, (4e-3, 2e-3, 8e-3)), (2048, (2e-3, 1e-3, 4e-3)),
+        for batch, those in ((8192, (4e-3, 2e-3, 8e-3, 1.6e-2)), (2048, (2e-3, 1e-3, 4e-3, 8e-3)),
                              (32768, (8e-3, 4e-3, 1.6e-2))) for rate in those]),
     'muon': ({}, [
         dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))

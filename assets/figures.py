@@ -442,6 +442,22 @@ def eight_rows():
             yield f'{rate:g}', method, ', '.join(f'{x:.3f}' for x in losses(mine)), *less
 
 
+def twenty_rows():
+    """All trainings at 20 bytes a parameter that have ended, those of a method, batch and decay in
+    a row; inf: it diverged."""
+    rows = {}
+    for cell in trained('twenty'):
+        run = cell['run']
+        row = (cell['method'], run['batch_size'] * run['block_size'],
+               cell['settings']['weight_decay'])
+        loss = math.inf if cell['val_loss'] is None else cell['val_loss']
+        rows.setdefault(row, []).append((run['learning_rate'], loss))
+    for (name, batch, decay), found in rows.items():
+        least = min(loss for _, loss in found)
+        yield (name, f'{batch:,}', f'{decay:g}', f'{least:.3f}',
+               ', '.join(f'{rate:g}: {loss:.3f}' for rate, loss in sorted(found)))
+
+
 def card_rows():
     """What `bench.py card` has kept of steps; of what failed the error."""
     for cell in kept('card', what='step'):
@@ -481,6 +497,8 @@ def renew_tables():
     renew('README.md', 'sixteen', head, sixteen_rows())
     head = 'rate', 'method', 'losses of three seeds', "less float32's", 'its error'
     renew('README.md', 'eight', head, eight_rows())
+    head = 'method', 'bytes a step', 'decay', 'least loss', 'losses at learning rates'
+    renew('README.md', 'twenty', head, twenty_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
                 'kernels a step', 'peak, GB (planned)')

@@ -81,7 +81,8 @@ def lasting(total, batch):
 
 
 # A GPT of 496,800 parameters (0.44M in attention and MLP), on English and code
-TWENTY = {**SCREEN, 'dataset': 'texts', 'n_embd': 96, **lasting(20 * 496_800, 8192)}
+BATCH = 8192  # bytes
+TWENTY = {**SCREEN, 'dataset': 'texts', 'n_embd': 96, **lasting(20 * 496_800, BATCH)}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -217,17 +218,39 @@ FOR_SMALLER = searched(36, {
     'muon': ([1.6e-2], 8e-3, 3.2e-2),
     'galore_muon': ([8e-3], 4e-3, 1.6e-2, 3.2e-2),
     'muon_lean': ([3.2e-2], 1.6e-2, 6.4e-2)})
-# rate times decay; batches of 2 and 32 KiB as well as 8
-DECAY = dict(weight_decay=0.1)
-AT_TWENTY = {
-    'full': ({}, [
-        dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))
-        for batch, those in ((8192, (4e-3, 2e-3, 8e-3, 1.6e-2)), (2048, (2e-3, 1e-3, 4e-3, 8e-3)),
-                             (32768, (8e-3, 4e-3, 1.6e-2))) for rate in those]),
-    'muon': ({}, [
-        dict(DECAY, learning_rate=rate, **lasting(20 * 496_800, batch))
-        for batch, those in ((8192, (1.6e-2, 8e-3, 3.2e-2)), (2048, (8e-3, 4e-3, 1.6e-2)),
-                             (32768, (3.2e-2, 1.6e-2, 6.4e-2))) for rate in those])}
+# At 20 bytes a parameter: first the batch, by AdamW and Muon, with decay; then, at the best batch,
+# rate times decay. Where the best rate is the last one of a grid, the grid is widened
+BATCHES = {
+    'full': {8192: (2e-3, 4e-3, 8e-3, 1.6e-2), 2048: (1e-3, 2e-3, 4e-3, 8e-3),
+             32768: (4e-3, 8e-3, 1.6e-2)},
+    'muon': {8192: (8e-3, 1.6e-2, 3.2e-2), 2048: (4e-3, 8e-3, 1.6e-2),
+             32768: (1.6e-2, 3.2e-2, 6.4e-2)}}
+TUNED = {
+    'full': (4e-3, 8e-3, 1.6e-2),
+    'muon': (8e-3, 1.6e-2, 3.2e-2),
+    'galore': (2e-2, 4e-2, 8e-2),
+    'galore_muon': (8e-3, 1.6e-2, 3.2e-2),
+    'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2),
+    'fira': (1e-2, 2e-2, 4e-2),
+    'apollo_mini': (1e-2, 2e-2, 4e-2),
+    'relora': (4e-3, 8e-3, 1.6e-2)}
+
+
+def at_twenty(name):
+    """(settings, changes) of a method at 20 bytes a parameter; ranks are a quarter of the width."""
+    shared = dict(OFTEN, rank=24) if 'basis' in method(name) else {}
+    if name == 'relora':
+        shared = dict(rank=24, alpha=24.0)
+    changes = [dict(weight_decay=decay, learning_rate=rate)
+               for rate in TUNED[name] for decay in (0.1, 0.0)]
+    for batch, those in BATCHES.get(name, {}).items():
+        how = {} if batch == BATCH else lasting(20 * 496_800, batch)
+        of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
+        changes += [change for change in of_batch if change not in changes]
+    return shared, changes
+
+
+AT_TWENTY = {name: at_twenty(name) for name in TUNED}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),

@@ -51,9 +51,10 @@ def at_a_time(x):
 
 
 def is_compiled(compile, device):
-    """Whether steps are compiled on a device; compile: True, False, or None: on GPUs that can."""
+    """Whether steps are compiled on a device; compile: True, False, or None: on GPUs that can.
+    Below capability 8.0 torch compiles no bfloat16."""
     if compile is None:
-        can = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+        can = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
         return can and has_compilers()
     return compile
 
@@ -64,7 +65,7 @@ def has_compilers():
     missing = [] if importlib.util.find_spec('triton') else ['triton']
     if not any(map(shutil.which, (os.environ.get('CC', 'gcc'), 'gcc', 'clang'))):
         missing.append('a C compiler')
-    if missing:
+    if missing and os.environ.get('RANK', '0') == '0':
         print('steps in 16 and 8 bits are slow here: to compile them torch wants '
               + ' and '.join(missing))
     return not missing
@@ -74,14 +75,18 @@ def has_compilers():
 def compiled(function):
     """A function, compiled for any number of rows; once for each length of rows and combination of
     dtypes, of which there may be more than the 8 that torch allows."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    function = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def call(*args):
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            function(*args)
+    return call
 
 
 @functools.lru_cache(maxsize=16)  # the matrices of a group have the same ones
 def on_device(numbers, device):
     """Numbers as a tensor, by a copy that the host does not wait for."""
-    numbers = torch.tensor(numbers, dtype=torch.float64)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device='cpu')
     if device.type == 'cuda':
         numbers = numbers.pin_memory()
     return numbers.to(device, non_blocking=True)
@@ -110,15 +115,17 @@ def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flag
     for i in range(0, len(tensors[0]), count):
         some = [None if x is None else x[i:i + count] for x in tensors]
         if compile:
-            mark_rows(some)
+            some = [None if x is None else alone(x) for x in some]
         function(*some, numbers, start_of(key, first + i * n), *flags)
 
 
-def mark_rows(tensors):
-    """Tells torch.compile that rows of another length are another function."""
-    for x in tensors:
-        if x is not None and x.dim() > 1:
-            torch._dynamo.mark_static(x, 1)
+def alone(x):
+    """A view for torch.compile, which looks at what a view is of: no two may be of one tensor. Rows
+    of another length are another function."""
+    x = x.detach()
+    if x.dim() > 1:
+        torch._dynamo.mark_static(x, 1)
+    return x
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +156,8 @@ def start_of(key, first):
 
 def random_bits(x, start):
     """32 random bits for each number of x, int32: a hash of start and the number's index, which
-    multiplies and mixes twice (as murmur3 ends). The upper 16 and the lower 16 go on their own."""
+    mixes and multiplies twice, much as murmur3 ends. The upper 16 are even and independent as far
+    as tests see; the lower 16, a little less, are for second moments."""
     bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     bits.mul_(GOLDEN).add_(start)
     bits.bitwise_xor_(bits >> 15).mul_(-0x7a143595)
@@ -174,6 +182,7 @@ def put(out, x, bits=None, half=upper):
         out.copy_(x)
         return
     # inf and NaN stay: a card's NaN has all bits but the sign set, and one more would change it
+    # (one with all 32 set, which no arithmetic makes, becomes 0)
     number = x.view(torch.int32).clamp_(max=0x7fff0000)
     number.add_(half(bits)).bitwise_and_(-2**16)
     out.copy_(x)
@@ -490,6 +499,7 @@ def rows_like_moments(x, state):
 
 def rows_of_moment(state, name):
     """A moment as rows, and their tops (rows, blocks of a row); or flat, and None."""
+    state[name] = state[name].contiguous()  # rows are views of it
     rows = rows_like_moments(state[name], state)
     top = state.get(f'{name}_top')
     if top is not None:
@@ -529,11 +539,12 @@ def is_fused(p, state):
 
 
 def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
-    """p <- keep p - lr M / (sqrt(V) + eps), and the moments take grad in; to_nearest: of M."""
+    """p <- keep p - lr M / (sqrt(V) + eps), and the moments take grad in, or, if that is None, p
+    itself; to_nearest: of M."""
     lr, keep, beta1, rest1, beta2, rest2, eps, shift = numbers  # rest1: 1 - beta1
     bits = random_bits(p, start)
     m, v = read(M, M_top, wide(p)), read(V, V_top, wide(p))
-    g = grad.to(v.dtype)
+    g = (p if grad is None else grad).to(v.dtype)
     m.mul_(beta1).add_(g * rest1)
     v.mul_(beta2).add_((g * g).mul_(rest2))
     rho = m / square_root(v).add_(eps)
@@ -577,10 +588,8 @@ def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0, compile=False):
         if p is grad:
             return x
         return p.copy_(x)
-    state['exp_avg'] = M.contiguous()  # rows are views of them
-    state['exp_avg_sq'] = V.contiguous()
     rows = rows_like_moments(p, state)  # views, where they can be
-    grad_rows = rows if p is grad else rows_like_moments(grad, state)
+    grad_rows = None if p is grad else rows_like_moments(grad, state)
     moments = [*rows_of_moment(state, 'exp_avg'), *rows_of_moment(state, 'exp_avg_sq')]
     beta1, beta2 = betas
     lr = lr * correction / (1 - beta1**age)
@@ -686,12 +695,12 @@ def averaged(G, state, group, key=0, first=0, ahead=False):
     see `average_rows`, in the dtype of Muon's products. Of momentum 0 it is G, and there is no
     state.
     """
-    momentum = group['momentum']
-    out = torch.empty(G.shape, dtype=dtype_of_muon(G) if ahead else wide(G), device=G.device)
+    momentum, dtype = group['momentum'], dtype_of_muon(G) if ahead else wide(G)
     if not momentum:  # a run may have had one before it was resumed
         state.pop('exp_avg', None)
         state.pop('exp_avg_top', None)
-        return out.copy_(G)
+        return G.to(dtype)
+    out = torch.empty(G.shape, dtype=dtype, device=G.device)
     if 'exp_avg' not in state:  # rows are views of it
         new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
     numbers = momentum, 1 - momentum, shift_of(state['step'])

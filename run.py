@@ -109,9 +109,12 @@ def check_capability(settings, compute):
     """Refuses what this process's card cannot do, and says what is slow on it."""
     capability = torch.cuda.get_device_capability()
     here = 'this card has {}.{}'.format(*capability)
-    if settings.get('compile') and capability < (7, 0):  # Triton would say so at the first step
-        fail(f'compile=True needs a card of capability 7.0 or newer, and {here}: set '
-             '--compile=False')
+    # Triton would say so at the first step
+    in_bfloat16 = 'bfloat16' in (compute, settings['param_dtype'])
+    needed = (8, 0) if in_bfloat16 or settings.get('state_bits') == 16 else (7, 0)
+    if settings.get('compile') and capability < needed:
+        needed = '8.0 or newer for bfloat16' if needed == (8, 0) else '7.0 or newer'
+        fail(f'compile=True needs a card of capability {needed}, and {here}: set --compile=False')
     if compute == 'bfloat16' and capability < (8, 0) and os.environ.get('RANK', '0') == '0':
         print(f'bfloat16 is slow here: cards compute in it from capability 8.0 on, and {here}')
 
@@ -188,7 +191,7 @@ def make_optimizer(model, settings):
         print('Muon on loaded weights: a model that was trained by Adam loses by it (arXiv '
               '2605.10468), and lora, galore or full would be safer')
     common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), seed=s.seed, per_layer=s.per_layer,
-                  compile=s.compile or None)  # None: on GPUs
+                  compile=s.compile)
     if s.optimizer == 'adamw' or s.lowrank:
         return LowRankAdamW(
             model, weight_decay=s.weight_decay, scale=s.scale, basis=s.basis,
@@ -628,7 +631,7 @@ PEAKS = {
     'H200': (989e12, 989e12), 'H100 PCIe': (756e12, 756e12), 'H100': (989e12, 989e12),
     'A100': (312e12, 312e12), 'L40S': (362e12, 362e12), 'L4': (121e12, 121e12),
     'A10': (125e12, 125e12), 'RTX 4090': (165e12, 165e12), 'RTX 3090': (71e12, 71e12),
-    'RTX 3060': (25.6e12, 25.6e12), 'T4': (None, 65e12), 'V100': (None, 125e12)}
+    'RTX 3060': (25.6e12, 25.6e12), 'T4': (None, 65e12), 'V100-SXM2': (None, 125e12)}
 OTHER_CARDS = r'\b(Ti|D|SUPER|Laptop|NVL|MIG)\b'  # have such a name, and another peak
 
 

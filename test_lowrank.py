@@ -3456,10 +3456,30 @@ def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_
     assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
 
 
+def test_what_is_compiled_for_a_gradient_in_its_own_place_is_not_taken_for_others():
+    p, before = normal(600, dtype=torch.float32).bfloat16(), graphs_compiled()
+    group = dict(state_bits=None, betas=(0.9, 0.999), eps=1e-8)
+    for shape, make in (((20, 30), None), ((20, 30), torch.clone), ((600,), torch.clone), ((30, 20), nn.Parameter),
+                        ((600, 1), torch.clone), ((20, 30), None)):
+        found = []
+        for compile in (True, False):
+            state, x = {'step': 1}, p.clone().view(shape)
+            if make is None:
+                rules.adam(x, state, dict(group, compile=compile))
+            else:
+                x = make(x)
+                rules.new_moments(state, x, None)
+                with torch.no_grad():
+                    rules.step_(x, x.flip(0), state, 0.01, 0.9, (0.9, 0.999), 1e-8, compile=compile)
+            found.append([x, state['exp_avg'], state['exp_avg_sq']])
+        assert all(map(torch.equal, *found))
+    assert graphs_compiled() - before == 2
+
+
 def test_steps_are_compiled_on_gpus_that_can(capsys):
     cpu, card = torch.device('cpu'), torch.device('cuda', 0)
     known = {}
-    for capability, package, compiler in itertools.product(((6, 1), (7, 5)), (None, 'triton'), (None, 'cc')):
+    for capability, package, compiler in itertools.product(((7, 5), (8, 0)), (None, 'triton'), (None, 'cc')):
         rules.has_compilers.cache_clear()
         with (mock.patch('torch.cuda.get_device_capability', lambda _: capability),
               mock.patch('importlib.util.find_spec', lambda _: package), mock.patch('shutil.which', lambda _: compiler)):
@@ -3467,7 +3487,7 @@ def test_steps_are_compiled_on_gpus_that_can(capsys):
             assert rules.is_compiled(True, cpu) and not rules.is_compiled(False, card)
             assert not rules.is_compiled(None, cpu)
     rules.has_compilers.cache_clear()
-    assert [where for where, compiles in known.items() if compiles] == [(7, 'triton', 'cc')]
+    assert [where for where, compiles in known.items() if compiles] == [(8, 'triton', 'cc')]
     assert capsys.readouterr().out.splitlines() == [
         f'steps in 16 and 8 bits are slow here: to compile them torch wants {what}'
         for what in ('triton and a C compiler', 'triton', 'a C compiler')]
@@ -4590,7 +4610,8 @@ def test_a_rank_has_its_card_and_backend(capsys):
     ('--device=cuda:1', [(8, 6), (8, 6)], 0, "device='cuda:1' is one card for all"),
     ('', [(8, 6), (8, 6)], 2, 'processes than there are cards: set --nproc_per_node=2'),
     ('--compile=True', [(6, 1)], None, '7.0 or newer, and this card has 6.1: set --compile=False'),
-    ('--compile=True', [(9, 0), (6, 1)], 1, '7.0 or newer, and this card has 6.1')])
+    ('--compile=True', [(9, 0), (6, 1)], 1, '7.0 or newer, and this card has 6.1'),
+    ('--compile=True --param_dtype=bfloat16', [(7, 5)], None, '8.0 or newer for bfloat16, and this card has 7.5')])
 def test_what_no_card_here_can_do_is_one_sentence(capsys, words, capabilities, local_rank, said):
     settings, place = settings_of(train_gpt, *words.split()), contextlib.nullcontext()
     if local_rank is not None:

@@ -90,7 +90,8 @@ min_lr = None  # the cosine's end, None: a tenth of learning_rate
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
-compile = False  # torch.compile; steps in 16 and 8 bits are compiled on GPUs anyway
+compile = None  # True: torch.compile blocks and the optimizer's steps in 16 and 8 bits; None: on GPUs
+#                 these steps alone; False: nothing
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())

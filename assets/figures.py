@@ -461,7 +461,7 @@ def twenty_rows():
 def card_rows():
     """What `bench.py card` has kept of steps; of what failed the error."""
     for cell in kept('card', what='step'):
-        compiled = ', compiled' * cell['compile']
+        compiled = ', compiled' if cell['compile'] else ''
         row = cell['model'], cell['method'], cell['dtype'] + compiled
         if 'error' in cell:
             yield *row, cell['error'], '', '', '', ''

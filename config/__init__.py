@@ -221,7 +221,7 @@ def type_of(known, key):
     """The type of a setting, that of its default; None, where it is worked out later, is one of
     another."""
     if known.get(key, '') is None:
-        return {'min_lr': float, 'documents': bool}.get(key, int)
+        return {'min_lr': float, 'documents': bool, 'compile': bool}.get(key, int)
     return type(known.get(key))
 
 

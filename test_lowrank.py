@@ -2503,7 +2503,8 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
             if script == 'gpt':
                 losses.append(train_gpt.evaluate(run, prepare.Tokens('tiny', 'val', 16, root)))
     half = len(losses) // 2
-    assert losses[:half] == pytest.approx(losses[half:], abs=1e-8) and losses[0] != losses[3]
+    close_enough = 1e-6 if '--dtype=float32' in words else 1e-8
+    assert losses[:half] == pytest.approx(losses[half:], abs=close_enough) and losses[0] != losses[3]
     assert 1 <= graphs <= 2 + (script != 'vit')  # and the loss's
 
 

@@ -38,7 +38,7 @@ MOST = 2**24  # where steps are compiled
 
 
 def at_a_time(x):
-    """How many numbers of x are taken at a time: on a CPU as many as fit its cache."""
+    """How many numbers of x plain steps take at a time: on a CPU as many as fit its cache."""
     return CHUNK_OF_A_CPU if x.device.type == 'cpu' else CHUNK
 
 
@@ -46,8 +46,8 @@ def at_a_time(x):
 # pieces and compiled functions
 
 # A step is written once, as a function that writes into rows of its tensors. A CPU runs it as it
-# is, on pieces that fit its cache. A GPU runs it compiled, on all rows at once: each number is read
-# once and written once, by one or a few kernels, and no temporary is as large as a weight.
+# is, on pieces that fit its cache. A GPU runs it compiled, on 16M numbers at once: each is read once
+# and written once, by one or a few kernels, and no temporary is as large as a large weight.
 
 
 def is_compiled(compile, device):

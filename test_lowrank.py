@@ -68,6 +68,7 @@ pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:Use
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEVICE = os.environ.get('TEST_DEVICE', 'cpu')  # of what the core computes, for bench.py card
+wants_a_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile wants a compiler: install g++')
 SCRIPTS = {'gpt': train_gpt, 'llama': train_llama, 'vit': train_vit}
 FILES = {name[:-3]: f'{HERE}/config/methods/{name}' for name in sorted(os.listdir(f'{HERE}/config/methods'))
          if name.endswith('.py')}
@@ -3050,7 +3051,7 @@ bench.answer(json.loads(sys.argv[2]))
 """
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='a card that is not there wants a compiler: install g++')
+@wants_a_compiler
 def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix():
     cells = [cell for cell in bench.FAKE_CELLS if cell[3] == 1 or torch.__version__ >= (2, 13)]  # collectives
     wrong, *found = map(json.loads, bench.beside_fake_card(DEEDS, json.dumps(cells)))
@@ -3442,6 +3443,7 @@ def averages(p, n, compile, bits, steps):
     return [ahead, *(x for x in state.values() if torch.is_tensor(x))]
 
 
+@wants_a_compiler
 @pytest.mark.parametrize('function, bits, most', [
     (adam_in_few_bits, None, 3), (adam_in_few_bits, 8, 16), (moved, None, 3), (moved, 8, 10), (averages, None, 3)])
 def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_again(function, bits, most):
@@ -3457,6 +3459,7 @@ def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_
     assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
 
 
+@wants_a_compiler
 def test_what_is_compiled_for_a_gradient_in_its_own_place_is_not_taken_for_others():
     p, before = normal(600, dtype=torch.float32).bfloat16(), graphs_compiled()
     group = dict(state_bits=None, betas=(0.9, 0.999), eps=1e-8)
@@ -3494,6 +3497,7 @@ def test_steps_are_compiled_on_gpus_that_can(capsys):
         for what in ('triton and a C compiler', 'triton', 'a C compiler')]
 
 
+@wants_a_compiler
 def test_a_backward_pass_steps_by_compiled_functions_from_any_thread():
     results = []
     for compile in (True, False):

@@ -295,7 +295,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         numbered = [f'parameter {first + i}' for i in range(len(group['params']))]
         names = group.get('param_names') or numbered
         fill_in(group)
-        group['compile'] = is_compiled(self.compile, group['params'][0].device)
+        self._choose_compile(group)
         refuse_values(group)
         refuse_shapes(group, names)
         say_what_differs(group, names)
@@ -309,6 +309,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
                                  '(per_layer=True), which would go on: build the model anew')
             if self.per_layer:
                 p.register_post_accumulate_grad_hook(self._complete)
+
+    def _choose_compile(self, group):
+        """Writes whether steps of a group are compiled, which is not a checkpoint's to say."""
+        for p in group['params'][:1]:  # a group may be empty
+            group['compile'] = is_compiled(self.compile, p.device)
 
     def begin(self, step, micro_step=0, micro_steps=1):
         """To be called before each forward pass: which micro-batch of which step, from 0.
@@ -485,7 +490,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group['params']]
         for group in self.param_groups:
-            group['compile'] = is_compiled(self.compile, group['params'][0].device)
+            self._choose_compile(group)
         numbers = [i for group in state_dict['param_groups'] for i in group['params']]
         for p, i in zip(params, numbers):
             for key, x in state_dict['state'].get(i, {}).items():

@@ -3480,6 +3480,14 @@ def test_what_is_compiled_for_a_gradient_in_its_own_place_is_not_taken_for_other
     assert graphs_compiled() - before == 2
 
 
+def test_a_group_may_be_empty_and_a_checkpoint_does_not_choose_what_is_compiled():
+    p = nn.Parameter(torch.ones(3, 4))
+    plain, compiles = (galore.GaLoreAdamW([dict(params=[]), dict(params=[p], rule='adamw')], compile=choice)
+                       for choice in (False, True))
+    compiles.load_state_dict(plain.state_dict())
+    assert plain.param_groups[1]['compile'] is False and compiles.param_groups[1]['compile'] is True
+
+
 def test_steps_are_compiled_on_gpus_that_can(capsys):
     cpu, card = torch.device('cpu'), torch.device('cuda', 0)
     known = {}

@@ -401,13 +401,20 @@ LONGEST = 10**7  # characters of a line with a chat, and of what a template make
 SECONDS, MEMORY = 10, 2**30  # that a template may take for a chat
 
 
-def read_template(folder):
-    """(the text of a folder's chat template, {name: special token} for it). DataError: it has
-    none."""
-    about, path = {}, Path(folder, 'chat_template.jinja')
+def about_tokens(folder):
+    """What a folder's files say of its tokenizer: {name of a special token, or another key: it}."""
+    about = {}
     for name in ('special_tokens_map.json', 'tokenizer_config.json'):
         if Path(folder, name).is_file():
             about |= read_json(Path(folder, name))
+    # of a token older files have more to say
+    return {key: x.get('content') if isinstance(x, dict) else x for key, x in about.items()}
+
+
+def read_template(folder):
+    """(the text of a folder's chat template, {name: special token} for it). DataError: it has
+    none."""
+    about, path = about_tokens(folder), Path(folder, 'chat_template.jinja')
     template = about.get('chat_template')
     if isinstance(template, list):  # several, by name
         by_name = {entry['name']: entry['template'] for entry in template}
@@ -417,12 +424,8 @@ def read_template(folder):
     if not isinstance(template, str):
         raise DataError(f"'{folder}' has no chat_template, and messages want one: give --tokenizer "
                         'a model that was trained on chats')
-    tokens = {}
-    for name, token in about.items():
-        if isinstance(token, dict):  # older files have more to say of it
-            token = token.get('content')
-        if name.endswith('_token') and isinstance(token, str):
-            tokens[name] = token
+    tokens = {name: token for name, token in about.items()
+              if name.endswith('_token') and isinstance(token, str)}
     return template, tokens
 
 
@@ -545,23 +548,18 @@ class Template:
         are all). Together they are the text of all messages up to the last answer; a prompt ends as
         where an answer is asked for. Where earlier turns are spelled otherwise in the end, as by
         templates that drop thoughts, there is the last one alone. ValueError."""
-        answers = [i for i, message in enumerate(messages) if message['role'] == 'assistant']
-        whole, found, done = self.render(messages[:answers[-1] + 1]), [], 0
-        for i in answers:
-            if i < first:
-                continue
-            prompt = self.render(messages[:i], True)
-            text = whole if i == answers[-1] else self.render(messages[:i + 1])
-            goes_on = whole.startswith(text) and text.startswith(prompt)
-            if goes_on and len(prompt) >= done:
-                found.append((text[done:len(prompt)], text[len(prompt):]))
-                done = len(text)
-            elif i == answers[-1]:
-                raise ValueError('its template asks for an answer otherwise than it spells one')
-        all_found = len(found) == sum(i >= first for i in answers)
-        if all_found:
-            return found, True
-        return [(prompt, whole[len(prompt):])], False
+        texts = ['']  # each is to begin as the one before: up to a question, up to its answer
+        for i, message in enumerate(messages):
+            if message['role'] == 'assistant' and i >= first:
+                texts.append(self.render(messages[:i], True))
+                texts.append(self.render(messages[:i + 1]))
+        prompt, whole = texts[-2:]
+        if not whole.startswith(prompt):
+            raise ValueError('its template asks for an answer otherwise than it spells one')
+        if not all(after.startswith(before) for before, after in itertools.pairwise(texts)):
+            return [(prompt, whole[len(prompt):])], False
+        pieces = [after[len(before):] for before, after in itertools.pairwise(texts)]
+        return list(zip(pieces[::2], pieces[1::2])), True
 
 
 def messages_of(found):
@@ -803,15 +801,9 @@ class HubTokenizer:
 
     @cached_property
     def eot_token(self):
-        for name in ('tokenizer_config.json', 'special_tokens_map.json'):
-            path = Path(self.folder, name)
-            if not path.is_file():
-                continue
-            token = read_json(path).get('eos_token')
-            if isinstance(token, dict):  # older files have more to say of it
-                token = token.get('content')
-            if isinstance(token, str) and self.inner.token_to_id(token) is not None:
-                return self.inner.token_to_id(token)
+        token = about_tokens(self.folder).get('eos_token')
+        if isinstance(token, str) and self.inner.token_to_id(token) is not None:
+            return self.inner.token_to_id(token)
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token "
                         'that its vocabulary has to its tokenizer_config.json')
 

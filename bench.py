@@ -199,14 +199,14 @@ def memory_cells():
     yield from vit_cells(4, 32)
 
 
-def communication_cells(workers=32):
-    """LLaMA-1B, rank 512, a head on each worker."""
-    one, own = dict(rank=512), dict(rank=512, heads=workers)
+def communication_cells():
+    """LLaMA-1B, rank 512, a head on each of 32 workers."""
+    one, own = dict(rank=512), dict(rank=512, heads=32)
     often = dict(own, basis_every=200)
     methods = {'full': {}, 'local_adamw': {}, 'galore': one, 'lte': own, 'lte, sync=merge': own,
                'galolte': often, 'galolte, sync=merge': often}
     base = {**LLAMA, 'size': '1b', 'n_layer': 24}
-    return named(base, methods, model='LLaMA-1B', workers=workers)
+    return named(base, methods, model='LLaMA-1B', workers=32)
 
 
 # -----------------------------------------------------------------------------

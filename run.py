@@ -378,13 +378,13 @@ def load_tensors(path):
 
 def as_checkpoint(found, path):
     """What `load_tensors` gave, if `save` wrote it in this format. ValueError: it did not."""
-    if not isinstance(found, dict) or found.keys().isdisjoint({'format', 'edition'}):
+    if not isinstance(found, dict) or 'format' not in found:
         raise ValueError(f"'{path}' is not a checkpoint of this project (it does not say its "
                          'format): check --out_dir')
-    theirs = found.get('format', found.get('edition'))  # as it was called once
-    if found.get('format') != FORMAT:
+    if found['format'] != FORMAT:
         raise ValueError(f"'{path}' was written by another version of this project (format "
-                         f'{theirs}, here {FORMAT}): go on with that version, or train anew')
+                         f"{found['format']}, here {FORMAT}): go on with that version, or train "
+                         'anew')
     return found
 
 

@@ -3760,7 +3760,9 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     run = built_again(out)
     with lowrank.averaged_heads(run):
         close(tuned(idx), run(idx))
-    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--dtype=float64'])
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--dtype=float64', '--check'])
+    said = re.search(r'loss (\S+) before the merge, (\S+) after it; logits differ by (\S+)', capsys.readouterr().out)
+    assert said[1] == said[2] and float(said[3]) < 1e-4
     merged, theirs = loaded(tmp_path / 'hf')
     close(merged(idx), tuned(idx))
     assert theirs == tokens == loaded(bases / base)[1]

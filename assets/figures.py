@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from measure import ADAPT, TRAININGS, by_method, sending
+from measure import ADAPT, FRESH, TRAININGS, by_method, lasting, sending
 from bench import kept, read_lines, title  # measure has put its folder on the path
 
 HERE = Path(__file__).resolve().parent
@@ -333,6 +333,29 @@ def draw_layers():
                  title='four split heads on these layers')
 
 
+def draw_length(methods):
+    """Loss at the end of a training against how long it was; and how many bytes AdamW needs for
+    the same loss as after 20 a parameter, over these, against bytes of optimizer state."""
+    found, colors = curves(), matplotlib.colormaps['tab20'].colors
+    with picture('length', (10.5, 5), (1, 2)) as ((left, right),):
+        for number, name in enumerate(methods):
+            mine, look = judges(20)[name], dict(marker='os^vDP*X'[number], color=colors[2 * number])
+            means = found[name]
+            ranges = [losses(judges(times)[name]) for times in means]
+            left.errorbar([*means], [*means.values()], bars(means.values(), ranges), capsize=3,
+                          lw=1, **look)
+            sign, theirs = bytes_for(mean_loss(mine), found['full'])
+            state = mine[0]['optimizer_state_bytes'] / 1e6
+            right.plot(state, theirs / 20, ms=9, ls='', label=name, **look)
+            if sign:
+                right.annotate(sign, (state, theirs / 20), (-14, -4), textcoords='offset points')
+        on_log(left.xaxis, 5, 20, 80)
+        on_log(right.xaxis, 0.1, 0.2, 0.5, 1, 2, 4)
+        left.set(xlabel='bytes a parameter', ylabel='validation loss, nats a byte')
+        right.set(xlabel='MB of optimizer state', ylim=(0, None),
+                  ylabel="AdamW's bytes for the same loss, over its own")
+
+
 # -----------------------------------------------------------------------------
 # tables
 
@@ -443,19 +466,74 @@ def eight_rows():
 
 
 def twenty_rows():
-    """All trainings at 20 bytes a parameter that have ended, those of a method, batch and decay in
-    a row; inf: it diverged."""
+    """All trainings at 20 bytes a parameter that tune, those of a method, batch and decay in a row;
+    inf: it diverged."""
     rows = {}
     for cell in trained('twenty'):
         run = cell['run']
-        row = (cell['method'], run['batch_size'] * run['block_size'],
-               cell['settings']['weight_decay'])
+        if run.get('seed') in FRESH:
+            continue
+        name = label(cell, 'learning_rate', 'weight_decay', *lasting(20))
+        row = name, run['batch_size'] * run['block_size'], cell['settings']['weight_decay']
         loss = math.inf if cell['val_loss'] is None else cell['val_loss']
         rows.setdefault(row, []).append((run['learning_rate'], loss))
     for (name, batch, decay), found in rows.items():
         least = min(loss for _, loss in found)
         yield (name, f'{batch:,}', f'{decay:g}', f'{least:.3f}',
                ', '.join(f'{rate:g}: {loss:.3f}' for rate, loss in sorted(found)))
+
+
+def judges(times, width=96):
+    """{method: its trainings on so many bytes a parameter whose seeds have tuned nothing}."""
+    found, wanted = {}, lasting(times, width)
+    for cell in trained('twenty'):
+        run = cell['run']
+        is_long = (run['n_embd'], run['max_iters']) == (width, wanted['max_iters'])
+        if is_long and run.get('seed') in FRESH:
+            found.setdefault(cell['method'], []).append(cell)
+    return found
+
+
+def curves():
+    """{method: {bytes a parameter: mean loss of the seeds that judge}}, of the smallest GPT."""
+    found = {}
+    for times in (5, 20, 80):
+        for name, cells in judges(times).items():
+            found.setdefault(name, {})[times] = mean_loss(cells)
+    return found
+
+
+def bytes_for(loss, curve):
+    """('', after how many bytes a parameter a curve comes to a loss): between two lengths losses
+    are linear in the logarithm. ('<', the first) or ('>', the last) where it is outside."""
+    points = sorted(curve.items())
+    if loss > points[0][1]:
+        return '<', points[0][0]
+    for (less, above), (more, below) in zip(points, points[1:]):
+        if loss >= below:
+            part = (above - loss) / (above - below)
+            return '', less * (more / less) ** part
+    return '>', points[-1][0]
+
+
+def judged_rows():
+    """Methods by their loss at 20 bytes a parameter: what the fresh seeds say."""
+    found, full = curves(), judges(20)['full']
+    times = {cell['method']: cell['to_full'] for cell in kept('speed', of='twenty')}
+    peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
+    for name, mine in sorted(judges(20).items(), key=lambda pair: mean_loss(pair[1])):
+        less = []
+        for length in (5, 20, 80):
+            both = [judges(length).get(method) for method in (name, 'full')]
+            difference, error = less_than(*both) if all(both) and name != 'full' else ('', '')
+            less.append(f'{difference} ({error})' if error else difference)
+        sign, theirs = bytes_for(mean_loss(mine), found['full'])
+        below, own = bytes_for(mean_loss(full), found[name])
+        time = f'{below} {own / 20 * times[name]:.2f}' if name in times else ''
+        yield (label(mine[0]), mean_and_range(losses(mine)), *less,
+               f'{sign} {theirs / 20:.2f}'.strip(), time.strip(),
+               f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
+               f'{peaks[name]:.0f} MB' if name in peaks else '')
 
 
 def card_rows():
@@ -499,6 +577,11 @@ def renew_tables():
     renew('README.md', 'eight', head, eight_rows())
     head = 'method', 'bytes a step', 'decay', 'least loss', 'losses at learning rates'
     renew('README.md', 'twenty', head, twenty_rows())
+    if judges(20):
+        head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20', 'at 80',
+                "AdamW's bytes for the same loss, over its own", "time to AdamW's loss",
+                'optimizer state', 'peak')
+        renew('README.md', 'judged', head, judged_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
                 'kernels a step', 'peak, GB (planned)')
@@ -550,5 +633,7 @@ elif __name__ == '__main__':
     draw_trainings()
     draw_frontier()
     draw_layers()
+    if found := judges(20):
+        draw_length(found)
     renew_tables()
     print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

@@ -3,15 +3,18 @@ Trains what the tables and pictures of both README.md compare, and measures what
 
 $ python assets/measure.py BENCH
 
-A training becomes a line of assets/BENCH.jsonl as soon as it has ended, and is not run again.
+A training becomes a line of assets/BENCH.jsonl as soon as it has ended, and is not run again; one
+that was stopped, by Ctrl-C too, goes on where it was saved.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +32,7 @@ BENCHES = {
     'twenty': 'loss of some methods on a GPT of 0.5M after 20 bytes a parameter, tuned one by one',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
-    'costs': 'time, memory, bytes sent of what is screened; bytes sent of quality and english'}
+    'costs': 'time, memory of screening and twenty; bytes sent of screening, quality and english'}
 
 
 def options_of(argv):
@@ -72,17 +75,21 @@ LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 
 
-def lasting(total, batch):
-    """Settings of a training on so many bytes, so many a step: the rate climbs for a tenth of it and
-    ends at 0, and 256 KiB are evaluated after each quarter."""
-    steps, rows = total // batch, batch // SMALL['block_size']
-    return dict(batch_size=rows, max_iters=steps, warmup_iters=steps // 10, min_lr=0.0,
-                eval_interval=-(-steps // 4), eval_iters=1024 // rows, log_interval=-(-steps // 20))
-
-
-# A GPT of 496,800 parameters (0.44M in attention and MLP), on English and code
+# GPTs of four blocks on English and code: their parameters, embeddings included, by the width
+PARAMETERS = {96: 496_800, 144: 1_076_976, 256: 3_290_880}
 BATCH = 8192  # bytes
-TWENTY = {**SCREEN, 'dataset': 'texts', 'n_embd': 96, **lasting(20 * 496_800, BATCH)}
+
+
+def lasting(times, width=96, batch=BATCH):
+    """Settings of such a GPT and of a training on so many bytes a parameter, so many a step: the
+    rate climbs for a tenth of it and ends at 0, and 256 KiB are evaluated after each quarter."""
+    steps, rows = times * PARAMETERS[width] // batch, batch // SMALL['block_size']
+    return dict(n_embd=width, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
+                min_lr=0.0, eval_interval=-(-steps // 4), eval_iters=1024 // rows,
+                log_interval=-(-steps // 20))
+
+
+TWENTY = {**SCREEN, 'dataset': 'texts', **lasting(20)}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -221,12 +228,12 @@ FOR_SMALLER = searched(36, {
 # At 20 bytes a parameter: first the batch, by AdamW and Muon, with decay; then, at the best batch,
 # rate times decay. Where the best rate is the last one of a grid, the grid is widened
 BATCHES = {
-    'full': {8192: (2e-3, 4e-3, 8e-3, 1.6e-2), 2048: (1e-3, 2e-3, 4e-3, 8e-3),
+    'full': {8192: (2e-3, 4e-3, 8e-3, 1.6e-2), 2048: (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
              32768: (4e-3, 8e-3, 1.6e-2)},
     'muon': {8192: (8e-3, 1.6e-2, 3.2e-2), 2048: (4e-3, 8e-3, 1.6e-2),
              32768: (1.6e-2, 3.2e-2, 6.4e-2)}}
 TUNED = {
-    'full': (4e-3, 8e-3, 1.6e-2),
+    'full': (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     'muon': (8e-3, 1.6e-2, 3.2e-2),
     'galore': (2e-2, 4e-2, 8e-2),
     'galore_muon': (8e-3, 1.6e-2, 3.2e-2),
@@ -234,19 +241,33 @@ TUNED = {
     'fira': (1e-2, 2e-2, 4e-2),
     'apollo_mini': (1e-2, 2e-2, 4e-2),
     'relora': (4e-3, 8e-3, 1.6e-2)}
+# Of AdamW other averages; a basis of all directions, at AdamW's and Muon's rates
+CONTROLS = {
+    'full': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=beta2) for beta2 in (0.95, 0.999)],
+    'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0)],
+    'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96)]}
+# What judges: the best rate and decay of each above, and seeds that have tuned nothing
+FRESH = 1, 2, 3, 4, 5
+JUDGED = {}
 
 
 def at_twenty(name):
-    """(settings, changes) of a method at 20 bytes a parameter; ranks are a quarter of the width."""
+    """(settings, changes) of a method at 20 bytes a parameter, and what judges it at 5 and 20;
+    ranks are a quarter of the width."""
     shared = dict(OFTEN, rank=24) if 'basis' in method(name) else {}
     if name == 'relora':
         shared = dict(rank=24, alpha=24.0)
     changes = [dict(weight_decay=decay, learning_rate=rate)
                for rate in TUNED[name] for decay in (0.1, 0.0)]
     for batch, those in BATCHES.get(name, {}).items():
-        how = {} if batch == BATCH else lasting(20 * 496_800, batch)
+        how = {} if batch == BATCH else lasting(20, batch=batch)
         of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
         changes += [change for change in of_batch if change not in changes]
+    changes += CONTROLS.get(name, [])
+    for times in (5, 20) if name in JUDGED else ():
+        rate, decay = JUDGED[name]
+        best = dict(weight_decay=decay, learning_rate=rate, **lasting(times))
+        changes += [dict(best, seed=seed) for seed in FRESH]
     return shared, changes
 
 
@@ -312,30 +333,38 @@ def train_one(about, settings, tell):
     images accuracies too, numbers of parameters, bytes, and as `run` the settings that are not its
     script's own.
 
-    Where it did not run it says why and gives None; where it diverged there is no loss.
+    Where it did not run, or was stopped, it says so and gives None; where it diverged there is no
+    loss. What was saved of it until it ends is in out/measure_*.
     """
     ranks = settings.get('ranks', 1)
     command = [sys.executable]
     if ranks > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
-    with tempfile.TemporaryDirectory() as folder:
-        own = {**settings, 'out_dir': folder}
-        command += [bench.script_of(settings).__file__]
-        command += [f'--{key}={x}' for key, x in own.items() if key != 'ranks']
-        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-        said = []
-        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            for line in process.stdout:
-                said.append(line)
-                if step := re.match(r'step +(\d+) \| train', line):
-                    tell(int(step[1]) / settings['max_iters'])
-        records = read_lines(f'{folder}/log.jsonl')
+    words = json.dumps(settings, sort_keys=True)
+    folder = ROOT / 'out' / f'measure_{hashlib.sha256(words.encode()).hexdigest()[:12]}'
+    own = {**settings, 'out_dir': folder, 'overwrite': True}
+    if (folder / 'ckpt.pt').exists():
+        own.update(init_from='resume', overwrite=False)
+    command += [bench.script_of(settings).__file__]
+    command += [f'--{key}={x}' for key, x in own.items() if key != 'ranks']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    said = []
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            said.append(line)
+            if step := re.match(r'step +(\d+) \| train', line):
+                tell(int(step[1]) / settings['max_iters'])
     diverged = any('is not finite' in line for line in said)
     if process.returncode and not diverged:
         print(bench.title(about), 'did not run:', *[line for line in said if 'rror: ' in line][:1])
         return None
+    records = read_lines(folder / 'log.jsonl')
     looks = [line for line in records if 'val_loss' in line]
+    if not diverged and (not looks or looks[-1]['step'] < settings['max_iters']):
+        print(bench.title(about), 'was stopped, and goes on next time')
+        return None
+    shutil.rmtree(folder)
     usual = bench.script_of(settings).defaults
     found = {'val_loss': None if diverged else looks[-1]['val_loss'],
              'run': {key: x for key, x in settings.items() if usual.get(key) != x},
@@ -374,10 +403,12 @@ def sending_cells():
 
 
 def costs(only):
-    """Keeps what a step of what is screened costs in one process, and bytes that workers send."""
-    alone = [cell for cell in by_method('screening', of='screening') if 'ranks' not in cell[1]]
-    time_steps('speed', alone, only, 10)
-    bench.memory(only, alone)
+    """Keeps what a step of two benches' methods costs in one process, and bytes that workers
+    send."""
+    for name in ('screening', 'twenty'):
+        alone = [cell for cell in by_method(name, of=name) if 'ranks' not in cell[1]]
+        time_steps('speed', alone, only, 10)
+        bench.memory(only, alone)
     bench.communication(only, sending_cells())
 
 

@@ -235,17 +235,26 @@ BATCHES = {
 TUNED = {
     'full': (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     'muon': (8e-3, 1.6e-2, 3.2e-2),
-    'galore': (2e-2, 4e-2, 8e-2),
-    'galore_muon': (8e-3, 1.6e-2, 3.2e-2),
+    'galore': (2e-2, 4e-2, 8e-2, 1.6e-1),
+    'galore_muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2),
+    'GaLore drop-in': (8e-2,),
     'fira': (1e-2, 2e-2, 4e-2),
     'apollo_mini': (1e-2, 2e-2, 4e-2),
     'relora': (4e-3, 8e-3, 1.6e-2)}
-# Of AdamW other averages; a basis of all directions, at AdamW's and Muon's rates
+# Of AdamW other averages; of GaLore a basis of all directions at AdamW's rate, of it with Muon at
+# Muon's; rates inside a basis that the embeddings share (`scale`); twice as many directions; other
+# bases
 CONTROLS = {
     'full': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=beta2) for beta2 in (0.95, 0.999)],
-    'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0)],
-    'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96)]}
+    'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0),
+               *(dict(weight_decay=0.1, learning_rate=rate, scale=1.0) for rate in (2e-2, 4e-2)),
+               *(dict(weight_decay=0.1, learning_rate=8e-2, **change) for change in (
+                   dict(basis_every=10), dict(basis_every=200), dict(basis='random'))),
+               *(dict(weight_decay=0.1, learning_rate=rate, rank=48) for rate in (4e-2, 8e-2))],
+    'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
+                    *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
+                      for rate in (1.6e-2, 3.2e-2))]}
 # What judges: the best rate and decay of each above, and seeds that have tuned nothing
 FRESH = 1, 2, 3, 4, 5
 JUDGED = {}
@@ -253,12 +262,14 @@ JUDGED = {}
 
 def at_twenty(name):
     """(settings, changes) of a method at 20 bytes a parameter, and what judges it at 5 and 20;
-    ranks are a quarter of the width."""
-    shared = dict(OFTEN, rank=24) if 'basis' in method(name) else {}
+    ranks are a quarter of the width where the name says none."""
+    shared = dict(OFTEN) if 'basis' in method(name) else {}
     if name == 'relora':
-        shared = dict(rank=24, alpha=24.0)
+        shared = dict(alpha=24.0)
+    if shared and 'rank=' not in name:
+        shared['rank'] = 24
     changes = [dict(weight_decay=decay, learning_rate=rate)
-               for rate in TUNED[name] for decay in (0.1, 0.0)]
+               for rate in TUNED.get(name, ()) for decay in (0.1, 0.0)]
     for batch, those in BATCHES.get(name, {}).items():
         how = {} if batch == BATCH else lasting(20, batch=batch)
         of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
@@ -271,7 +282,7 @@ def at_twenty(name):
     return shared, changes
 
 
-AT_TWENTY = {name: at_twenty(name) for name in TUNED}
+AT_TWENTY = {name: at_twenty(name) for name in {**TUNED, **JUDGED}}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),

@@ -530,7 +530,7 @@ def judged_rows():
         sign, theirs = bytes_for(mean_loss(mine), found['full'])
         below, own = bytes_for(mean_loss(full), found[name])
         time = f'{below} {own / 20 * times[name]:.2f}' if name in times else ''
-        yield (label(mine[0]), mean_and_range(losses(mine)), *less,
+        yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
                f'{sign} {theirs / 20:.2f}'.strip(), time.strip(),
                f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
                f'{peaks[name]:.0f} MB' if name in peaks else '')

@@ -257,16 +257,20 @@ CONTROLS = {
                       for rate in (1.6e-2, 3.2e-2))]}
 # What judges: the best rate and decay of each above, and seeds that have tuned nothing
 FRESH = 1, 2, 3, 4, 5
-JUDGED = {}
+JUDGED = {
+    'full': (1.6e-2, 0.1),
+    'muon': (3.2e-2, 0.1),
+    'galore_muon, rank=48': (3.2e-2, 0.1),
+    'galore, rank=48': (8e-2, 0.1)}
 
 
 def at_twenty(name):
     """(settings, changes) of a method at 20 bytes a parameter, and what judges it at 5 and 20;
-    ranks are a quarter of the width where the name says none."""
+    ranks are a quarter of the width where neither the name nor its file says another."""
     shared = dict(OFTEN) if 'basis' in method(name) else {}
     if name == 'relora':
         shared = dict(alpha=24.0)
-    if shared and 'rank=' not in name:
+    if shared and 'rank=' not in name and name != 'apollo_mini':
         shared['rank'] = 24
     changes = [dict(weight_decay=decay, learning_rate=rate)
                for rate in TUNED.get(name, ()) for decay in (0.1, 0.0)]
@@ -277,8 +281,9 @@ def at_twenty(name):
     changes += CONTROLS.get(name, [])
     for times in (5, 20) if name in JUDGED else ():
         rate, decay = JUDGED[name]
-        best = dict(weight_decay=decay, learning_rate=rate, **lasting(times))
-        changes += [dict(best, seed=seed) for seed in FRESH]
+        how = {} if times == 20 else lasting(times)
+        changes += [dict(weight_decay=decay, learning_rate=rate, seed=seed, **how)
+                    for seed in FRESH]
     return shared, changes
 
 

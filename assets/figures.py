@@ -95,9 +95,14 @@ def mean_loss(cells):
 
 
 def best(name):
+    """What `best_of` chooses of a bench's trainings."""
+    return best_of(trained(name))
+
+
+def best_of(cells):
     """{method: its trainings with the most seeds, of these those with the least mean loss}."""
     groups, found = {}, {}
-    for cell in trained(name):
+    for cell in cells:
         if cell['val_loss'] is not None:
             groups.setdefault(label(cell), []).append(cell)
     for cells in groups.values():
@@ -399,10 +404,10 @@ def less_than(mine, others, digits=3):
     return f'{statistics.mean(pairs):+.{digits}f}', error
 
 
-def quality_rows(methods=None):
-    """The finalists, or some of them, each at its best rate, by their loss."""
-    times, found = seconds_of_steps('quality'), best('quality')
-    for mine in sorted((found[method] for method in methods or found), key=mean_loss):
+def quality_rows():
+    """The finalists, each at its best rate, by their loss."""
+    times = seconds_of_steps('quality')
+    for mine in sorted(best('quality').values(), key=mean_loss):
         first, wire = mine[0], sent('quality', mine[0]).get('wire')
         time = times.get(first['method'])
         yield (label(first), f'{all_trained(first):.1f}M', f"{all_state('quality', first):.3g} MB",
@@ -484,14 +489,12 @@ def twenty_rows():
 
 
 def judges(times, width=96):
-    """{method: its trainings on so many bytes a parameter whose seeds have tuned nothing}."""
-    found, wanted = {}, lasting(times, width)
-    for cell in trained('twenty'):
-        run = cell['run']
-        is_long = (run['n_embd'], run['max_iters']) == (width, wanted['max_iters'])
-        if is_long and run.get('seed') in FRESH:
-            found.setdefault(cell['method'], []).append(cell)
-    return found
+    """{method: its trainings on so many bytes a parameter whose seeds have tuned nothing}, of
+    AdamW, which has several rates, at the best one."""
+    wanted = lasting(times, width)
+    return best_of(
+        cell for cell in trained('twenty') if cell['run'].get('seed') in FRESH
+        and (cell['run']['n_embd'], cell['run']['max_iters']) == (width, wanted['max_iters']))
 
 
 def curves():
@@ -523,15 +526,16 @@ def judged_rows():
     peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
     for name, mine in sorted(judges(20).items(), key=lambda pair: mean_loss(pair[1])):
         less = []
-        for length in (5, 20, 80):
+        for length in found['full']:
             both = [judges(length).get(method) for method in (name, 'full')]
             difference, error = less_than(*both) if all(both) and name != 'full' else ('', '')
             less.append(f'{difference} ({error})' if error else difference)
         sign, theirs = bytes_for(mean_loss(mine), found['full'])
         below, own = bytes_for(mean_loss(full), found[name])
-        time = f'{below} {own / 20 * times[name]:.2f}' if name in times else ''
+        share = own / 20  # of AdamW's bytes
+        time = f'{below} {share * times[name]:.2f}' if name in times else ''
         yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
-               f'{sign} {theirs / 20:.2f}'.strip(), time.strip(),
+               f'{sign} {theirs / 20:.2f}'.strip(), f'{below} {share:.2f}'.strip(), time.strip(),
                f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
                f'{peaks[name]:.0f} MB' if name in peaks else '')
 
@@ -556,8 +560,7 @@ def renew_tables():
                                 for key in ('date', 'machine', 'torch'))
     head = ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',
             'validation loss: mean (range; seeds)')
-    renew('README.md', 'quality', head, quality_rows())
-    renew('../README.md', 'quality', head, quality_rows([*FIRST, 'lte']),
+    renew('README.md', 'quality', head, quality_rows(),
           f"`python assets/measure.py quality`, {dates[0]} to {dates[-1]}, "
           f"{' and '.join(machines)}, torch {' and '.join(torches)}; then "
           '`python assets/figures.py`.')
@@ -578,9 +581,9 @@ def renew_tables():
     head = 'method', 'bytes a step', 'decay', 'least loss', 'losses at learning rates'
     renew('README.md', 'twenty', head, twenty_rows())
     if judges(20):
-        head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20', 'at 80',
-                "AdamW's bytes for the same loss, over its own", "time to AdamW's loss",
-                'optimizer state', 'peak')
+        head = ('method', 'loss (range; seeds)',
+                *(f"less AdamW's at {times}" for times in curves()['full']), "AdamW's bytes for its loss, over its own", "its bytes for AdamW's loss",
+                'its time', 'optimizer state', 'peak')
         renew('README.md', 'judged', head, judged_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
@@ -633,7 +636,7 @@ elif __name__ == '__main__':
     draw_trainings()
     draw_frontier()
     draw_layers()
-    if found := judges(20):
+    if found := judges(80):
         draw_length(found)
     renew_tables()
     print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

@@ -70,7 +70,7 @@ def draw_method():
 # -----------------------------------------------------------------------------
 # what was measured
 
-FIRST = 'full', 'galore', 'galore_muon', 'muon_lean', 'muon', 'galolte_2bit'  # of the first page
+FIRST = 'full', 'galore', 'galore_muon', 'muon_lean', 'muon', 'galolte_2bit'  # those of quality.png
 OTHERS = 'lte', 'galolte', 'galolte_2bit, merge_every=20', 'local_adamw', 'local_muon'
 
 

@@ -406,7 +406,8 @@ def about_tokens(folder):
     about = {}
     for name in ('special_tokens_map.json', 'tokenizer_config.json'):
         if Path(folder, name).is_file():
-            about |= read_json(Path(folder, name))
+            found = read_json(Path(folder, name))
+            about |= {key: x for key, x in found.items() if x is not None}
     # of a token older files have more to say
     return {key: x.get('content') if isinstance(x, dict) else x for key, x in about.items()}
 

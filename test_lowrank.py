@@ -3715,6 +3715,11 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
         with pytest.raises(prepare.DataError, match=said):
             prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path), '--input',
                           str(root / 'tiny.jsonl'), '--name', 'more'])
+    # the other file says it, where this one says nothing
+    with_tokens(tmp_path / 'begins', eos_token=None)
+    config.write_json(tmp_path / 'begins' / 'special_tokens_map.json', {'eos_token': {'content': '</s>'}})
+    tokens = prepare.HubTokenizer(str(tmp_path / 'begins'))
+    assert tokens.eot_token == tokens.inner.token_to_id('</s>') is not None
     # other tokens than those of the weights
     refused(capsys, lambda: tune('gpt', root, bases / 'gpt', tmp_path / 'a', '--dataset=mine'),
             'other tokens', 'bytes')

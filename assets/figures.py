@@ -338,29 +338,6 @@ def draw_layers():
                  title='four split heads on these layers')
 
 
-def draw_length(methods):
-    """Loss at the end of a training against how long it was; and how many bytes AdamW needs for
-    the same loss as after 20 a parameter, over these, against bytes of optimizer state."""
-    found, colors = curves(), matplotlib.colormaps['tab20'].colors
-    with picture('length', (10.5, 5), (1, 2)) as ((left, right),):
-        for number, name in enumerate(methods):
-            mine, look = judges(20)[name], dict(marker='os^vDP*X'[number], color=colors[2 * number])
-            means = found[name]
-            ranges = [losses(judges(times)[name]) for times in means]
-            left.errorbar([*means], [*means.values()], bars(means.values(), ranges), capsize=3,
-                          lw=1, **look)
-            sign, theirs = bytes_for(mean_loss(mine), found['full'])
-            state = mine[0]['optimizer_state_bytes'] / 1e6
-            right.plot(state, theirs / 20, ms=9, ls='', label=name, **look)
-            if sign:
-                right.annotate(sign, (state, theirs / 20), (-14, -4), textcoords='offset points')
-        on_log(left.xaxis, 5, 20, 80)
-        on_log(right.xaxis, 0.1, 0.2, 0.5, 1, 2, 4)
-        left.set(xlabel='bytes a parameter', ylabel='validation loss, nats a byte')
-        right.set(xlabel='MB of optimizer state', ylim=(0, None),
-                  ylabel="AdamW's bytes for the same loss, over its own")
-
-
 # -----------------------------------------------------------------------------
 # tables
 
@@ -488,22 +465,13 @@ def twenty_rows():
                ', '.join(f'{rate:g}: {loss:.3f}' for rate, loss in sorted(found)))
 
 
-def judges(times, width=96):
-    """{method: its trainings on so many bytes a parameter whose seeds have tuned nothing}, of
-    AdamW, which has several rates, at the best one."""
-    wanted = lasting(times, width)
-    return best_of(
-        cell for cell in trained('twenty') if cell['run'].get('seed') in FRESH
-        and (cell['run']['n_embd'], cell['run']['max_iters']) == (width, wanted['max_iters']))
-
-
-def curves():
-    """{method: {bytes a parameter: mean loss of the seeds that judge}}, of the smallest GPT."""
-    found = {}
-    for times in (5, 20, 80):
-        for name, cells in judges(times).items():
-            found.setdefault(name, {})[times] = mean_loss(cells)
-    return found
+def judges():
+    """{bytes a parameter: {method: its trainings whose seeds have tuned nothing}}, of AdamW, which
+    has several rates, at the best one."""
+    cells = [cell for cell in trained('twenty') if cell['run'].get('seed') in FRESH]
+    return {times: best_of(cell for cell in cells
+                           if cell['run']['max_iters'] == lasting(times)['max_iters'])
+            for times in (5, 20)}
 
 
 def bytes_for(loss, curve):
@@ -521,23 +489,21 @@ def bytes_for(loss, curve):
 
 def judged_rows():
     """Methods by their loss at 20 bytes a parameter: what the fresh seeds say."""
-    found, full = curves(), judges(20)['full']
+    found = judges()
     times = {cell['method']: cell['to_full'] for cell in kept('speed', of='twenty')}
     peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
-    for name, mine in sorted(judges(20).items(), key=lambda pair: mean_loss(pair[1])):
+    for name, mine in sorted(found[20].items(), key=lambda pair: mean_loss(pair[1])):
         less = []
-        for length in found['full']:
-            both = [judges(length).get(method) for method in (name, 'full')]
-            difference, error = less_than(*both) if all(both) and name != 'full' else ('', '')
-            less.append(f'{difference} ({error})' if error else difference)
-        sign, theirs = bytes_for(mean_loss(mine), found['full'])
-        below, own = bytes_for(mean_loss(full), found[name])
-        share = own / 20  # of AdamW's bytes
-        time = f'{below} {share * times[name]:.2f}' if name in times else ''
-        yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
-               f'{sign} {theirs / 20:.2f}'.strip(), f'{below} {share:.2f}'.strip(), time.strip(),
-               f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
-               f'{peaks[name]:.0f} MB' if name in peaks else '')
+        for cells in found.values():
+            difference, error = less_than(cells[name], cells['full'])
+            less.append(f'{difference} ({error})')
+        curve = {length: mean_loss(cells[name]) for length, cells in found.items()}
+        sign, length = bytes_for(mean_loss(found[20]['full']), curve)
+        share = length / 20  # of AdamW's bytes
+        yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)),
+               *(less if name != 'full' else ['', '']), f'{sign}{share:.2f}',
+               f'{sign}{share * times[name]:.2f}',
+               f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB", f'{peaks[name]:.0f} MB')
 
 
 def card_rows():
@@ -580,11 +546,9 @@ def renew_tables():
     renew('README.md', 'eight', head, eight_rows())
     head = 'method', 'bytes a step', 'decay', 'least loss', 'losses at learning rates'
     renew('README.md', 'twenty', head, twenty_rows())
-    if judges(20):
-        head = ('method', 'loss (range; seeds)',
-                *(f"less AdamW's at {times}" for times in curves()['full']), "AdamW's bytes for its loss, over its own", "its bytes for AdamW's loss",
-                'its time', 'optimizer state', 'peak')
-        renew('README.md', 'judged', head, judged_rows())
+    head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20',
+            "its bytes for AdamW's loss", 'its time', 'optimizer state', 'peak')
+    renew('README.md', 'judged', head, judged_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
                 'kernels a step', 'peak, GB (planned)')
@@ -636,7 +600,5 @@ elif __name__ == '__main__':
     draw_trainings()
     draw_frontier()
     draw_layers()
-    if found := judges(80):
-        draw_length(found)
     renew_tables()
     print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

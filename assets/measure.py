@@ -75,16 +75,15 @@ LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 
 
-# GPTs of four blocks on English and code: their parameters, embeddings included, by the width
-PARAMETERS = {96: 496_800, 144: 1_076_976, 256: 3_290_880}
 BATCH = 8192  # bytes
 
 
-def lasting(times, width=96, batch=BATCH):
-    """Settings of such a GPT and of a training on so many bytes a parameter, so many a step: the
-    rate climbs for a tenth of it and ends at 0, and 256 KiB are evaluated after each quarter."""
-    steps, rows = times * PARAMETERS[width] // batch, batch // SMALL['block_size']
-    return dict(n_embd=width, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
+def lasting(times, batch=BATCH):
+    """Settings of a GPT of 496,800 parameters, embeddings included, that trains on so many bytes a
+    parameter, so many a step: the rate climbs for a tenth of it and ends at 0, and 256 KiB are
+    evaluated after each quarter."""
+    steps, rows = times * 496_800 // batch, batch // SMALL['block_size']
+    return dict(n_embd=96, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
                 min_lr=0.0, eval_interval=-(-steps // 4), eval_iters=1024 // rows,
                 log_interval=-(-steps // 20))
 
@@ -234,7 +233,7 @@ BATCHES = {
              32768: (1.6e-2, 3.2e-2, 6.4e-2)}}
 TUNED = {
     'full': (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    'muon': (8e-3, 1.6e-2, 3.2e-2),
+    'muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'galore': (2e-2, 4e-2, 8e-2, 1.6e-1),
     'galore_muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2),
@@ -271,12 +270,12 @@ def at_twenty(name):
     shared = dict(OFTEN) if 'basis' in method(name) else {}
     if name == 'relora':
         shared = dict(alpha=24.0)
-    if shared and 'rank=' not in name and name != 'apollo_mini':
+    if shared and 'rank=' not in name and method(name).get('rank') != 1:
         shared['rank'] = 24
     changes = [dict(weight_decay=decay, learning_rate=rate)
                for rate in TUNED.get(name, ()) for decay in (0.1, 0.0)]
     for batch, those in BATCHES.get(name, {}).items():
-        how = {} if batch == BATCH else lasting(20, batch=batch)
+        how = {} if batch == BATCH else lasting(20, batch)
         of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
         changes += [change for change in of_batch if change not in changes]
     changes += CONTROLS.get(name, [])

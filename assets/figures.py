@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from measure import ADAPT, FRESH, TRAININGS, by_method, lasting, sending
+from measure import ADAPT, PARAMETERS, TRAININGS, by_method, lasting, sending
 from bench import kept, read_lines, title  # measure has put its folder on the path
 
 HERE = Path(__file__).resolve().parent
@@ -448,27 +448,29 @@ def eight_rows():
 
 
 def twenty_rows():
-    """All trainings at 20 bytes a parameter that tune, those of a method, batch and decay in a row;
+    """All trainings of the bench that tune, those of a method, length, batch and decay in a row;
     inf: it diverged."""
     rows = {}
     for cell in trained('twenty'):
         run = cell['run']
-        if run.get('seed') in FRESH:
+        if 'seed' in run:
             continue
         name = label(cell, 'learning_rate', 'weight_decay', *lasting(20))
-        row = name, run['batch_size'] * run['block_size'], cell['settings']['weight_decay']
+        batch = run['batch_size'] * run['block_size']
+        times = round(run['max_iters'] * batch / PARAMETERS)
+        row = name, times, f'{batch:,}', f"{cell['settings']['weight_decay']:g}"
         loss = math.inf if cell['val_loss'] is None else cell['val_loss']
         rows.setdefault(row, []).append((run['learning_rate'], loss))
-    for (name, batch, decay), found in rows.items():
+    for row, found in rows.items():
         least = min(loss for _, loss in found)
-        yield (name, f'{batch:,}', f'{decay:g}', f'{least:.3f}',
+        yield (*map(str, row), f'{least:.3f}',
                ', '.join(f'{rate:g}: {loss:.3f}' for rate, loss in sorted(found)))
 
 
 def judges():
     """{bytes a parameter: {method: its trainings whose seeds have tuned nothing}}, of AdamW, which
     has several rates, at the best one."""
-    cells = [cell for cell in trained('twenty') if cell['run'].get('seed') in FRESH]
+    cells = [cell for cell in trained('twenty') if 'seed' in cell['run']]
     return {times: best_of(cell for cell in cells
                            if cell['run']['max_iters'] == lasting(times)['max_iters'])
             for times in (5, 20)}
@@ -544,7 +546,8 @@ def renew_tables():
     renew('README.md', 'sixteen', head, sixteen_rows())
     head = 'rate', 'method', 'losses of three seeds', "less float32's", 'its error'
     renew('README.md', 'eight', head, eight_rows())
-    head = 'method', 'bytes a step', 'decay', 'least loss', 'losses at learning rates'
+    head = ('method', 'bytes a parameter', 'a step', 'decay', 'least loss',
+            'losses at learning rates')
     renew('README.md', 'twenty', head, twenty_rows())
     head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20',
             "its bytes for AdamW's loss", 'its time', 'optimizer state', 'peak')

@@ -75,14 +75,13 @@ LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 
 
-BATCH = 8192  # bytes
+PARAMETERS, BATCH = 496_800, 8192  # embeddings included; bytes a step
 
 
 def lasting(times, batch=BATCH):
-    """Settings of a GPT of 496,800 parameters, embeddings included, that trains on so many bytes a
-    parameter, so many a step: the rate climbs for a tenth of it and ends at 0, and 256 KiB are
-    evaluated after each quarter."""
-    steps, rows = times * 496_800 // batch, batch // SMALL['block_size']
+    """Settings of a GPT of PARAMETERS that trains on so many bytes a parameter, so many a step: the
+    rate climbs for a tenth of it and ends at 0, and 256 KiB are evaluated after each quarter."""
+    steps, rows = times * PARAMETERS // batch, batch // SMALL['block_size']
     return dict(n_embd=96, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
                 min_lr=0.0, eval_interval=-(-steps // 4), eval_iters=1024 // rows,
                 log_interval=-(-steps // 20))
@@ -240,7 +239,17 @@ TUNED = {
     'GaLore drop-in': (8e-2,),
     'fira': (1e-2, 2e-2, 4e-2),
     'apollo_mini': (1e-2, 2e-2, 4e-2),
-    'relora': (4e-3, 8e-3, 1.6e-2)}
+    'relora': (4e-3, 8e-3, 1.6e-2),
+    'galolte_2bit': (1.6e-2, 3.2e-2, 6.4e-2),
+    'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
+    'lte': (4e-3, 8e-3, 1.6e-2),
+    'local_adamw': (4e-3, 8e-3, 1.6e-2)}
+OWN = {  # settings where they are not those of methods with a basis, of a quarter of the width
+    'relora': dict(rank=24, alpha=24.0),
+    'galolte_2bit': dict(rank=48, beta2=0.999, ranks=4),
+    'local_muon': dict(ranks=4),
+    'lte': dict(rank=24, alpha=24.0, ranks=4),
+    'local_adamw': dict(ranks=4)}
 # Of AdamW other averages; of GaLore a basis of all directions at AdamW's rate, of it with Muon at
 # Muon's; rates inside a basis that the embeddings share (`scale`); twice as many directions; other
 # bases
@@ -254,9 +263,13 @@ CONTROLS = {
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
                       for rate in (1.6e-2, 3.2e-2))]}
-# What judges: seeds that have tuned nothing, at the best rate and decay above, at 5 and 20 bytes a
-# parameter. AdamW's best rate is the luck of a seed: it has its second best, too, and a lower one
-FRESH = 1, 2, 3, 4, 5
+# At 80 bytes a parameter (rate, decay) once more
+TUNED_AT_80 = {
+    'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
+    'muon': [(3.2e-2, 0.1), (1.6e-2, 0.1)]}
+# What judges, at these bytes a parameter: seeds that have tuned nothing, at the best rate and decay
+# above. AdamW's best rate is the luck of a seed: it has its second best, too, and a lower one
+FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20)],
     'muon': [(3.2e-2, 0.1, 5, 20)],
@@ -265,13 +278,12 @@ JUDGED = {
 
 
 def at_twenty(name):
-    """(settings, changes) of a method at 20 bytes a parameter, and of what judges it; ranks are a
-    quarter of the width where neither the name nor its file says another."""
-    shared = dict(OFTEN) if 'basis' in method(name) else {}
-    if name == 'relora':
-        shared = dict(alpha=24.0)
-    if shared and 'rank=' not in name and method(name).get('rank') != 1:
-        shared['rank'] = 24
+    """(settings, changes) of a method at 20 bytes a parameter, and of what judges it."""
+    shared = OWN.get(name, {})
+    if not shared and 'basis' in method(name):
+        shared = OFTEN
+        if 'rank=' not in name and method(name).get('rank') != 1:
+            shared = dict(OFTEN, rank=24)
     changes = [dict(weight_decay=decay, learning_rate=rate)
                for rate in TUNED.get(name, ()) for decay in (0.1, 0.0)]
     for batch, those in BATCHES.get(name, {}).items():
@@ -279,11 +291,13 @@ def at_twenty(name):
         of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
         changes += [change for change in of_batch if change not in changes]
     changes += CONTROLS.get(name, [])
+    changes += [dict(weight_decay=decay, learning_rate=rate, **lasting(80))
+                for rate, decay in TUNED_AT_80.get(name, [])]
     for rate, decay, *lengths in JUDGED.get(name, []):
         for times in lengths:
             how = {} if times == 20 else lasting(times)
             changes += [dict(weight_decay=decay, learning_rate=rate, seed=seed, **how)
-                        for seed in FRESH]
+                        for seed in FRESH[times]]
     return shared, changes
 
 

@@ -10,8 +10,12 @@ A number such as 2106.09685 is that of a paper on arxiv.org.
     M, V      Adam's two averages     R (m, r)            G Q, the gradient in that basis
 
 A rule is a function (G, state, s) -> move; a step is W <- W - learning_rate * move. `state` is what
-a rule remembers of one weight until the next step: the memory that all of this is about. `s` are
-the settings of a method, see DEFAULTS. Training steps t count from 0.
+a rule remembers of one weight until the next step: the memory that all of this is about. Steps t
+count from 0. What stands in
+
+    s         the settings of a method, see DEFAULTS in part 7; s.factors says what trains: '' W,
+              'both' A and B, 'B' B alone, 'basis' W in a basis; and lists of names, see `plan`
+    w         a worker, part 3: w.W, w.A, w.B {name: tensor}, w.state {('W', name): state}
 """
 
 import functools
@@ -96,7 +100,6 @@ def new_heads(w, name, t, s):
 # LTE (2402.16828, section 3) gives each head to a worker, which trains T steps alone, on its part
 # of the batch. Then all go on from the mean of their weights. A worker sends r (m + n) numbers in
 # T steps where it sent T m n. Local SGD (1805.09767) does so with whole weights.
-# A worker w has w.W, w.A, w.B, {name: tensor}, and w.state, {('W', name): state}.
 
 def full(w, s):
     """{name: W + lora(A, B)}: the weights that a worker computes with."""
@@ -178,8 +181,9 @@ def turn(state, C):
         state['V'] = state['V'] @ C**2
 
 def refresh(states, G, name, t, s):
-    """A new basis every basis_every steps, the same for all workers. states: of one weight, worker
-    by worker; G (sequences, m, n); t: steps since its second one was due, the first is at once."""
+    """A new basis every basis_every steps, the same for all workers. The first one is taken at
+    once, the second at the weight's own turn: not all weights get theirs in one step. states: of
+    one weight, worker by worker; G (sequences, m, n); t: steps since that turn."""
     first = states[0]
     old = first.get('Q')
     since = t % s.basis_every
@@ -232,7 +236,8 @@ def muon(G, state, s):
 
 def stretched(X, R, N, state, s, dim=1):
     """Adam made R into N: row i of X times |N_i| / |R_i|; with dim=(0, 1) all of X times |N| / |R|.
-    Fira's limiter: |X|, before Adam corrects its averages, grows by at most 1% a step."""
+    Fira's limiter: |X| grows by at most 1% a step (|X| without Adam's correction of the averages,
+    as in its code)."""
     before = R.norm(dim=dim, keepdim=True)
     after = N.norm(dim=dim, keepdim=True)
     X = X * after / (before + 1e-8)

@@ -52,11 +52,11 @@ heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
 lora_dropout = 0.0  # share of a layer's input that heads do not see in a step
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
-#                   (GaLore)
+factors = 'both'  # 'both' A and B train; 'B' alone (LoRA-FA); 'basis': one of them is a basis of
+#                   the gradient, the other trains (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
-train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'all', but on loaded weights with heads
-#                 'factors'
+train = 'auto'  # 'all'; 'factors': the heads alone; 'auto': 'factors' for heads on loaded weights,
+#                 else 'all'
 merge_every = 0  # steps between merges into the frozen weight, 0: never; 1 in a basis: GaLore
 merge_reset = False  # after a merge draw new heads (ReLoRA) instead of training the old on (LTE)
 rewarm_iters = 0  # steps in which the learning rate climbs again after a merge that resets
@@ -69,13 +69,13 @@ sync_moments = True  # at merges in a basis average first moments, too; False: f
 sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
 # optimizer
 optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or
-#                      'muon', in a basis, too, beside AdamW on what is in none
+#                      'muon' (in a basis, too), with AdamW on all but attention and MLP's matrices
 basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
 #                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
-state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+state_bits = None  # of the moments: 32, 16, or 8 (a scale for each block); None: as the weights
 shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update a parameter in the backward pass, and free its gradient; no grad_clip
 learning_rate = 6e-4
@@ -90,8 +90,8 @@ min_lr = None  # the cosine's end, None: a tenth of learning_rate
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
-compile = None  # True: torch.compile blocks and the optimizer's steps in 16 and 8 bits; None: on GPUs
-#                 these steps alone; False: nothing
+compile = None  # True: torch.compile blocks, and the optimizer's steps in 16 and 8 bits; None: on
+#                 GPUs these steps alone; False: nothing
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())
@@ -144,7 +144,9 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
     else:
         model.to_empty(device=process.device)
     model.tie()
-    if not checkpoint:  # one by one: nobody ever holds more of the model than what is to stay
+    if not checkpoint:
+        # `plain` has the names and shapes that files have; each tensor goes to its place in `model`
+        # as it comes (of shards this rank's rows), so that no process holds a second model
         if loaded is None:
             loaded = plain.drawn(device=process.device, dtype=getattr(torch, s.param_dtype))
         fill(plain, loaded, s.init_from, functools.partial(write, model))

@@ -49,8 +49,8 @@ heads = 1  # low-rank heads of a layer
 rank = 8  # of each head, or of GaLore's basis
 alpha = 8.0  # heads are averaged, and scaled by alpha / rank (in a basis by 1)
 lora_dropout = 0.0  # share of a layer's input that heads do not see in a step
-factors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA); 'basis': A or B is one of the gradient
-#                   (GaLore)
+factors = 'both'  # 'both' A and B train; 'B' alone (LoRA-FA); 'basis': one of them is a basis of
+#                   the gradient, the other trains (GaLore)
 split = False  # True: every head sees its own part of the batch only (LTE)
 train = 'auto'  # 'all'; 'factors': the heads alone; 'classifier': and the classifier (without
 #                 heads a linear probe); 'auto': 'all', but with heads on loaded weights
@@ -67,13 +67,13 @@ sync_moments = True  # at merges in a basis average first moments, too; False: f
 sync_bits = 32  # of a number sent at merges: 32 (as it is), or 8, 4, 2, and later what is left
 # optimizer
 optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'apollo', 'scale'; or
-#                      'muon', in a basis, too, beside AdamW on what is in none
+#                      'muon' (in a basis, too), with AdamW on all but attention and MLP's matrices
 basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
 #                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
 scale = 0.25  # multiplies the learning rate of what steps inside a basis
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
-state_bits = None  # of the moments; None: as the weights, 32, 16, 8: block by block
+state_bits = None  # of the moments: 32, 16, or 8 (a scale for each block); None: as the weights
 shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
 per_layer = False  # update a parameter in the backward pass, and free its gradient; no grad_clip
 learning_rate = 1e-4
@@ -89,8 +89,8 @@ min_lr = 0.0
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'cuda:1'
 dtype = 'auto'  # of computation: 'float32', 'bfloat16', 'float16' (with a GradScaler), 'float64'
 param_dtype = 'float32'  # weights; computation in another dtype goes through autocast
-compile = None  # True: torch.compile blocks and the optimizer's steps in 16 and 8 bits; None: on GPUs
-#                 these steps alone; False: nothing
+compile = None  # True: torch.compile blocks, and the optimizer's steps in 16 and 8 bits; None: on
+#                 GPUs these steps alone; False: nothing
 wandb_log = False  # needs the package wandb
 # -----------------------------------------------------------------------------
 defaults = config.defaults(globals())

@@ -263,17 +263,15 @@ CONTROLS = {
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
                       for rate in (1.6e-2, 3.2e-2))]}
-# At 80 bytes a parameter (rate, decay) once more
-TUNED_AT_80 = {
-    'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
-    'muon': [(3.2e-2, 0.1), (1.6e-2, 0.1)]}
+# AdamW is tuned at 80 bytes a parameter, too: (rate, decay)
+TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)]}
 # What judges, at these bytes a parameter: seeds that have tuned nothing, at the best rate and decay
 # above. AdamW's best rate is the luck of a seed: it has its second best, too, and a lower one
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20)],
-    'muon': [(3.2e-2, 0.1, 5, 20)],
-    'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20)],
+    'muon': [(3.2e-2, 0.1, 5, 20, 80)],
+    'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore, rank=48': [(8e-2, 0.1, 5, 20)]}
 
 

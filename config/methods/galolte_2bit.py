@@ -1,4 +1,4 @@
-# GaLoLTE with Muon: merges average what trains in 2 bits, and no moments; torchrun only. Best rate: 4e-3.
+# GaLoLTE with Muon: workers send changes of W in 2 bits, and keep their moments; torchrun only. 4e-3 to 8e-3.
 lowrank = 'attn,mlp'
 heads, rank = 4, 64
 factors, split = 'basis', True

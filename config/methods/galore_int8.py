@@ -1,4 +1,4 @@
-# GaLore on weights in 8 bits, each layer stepping as in galore_lean: the least memory. Rates: as galore.
+# GaLore on weights in 8 bits, else as galore_lean: the least memory. Rates: as galore.
 lowrank = 'attn,mlp'
 heads, rank = 1, 128
 factors, split = 'basis', False

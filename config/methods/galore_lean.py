@@ -1,4 +1,4 @@
-# GaLore with moments of 8 bits, and each layer steps as soon as its gradient is there. Rates: as galore.
+# GaLore with moments of 8 bits; each layer steps as soon as its gradient is there. Rates: as galore.
 lowrank = 'attn,mlp'
 heads, rank = 1, 128
 factors, split = 'basis', False

@@ -356,10 +356,25 @@ def renew(page, mark, head, rows, end=''):
 
 
 def method_rows():
-    """What the first lines of config/methods say."""
+    """What the first lines of config/methods say, and what a method brought at 20 bytes a
+    parameter."""
+    judged, tuned = judges()[20], best_of(tuning())
+    by_file = {name.split(', ')[0]: mine for name, mine in {**tuned, **judged}.items()}
+    state = tuned['full'][0]['optimizer_state_bytes']
     for path in sorted(HERE.parent.glob('config/methods/*.py')):
         first = path.read_text('utf-8').partition('\n')[0]
-        yield f'[`{path.stem}`](config/methods/{path.name})', first.removeprefix('# ').strip()
+        less = share = ''
+        if mine := by_file.get(path.stem):
+            theirs = (judged if 'seed' in mine[0]['run'] else tuned)['full']
+            seeds = 'one seed' if len(mine) == 1 else f'{len(mine)} seeds'
+            rank = mine[0]['settings'].get('rank', 1)
+            about = seeds if rank == 1 else f'{seeds}, rank {rank}'
+            less = f'{less_than(mine, theirs)[0]} ({about})'
+            share = f"{mine[0]['optimizer_state_bytes'] / state:.0%}"
+        if path.stem == 'full':
+            less = f'{mean_loss(mine):.3f} nats a byte ({seeds})'
+        words = first.removeprefix('# ').strip()
+        yield f'[`{path.stem}`](config/methods/{path.name})', words, less, share
 
 
 def mean_and_range(found):
@@ -447,6 +462,13 @@ def eight_rows():
             yield f'{rate:g}', method, ', '.join(f'{x:.3f}' for x in losses(mine)), *less
 
 
+def tuning():
+    """Trainings at 20 bytes a parameter, of the usual batch, that tune."""
+    usual = lasting(20)
+    return [cell for cell in trained('twenty') if 'seed' not in cell['run']
+            and {**cell['run'], **usual} == cell['run']]
+
+
 def twenty_rows():
     """All trainings of the bench that tune, those of a method, length, batch and decay in a row;
     inf: it diverged."""
@@ -522,8 +544,9 @@ def card_rows():
 
 
 def renew_tables():
-    renew('../README.md', 'methods', ('method', 'what it is, and learning rates that were good'),
-          method_rows())
+    head = ('method', 'what it is, and learning rates that were good',
+            "loss less AdamW's, 20 bytes a parameter", 'state')
+    renew('../README.md', 'methods', head, method_rows())
     dates, machines, torches = (sorted({cell[key] for cell in trained('quality')})
                                 for key in ('date', 'machine', 'torch'))
     head = ('method', 'trained', 'optimizer state', 'sent a step', 'time of a step',

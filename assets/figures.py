@@ -38,14 +38,15 @@ def box(axes, x, y, width, height, color, words):
 def draw_method():
     """W, its heads and their merge; a panel for each way, with the words inside each head's two
     factors."""
-    one, two = [('B', 'A')], [('B₁', 'A₁'), ('B₂', 'A₂')]
-    ways = (('LoRA: one head (or several, all at once)', one, TRAINED, 'merged at the end'),
-            ('LTE: a head on each worker', two, TRAINED,
-             'merged every T steps: W ← W + mean B A'),
-            ('GaLore (T = 1), GaLoLTE (T > 1)', [('B₁', 'Qᵀ'), ('B₂', 'Qᵀ')], BASIS,
-             'merged every T steps; Q: a basis of the gradient'))
-    figure = Figure((12, 3.3), layout='constrained')
-    for axes, (words, heads, color, merge) in zip(figure.subplots(1, 3), ways):
+    ways = (('LoRA: one head, or several', [('B', 'A')], TRAINED, 'merged at the end'),
+            ('LTE: a head on each worker', [('B₁', 'A₁'), ('B₂', 'A₂')], TRAINED,
+             'every T steps: W ← W + mean B A'),
+            ('GaLore: a basis Q of the gradient', [('B', 'Qᵀ')], BASIS,
+             'every step: W ← W + B Qᵀ'),
+            ('GaLoLTE: one basis for all workers', [('B₁', 'Qᵀ'), ('B₂', 'Qᵀ')], BASIS,
+             'every T steps: W ← W + mean B Qᵀ'))
+    figure = Figure((14, 3), layout='constrained')
+    for axes, (words, heads, color, merge) in zip(figure.subplots(1, 4), ways):
         axes.set(xlim=(0, 9), ylim=(0, 4.9), aspect='equal', title=words)
         axes.axis('off')
         box(axes, 0.6, 1.7, 2.4, 2.4, FROZEN, 'W\n(m, n)')

@@ -1314,6 +1314,7 @@ def card(only, dry=False):
 
 
 if __name__ == '__main__':
+    sys.excepthook = config.in_one_line  # of Ctrl-C
     with config.refusals():
         if options.words:
             plan(options.words, options.budget, options.ranks)

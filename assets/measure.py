@@ -442,6 +442,7 @@ def costs(only):
 
 
 if __name__ == '__main__':
+    sys.excepthook = config.in_one_line  # of Ctrl-C
     with config.refusals():
         if options.bench == 'costs':
             costs(options.only)

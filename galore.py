@@ -35,9 +35,9 @@ WINDOW = 5  # steps before a refresh in which its sketch is added up
 
 
 def is_transposed(shape, proj_type='std'):
-    """Whether the transpose of a matrix is seen as (long, short). 'std': so that the basis is on
-    the smaller side, where moments are smaller; 'reverse_std': on the other; 'left', 'right': of
-    W."""
+    """Whether the transpose of a matrix W (m, n) is seen as (long, short), not W itself. 'std': if
+    m < n, so that the basis is on the smaller side; 'reverse_std': if m >= n; 'left': always;
+    'right': never."""
     tall = shape[0] >= shape[1]
     return {'std': not tall, 'reverse_std': tall, 'left': True, 'right': False}[proj_type]
 
@@ -67,14 +67,14 @@ def gaussian(rows, rank, like, seed):
 def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     """
     An orthonormal basis (short, rank) for the gradient G (m, n) of a weight, see `is_transposed`.
-    For GaLoreAdamW alone, which has G; that of layers is LowRankAdamW._refresh.
+    Only GaLoreAdamW calls it, as it has G; low-rank layers get theirs in LowRankAdamW._refresh.
 
     svd     the leading singular vectors (GaLore, algorithm 2), with signs as LAPACK has them.
     power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
             al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
-    Where G is not finite the old basis stays; without any, some orthonormal one comes back. Nothing
-    here waits for the device, but CUDA's SVD does.
+    Where G is not finite the old basis stays; without an old one, some orthonormal basis is
+    returned. Only CUDA's SVD waits for the device.
     """
     finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     tall = G.mT if transposed else G  # (long, short)
@@ -100,16 +100,16 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
 
 
 # -----------------------------------------------------------------------------
-# updates of what is here of a weight
+# updates of a weight, or of this rank's rows of it
 
 
 def add_(W, U, basis, transposed, lr, keep=1.0, key=0, first=0, scales=None, compile=False):
     """
-    W <- keep W - lr U basis^T, in place, where W is seen transposed W <- keep W - lr basis U^T: the
-    product goes straight to W.
+    W <- keep W - lr U basis^T, in place; if transposed, W <- keep W - lr basis U^T. The product is
+    added to W directly.
 
-    In bfloat16, and in 8 bits (scales, see rules.dense), it exists for some rows at a time, and the
-    sum is rounded at random (key, first).
+    In bfloat16 and in 8 bits (scales, see rules.dense) the product is formed for some rows at a
+    time, and the sum is rounded at random (key, first: see rules.round_).
     """
     X, Y = (basis, U.mT) if transposed else (U, basis.mT)  # in W's own layout
     if W.dtype not in (torch.bfloat16, torch.int8):
@@ -138,8 +138,8 @@ def move_(W, move, lr, keep, key=0, first=0, scales=None, compile=False):
 
 
 def alike(params, rule):
-    """Lists of parameters of one shape that a rule takes at once: one, or for Muon's products at
-    most so many numbers, of shards as many parameters as there are ranks."""
+    """Lists of parameters that a rule takes at once: one each; for Muon several of one shape, up to
+    `most` numbers together, or, if they are sharded and this is more, one for each rank."""
     if rule not in ORTHOGONAL:
         return [[p] for p in params]
     most = 2**21 if params[0].device.type == 'cpu' else 2**24  # a CPU works in its cache
@@ -205,7 +205,7 @@ def refuse_values(group):
 
 
 def refuse_shapes(group, names):
-    """ValueError: a parameter of a group is no matrix, or not all of one, as its rule wants it."""
+    """ValueError: a parameter is no matrix where its rule wants one, or is sharded where dim=0."""
     wants_matrices = 'rank' in group or group.get('rule') in FULL
     for name, p in zip(names, group['params']):
         if is_sharded(p) and group.get('dim') == 0:
@@ -240,19 +240,19 @@ class GaLoreAdamW(torch.optim.Optimizer):
     AdamW, inside the gradient's leading subspace for the groups that have a `rank`.
 
     Drop-in for the class of that name in galore-torch 1.0, with its arithmetic: eps before the bias
-    correction, decay after the update, moments kept over a refresh. Keys of such a group, as there:
-    `rank`, `update_proj_gap` (steps between refreshes), `scale` (multiplies lr), `proj_type` (see
-    `is_transposed`); our own, all optional: `basis` (see `basis_of`), `rule` (of rules.PROJECTED).
-    Groups without `rank` follow AdamW with that arithmetic, too; by rule='adamw' as in torch, or a
-    `rule` of rules.FULL, with `momentum`; 0 keeps no moment. Any group: `state_bits` (see
-    rules.new_moments).
+    correction, decay after the update, moments kept over a refresh. A group with `rank` also takes
+    the keys `update_proj_gap` (steps between refreshes), `scale` (multiplies lr) and `proj_type`
+    (see `is_transposed`), as there, and our own `basis` (see `basis_of`) and `rule` (one of
+    rules.PROJECTED), all optional. A group without `rank` follows AdamW with the same arithmetic;
+    with rule='adamw', AdamW as in torch; with a `rule` of rules.FULL, that rule and its `momentum`
+    (0 keeps no moment). Any group: `state_bits` (see rules.new_moments).
 
-    per_layer: the backward pass updates a parameter as soon as its gradient is complete, averaged
-    over ranks (but for those in `per_rank`, which differ), and frees the gradient. The
-    parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is
-    the last. No other optimizer of this class takes them after that. seed: of random bases and of
-    rounding. compile: steps in 16 and 8 bits, see rules.in_pieces; None: on GPUs that can.
-    no_deprecation_warning is accepted and means nothing. Raises ValueError for a setting
+    per_layer: when a parameter's gradient is complete, the backward pass averages it over ranks
+    (not for parameters in `per_rank`, which differ by rank), updates the parameter, and frees the
+    gradient. The parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass
+    of a step is the last. No later optimizer of this class accepts them. seed: for random bases and
+    rounding. compile: whether steps in 16 and 8 bits are compiled, see rules.in_pieces; None: on
+    GPUs that can. no_deprecation_warning has no effect. Raises ValueError for a setting
     that makes no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the
     smaller side of a matrix is clamped, with a warning.
     """
@@ -264,15 +264,15 @@ class GaLoreAdamW(torch.optim.Optimizer):
             raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
         self.compile = compile
-        self.is_last = True  # micro-batch of a step, see `begin`
-        self.begun = None  # the step that `begin` has named
-        self.completed = set()  # per_layer: what has stepped since then, or since `step`
-        self.again = None  # what got a gradient once more
-        self.most = 0  # how many have stepped in a step
-        self.kept_bases = 0  # refreshes that gave no basis, on the device
-        self.names = {}  # of a parameter
-        self.index = {}  # how many parameters were added before it: it seeds its bases
-        self.group_of = {}  # number of its group
+        self.is_last = True  # whether this is the last micro-batch of a step, see `begin`
+        self.begun = None  # the step that `begin` was called with
+        self.completed = set()  # per_layer: what stepped since `begin`, or, without it, `step`
+        self.again = None  # per_layer: a parameter that got a second gradient in one step
+        self.most = 0  # per_layer: the largest number of parameters that stepped in one step
+        self.kept_bases = 0  # the number of refreshes that kept the old basis, on the device
+        self.names = {}  # {parameter: its name}
+        self.index = {}  # {parameter: how many were added before it}: it seeds its bases
+        self.group_of = {}  # {parameter: the number of its group}
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
                                       correct_bias=correct_bias))
 
@@ -311,7 +311,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(self._complete)
 
     def _choose_compile(self, group):
-        """Writes whether steps of a group are compiled, which is not a checkpoint's to say."""
+        """Sets group['compile'] for this machine; the value in a checkpoint is not used."""
         for p in group['params'][:1]:  # a group may be empty
             group['compile'] = is_compiled(self.compile, p.device)
 
@@ -463,8 +463,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
             move_(local(W), move, lr, keep, key + 1, first_here(W), None, group['compile'])
 
     def _moves(self, rules, name, params, group):
-        """What parameters of one shape move along, by a rule of that name; of shards the rows
-        here. See `size_of_move`."""
+        """The moves of parameters of one shape by rules[name]; if they are sharded, this rank's
+        rows of the moves. The caller multiplies them by `size_of_move`."""
         moves = []
         for p in params:
             state = self.state[p]
@@ -509,9 +509,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
 
 def steps_to_refresh(step, every, merge_every, block, blocks):
-    """Steps from this one (from 0) to the next in which the layers of a block, of so many, take new
-    bases. Blocks take turns in a period of `every` steps, so that the work is spread; a basis
-    changes only after a merge."""
+    """The number of steps from `step` (from 0) until block number `block` of `blocks` takes new
+    bases; 0: it takes them in this step. Blocks take turns in a period of `every` steps, so that
+    the work is spread; a basis changes only after a merge."""
     first = block * (every // merge_every) // blocks * merge_every
     return (first - step) % every
 
@@ -531,14 +531,14 @@ class LowRankAdamW(GaLoreAdamW):
     """
     AdamW for all that a model trains, and GaLore for its layers with factors='basis'.
 
-    The leaf of such a layer brings the projected gradient R. Merged every step, Adam's move of it
-    goes straight into W; merged every T steps (GaLoLTE), into the factor, and where sync_moments is
-    set first moments are averaged over heads and ranks after a merge, so that heads drift apart
-    less. rule: of rules.INSIDE: 'galore', which is Adam, or 'muon', with `momentum` (0 keeps no
-    moment). Groups are those of `param_groups`; scale multiplies lr inside a basis, where eps is
-    1e-6, as in galore-torch; state_bits, per_layer: see GaLoreAdamW. sync_bits: where it is below
-    32, what is averaged of split heads is sent in few bits. A basis is taken anew every basis_every
-    steps, the blocks of a model one after the other, and the moments are rotated to it:
+    The .grad of such a layer's leaf is the projected gradient R. With a merge every step, Adam's
+    move of R goes straight into W; with a merge every T steps (GaLoLTE) it goes into the factor,
+    and sync_moments averages first moments over heads and ranks after a merge, so that heads drift
+    apart less. rule: one of rules.INSIDE, 'galore' (Adam) or 'muon', with `momentum` (0 keeps no
+    moment). Groups: see `param_groups`. scale multiplies lr inside a basis; eps is 1e-6 there, as
+    in galore-torch. state_bits, per_layer: see GaLoreAdamW. sync_bits: below 32, averages of split
+    heads are sent in few bits. A layer takes a new basis every basis_every steps, one block of the
+    model after the other, and its moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.
@@ -676,8 +676,8 @@ class LowRankAdamW(GaLoreAdamW):
             state['sketch'] = layer.sketch.grad  # torch's state_dict has it, too
 
     def sketch_parts(self, layer):
-        """Into how many parts the sketch of a layer is cut: what is rounded is that of single
-        heads, to be the same on any number of ranks."""
+        """The number of parts of a layer's sketch: 1, or, if it is sent in few bits, one for each
+        head here, so that rounding is the same on any number of ranks."""
         if self._is_coded(layer):
             return layer.heads_here
         return 1
@@ -738,7 +738,7 @@ class LowRankAdamW(GaLoreAdamW):
                     move_(local(p), move, lr * size, keep, key + 2, first_here(p), None, compile)
 
     def _apply(self, layer, U, lr, keep, key, compile):
-        """W <- keep W - lr U Q^T, of what is here of W and of U."""
+        """W <- keep W - lr U Q^T, for this rank's rows of W, from its rows of U."""
         W, transposed = layer.weight, is_transposed(layer.weight.shape)
         basis = local(layer.basis) if transposed else full(layer.basis)
         if is_sharded(W) and transposed:  # rows of W are rows of the basis, not of U
@@ -762,11 +762,11 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, torch's AdamW.
 
     With a rank, or a rule of rules.FULL, the matrices of attention and MLP (weights of nn.Linear
-    below a module of lowrank.KINDS) follow the rule, with rule='scale' those of the output and of
-    embeddings, too; it says how many of how many. Others follow AdamW; matrices get weight_decay,
-    vectors and what the model's own no_weight_decay() names (timm) none. `param_names` goes along.
-    leave: parameters to leave out. ValueError: an unknown rule; no matrix for it; factors that are
-    always zero, on which only LowRankAdamW steps.
+    below a module of lowrank.KINDS) follow the rule; with rule='scale' the output layer and
+    embeddings do, too. It prints how many of all matrices follow it. Others follow AdamW: matrices
+    get weight_decay; vectors, and names in the model's own no_weight_decay() (timm), get none. Each
+    group has `param_names`. leave: parameters to leave out. ValueError: the rule is unknown or has
+    no matrix; or factors are always zero, on which only LowRankAdamW steps.
     """
     if rule not in PROJECTED | FULL:
         raise ValueError(f"{rule=} is not one of {', '.join(map(repr, PROJECTED | FULL))}")

@@ -1,19 +1,19 @@
 """
-Linear layers with low-rank weights: a frozen W beside heads B_h A_h, or beside a basis of its
-gradient.
+Linear layers with low-rank weights: a frozen W, and beside it heads B_h A_h, or a basis of the
+gradient of W.
 
 W (m, n); H heads A (H, r, n), B (H, m, r); s = alpha / r.
 
     factors='both'   y = W x + s/H sum_h B_h A_h x      LoRA (arXiv 2106.09685), multi-head LoRA
     factors='B'      the same, A stays as it was drawn  LoRA-FA (arXiv 2308.03303)
     split            head h sees its own rows of the batch only (LTE, arXiv 2402.16828):
-                     y = W x + s (B_h A_h - B_h' A_h') x; primes: what the last merge put into W
+                     y = W x + s (B_h A_h - B_h' A_h') x; A_h', B_h': copies from the last merge
     merge            W <- W + s/H sum_h (B_h A_h - B_h' A_h')
 
 Inside a basis every matrix is seen as tall: tall(W) (long, short) is W, or W^T where W is wide.
 
     factors='basis'  tall(W) <- tall(W) + U Q^T         basis Q (short, r), factor U (long, r)
-                     dL/dU = G Q = R                    of G (long, short), which never exists
+                     dL/dU = G Q = R                    G = dL/dtall(W): it is never formed
 
 Merged every step it is GaLore (arXiv 2403.03507; the duality: Torroba-Hennigen et al. 2025): U is
 always zero, takes no memory, and galore.py steps on W with R. Merged every T steps it is GaLoLTE.
@@ -43,18 +43,18 @@ from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, wide
 
 class LowRankProduct(torch.autograd.Function):
     """
-    y = x W^T + scale (x into) out^T + b, in x's dtype: the product is added to the frozen one
-    in place.
+    Computes y = x W^T + scale (x into) out^T + b in x's dtype; adds the low-rank product in place.
 
-    x (..., n), W (m, n), b (m,) or None; into (groups, n, r), out (groups, m, r), B A = out into^T;
-    one of them may be a basis, and the other a factor, without groups. x is cut into equal parts,
-    one for each group. is_zero: the factor is known to be zero, so only its gradient is computed.
-    sketch (parts, short, r): a leaf that is not read; `second_moment` is added to its .grad.
-    scales: of a W that is codes, see rules.dense; it is unpacked for a pass and dropped. W gets no
-    gradient, and there are no second derivatives (torch raises).
+    x (..., n), W (m, n), b (m,) or None; into (groups, n, r), out (groups, m, r), B A = out into^T.
+    A basis has no first dimension, and with groups=1 neither needs it. x is cut into equal parts,
+    one for each group. is_zero: the factor is known to be zero; the low-rank product is not
+    computed, only the factor's gradient. sketch (parts, short, r) or None: a leaf whose values are
+    not read; backward adds `second_moment` to its .grad. scales: those of W if it holds codes (see
+    rules.dense); W is unpacked for each pass, and the copy dropped. W gets no gradient, and there
+    are no second derivatives (torch raises).
 
-    Operations a token, forward and backward, k = groups r: 4 m n + 6 k (m + n) with both trained,
-    4 m n + 2 k (m + n) where one is zero; a dense layer has 6 m n.
+    Operations a token, forward and backward: 4 m n + 6 r (m + n) with both trained,
+    4 m n + 2 r (m + n) where one is zero; a dense layer has 6 m n.
     """
 
     @staticmethod
@@ -125,13 +125,13 @@ class LowRankProduct(torch.autograd.Function):
 
 def second_moment(u, v, vQ, sequences, parts=1):
     """
-    Y = sum_i G_i^T (G_i Q) / |G_i Q| (parts, short, r), G_i = u_i^T v_i: what a sequence adds to G.
+    Y = sum_i G_i^T (G_i Q) / |G_i Q| (parts, short, r); G_i = u_i^T v_i is sequence i's part of G.
 
-    u (tokens, long), v (tokens, short), vQ = v Q (tokens, r), of one sequence after the other; no
-    G_i is formed. It is one step of subspace iteration towards the directions in which the
-    gradients of single sequences lie, and the same however sequences are spread over micro-batches
-    and ranks. An output layer gets all tokens in one row, each as a sequence. parts: how many
-    pieces the batch is cut into, each as if it were the whole batch. Zeros where it is not finite.
+    u (tokens, long), v (tokens, short), vQ = v Q (tokens, r): sequence after sequence. No G_i is
+    formed. Y is one step of subspace iteration towards the directions of the G_i. It does not
+    depend on how sequences are spread over micro-batches and ranks. An output layer gets x
+    (tokens, n), so there each token counts as a sequence. parts: the batch is cut into this many
+    parts, each scaled as if it were the whole batch. Y is zero if any number in it is not finite.
     """
     tokens, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
     u = u.view(sequences, tokens, u.shape[1])
@@ -147,7 +147,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
     else:
         w = torch.bmm(unit.mT, vQ)  # (sequences, long, r), G_i Q / size
         w = torch.bmm(unit, w)
-    # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): G_i Q itself is not there in both orders
+    # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): the first of the two orders does not form G_i Q
     square = (vQ.to(wide(u)) * w).sum((1, 2), keepdim=True)
     norm = square.clamp_min(1e-30).sqrt()
     w = w / norm * (size * parts)
@@ -178,7 +178,8 @@ class Zeros:
 
 
 def side_by_side(x):
-    """Heads (H, n, r) as one of rank H r, (n, H r); a basis, or the factor in it, as it is."""
+    """Puts heads (H, n, r) side by side, as one of rank H r: (n, H r). An x of two dimensions, such
+    as a basis, stays as it is."""
     if x.dim() == 2:
         return x
     return x.permute(1, 0, 2).flatten(1)
@@ -234,12 +235,12 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, work
 
 class FrozenLinear(nn.Module):
     """
-    A linear layer with a weight that no gradient reaches, as it is, or in 4 or 8 bits
-    (rules.dense).
+    A linear layer whose weight gets no gradient, as it is or in codes of 4 or 8 bits (rules.dense).
 
     linear: the nn.Linear to replace; its weight is not copied, its bias stays trainable. bits:
-    None, 4 or 8: then weight is codes, (m, n / 2) or (m, n), beside scales (m, n / 64 or n / 128),
-    and is unpacked for a pass. ValueError: n is cut into no blocks, or a weight in float64.
+    None; 4: weight is codes (m, n / 2), scales is (m, n / 64); 8: weight is codes (m, n), scales is
+    (m, n / 128). Codes are unpacked for a pass. ValueError, with bits: n is no multiple of 64 (4)
+    or 128 (8), or the weight is in float64.
     """
 
     def __init__(self, linear, bits=None):
@@ -269,7 +270,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def dtype(self):
-        """The dtype of W; of codes that which it had before, in which a state dict gets it."""
+        """The dtype that W has, or had before it was coded: that of merged_state_dict, too."""
         return self.dtype_before if self.bits else self.weight.dtype
 
     @property
@@ -284,7 +285,7 @@ class FrozenLinear(nn.Module):
 
     @torch.no_grad()
     def write_weight(self, x, key=None):
-        """W <- x, of a sharded one this rank's rows, rounded with a key, see rules.round_."""
+        """W <- x, rounded with a key (rules.round_); if W is sharded, x is this rank's rows."""
         W, first = local(self.weight), first_here(self.weight)
         if self.scales is None:
             round_(W, x, key, first)
@@ -294,20 +295,20 @@ class FrozenLinear(nn.Module):
 
 class MHLoRALinear(FrozenLinear):
     """
-    A linear layer with a frozen weight and H low-rank heads, or a basis and a factor trained in it.
+    A linear layer with a frozen weight, and with H low-rank heads, or a basis and a factor in it.
 
     linear, bits: see FrozenLinear; 4 bits are for heads that are never merged, 8 for weights that
-    train in a basis. heads, rank, alpha: H, r, and alpha of s = alpha / r (None: r). factors,
-    split: see the top of this file. merge_every: T, steps between merges; the training loop calls
-    `merge` for T > 1. 0: never, or at the end. merge_reset: after a merge A is drawn anew and B is
-    zero, as it is where merge_every is 0; else heads train on (LTE), and what W has of them already
-    is subtracted. worker, workers: the rank of this process, of so many that share split heads; it
-    holds the heads worker::workers. zeros: the model's `Zeros`, None for a layer alone.
+    train in a basis. heads, rank: H, r. alpha: s = alpha / r (None: s = 1). factors, split: see the
+    top of this file. merge_every: T; the training loop calls lowrank.merge every T steps (0: never,
+    or at the end; GaLore, 1 in a basis, needs no call). merge_reset: a merge draws A anew and sets
+    B to zero; merge_every=0 implies it. Else heads train on (LTE), and the layer subtracts the part
+    of them that W already has. workers: how many ranks share split heads; worker: this rank, which
+    holds the heads worker::workers. zeros: the model's `Zeros`; None for a layer alone.
 
-    Attributes: weight (m, n), bias (m,) or None, A (H / workers, r, n), B (H / workers, m, r); or
-    basis (short, r), factor (H / workers, long, r), in GaLore (long, r) and always zero: it takes
-    no memory, is in no state dict, and its .grad is R, with which galore.LowRankAdamW steps on W.
-    Raises ValueError for arguments that make no sense together.
+    Attributes: weight (m, n), bias (m,) or None; A (H / workers, r, n), B (H / workers, m, r); or
+    basis (short, r), factor (H / workers, long, r). In GaLore factor is (long, r) and always zero:
+    it takes no memory and is in no state dict; its .grad is R, with which galore.LowRankAdamW steps
+    on W. Raises ValueError for arguments that make no sense together.
     """
 
     def __init__(self, linear, heads=1, rank=4, alpha=None, factors='both', split=False,
@@ -329,12 +330,12 @@ class MHLoRALinear(FrozenLinear):
         if self.split:  # other heads are the same on all ranks
             self.worker, self.workers = worker, workers
         self.heads_here = heads // self.workers
-        # after a merge there is nothing of a head that W has already
+        # whether a merge ends with new heads, or a zero factor: W has no part of them yet
         self.resets = merge_reset or not merge_every or factors == 'basis'
         self.moves_weight = factors == 'basis' and merge_every == 1  # GaLore
         self.sketch = None  # a leaf, see LowRankProduct; galore.py asks for it
-        self.factor_rows = None  # another one, see `shard_gradient`
-        self.merged_pair = None  # while split heads are averaged
+        self.factor_rows = None  # another leaf, see `shard_gradient`
+        self.merged_pair = None  # the result of `pair_of_all` while `averaged_heads` lasts
         self.merges = 0  # how often it was merged
         if factors == 'basis':
             shape = max(m, n), self.rank  # (long, r)
@@ -348,7 +349,7 @@ class MHLoRALinear(FrozenLinear):
             self.A = nn.Parameter(new(self.heads_here, self.rank, n))
             self.A.requires_grad_(factors == 'both')
             self.B = nn.Parameter(new(self.heads_here, m, self.rank))
-            # of another alpha the same A and B are another function: it travels with them
+            # the function of A and B depends on alpha: the state dict holds it beside them
             digits = as_digits(self.scale * self.rank)
             self.register_buffer('alpha', digits.to(self.weight.device))
         if not self.resets:
@@ -364,8 +365,8 @@ class MHLoRALinear(FrozenLinear):
 
     @torch.no_grad()
     def start(self):
-        """What a layer begins with: heads as drawn, all else zero. Of one on the meta device, after
-        `to_empty`."""
+        """Sets the first values: heads as drawn; basis and factor zero. A layer on the meta device
+        needs this call after `to_empty`."""
         if self.factors == 'basis':
             local(self.basis).zero_()
             if not self.moves_weight:
@@ -381,7 +382,7 @@ class MHLoRALinear(FrozenLinear):
     def draw_heads(self, generator=None):
         """LTE's initialisation: A orthogonal times sqrt(n / r), B zero, so that heads add
         nothing."""
-        A = local(self.A)  # (heads here, r, n); of shards some of them
+        A = local(self.A)  # (heads here, r, n); if A is sharded, this rank's part of these heads
         here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]  # their numbers
         gain = math.sqrt(self.in_features / self.rank)
         for head in range(self.heads):  # every rank draws all: the same on any number of ranks
@@ -392,13 +393,13 @@ class MHLoRALinear(FrozenLinear):
         local(self.B).zero_()
 
     def per_head(self):
-        """{name: tensor} of what each head has of its own; in a basis the factor."""
+        """{name: tensor}: what each head has for itself: A, B and their copies, or the factor."""
         names = 'A', 'B', 'A_merged', 'B_merged', 'factor'
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def pair(self, factor=None):
         """(into, out), (heads here, n, r) and (heads here, m, r): out into^T is added to W. In a
-        basis one of them is that basis, for all heads; factor: in place of the trained one."""
+        basis one of the two is the basis, for all heads. factor: is used instead of self.factor."""
         if self.factors == 'basis':
             factor = self.factor if factor is None else factor
             is_tall = self.out_features >= self.in_features
@@ -445,8 +446,8 @@ class MHLoRALinear(FrozenLinear):
 
     @torch.no_grad()
     def pair_of_all(self, factor=None):
-        """(into, out), (n, r) and (m, r), of the heads of all ranks side by side; in a basis of the
-        average of all factors, or a given one. All ranks take part, and get the same bits."""
+        """(into, out), (n, k) and (m, k): all ranks' heads side by side; in a basis k = r, with the
+        average of all factors or a given one. All ranks take part, and get the same bits."""
         if self.factors == 'basis':
             if factor is None:
                 factor = full(self.factor.detach())  # (heads here, long, r)
@@ -470,8 +471,8 @@ class MHLoRALinear(FrozenLinear):
 
     @torch.no_grad()
     def merge(self, generator, key, bits=32, state=None):
-        """W <- `merged_weight`, rounded with a key (see `round_`); then heads begin anew, or
-        remember what W has of them. bits, state: see lowrank.merge."""
+        """W <- `merged_weight`, rounded with a key (see `round_`); then heads begin anew, or keep
+        copies A', B' of what W now has. bits, state: see lowrank.merge."""
         self.merges += 1
         if self.moves_weight:
             return
@@ -497,7 +498,7 @@ class MHLoRALinear(FrozenLinear):
 
     def ask_sketch(self, parts=1, sums=None):
         """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
-        short, r), to zeros or `sums`: of all, or of each of this rank's heads."""
+        short, r). It begins at zero, or at `sums`. parts: 1, or one for each head here."""
         zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
         leaf = zero.expand(parts, *self.basis.shape)  # of no memory, as nobody reads it
         self.sketch = leaf.requires_grad_()
@@ -518,8 +519,8 @@ class MHLoRALinear(FrozenLinear):
             return self.factor_rows
         return self.factor
 
-    # Before torch copies or saves parameters the zero factor is taken out, and put back after it:
-    # it would become dense, or be in a state dict
+    # The zero factor is taken out before torch copies or saves parameters, and put back afterwards:
+    # otherwise it would take memory, or appear in a state dict
 
     @contextlib.contextmanager
     def _without_zero(self):
@@ -578,7 +579,7 @@ def is_wanted(name, targets):
 
 
 def refuse_what_bypasses(model, targets):
-    """ValueError where heads would be put beside layers whose weights are read by others."""
+    """ValueError: a PEFT module, a target inside a module of BYPASS, or a target that is Conv1D."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         kinds = {f'{c.__module__}.{c.__qualname__}' for c in type(module).__mro__}
@@ -596,9 +597,9 @@ def refuse_what_bypasses(model, targets):
 
 
 def find_linears(model, targets, also=()):
-    """({name: linear} of those that targets name, the same of those that `also` does and targets do
-    not, the number of all). ValueError: a target that matches nothing; linears that a layer in
-    their place would not stand for."""
+    """({name: linear} that targets name, {name: linear} that only `also` names, number of all
+    linears). ValueError: a target matches nothing, or a layer that is low-rank already; or a
+    low-rank layer in the place of a linear would not do the same."""
     linears = {name: module for name, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear}
     for target in targets:
@@ -655,13 +656,13 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
     trainable: the count of parameters rises.
 
-    frozen_bits=4: weights of all linears of attention and MLP, with heads or not (FrozenLinear),
-    and of other targets but an output layer, become codes, which changes the function a little.
-    lora_dropout: this share of what the heads see of an input is dropped in training, as in PEFT.
-    param_bits=8: those of the targets, which then train in a basis. Where a width is cut into no
-    blocks the weight stays as it is.
+    frozen_bits=4: the weights of all linears of attention and MLP, with heads or without
+    (FrozenLinear), and of all other targets except output layers, become codes; this changes the
+    function a little. param_bits=8: the weights of the targets become codes, and train in a basis.
+    A weight stays as it is if its n is no multiple of a block (rules.WEIGHT_BLOCKS). lora_dropout:
+    this share of the heads' input is dropped in training, as in PEFT.
 
-    Returns the names of the layers with heads and says how many of how many they are, what it
+    Returns the names of the low-rank layers. Prints how many of all linears they are, what was
     passed over, and what is coded. ValueError: see `find_linears`, `refuse_what_bypasses`.
     """
     if frozen_bits not in (None, 4) or param_bits not in (None, 8) or frozen_bits and param_bits:
@@ -716,8 +717,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
 
 def what_is_coded(model, names, bits):
-    """In words: of how many of the layers of these names the weights are in few bits. ValueError:
-    of none."""
+    """Says in words how many of the layers of these names have weights in few bits. ValueError:
+    none has."""
     found = {name: model.get_submodule(name) for name in names}
     whole = [name for name, layer in found.items() if getattr(layer, 'bits', None) is None]
     if len(whole) == len(found):
@@ -754,8 +755,8 @@ def replica_parameters(model):
 
 
 def leaf_names(model):
-    """{what an optimizer steps on: its name}: parameters, but of sharded layers of GaLore the
-    rows."""
+    """{tensor that an optimizer steps on: its name}: parameters; in a sharded layer of GaLore,
+    factor_rows in place of factor."""
     names = {p: name for name, p in model.named_parameters()}
     for layer in lowrank_layers(model):
         if layer.factor_rows is not None:
@@ -773,10 +774,10 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     Merges the heads of every layer into its weight (LTE, section 3), one layer at a time, and
     averages `replicas` ({name: parameter}) over ranks.
 
-    generator: of new heads, the same on all ranks (None: of how often the model was merged; after a
-    resume give one, such as of the step); its seed is also that of rounding. bits: of a number that
-    split heads in a basis or replicas send (see ranks.coded_mean). Below 32 `state`, an
-    optimizer's, keeps what is left; where it has nothing of a replica, that is sent in full.
+    generator: draws new heads, the same on all ranks; its seed also seeds rounding. None: one
+    seeded with the count of merges; a resume sets that to 0: give one there, seeded with the step.
+    bits: bits of a number that split heads in a basis and replicas send (ranks.coded_mean). Below
+    32, `state` (an optimizer's) keeps the rest; a replica without a last average is sent in full.
     """
     layers = lowrank_layers(model)
     merges = layers[0].merges if layers else 0
@@ -873,9 +874,9 @@ def clip_gradients(model, max_norm):
     """
     Clips gradients to the norm max_norm (0: only measures), in place.
 
-    Split heads are models of their own, so each has a norm of its own; of a layer of GaLore it is
-    that of R. In the gradients' precision or float32, whichever is wider. Returns the norm of all
-    before clipping, a tensor.
+    Each split head is a model of its own, with one norm over all layers. All other gradients share
+    one norm; a layer of GaLore counts there with R. Norms are in the gradients' precision or
+    float32, whichever is wider. Returns the norm of all before clipping, a tensor.
     """
     heads = [p for layer in lowrank_layers(model) if layer.split
              for p in layer.per_head().values() if p.grad is not None]

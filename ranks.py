@@ -1,16 +1,16 @@
 """
-Several processes: what they send each other, and what each has of a model.
+Several processes (ranks): what they send each other, and which part of a model each rank holds.
 
-    each step    DDP            gradients, of GaLore's layers R (long, r); not those of split heads
-                 mean_rows      of a sharded layer: to each rank its rows of the mean R
-    a refresh    mean, same     a sketch (short, r) is averaged, its basis is that of rank 0
-    a merge      mean           what trains in a basis, and its first moment; whole replicas
-                 gather         the heads of LTE
-                 coded_mean     such means in 2 to 8 bits a number; what is left is sent next time
-    a save       gather_at      tensor by tensor to rank 0, which writes one file
+    each step    DDP            averages gradients (of GaLore R (long, r)), not those of split heads
+                 mean_rows      averages R of a sharded layer; each rank gets its rows of the mean
+    a refresh    mean, same     averages a sketch (short, r); rank 0 sends its new basis to all
+    a merge      mean           averages factors in a basis, their first moments, whole replicas
+                 gather         collects the heads of LTE
+                 coded_mean     averages in 2 to 8 bits a number, sends rounding errors next time
+    a save       gather_at      sends tensor by tensor to rank 0, which writes one file
 
-Heads are dealt like cards: of `world` ranks, rank k has the heads k, k + world, k + 2 world, ...
-`traffic` counts the bytes that this process sends in them, as a ring does; DDP's are not in it.
+Heads are dealt like cards: rank k of `world` ranks has the heads k, k + world, k + 2 world, ...
+`traffic` counts the bytes that this process sends in these calls, as in a ring, but not DDP's.
 """
 
 import functools
@@ -104,7 +104,7 @@ def same(x, source=0):
 
 
 def exchanged(x):
-    """Of x (world, ...) rank k gets the k-th part of every rank's, (world, ...)."""
+    """Sends part k of x (world, ...) to rank k; returns what all ranks sent here, (world, ...)."""
     traffic['bytes'] += x.nbytes * (len(x) - 1) / len(x)
     received = x.new_empty(x.shape)
     dist.all_to_all_single(received, x.contiguous())
@@ -122,9 +122,9 @@ def in_global_order(x):
 
 
 def rows_of(batch_size, heads=1, rank=0, world=1):
-    """The rows of a micro-batch that a rank trains on, those of each of its `heads` together. Row j
-    is one of head j % (heads world), see `in_global_order`. ValueError where they do not divide
-    it."""
+    """The rows of a micro-batch that a rank trains on: first those of its first head, and so on.
+    Row j belongs to head j % (heads world), numbered as in `in_global_order`. ValueError: heads
+    world does not divide batch_size."""
     step = heads * world
     if batch_size % step:
         raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} '
@@ -159,11 +159,11 @@ def keep_out_of_ddp(net, tensors):
 @torch.no_grad()
 def coded_mean(x, bits, world=1, error=None):
     """
-    The average (...) of x (heads here, ...) over the heads of `world` ranks, in `bits` bits a
+    The average (...) of x (heads here, ...) over the heads of `world` ranks, sent in `bits` bits a
     number.
 
-    error, like x: what was left of earlier numbers is sent with these, and replaced by what is left
-    now (error feedback, Seide et al., 2014). Whose slice it is adds what is left of the average.
+    error, like x: earlier rounding errors, which are added to x and replaced by the new ones (error
+    feedback, Seide et al., 2014). A rank also keeps the error of the average that it has rounded.
     """
     heads_here, numbers, dtype = len(x), x[0].numel(), wide(x)
     heads = heads_here * world
@@ -193,9 +193,9 @@ def coded_mean(x, bits, world=1, error=None):
 
 @torch.no_grad()
 def mean_at(target, x, world):
-    """The average (...) of x (heads here, ...) over the heads of `world` ranks at one of them;
-    elsewhere it means nothing. In 6 bits, and what is left in 6 more: large directions of a sketch
-    would hide others."""
+    """The average (...) of x (heads here, ...) over the heads of `world` ranks, on rank `target`;
+    on others the result means nothing. A number takes 6 bits, and its rounding error 6 more: with 6
+    alone large directions of a sketch would hide others."""
     numbers, dtype = x[0].numel(), wide(x)
     value = in_blocks(x.reshape(len(x), numbers).to(dtype))  # (heads here, 1, blocks, 64)
     codes = pack(value, 6)
@@ -216,7 +216,7 @@ def coded_same(source, x, bits):
 
 
 def error_of(p, state):
-    """What few bits have left of a parameter's averages, in its state; zeros at first."""
+    """The rounding error of a parameter's averages in few bits, from its state; zeros at first."""
     if 'error' not in state:
         state['error'] = torch.zeros_like(p, dtype=wide(p))
     return state['error']
@@ -224,8 +224,8 @@ def error_of(p, state):
 
 @torch.no_grad()
 def average_replica(p, bits, state):
-    """The average of a parameter of which each rank has its own; in few bits that of its change
-    since the last one, `common`, which all ranks have in its state."""
+    """The average over ranks of a parameter that differs by rank. In few bits ranks send only its
+    change since the last average, which all ranks keep as `common` in its state."""
     if bits == 32 or 'common' not in state:
         return averaged_copy(p)
     change = p.to(wide(p)) - state['common']
@@ -322,8 +322,8 @@ def mean_rows(x):
 
 
 def finish_sum(drop=False):
-    """Waits for the sum that runs, if one does, and adds it up, or drops it: where a pass has
-    failed it is left from it."""
+    """Waits for the sum that still runs, if there is one, and adds it to rows.grad. drop: does not
+    add it, as it is left from a pass that has failed."""
     while _running:
         rows, wait = _running.pop()
         here = wait()
@@ -336,8 +336,8 @@ def finish_sum(drop=False):
 
 
 def scatter_gradient(leaf, mesh):
-    """Of a leaf (size, columns) that every rank has: from now on a backward pass adds this rank's
-    rows of the mean of leaf.grad to the gradient of what is returned, a DTensor of no memory."""
+    """Returns a DTensor of no memory for a leaf (size, columns) that every rank has. From now on a
+    backward pass adds this rank's rows of the mean of leaf.grad to the DTensor's gradient."""
     here = slice_here(len(leaf))
     zeros = leaf.detach().new_zeros(()).expand(here.stop - here.start, leaf.shape[1])
     rows = from_rows(zeros, leaf.shape, mesh).requires_grad_()
@@ -354,14 +354,14 @@ def scatter_gradient(leaf, mesh):
 
 def shard(model, layers, device):
     """
-    Shards a model, of which model.blocks are the blocks, over all ranks by torch's FSDP2, and moves
-    it from the CPU to this rank's device; a block is there in whole while it computes.
+    Shards a model over all ranks by torch's FSDP2, block by block (model.blocks), and moves it from
+    the CPU to this rank's device. While a block computes, each rank has all of it.
 
-    To be called before an optimizer is built. layers: its low-rank ones. Alone it only moves the
-    model. One on the meta device gets memory for this rank's rows alone, whose values are then to
-    be set: see `write`, MHLoRALinear.start. GaLore's bases are gathered with W; GaLoLTE's, and
-    heads that differ by rank, stay whole. ValueError: a weight is shared by two blocks, or by one
-    and the rest; an old torch, and weights in few bits.
+    Call it before an optimizer is built. layers: the model's low-rank layers. One process alone
+    only moves the model. A model on the meta device gets memory for this rank's rows alone; the
+    caller then sets their values, see `write`, MHLoRALinear.start. GaLore's bases are gathered with
+    W; GaLoLTE's bases, and heads that differ by rank, stay whole. ValueError: two blocks share a
+    weight, or a block and the rest do; weights are in few bits, and torch is too old for that.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -401,8 +401,8 @@ def shard(model, layers, device):
 
 
 def orthogonalise_rows(moves, size):
-    """Orthogonalises matrices (size, n), of which this rank holds the rows `moves` (matrices, rows,
-    n). Of as many as there are ranks each rank gets one, and sends the rows of the result back."""
+    """Orthogonalises matrices (size, n); moves (matrices, rows, n): this rank's rows of them. Each
+    rank gets one whole matrix at a time, and sends every rank its rows of the result."""
     world, each = dist.get_world_size(), rows_each(size)
     _, here, n = moves.shape
     done = []
@@ -434,13 +434,13 @@ def write(model, name, x):
 @torch.no_grad()
 def gather_state(model, layers, optimizer=None, replicas=None):
     """
-    What a checkpoint holds, for rank 0, which writes it. Every rank takes part, tensor by
-    tensor, and what travels is None on the others. layers: {name: low-rank layer}.
+    Returns what a checkpoint holds, for rank 0, which writes it. Every rank takes part; a tensor
+    that is gathered at rank 0 is None on the others. layers: {name: low-rank layer}.
 
-    model: the state dict, of heads those of all ranks in global order, of replicas the average:
-    what is evaluated. With an optimizer of galore.py also optimizer: {name of what it steps on: its
-    state}, of heads in the same order, of replicas (ranks, ...), of shards as if there were none,
-    of sketches the parts of all ranks; and replicas: {name: (ranks, ...)}.
+    'model': the state dict that is evaluated: all ranks' heads in global order, averaged replicas,
+    whole tensors for shards. With an optimizer of galore.py also 'optimizer': {name of what it
+    steps on: its state}, where heads and shards are as in 'model', replicas (ranks, ...), sketches
+    the parts of all ranks; and 'replicas': {name: (ranks, ...)}.
     """
     replicas, heads = replicas or {}, per_rank_tensors(layers.values())
     replicated = set(replicas.values())

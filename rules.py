@@ -1,17 +1,17 @@
 """
-What a step makes of a gradient, and numbers in few bits. Functions of tensors; nothing of
-layers or ranks.
+This file turns gradients into steps of weights, and stores numbers in few bits. Its functions take
+tensors; they know nothing of layers or ranks.
 
     step_               AdamW, on weights and moments of any dtype
-    PROJECTED           moves of a gradient seen in a basis: Fira, APOLLO
-    FULL, INSIDE        moves of a gradient as it is: SCALE, Muon; Adam
-    round_              float32 into bfloat16, up or down at random
-    code_, dense        weights into 4 bits, which stay, or 8 bits, which train; and as numbers
-    encode, decode      moments in 8 bits
-    pack, unpack        what ranks send, in 2 to 8 bits
+    PROJECTED           rules that see a gradient and its part in a basis: Fira, APOLLO
+    FULL, INSIDE        rules that see a gradient alone: SCALE, Muon; inside a basis: Adam, Muon
+    round_              rounds float32 to bfloat16, up or down at random
+    code_, dense        write and read weights in 4 bits (they stay) or in 8 bits (they train)
+    encode, decode      write and read moments in 8 bits
+    pack, unpack        write and read what ranks send, in 2 to 8 bits
 
-A move is what textbook.py calls so: W <- keep W - lr move, keep = 1 - lr decay. `state` is that of
-a parameter in an optimizer, whose `step` counts the gradient already; `group` has the settings.
+A rule gives a move: W <- keep W - lr move, keep = 1 - lr decay (see textbook.py). `state`: the
+optimizer's state of a parameter; its `step` counts this gradient already. `group`: the settings.
 """
 
 import functools
@@ -46,8 +46,8 @@ def at_a_time(x):
 # pieces and compiled functions
 
 # A step is written once, as a function that writes into rows of its tensors. A CPU runs it as it
-# is, on pieces that fit its cache. A GPU runs it compiled, on 16M numbers at once: each is read once
-# and written once, by one or a few kernels, and no temporary is as large as a large weight.
+# is, on pieces that fit its cache. A GPU runs it compiled, on 16M numbers at once: one or a few
+# kernels read and write each number once, and no temporary is as large as a large weight.
 
 
 def is_compiled(compile, device):
@@ -73,8 +73,8 @@ def has_compilers():
 
 @functools.cache
 def compiled(function):
-    """A function, compiled for any number of rows; once for each length of rows and combination of
-    dtypes, of which there may be more than the 8 that torch allows."""
+    """Returns a function that is compiled for any number of rows. torch compiles it again for each
+    length of rows and combination of dtypes: there may be more of these than the 8 it allows."""
     function = torch.compile(function, fullgraph=True, dynamic=True)
 
     def call(*args):
@@ -94,11 +94,11 @@ def on_device(numbers, device):
 
 def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flags=()):
     """
-    function(*tensors, numbers, start, *flags), which writes into some of the tensors, on all rows.
+    Calls function(*tensors, numbers, start, *flags) on one piece of rows after the other.
 
-    tensors: of equally many rows, or None; numbers: floats that differ from step to step; flags:
-    what is compiled in; start: for `random_bits`, of a key and the index of the first number in the
-    whole tensor. Both ways give the same bits.
+    function writes into some of the tensors; these have equally many rows, or are None. numbers:
+    floats that differ from step to step; flags: compiled in; start: for `random_bits`, from key and
+    the index of a piece's first number in the whole tensor. Compiled or not, the bits are the same.
     """
     x = tensors[0]
     if not x.numel():  # of a shard
@@ -120,8 +120,8 @@ def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flag
 
 
 def alone(x):
-    """A view for torch.compile, which looks at what a view is of: no two may be of one tensor. Rows
-    of another length are another function."""
+    """Detaches x for torch.compile. That looks at the tensor behind a view, and allows no two views
+    of one tensor. For rows of another length it compiles another function."""
     x = x.detach()
     if x.dim() > 1:
         torch._dynamo.mark_static(x, 1)
@@ -139,7 +139,7 @@ GOLDEN = -0x61c88647  # 2^32 over the golden ratio, as 32 bits with a sign
 
 
 def square_root(x):
-    """The square root as compiled functions have it, to the last bit: that of CPUs is another."""
+    """The square root of x with the bits of compiled functions; a CPU's own sqrt has others."""
     return x.rsqrt().reciprocal_()
 
 
@@ -176,13 +176,13 @@ def lower(bits):
 
 
 def put(out, x, bits=None, half=upper):
-    """out <- x, which is used up; float32 into bfloat16 goes up or down by a half of random bits,
-    or, without any, to the nearest."""
+    """out <- x; x may be overwritten. float32 is rounded to bfloat16: up or down by 16 of the 32
+    random bits (half: which 16), or to the nearest if bits is None."""
     if out.dtype != torch.bfloat16 or x.dtype != torch.float32 or bits is None:
         out.copy_(x)
         return
-    # inf and NaN stay: a card's NaN has all bits but the sign set, and one more would change it
-    # (one with all 32 set, which no arithmetic makes, becomes 0)
+    # inf and NaN stay. The clamp is for a GPU's NaN: all bits but the sign are set, and one more
+    # would change it (a NaN with all 32 bits set, which no arithmetic makes, becomes 0)
     number = x.view(torch.int32).clamp_(max=0x7fff0000)
     number.add_(half(bits)).bitwise_and_(-2**16)
     out.copy_(x)
@@ -195,11 +195,11 @@ def put_rows(out, x, numbers, start):
 
 def round_(out, x, key, first=0):
     """
-    out <- x, in place. Where x is float32 and out bfloat16, a number between two of bfloat16's
-    becomes the upper one as often as it is near to it; what bfloat16 holds stays, inf and NaN too.
+    out <- x, in place. If x is float32 and out bfloat16, a number goes at random to the bfloat16
+    number above or below it, right on average. What bfloat16 can hold stays, inf and NaN too.
 
-    out, x: of one shape; key: an integer, another for every tensor and time; first: the index of
-    out's first element in the whole tensor.
+    out, x: of one shape; key: an integer, a different one for each tensor and each time; first: the
+    index of out's first element in the whole tensor.
     """
     if out.dtype != torch.bfloat16 or x.dtype != torch.float32:
         out.copy_(x)
@@ -213,14 +213,14 @@ def round_(out, x, key, first=0):
 # -----------------------------------------------------------------------------
 # weights in 4 bits, which stay, and in 8 bits, which train
 
-# A block of numbers of a row shares a float32, its scale. No block is cut by FSDP2, which cuts
-# rows.
+# A block is a part of one row. Its numbers share a float32, the scale. FSDP2 cuts between rows, so
+# it cuts no block.
 #
 #   4 bits   NF4 (QLoRA, Dettmers et al., arXiv 2305.14314): a number is the scale times one of 16
 #            levels, quantiles of a normal distribution; codes (m, n / 2) uint8, the first of two
 #            numbers in the upper half of a byte; the scale is the block's largest magnitude
-#   8 bits   the scale times -127 to 127; codes (m, n) int8, which go up or down at random where a
-#            step has changed the block: to the nearest, small steps would be lost
+#   8 bits   a number is the scale times an integer from -127 to 127; codes (m, n) int8. A step that
+#            changes the block rounds them at random: to the nearest, small steps would be lost
 WEIGHT_BLOCKS = {4: 64, 8: 128}  # numbers of a block
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -258,9 +258,9 @@ def code_(codes, scales, x, key=None, first=0):
     """
     codes, scales <- x (rows, n), in place.
 
-    In 8 bits the two sides of a number are taken at random, right on average: see `round_` for key
-    and first; without a key, and in 4 bits, each number goes to the nearest level. ValueError: 4
-    bits want bitsandbytes, which is not installed.
+    In 8 bits with a key, each number goes to the level above or below it at random, right on
+    average (key, first: see `round_`). In 8 bits without a key, and in 4 bits, it goes to the
+    nearest level. ValueError: 4 bits need bitsandbytes, and it is not installed.
     """
     if codes.dtype == torch.uint8:
         code_4_bits(codes, scales, x)
@@ -356,17 +356,17 @@ def move_rows(W, scales, move, numbers, start):
 # -----------------------------------------------------------------------------
 # eight bits, of moments
 
-# Blocks of up to 256 numbers of a row share a float32, their largest magnitude `top` (Dettmers et
-# al., 8-bit optimizers, arXiv 2110.02861). Up to it, level l stands for top (l / levels)^power:
-# fine steps where numbers are small. No block is cut by FSDP2, which cuts rows, or between heads.
+# A block, up to 256 numbers of one row, shares a float32, its largest magnitude `top` (Dettmers et
+# al., 8-bit optimizers, arXiv 2110.02861). Level l stands for top (l / levels)^power: levels are
+# fine where numbers are small. FSDP2 cuts between rows, so it cuts no block; each is in one head.
 BLOCK, SHORTEST = 256, 16  # numbers; of a row that is coded
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
               'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
 
 
 def rows_of_shape(shape):
-    """The dimensions before a row, and the numbers of a row: the last dimension, or where that is
-    short and it is no matrix, all but the first."""
+    """(the dimensions before a row, how many numbers a row has). A row is the last dimension;
+    of three or more dimensions with a last one below SHORTEST it is all but the first."""
     leading = shape[:-1]
     if len(shape) > 2 and shape[-1] < SHORTEST:
         leading = shape[:1]
@@ -400,11 +400,11 @@ def shift_of(age):
 
 def encode(x, shift, levels, power, dtype):
     """
-    Codes (rows, n) of `dtype` and tops (rows, blocks) of x (rows, n), float32.
+    Returns codes (rows, n) of `dtype` and tops (rows, blocks) of x (rows, n), float32.
 
-    Off by less than a level, and right on average: x goes up or down by a threshold that runs
-    through (0, 1) with a moment's age, see `shift_of`. To the nearest level a second moment would
-    not decay by 0.1% a step. Its codes are at least 1: the update divides by the root.
+    A number goes to the level above or below it, right on average: the threshold runs through
+    (0, 1) with the moment's age, see `shift_of`. Rounded to the nearest, a second moment would not
+    decay by 0.1% a step. Its codes are at least 1, as the update divides by its root.
     """
     blocks = by_block(x)  # (rows, blocks, numbers)
     size = blocks.abs()
@@ -417,8 +417,8 @@ def encode(x, shift, levels, power, dtype):
     index = torch.arange(blocks.shape[-1], dtype=x.dtype, device=x.device)
     threshold = (index * 0.6180339887 + shift) % 1.0  # (numbers,)
 
-    # the level below, its distance from the number, and what of the way to the next level a number
-    # has to be for the upper one
+    # level: the level below a number; distance: from that level to the number; needed: if distance
+    # is larger, the number goes to the next level
     if power == 2:  # the next level is 2 l + 1 away
         level = square_root(size).floor_()
         level.clamp_(max=levels - 1)
@@ -481,8 +481,8 @@ def read(x, top, dtype=torch.float32):
 
 
 def write(out, top, x, shift, bits=None, half=upper):
-    """Writes what `read` reads, and uses x up; shift: of codes; bits, half: of bfloat16, see
-    `put`."""
+    """Writes x into a moment (out, top) as `read` reads it; x may be overwritten. shift: for codes,
+    see `encode`; bits, half: for bfloat16, see `put`."""
     if top is not None:
         kind = EIGHT_BITS['exp_avg' if out.dtype == torch.int8 else 'exp_avg_sq']
         code, new_top = encode(x, shift, *kind)
@@ -498,7 +498,7 @@ def rows_like_moments(x, state):
 
 
 def rows_of_moment(state, name):
-    """A moment as rows, and their tops (rows, blocks of a row); or flat, and None."""
+    """A coded moment as rows, and their tops (rows, blocks of a row); any other flat, and None."""
     state[name] = state[name].contiguous()  # rows are views of it
     rows = rows_like_moments(state[name], state)
     top = state.get(f'{name}_top')
@@ -539,8 +539,8 @@ def is_fused(p, state):
 
 
 def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
-    """p <- keep p - lr M / (sqrt(V) + eps), and the moments take grad in, or, if that is None, p
-    itself; to_nearest: of M."""
+    """p <- keep p - lr M / (sqrt(V) + eps), after the moments have taken in grad (None: p is also
+    the gradient). to_nearest: a bfloat16 M is rounded to the nearest, not at random."""
     lr, keep, beta1, rest1, beta2, rest2, eps, shift = numbers  # rest1: 1 - beta1
     bits = random_bits(p, start)
     m, v = read(M, M_top, wide(p)), read(V, V_top, wide(p))
@@ -555,8 +555,8 @@ def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
 
 
 def is_nearest(beta):
-    """Whether an average over so few steps goes to the nearest in bfloat16: a step moves it by more
-    than its last bit, and that is less noise."""
+    """Whether a running average in bfloat16 is rounded to the nearest: its beta is so small that a
+    step changes it by more than its last bit. Rounding to the nearest makes less noise."""
     return beta <= 0.95
 
 
@@ -567,14 +567,14 @@ def as_laid_out(x, like):
 
 def step_(p, grad, state, lr, keep, betas, eps, key=0, first=0, compile=False):
     """
-    p <- keep p - lr rho, in place; the moments of `state` take grad in.
+    p <- keep p - lr rho, in place, after the moments of `state` have taken in grad.
 
         rho = sqrt(1 - beta2^age) / (1 - beta1^age) * M / (sqrt(V) + eps)
 
-    has eps before the bias correction, as in galore-torch (after it in torch's kernel, which
-    computes this). p may be grad itself. Returns p, or that in another layout. Where p or moments
-    are in 16 or 8 bits, all is computed in float32, see `in_pieces`, and rounded at random
-    (`round_`: key, first).
+    Here eps is added before the bias correction, as in galore-torch. torch's kernel adds it after,
+    so it gets another eps, for the same rho. p may be grad itself. Returns p, or, if p is grad, a
+    copy in another layout if need be. If p or moments are in 16 or 8 bits, all is computed in
+    float32, see `in_pieces`, and rounded at random (`round_`: key, first).
     """
     age = state['step']
     correction = math.sqrt(1 - betas[1] ** age)
@@ -627,8 +627,8 @@ def adam_rate(R, N, state, group, dim):
 
 
 def limited(phi, size, state):
-    """phi, lowered so that `size`, of phi times what it scales, grows by at most 1% a step. A size
-    of zero is passed over: from 0 the authors' code takes 2,000 steps to grow."""
+    """Lowers phi so that `size`, the norm of phi times what phi scales, grows by at most 1% a step.
+    A size of zero sets no limit: from 0 the authors' code takes 2,000 steps to grow."""
     if 'rest_norm' in state:
         old = state['rest_norm']
         growth = size / (old + 1e-8)
@@ -784,11 +784,11 @@ def in_blocks(x, slices=1):
 
 def pack(x, bits):
     """
-    x (..., 64) in 2 to 8 bits a number: (..., 8 bits + 2) bytes, the last two of which are the
-    step.
+    Packs x (..., 64) into 2 to 8 bits a number; returns (..., 8 bits + 2) bytes. The last two hold
+    the step.
 
-    A number is one of 2^bits odd multiples of half a step, which is that of least squares: what is
-    left is orthogonal to what is sent. A block with inf or NaN becomes NaN.
+    Each number becomes one of 2^bits odd multiples of half a step. Least squares gives the step: so
+    the rounding error is orthogonal to what is sent. A block with inf or NaN becomes NaN.
     """
     if not 2 <= bits <= 8:
         raise ValueError(f'{bits=} does not fit a byte: set 2 to 8, or 32 to send them as they are')

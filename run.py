@@ -172,9 +172,9 @@ def put_layers(model, settings, worker=0, workers=1):
 
 
 def freeze_as_set(model, settings, new=()):
-    """Freezes what settings['train'] leaves out, and writes there what 'auto' stands for: 'all',
-    but for heads on loaded weights 'factors', or 'classifier' where `new`, kinds of layers, did not
-    come with the weights."""
+    """Freezes what settings['train'] leaves out. Replaces 'auto' there: by 'all', or for heads on
+    loaded weights by 'factors' (if `new` is not empty, by 'classifier'). new: kinds of layers that
+    did not come with the weights."""
     if settings['train'] == 'auto':
         loaded = settings['init_from'] != 'scratch'
         adapts = settings['lowrank'] and settings['factors'] != 'basis' and loaded
@@ -257,8 +257,8 @@ def assemble(model, shape, optimizer, settings, process, checkpoint=None):
 
 
 def averaging(run):
-    """(the model, or DDP around it, which averages gradients over ranks; the bytes that each rank
-    sends for that a step, or for what FSDP2 gathers and reduces)."""
+    """(net, bytes). net: the model, or DDP around it, which averages gradients over ranks; bytes:
+    how many each rank sends in a step by DDP, or by FSDP2's gathering and reducing."""
     model, others = run.model, run.ranks - 1
     if any(map(is_sharded, model.parameters())):  # two passes gather weights, one reduces gradients
         sent = sum((2 + p.requires_grad) * local(p).nbytes for p in model.parameters()
@@ -317,8 +317,8 @@ def set_learning_rate(optimizer, settings, step):
 
 
 def unscale(scaler, optimizer):
-    """What was scaled for float16, unscaled. If a gradient of one rank overflows, all ranks skip
-    the step."""
+    """Divides gradients by the GradScaler's scale, for float16. If a gradient of one rank
+    overflows, all ranks skip the step."""
     scaler.unscale_(optimizer)
     if scaler.is_enabled() and dist.is_initialized():
         state = scaler._per_optimizer_states[id(optimizer)]  # it has no public name
@@ -424,10 +424,10 @@ _locks = []  # the one that this process holds
 
 def open_run(settings, process):
     """
-    What comes before data are read and anything is built. Ranks whose settings or code differ are
-    refused, out_dir is claimed, and the checkpoint of a run that goes on is read, compared and
-    returned (else None). Resolves 'auto' in settings['init_from'] and ['train']. ValueError,
-    OSError: what is wrong.
+    Begins a run, before data are read and anything is built: refuses ranks whose settings or code
+    differ, claims out_dir, and returns the checkpoint of a resumed run (else None), if its settings
+    fit. Replaces 'auto' in settings['init_from'], and in a resumed run in settings['train'].
+    ValueError, OSError: what is wrong.
     """
     path = os.path.join(settings['out_dir'], 'ckpt.pt')
     if settings['init_from'] == 'auto':  # each rank looks at its own disk
@@ -450,7 +450,7 @@ def open_run(settings, process):
 
 
 def refuse_other_data(data, settings, process, checkpoint):
-    """ValueError: ranks have other data (a fingerprint), or the run that goes on had."""
+    """ValueError: data (a fingerprint) differ between ranks, or from those of the resumed run."""
     if process.ranks > 1:
         compare_ranks({'data': data}, process.ranks)
     if checkpoint and checkpoint.get('data', data) != data:
@@ -475,9 +475,9 @@ def compare_ranks(values, ranks):
 
 
 def claim_folder(settings):
-    """Makes out_dir and locks it. A fresh run is refused (ValueError) where another one is, unless
-    it is to be overwritten, and where files that are no run's of ours (its config.json tells) have
-    the names of its own. eval_only changes nothing there."""
+    """Makes out_dir and locks it; with eval_only it only makes it. ValueError: another run trains
+    there; or a fresh run would replace another run without `overwrite`, the file that it begins
+    from, or files that no run of ours wrote (its config.json would tell)."""
     out_dir, source = settings['out_dir'], settings['init_from']
     unlock()  # of a run of this process that ended early
     os.makedirs(out_dir, exist_ok=True)
@@ -531,9 +531,9 @@ def unlock():
 
 
 def refuse_other_settings(settings, checkpoint):
-    """Refuses (ValueError) to resume from weights alone, or from other settings than those in
-    MAY_CHANGE; returns in words what of these has changed. Where train is 'auto', or documents
-    None, it becomes what the checkpoint's run made of it."""
+    """Refuses (ValueError) to resume from weights alone, or with a changed setting that is not in
+    MAY_CHANGE; returns in words which others have changed. If train is 'auto', or documents None,
+    it gets the value of the checkpoint's run."""
     before = checkpoint['settings']
     if 'optimizer' not in checkpoint:
         raise ValueError('ckpt.pt holds weights alone, like best.pt: resume from what the run '
@@ -596,8 +596,8 @@ def start_run(settings, step):
 
 
 def was_logged_before(line, step, again, ends):
-    """Whether a line of log.jsonl is whole, and not one that a run from this step on logs again:
-    evaluations, and the test where it ends."""
+    """Whether a line of log.jsonl is whole, and a run from this step on does not log it again.
+    again: the run evaluates this step again; ends: the run ends here, and tests again."""
     try:
         record = json.loads(line)
         if record['step'] == step and 'test_loss' in record:
@@ -645,12 +645,12 @@ def peak_of(card, dtype):
 
 def operations_of(model, length, width):
     """
-    Operations that the products of a training step need for a token, of `length` in a row.
+    Operations of all matrix products of a training step for one token; a row has `length` tokens.
 
-    A trained weight of a linear layer needs 6 a number, a frozen one 4, as no product gives its
-    gradient; heads 6 a number that a token meets, GaLore's projection 2; attention, of `width`, 12
-    length width a block, as nanoGPT counts it. What is computed again for checkpointing is left
-    out, and so are tables of embeddings and optimizers.
+    A trained weight of a linear layer needs 6 for each number; a frozen one 4, as no product gives
+    its gradient. Heads need 6 for each number that a token meets, GaLore's projection 2. Attention,
+    of `width`, needs 12 length width in each block, as nanoGPT counts it. Not counted: what
+    checkpointing computes again, tables of embeddings, optimizers.
     """
     found = 12 * len(model.blocks) * length * width
     for layer in model.modules():
@@ -665,12 +665,12 @@ def operations_of(model, length, width):
 
 class Meter:
     """
-    The bookkeeping of a run: what a loop adds up between two lines of the log, and its lines.
+    A meter adds up what happens between two lines of the log, and writes the lines.
 
-    run: from `assemble`; step: where it starts; items: tokens or images of a step, `unit` says
-    which; operations: of one, see `operations_of`: where the card's peak is known the log has what
-    share of it they are, the MFU (Chowdhery et al., arXiv 2204.02311). Sums stay on the device: but
-    for merges that draw new heads, and float16's scaler, the host waits in `line` only.
+    run: from `assemble`; step: where it starts; items: how many tokens or images (unit: which) a
+    step has; operations: of one item, see `operations_of`. If the card's peak is known, the log has
+    the MFU: operations as a share of the peak (Chowdhery et al., arXiv 2204.02311). Sums stay on
+    the device: the host waits in `line`, in merges that draw heads, and for float16's scaler.
     """
 
     def __init__(self, run, step, items, unit, more='', operations=0):
@@ -714,9 +714,9 @@ class Meter:
         self.progress.update()
 
     def line(self, step, lr):
-        """A line of the log on the steps since the last one. Ends the run where something went
-        wrong: what is not finite, a float16 run of which every step overflows, parameters that
-        nothing steps on."""
+        """Logs one line about the steps since the last line. Ends the run if a loss or a norm is
+        not finite, if every step of a float16 run overflows, or if no optimizer steps on a
+        trainable parameter."""
         run, sent = self.run, traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
         self.sums[3].fill_(run.optimizer.kept_bases)  # what is assigned comes from the CPU
@@ -794,9 +794,9 @@ class Meter:
             print(f'step {step} of {s.max_iters}: nothing to train, raise {longer} to go on')
         unlock()
         if dist.is_initialized():
-            # gloo's threads let go of a collective's tensors some time after it, and need the lock
-            # of Python for it, whose end holds that while it waits for them: it now and then hung
-            # (2.13)
+            # gloo's threads free a collective's tensors some time after it, and need Python's lock
+            # for that. At its end Python holds this lock and waits for them: without a pause it now
+            # and then hung (torch 2.13)
             time.sleep(0.1)
             dist.destroy_process_group()
 

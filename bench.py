@@ -245,7 +245,8 @@ def kept(name, **about):
 
 
 def title(about):
-    """What a cell is called, in a line; of a training with the settings that its method has not."""
+    """Returns a cell's name in one line; of a training it also says the settings that differ from
+    those of its method."""
     words = [str(x) for key, x in about.items() if key != 'settings']
     if 'settings' in about:
         usual = method(about['method'])
@@ -336,11 +337,11 @@ class Drawn:
 
 def stepper(settings, ranks=None, rank=0, device='cpu'):
     """
-    (run, step) of a script from scratch: what its build makes, and its train_step on random data, a
-    step further each call.
+    Returns (run, step) of a script from scratch: run is what its build makes, and each call of step
+    does the next train_step, on random data.
 
-    settings: all that the script has; ranks: this one, `rank`, is of so many on such devices, whom
-    it does not join.
+    settings: all that the script has; ranks: this process acts as `rank` of so many on `device`,
+    and joins no others; None: it joins those of torchrun, if any.
     """
     s, script, numbers = dict(settings), script_of(settings), itertools.count()
     of_images = script is train_vit
@@ -367,8 +368,8 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
 
 
 def shape_of_loaded(s):
-    """The configuration of the weights that init_from names, of which config.json is enough, with
-    the settings' number of layers; None where there are none."""
+    """Returns the configuration of the weights that init_from names, read from config.json alone,
+    with n_layer of the settings if it is set. None: init_from names a file, or no weights."""
     if s['init_from'] in ('scratch', 'auto', 'resume') or os.path.isfile(s['init_from']):
         return None
     shape = read_config(hub_folder(s['init_from'], 'config.json'))
@@ -413,12 +414,12 @@ def loop_over_heads(model):
 
 def time_steps(name, cells, only, steps):
     """
-    Keeps what a training step takes where assets/NAME.jsonl lacks it.
+    Keeps the time of a training step of each cell that assets/NAME.jsonl lacks.
 
-    Each cell runs in turn with a reference, the first cell that differs in its method alone: so
-    many steps of the reference, as many of the cell, six times, of which the first warms up. Kept
-    are the median of the cell's seconds a step; `ratios`, each of its times by the reference's just
-    before; and `to_full`, their median: a cost that does not change with the machine's mood.
+    A cell takes turns with its reference, the first cell that differs only in its method: `steps`
+    steps of the reference, then as many of the cell, six times; the first time is a warm-up. Kept
+    are `seconds`, the median of a step of the cell; `ratios`, each time of the cell divided by the
+    reference's just before; and `to_full`, their median, in which the machine's speed cancels.
     """
     cells = list(cells)
 
@@ -473,8 +474,8 @@ def put_in(name, args):
 
 
 def number_in(function, args):
-    """What stands for the number in a fake tensor, where an operator reads one: all is finite,
-    rates are zero; else None."""
+    """Returns the number that an operator reads out of a fake tensor: True for a bool (so all is
+    finite), else zero (so rates are zero). None: the operator reads no number."""
     if function is torch.ops.aten._local_scalar_dense.default:
         return args[0].dtype == torch.bool
     return None
@@ -560,8 +561,8 @@ def fake_ranks(ranks, rank=0, device='cpu'):
 
 
 def of_depth(measure, settings, shallow=5):
-    """measure(settings), a dict of numbers that are linear in the number of layers, from models of
-    `shallow` layers and of one more: deep ones take minutes even where nothing is computed."""
+    """Returns measure(settings), a dict of numbers that are linear in the number of layers. It
+    extrapolates from `shallow` and one more: deep models take minutes even without computing."""
     depth = settings['n_layer']
     if depth <= shallow + 1:
         return measure(settings)
@@ -575,13 +576,13 @@ def of_depth(measure, settings, shallow=5):
 
 def planned(settings, ranks=1):
     """
-    Peak bytes of two training steps on one of so many ranks, by category, without computing
-    anything; `sent`, bytes that it sends for a micro-batch, by a ring; `host`, bytes that rank 0
-    gathers in its host's memory to save.
+    Returns the peak bytes of two training steps on one of so many ranks, by category, without
+    computing anything; `sent`: bytes that the rank sends for a micro-batch, in a ring; `host`:
+    bytes that rank 0 gathers in its host's memory to save.
 
-    Steps have two micro-batches where they have more: gradients are held from the second on.
-    Sketches of blocks with a later turn are left out, and temporaries of compiled steps on moments
-    of 8 bits, of up to 134 MB.
+    If steps have more than two micro-batches, two are run: from the second on gradients are held.
+    Not counted: sketches of blocks whose turn comes later, and temporaries, up to 134 MB, of
+    compiled steps on moments of 8 bits.
     """
     found = of_depth(functools.partial(peaks, ranks=ranks), settings)
     # each of the two is linear in the depth, and the larger of them is not
@@ -658,8 +659,8 @@ COLUMNS = {'total': 'smallest', 'weights': 'weights', 'state': 'state', 'gradien
 
 
 def largest_batch(settings, free, ranks):
-    """(largest micro-batch over all ranks that fits into so many bytes of each, or 0; bytes that
-    each takes; those of COLUMNS, `planned` at the smallest)."""
+    """Returns (the largest micro-batch over all ranks with which each fits into `free` bytes, or 0;
+    the bytes of each with it; then COLUMNS, as `planned` for the smallest micro-batch)."""
     def at(rows):
         return planned({**settings, 'batch_size': rows}, ranks)
     parts = math.lcm(settings['heads'] if settings['split'] else 1, ranks)  # they divide the batch
@@ -700,13 +701,13 @@ def named_script(words):
 
 def plan(words, budget, ranks=1):
     """
-    Prints which methods, dtypes and batch sizes of a run fit on a card, or on each of so many;
-    computes nothing, needs no GPU. With shard=True each holds its part; else what DDP itself sends
-    and holds is left out.
+    Prints which methods, dtypes and batch sizes of a run fit on each of so many cards. It computes
+    nothing and needs no GPU. With shard=True each card holds its part; otherwise, what DDP itself
+    sends and holds is not counted.
 
-    words: config files and --key=value, as for the scripts; budget: the card's memory, such as
-    12GiB. Files of config/methods are the methods to plan; without any it is all with which the run
-    goes.
+    words: config files and --key=value, as for the scripts; budget: a card's memory, such as 12GiB.
+    Files of config/methods are the methods to plan; without any, all methods are planned that the
+    settings allow.
     """
     size = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
     if not size:
@@ -750,8 +751,8 @@ def plan(words, budget, ranks=1):
 
 
 def sent(settings, workers, steps):
-    """(bytes that one of so many workers sends in each step, by a ring; those of its optimizer's
-    state, but for what it keeps of its own heads)."""
+    """Returns ([bytes that one of so many workers sends in each step, in a ring], the bytes of its
+    optimizer's state without the state of its own heads)."""
     with fake_ranks(workers), watched() as watch:
         run, step = stepper(settings, workers)
         by_ddp = 0 if settings['shard'] else run.ddp_bytes  # which is left out here
@@ -767,11 +768,11 @@ def sent(settings, workers, steps):
 
 def sent_a_step(settings, workers):
     """
-    Bytes of one of so many workers: `wire`, what it sends a step by a ring, and `shared`, of the
-    optimizer's state what is not of its own heads.
+    Returns bytes of one of so many workers: `wire`, what it sends a step in a ring, and `shared`,
+    the optimizer's state without that of its own heads.
 
-    Counted in short periods: a merge every three steps, a new basis of each layer every twelve; the
-    last step has ended all sketches.
+    They are counted with short periods: a merge every three steps, a new basis of each layer every
+    twelve. After the last step no sketch is open.
     """
     T, every = settings['merge_every'], settings['basis_every']
     short = {**settings, 'merge_every': min(T, 3), 'basis_every': 12, 'batch_size': workers}
@@ -866,11 +867,11 @@ class FakeCard(FakeTensorMode):
 
 class CardWatch(TorchDispatchMode):
     """
-    Sees for what the host would wait, by the phase that it is told of.
+    Records where the host would wait for the card, by `phase`, which the caller sets.
 
-    waits: {phase: {(function, words)}} of operators that wait for the card, or copy between it and
-    memory that is not pinned; mixed: {words} of those that mix devices; collectives: of each its
-    name and what is put in.
+    waits: {phase: {(function, words)}} of operators that wait for the card, copy from it, or copy
+    to it and are not both pinned and non_blocking; mixed: {words} of operators that mix devices;
+    collectives: for each its name, and the dtype and shape of each tensor that is put in.
     """
 
     def __init__(self, fake):
@@ -1078,8 +1079,8 @@ def small_settings(script, method_name, dtypes, shard):
 
 
 def all_fake_cells():
-    """Cells as those of FAKE_CELLS: all method files on each script in turns of dtypes, and on four
-    ranks, also in shards; but for what the scripts refuse."""
+    """Yields cells like FAKE_CELLS: each method on each script, and on one script on four ranks,
+    without and with shards; dtypes take turns. Cells that the scripts refuse are left out."""
     for number, name in enumerate(METHODS):
         for turn, (script, ranks, shard) in enumerate((
                 ('train_gpt', 1, False), ('train_llama', 1, False), ('train_vit', 1, False),
@@ -1259,8 +1260,8 @@ def tests_on_card(dry):
 
 
 def on_card(about, settings, dry):
-    """What is kept of a cell of a card; `error`: in a sentence, what failed. Not dry, its steps run
-    in a process of their own: an error of a card stays with a process."""
+    """Returns what is kept of a cell of a card; `error`: a sentence on what failed. If not dry, its
+    steps run in a process of their own: an error of the card lasts as long as its process."""
     if about['what'] == 'tests':
         return tests_on_card(dry)
     found = {}

@@ -112,14 +112,14 @@ def compare(checkpoint, folder):
 
 def write_peft(run, checkpoint, folder, dtype):
     """
-    The heads of a checkpoint as one LoRA:
+    Writes the heads of each layer of a checkpoint as one LoRA:
 
         (s / H) sum_h B_h A_h = alpha / (H r) [B_1 ...] [A_1; ...]
 
-    What heads that train on over merges (LTE) have put into W telescopes to it. Thirds of a fused
-    projection are one LoRA of it. A ViT's classifier is saved whole. On a tied output layer PEFT's
-    LoRA is exact beside the weight; merged by PEFT it would move the embedding as well. ValueError:
-    there is none.
+    LTE's heads train on after a merge: what merges have put into W and what came after them add up
+    to this. Heads of q, k and v become one LoRA of the fused layer. A ViT's classifier is saved
+    whole. On a tied output layer the LoRA is exact as long as PEFT does not merge it: that would
+    change the embedding, too. ValueError: see `refuse_peft`.
     """
     s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
@@ -161,8 +161,8 @@ def write_peft(run, checkpoint, folder, dtype):
 
 
 def layers_with_heads(state, text):
-    """{name of a layer of the base: names of ours} of a state dict, whose thirds of a qkv are three
-    layers (see hub.QKV). A ViT's classifier, or two, is left out: it is saved whole."""
+    """Returns {name of a layer of the base: our names} of layers with heads. A fused qkv is three
+    layers of ours (see hub.QKV). A ViT's classifier, or two, is left out: it is saved whole."""
     layers = {}
     for name in state:
         name, _, last = name.rpartition('.')

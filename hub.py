@@ -156,8 +156,8 @@ def config_json(config):
 
 
 def transposed(name, x):
-    """A tensor of GPT-2 as nn.Linear has it of one as transformers' Conv1D has it, (in, out), and
-    back."""
+    """Transposes a linear layer's weight of GPT-2, from (in, out) of transformers' Conv1D to
+    (out, in) of nn.Linear, or back. It returns any other tensor as it is."""
     is_linear = name.endswith(('.c_attn.weight', '.c_proj.weight', '.c_fc.weight'))
     if name.startswith('transformer.h.') and is_linear and x.dim() == 2:
         return x.T
@@ -185,8 +185,8 @@ def opened(path):
 
 
 def files_of_tensors(folder):
-    """The names of a folder's tensors, and of its files of them: model.safetensors, or what its
-    index names. ValueError, FileNotFoundError: a file is damaged, or missing."""
+    """Returns the names of a folder's tensors, and the names of the files that hold them (those in
+    its index, or model.safetensors). ValueError, FileNotFoundError: one is damaged, or missing."""
     index, file = (os.path.join(folder, f'model.safetensors{end}') for end in ('.index.json', ''))
     if os.path.isfile(index):
         found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
@@ -259,11 +259,11 @@ def from_nanogpt(checkpoint, path):
 @torch.no_grad()
 def fill(model, tensors, source, write=None):
     """
-    Copies (name, tensor) into the parameters of a model, one by one; they may be what `to_empty`
-    gives. Returns the model. ValueError: the two do not go together.
+    Copies each (name, tensor) into the model's parameter of that name, which may hold no values yet
+    (`to_empty`). Returns the model. ValueError: the tensors and the model do not go together.
 
-    write(name, tensor): does that instead; what is tied comes once, and goes to it under all its
-    names.
+    write(name, tensor): is called instead of the copy. A tied tensor comes once, and is written
+    under each of its names.
     """
     model.tie()
     write = write or (lambda name, x: model.get_parameter(name).copy_(x))
@@ -350,8 +350,8 @@ def read_adapter(folder):
 
 
 def with_adapter(folder, shape, tensors):
-    """(configuration, iterable of (name, tensor)) of a base with PEFT's LoRA of a folder merged
-    into it, in float32; a LoRA of a tied output layer parts it from the embedding, which stays."""
+    """Returns (configuration, iterable of (name, tensor)) of a base plus PEFT's LoRA in `folder`,
+    added in float32. A LoRA on a tied output layer unties it: the embedding stays as it is."""
     factors, about, path = read_adapter(folder)
     if shape.tied and any(name.startswith('lm_head.') for name in factors):
         shape, tensors = dataclasses.replace(shape, tied=False), parted(tensors)
@@ -391,8 +391,8 @@ def added(tensors, factors, about, path):
 
 @torch.no_grad()
 def load_heads(model, settings, adapter):
-    """Loads what `read_adapter` gave, the sum of a layer's heads, into the heads of a model, each
-    rank its part. ValueError: they are on other layers, or add up otherwise."""
+    """Loads an adapter of `read_adapter` into the heads of a model: each layer's LoRA is split into
+    heads, and a rank loads its part. ValueError: its layers, r or lora_alpha are other ones."""
     factors, about, path = adapter
     heads, rank, layers = settings['heads'], settings['rank'], named_layers(model)
     saved = {name.rpartition('.lora_')[0] for name in factors}
@@ -417,12 +417,12 @@ def load_heads(model, settings, adapter):
 
 def read_weights(source, frozen_bits=None):
     """
-    What init_from names: (configuration, iterable of (name, tensor), the name of its tokens or
-    None).
+    Returns what init_from names: (configuration, iterable of (name, tensor), the name of its tokens
+    or None).
 
-    source: a folder of transformers' or of PEFT's, or its name on the hub, read tensor by tensor; a
-    .pt of a run of ours, whose heads are merged, or of nanoGPT's. frozen_bits: into how many the
-    weights are to go. ValueError, FileNotFoundError: say what is wrong.
+    source: a folder of transformers or PEFT, or its name on the hub, read tensor by tensor; or a
+    .pt file of our run, whose heads are merged, or of nanoGPT. frozen_bits: the bits that the
+    weights will be stored in, or None. ValueError, FileNotFoundError: say what is wrong.
     """
     if os.path.isfile(source) or source.endswith('.pt'):
         loaded = load_tensors(source)
@@ -455,8 +455,8 @@ def refuse_to_code_again(checkpoint, path, frozen_bits):
 
 
 def base_of(source, frozen_bits):
-    """(folder of an adapter or None, what the weights are read from) of an init_from. An adapter is
-    kept apart where weights go into few bits: they are those that it was trained on."""
+    """Returns (folder of an adapter or None, what the weights are read from) of an init_from. With
+    frozen_bits an adapter is kept apart: it was trained on the weights in few bits."""
     if not frozen_bits or os.path.isfile(source):
         return None, source
     folder, *rest = folders_of(source)
@@ -495,8 +495,8 @@ def read_for(settings, kind):
 
 
 def carry_along(settings):
-    """Copies into tokenizer/ of a run that begins what belongs to its tokens and to loaded weights,
-    and notes the name of these."""
+    """Copies the tokenizer's files and the config.json of loaded weights into tokenizer/ of a run
+    that begins, and writes into its base.json what these weights are read from."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
     sources, base = [], settings['init_from']
@@ -521,9 +521,9 @@ LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but
 
 
 def create_vit(shape, num_classes, weights=False, path=''):
-    """timm's model of that shape (settings by name, and LOOK) with drawn weights, those of timm's
-    hub (True), or a state dict in its form, from the file at `path`; timm fits them to another
-    image or patch size. ValueError: a name, a shape or weights that do not go together."""
+    """Returns timm's model of `shape` (settings by name, and LOOK). weights: False draws them, True
+    loads those of timm's hub; or a state dict in timm's form from the file at `path`. timm fits
+    them to another image or patch size. ValueError: name, shape, weights do not go together."""
     import timm
     name = shape['model']
     # a name with a colon is a place, such as hf-hub:timm/...
@@ -609,10 +609,10 @@ def merged_vit(checkpoint):
 
 
 def read_vit(path, shape, classes, keep=False, frozen_bits=None):
-    """Weights of a file, (shape, state dict in timm's form): of timm, or of our best.pt with its
-    heads merged; the shape then fills in what is not set, and says how images are seen. The
-    classifier stays if it is one of the same classes (timm's files do not name theirs: of as many);
-    otherwise it is drawn anew, or refused (ValueError) where `keep` is True."""
+    """Returns (shape, state dict in timm's form) of a file of timm, or of our best.pt with heads
+    merged. A best.pt replaces what is None in `shape`, and adds LOOK. The classifier stays if it
+    has the same classes (in files of timm, which do not name them: as many classes); otherwise it
+    is drawn anew, or refused (ValueError) where `keep` is True."""
     import timm
     with open(path, 'rb') as file:
         zipped = file.read(2) == b'PK'

@@ -15,9 +15,9 @@ python prepare.py pathmnist --size 224        any 2D MedMNIST; --path FOLDER: th
 python prepare.py images --input FOLDER       one's own pictures, FOLDER/class/*
 python prepare.py verify mine                 whether the shards are as they were written
 
-What is there already stays (exit code 0 for the same command, 2 for another one), with --overwrite
-until the new one is complete. An interrupted command, given again, begins anew. Of two commands at
-once for one name the second is refused.
+A data set that exists stays as it is: the same command ends with exit code 0, another one with 2.
+With --overwrite it stays until the new one is complete. An interrupted command, given again, begins
+anew. If two commands prepare the same name at once, the second one is refused.
 """
 
 import argparse
@@ -56,13 +56,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from config import in_one_line, read_json, refusals, typed, write_json, written_beside
 
 # -----------------------------------------------------------------------------
-# what is written: data/NAME/ holds shards, train_000000.bin ..., val_000000.bin ... (of images
-# test_000000.bin ... too), and meta.json, which says what is in them.
+# what is written: data/NAME/ holds shards (train_000000.bin ..., val_000000.bin ..., and for
+# images test_000000.bin ...) and meta.json, which says what is in them.
 #
-# A shard is a header and items, all little-endian. An item of text is a token: end-of-text ends
-# each document, the top bit marks tokens of prompts, and the next one the first token of a document
-# (of data with prompts, or with --documents). An item of images is its label, one byte
-# (where images have several labels one byte a class), and its pixels (channels, size, size).
+# A shard is a header and then items, all little-endian. An item of text is a token: end-of-text
+# ends each document. In data with prompts the top bit marks tokens of prompts. There, and in data
+# prepared with --documents, the next bit marks a document's first token. An item of images is its
+# label, one byte (or one a class where images have several), and its pixels (channels, size, size).
 
 HEADER = struct.Struct('<8sIIQ8x')  # magic, version, bytes an item, items, zeros
 MAGIC, VERSION = b'nLRshard', 1
@@ -83,7 +83,7 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def reading(what, remedy):
-    """Makes one sentence of whatever a library says: damaged bytes fail in any way."""
+    """Turns any exception into a DataError of one line: damaged bytes can raise any kind of it."""
     try:
         yield
     except DataError:
@@ -96,12 +96,12 @@ def reading(what, remedy):
 
 
 def hash_of(content):
-    """64 bits that depend on these bytes alone: splits by it are free of order."""
+    """Returns a 64-bit hash of these bytes alone: splits by it do not depend on an order."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), 'little')
 
 
 def groups(items):
-    """Yields lists of so many items that all cores have something to do, in constant memory."""
+    """Yields lists of up to 16 items a core: all cores have work, and memory stays constant."""
     items = iter(items)
     # an executor's map would read all items before the first result is asked for
     while group := [*itertools.islice(items, 16 * os.cpu_count())]:
@@ -150,8 +150,8 @@ def checksum(file):
 
 
 def open_shards(folder, meta, entries, verify=False):
-    """Items (count,), memory-mapped, for each of some entries of meta['shards']. DataError: a shard
-    is missing, too short, or has another header; where they are verified, another checksum."""
+    """Returns the items (count,), memory-mapped, of each shard in `entries` (of meta['shards']).
+    DataError: a shard is missing, too short, has another header or, if verify, another checksum."""
     dtype, shards = item_type(meta), []
     for entry in entries:
         path, count = folder / entry['file'], entry[kind_of(meta)]
@@ -201,7 +201,7 @@ class Document:
 class Source:
     """A row of SOURCES. args: the command line, such as args.path; args.data: the row's name."""
     documents: Callable  # (args) -> Documents; called again if none of them came to validation
-    # (args) -> (what the data set is, for meta.json: what a later command says has to be the same;
+    # (args) -> (a description of the data set for meta.json, which a later command has to repeat;
     # the share of the documents that is for validation). Raises DataError where args are wrong
     describe: Callable
     options: tuple = ()  # of OPTIONS, beside those of all text
@@ -279,7 +279,7 @@ def read_txt(path, size, tokenizer=None):
 
 
 def whole_characters(text):
-    """A text of JSON, which can spell half a surrogate pair."""
+    """Replaces each half of a surrogate pair, which a text in JSON can hold alone, by U+FFFD."""
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
 
 
@@ -333,12 +333,12 @@ FORMATS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 
 
 def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
-    """The Source of a repository of the hub: a document is a row of its files.
+    """Returns the Source of a repository of the hub, in which each row is a document.
 
-    columns: of strings; an empty line goes between two. files: {split: pattern}; where there are
-    none for val, val_share of train is. val_rows: so many of val at most, with --tokens N at most
-    N / 10,000. tokens: so many that --tokens has to say how many are wanted. No revision is
-    pinned: it is what the hub serves that day."""
+    columns: those of strings; an empty line joins them. files: {split: pattern}; without files for
+    val, `val_share` of train is taken. val_rows: the most rows of val; with --tokens N also at most
+    N / 10,000, or 100 if that is more. tokens: its number of tokens, in words; then the command
+    needs --tokens or --path. No revision is pinned: it is what the hub serves that day."""
 
     def lies_in(folder, pattern):
         return any(Path(folder).glob(pattern))
@@ -402,7 +402,7 @@ SECONDS, MEMORY = 10, 2**30  # that a template may take for a chat
 
 
 def about_tokens(folder):
-    """What a folder's files say of its tokenizer: {name of a special token, or another key: it}."""
+    """Returns {key: value} of the files about a folder's tokenizer; special tokens are strings."""
     about = {}
     for name in ('special_tokens_map.json', 'tokenizer_config.json'):
         if Path(folder, name).is_file():
@@ -431,9 +431,9 @@ def read_template(folder):
 
 
 def serve_template(seconds, memory):
-    """The process that renders, see `Template`. It reads JSON lines, [template, special tokens] and
-    then [messages, add_generation_prompt], and answers each of these by [text, why there is none].
-    seconds, memory (bytes): what an answer may take."""
+    """Runs in the process of a `Template`. It reads JSON lines: the first is [template, special
+    tokens], each other one [messages, add_generation_prompt]. It answers each line by [text, None]
+    or [None, error]. seconds, memory (bytes): what an answer may take."""
     import resource
     from datetime import datetime
 
@@ -545,11 +545,11 @@ class Template:
         return self.ask(messages, add_generation_prompt)
 
     def turns(self, messages, first=0):
-        """([(prompt, answer)] of the assistant's turns from the message `first` on, whether these
-        are all). Together they are the text of all messages up to the last answer; a prompt ends as
-        where an answer is asked for. Where earlier turns are spelled otherwise in the end, as by
-        templates that drop thoughts, there is the last one alone. ValueError."""
-        texts = ['']  # each is to begin as the one before: up to a question, up to its answer
+        """Returns ([(prompt, answer)] of the assistant's turns from message `first` on, whether all
+        are there). Joined, they are the text up to the last answer. A prompt ends where the
+        template asks for an answer. If it changes earlier turns later (some drop thoughts), there
+        is only the last pair. ValueError: the text does not begin with the last prompt."""
+        texts = ['']  # up to a question, up to its answer, ...: each has to begin as the one before
         for i, message in enumerate(messages):
             if message['role'] == 'assistant' and i >= first:
                 texts.append(self.render(messages[:i], True))
@@ -564,8 +564,8 @@ class Template:
 
 
 def messages_of(found):
-    """(messages, the first that may be learned) of a line of .jsonl with messages, or with prompt
-    and completion as lists of such. ValueError: it is not supported."""
+    """Returns (messages, the index of the first that may be learned) of a line of .jsonl, which has
+    messages, or lists of them as prompt and completion. ValueError: it is not supported."""
     messages, first = found.get('messages'), 0
     if not isinstance(messages, list):
         if not isinstance(found.get('completion'), list):
@@ -731,8 +731,8 @@ GPT2_TOKENS = '140f02bb05c0d82c'  # the checksum in `HubTokenizer.name` that GPT
 
 
 def hub_folder(source, *patterns):
-    """The folder `source`, or else that of the hub's repository of this name, with the files that
-    match. 'gpt2' and its sizes are openai-community's. DataError: says why there is neither."""
+    """Returns the folder `source`, or a copy of the hub's repository of that name with the files
+    that match. 'gpt2' and its sizes are openai-community's. DataError: why there is neither."""
     import huggingface_hub
     if os.path.isdir(source):
         return source
@@ -771,9 +771,9 @@ class TiktokenTokenizer:
 class HubTokenizer:
     """The tokenizer.json of a folder. DataError: it is damaged or there is none.
 
-    n_vocab: its highest number and one; eot_token: its eos_token, which ends documents; begin: what
-    it puts before a text, such as the number of <s>; name: 'tokenizer.json' and a checksum of all
-    strings with their numbers (in other things what transformers saves anew may differ)."""
+    n_vocab: its highest number plus 1; eot_token: its eos_token, which ends documents; begin: the
+    numbers that it puts before a text, such as that of <s>; name: 'tokenizer.json' and a checksum
+    of all strings with their numbers (the rest may change if transformers saves the file anew)."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
@@ -820,7 +820,8 @@ class HubTokenizer:
         return [np.array(text.ids, np.uint32) for text in found]
 
     def encode_with_ends(self, texts):
-        """Of each text the tokens (n,) uint32, and the character before which each ends, (n,)."""
+        """Yields for each text its tokens (n,) uint32, and for each token the index in the text at
+        which it ends (n,): that of the first character after it."""
         for text in self.inner.encode_batch(texts, add_special_tokens=False):
             yield np.array(text.ids, np.uint32), np.array([end for _, end in text.offsets])
 
@@ -832,9 +833,9 @@ class HubTokenizer:
 
 
 def tokenizer(name, folder=None):
-    """tiktoken's 'gpt2' (50,257 tokens) or 'bytes' (256, and <|endoftext|> = 256), or the
-    HubTokenizer of a folder or a name of the hub. folder: where the tokenizer.json of the tokens
-    called `name` may lie."""
+    """Returns tiktoken's 'gpt2' (50,257 tokens) or 'bytes' (256, and <|endoftext|> = 256), or the
+    HubTokenizer of `name`, a folder or a name on the hub. folder: if the HubTokenizer of this
+    folder has that name, it is returned instead."""
     if folder and Path(folder, 'tokenizer.json').exists():
         found = HubTokenizer(folder)
         if found.name == name:
@@ -919,8 +920,8 @@ class Writer:
 
 
 def write_tokens(writer, documents, encoding, val_share):
-    """Writes documents(). Of those that name no split the ones whose hash is in the lowest
-    `val_share` are for validation; if there is none, as in a handful, the one with the lowest."""
+    """Writes documents(). One that names no split is for validation if its hash is in the lowest
+    `val_share`. If none is, all are written anew, and the one with the lowest hash is."""
     lowest = append_documents(writer, documents(), encoding, int(val_share * 2**64))
     if not writer.meta['tokens']['val']:
         append_documents(writer, documents(), encoding, lowest + 1)
@@ -972,7 +973,7 @@ def append_documents(writer, documents, encoding, val_below):
             meta['bytes'][split] += sum(len(text.encode()) for text in texts_of(document)[1::2])
             lowest = min(lowest, number)
             inside.add(split)
-        # what comes after a piece for validation does not go on with what is before it
+        # a piece for validation ends the document in all splits: the text around it is not joined
         if document.ends or split == 'val':
             for ended in inside if not document.is_chat else ():
                 writer.append(ended, np.array([encoding.eot_token]))
@@ -1085,9 +1086,9 @@ def order_of(count, seed, epoch=0):
 
 
 class Split:
-    """One split of a data set, in batches. Tokens and Images have `items(index)`, which reads them,
-    and `first`: the number of the first item of each shard, and at the end that of all."""
-    learned = None  # of Tokens, where not all are targets: those of each window, (num_windows,)
+    """One split of a data set, in batches. Its subclasses have `items(index)`, which reads items,
+    and `first`: the index of the first item of each shard, and at the end the number of all."""
+    learned = None  # (num_windows,), targets in each window, where not all tokens are targets
 
     def __init__(self, name, split, kind, data_dir):
         ensure(name, data_dir)
@@ -1137,12 +1138,12 @@ class Split:
         return index
 
     def batch(self, batch_size, step, micro_step=0, accumulation=1, seed=0, rows=None, heads=1):
-        """x, y of a micro-batch of batch_size rows, or of those in `rows` (integers).
+        """Returns x, y of a micro-batch of batch_size rows, or of its rows `rows` (integers).
 
-        With prompts, or documents apart, weights of rows, too, and of the latter the document of
-        each token. By these means over micro-batches and ranks, as of
-        ordinary losses, are the mean over heads of the mean loss of all targets that a head has in
-        the step, however they are spread. heads: split ones, of which each sees rows j % heads."""
+        With prompts or documents apart, it also returns weights (rows,); with documents apart, the
+        document of each token, too. The mean of weighted losses over micro-batches and ranks is the
+        mean over heads of a head's mean loss over all its targets in the step, wherever they lie.
+        heads: the number of split heads; row j belongs to head j % heads."""
         index = self.index(batch_size, step, micro_step, accumulation, seed)
         if rows is None:
             rows = np.arange(batch_size)
@@ -1160,8 +1161,8 @@ class Split:
 
 
 def packed(lengths, block_size):
-    """Rows of documents in order, each row as many as fit: where each begins, and the end, (rows +
-    1,). lengths (documents,): at most block_size."""
+    """Packs documents in order into rows, as many as fit into each. Returns each row's first
+    document, then the number of documents, (rows + 1,). lengths (documents,): <= block_size."""
     ends = np.cumsum(lengths)
     begins, filled = [0], 0
     while begins[-1] < len(lengths):
@@ -1174,12 +1175,12 @@ def packed(lengths, block_size):
 class Tokens(Split):
     """The windows of one split: runs of `block_size` tokens that do not overlap, each in one shard.
 
-    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` their number. Batches are inputs
-    and targets (rows, block_size), int64; of data with prompts, whose targets are -100, also
-    weights (rows,) for model.language_loss. documents: True: windows are whole documents that do
-    not see each other, packed in order, and the document of each token comes last; None: so it is
-    where there are prompts. DataError: a file is broken or missing, or block_size is longer than
-    the data."""
+    `meta` is meta.json, `vocab_size` its vocabulary, `num_windows` the number of windows. Batches
+    are inputs and targets (rows, block_size), int64. Targets in prompts are -100, and batches then
+    have weights (rows,) for model.language_loss, too. documents=True: windows hold whole documents
+    in order, which do not see each other; batches have weights and, last, the document of each
+    token. None: True where there are prompts. DataError: a file is broken or missing, or block_size
+    is longer than the data."""
 
     def __init__(self, name, split, block_size, data_dir='data', documents=None):
         super().__init__(name, split, 'tokens', data_dir)
@@ -1206,8 +1207,8 @@ class Tokens(Split):
             self.learned = np.concatenate(targets)
 
     def pack(self):
-        """Makes windows of whole documents. Of prompts those that are longer are cut; of plain text
-        each part is a document of its own."""
+        """Makes windows of whole documents. A document that is too long is cut at its end if it has
+        a prompt; otherwise it is split, and each part is a document of its own."""
         self.windows, self.first, learned, cut, lost = [], [0], [], 0, 0
         for shard in self.shards:
             begins = np.flatnonzero(shard & FIRST)
@@ -1287,9 +1288,9 @@ class Tokens(Split):
         return torch.from_numpy(x), torch.from_numpy(y), *documents
 
     def fixed_batch(self, index, count, batch_size, rank=0, world_size=1):
-        """For evaluation: rows rank::world_size of batch `index` of `count`, spread evenly over the
-        split. By weights, of data with prompts, the mean over batches and ranks is that over all
-        targets."""
+        """Returns rows rank::world_size of batch `index` of `count` for evaluation; the batches are
+        spread evenly over the split. If there are weights (see `batch`), the mean of the weighted
+        losses over batches and ranks is the mean over all targets of these batches."""
         import torch
         assert batch_size % world_size == 0, (batch_size, world_size)
         # of all batches

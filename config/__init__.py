@@ -35,9 +35,9 @@ LINE = '# ' + '-' * 77 + '\n'  # above and below the settings of a script
 
 
 def fail(sentence):
-    """Says what is wrong and what to do and ends the process with exit code 2. The other ranks of a
-    machine wait a second, in which torchrun ends them if the first one failed as well: it is said
-    once."""
+    """Prints what is wrong and what to do, and ends the process with exit code 2. Other ranks of a
+    machine wait a second first: if the first rank failed, too, torchrun ends them in that time, and
+    the sentence is printed only once."""
     who = ''
     if os.environ.get('LOCAL_RANK', '0') != '0':
         who = f" (rank {os.environ['RANK']})"
@@ -218,8 +218,8 @@ def run_file(path, seen, namespace):
 
 
 def type_of(known, key):
-    """The type of a setting, that of its default; None, where it is worked out later, is one of
-    another."""
+    """Returns the type of a setting: that of its default, or, where the default is None (the value
+    is worked out later), the one named here."""
     if known.get(key, '') is None:
         return {'min_lr': float, 'documents': bool, 'compile': bool}.get(key, int)
     return type(known.get(key))
@@ -312,8 +312,9 @@ EFFECT = (
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
      "loaded weights have a shape of their own: set init_from='scratch'"))
 
-# What makes no sense together; after EFFECT there are layers to factors, split and merge_reset.
-# What a layer, an optimizer or ranks.rows_of refuses themselves is not said again
+# Settings that make no sense together: (test, sentence). EFFECT is checked before: where factors,
+# split or merge_reset are set there are low-rank layers. What a layer, an optimizer or
+# ranks.rows_of refuses itself is not checked here again
 CHECKS = (
     (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
      'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: '
@@ -383,8 +384,8 @@ def check(settings, known, given):
     """
     Ends the process where settings make no sense, alone or together.
 
-    given: {key: where it was set}. Returns them as attributes, with those of other scripts; vit:
-    whether the script is that of images; uses: see `optimizers`; ranks: of torchrun.
+    given: {key: where it was set}. Returns the settings as attributes, with dropout and epochs if a
+    script has none, vit (whether it is for images), uses (see `optimizers`), ranks (of torchrun).
     """
     for key, least in LEAST.items():
         if settings.get(key) is not None and not settings[key] >= least:  # nor nan
@@ -425,8 +426,8 @@ def without_effect(key, s):
 
 
 def optimizers(known):
-    """{what optimizer may be: how the files of config/methods use it}: 'rank', it projects full
-    gradients; 'basis', it steps in the basis of a layer; 'momentum', it has one."""
+    """Returns {name of an optimizer: how files of config/methods use it}, a set of 'rank' (it
+    projects full gradients), 'basis' (it steps in a layer's basis), 'momentum' (it has one)."""
     found = {'adamw': {'basis'}, 'galore': {'rank'}}  # of the drop-in there is no file
     for path in METHODS.glob('*.py'):
         method = {'lowrank': '', 'factors': '', 'optimizer': 'adamw'}
@@ -447,8 +448,8 @@ def optimizers(known):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to write bytes to that takes the place of `path` when all is written. A crash or a
-    power cut leaves the old file or the new one whole; where the disk refuses (OSError) the old one
+    """Yields a new file to write bytes to, which replaces `path` when all is written. A crash or a
+    power cut leaves the old file or the new one, whole. OSError: the disk refuses, and the old file
     stays."""
     temporary = f'{path}.{os.urandom(4).hex()}.tmp'
     try:
@@ -491,13 +492,13 @@ def locked(path):
 @contextlib.contextmanager
 def written_beside(folder, marker):
     """
-    A new folder (Path) to write into, which takes the place of `folder` when all is written.
+    Yields a new folder (Path) to write into, which replaces `folder` when all is written.
 
-    Until then it lies beside it under a drawn name, with a file called `marker`, which in the end
-    names all that was written; a lock beside keeps a second command for `folder` out. Killed at any
-    moment, the old folder or the new one is whole: the next command removes what is left, or says
-    which is whole where the kill came between the two renames. Nothing without a marker is removed
-    or replaced, and no folder with files that its marker does not name. ValueError.
+    Until then it lies beside `folder` under a random name. Its file `marker` lists in the end all
+    that was written; a lock file keeps a second command out. After a kill the old folder or the new
+    one is whole: the next command removes the rest, or, if the kill came between the two renames,
+    says which ones are whole. Without a marker nothing is removed or replaced. ValueError: another
+    command is writing, a kill left no `folder`, or it has files that no marker lists.
     """
     folder = Path(os.path.realpath(folder))
     drawn = f'{folder.name}.{os.urandom(4).hex()}'
@@ -576,9 +577,9 @@ def write_json(path, value):
 
 
 def typed(found, wanted, path):
-    """A dict that others wrote into the file at `path`. wanted: {key: type} of what is taken from
-    it; a key may be left out, or None. ValueError: it is none, or a value in it is of another
-    type."""
+    """Checks and returns a dict `found`, which others wrote into the file at `path`. wanted: {key:
+    type} of the values that are used; a key may be missing, or its value None. ValueError: it is no
+    dict, or a value has another type."""
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' is damaged, or something else than is wanted: restore it, or "
                          'fetch it again')

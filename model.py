@@ -32,15 +32,15 @@ class CrossEntropy(nn.Module):
 
 def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
     """
-    Mean cross entropy in nats per token, or, with weights (batch,), the sum of all tokens times
-    their row's.
+    Returns the mean cross entropy in nats per token; with weights (batch,), the sum over all tokens
+    of the loss of a token times the weight of its row.
 
-    head: the output layer; x: (batch, time, width); targets: (batch, time), where -100 does not
-    count; cross_entropy: what computes it where all logits are there at once.
+    head: the output layer; x: (batch, time, width); targets: (batch, time), -100 is not counted;
+    cross_entropy: computes the loss if all logits are formed at once.
 
-    Above ONE_PIECE logits a plain nn.Linear goes through `chunked_loss` (2,048 tokens of width 512
-    and 32,000 words in bfloat16 on two CPU cores: 0.79 s in chunks, 0.63 s in one piece). Other
-    layers are called.
+    To save memory, a plain nn.Linear with more than ONE_PIECE logits goes through `chunked_loss`.
+    It is slower: 2,048 tokens of width 512 and 32,000 words in bfloat16 on two CPU cores take
+    0.79 s in chunks, 0.63 s in one piece. Other layers are called.
     """
     reduction = 'mean' if weights is None else 'none'
     shape = targets.shape
@@ -55,8 +55,8 @@ def language_loss(head, x, targets, weights=None, cross_entropy=CrossEntropy()):
 
 
 def chunked_loss(weight, x, targets, reduction):
-    """The cross entropy of x (tokens, width) and weight (words, width); all logits never exist
-    together."""
+    """Computes the cross entropy of the logits x weight^T, never forming all of them at once. x:
+    (tokens, width); weight: (words, width); targets: (tokens,); reduction: 'mean' or 'none'."""
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -64,9 +64,9 @@ def chunked_loss(weight, x, targets, reduction):
         if x.dtype in (torch.float32, torch.float64):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy='accurate')
             return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=options)
-        # In 16 bits a mean inside the operator would round the loss to three digits, and its
-        # gradients are taken before a GradScaler could scale them. Token by token neither happens;
-        # the mean is in float32.
+        # In 16 bits the operator's own mean would round the loss to three digits, and its gradients
+        # would be computed before a GradScaler could scale them. With one loss for each token
+        # neither happens; the mean is taken below, in float32.
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate',
                                                acc_dtype=torch.float32)
         losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)
@@ -76,18 +76,18 @@ def chunked_loss(weight, x, targets, reduction):
 
 @dataclass
 class Apart:
-    """Documents that lie one after the other in rows of tokens and do not see each other: mask
-    (batch, 1, time, time), True where a token sees another, and on a CPU spans, [(begin, end)] of
-    the documents of each row."""
+    """Documents that lie one after the other in rows of tokens and do not see each other. mask:
+    (batch, 1, time, time), True where a token sees another. spans: for each row the list of (begin,
+    end) of its documents; it is filled on a CPU only."""
     mask: torch.Tensor
     spans: list
 
 
 def apart(documents):
-    """The `Apart` of the documents (batch, time) that tokens are of."""
+    """Returns the `Apart` of documents (batch, time), the number of each token's document."""
     same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
     spans = []
-    if documents.device.type == 'cpu':  # others would wait for it
+    if documents.device.type == 'cpu':  # a GPU would have to wait for it
         for row in documents:
             lengths = row.unique_consecutive(return_counts=True)[1]
             ends = lengths.cumsum(0).tolist()
@@ -97,13 +97,13 @@ def apart(documents):
 
 def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     """
-    Causal attention, q (batch, heads, time, size), as q.
+    Causal attention of q, k, v (batch, heads, time, size); returns a tensor of q's shape.
 
-    documents: an `Apart`; None: a token sees all before it. cache: a dict with k and v of earlier
-    tokens, or none of them yet; these are added to it.
+    documents: an `Apart`; None: a token sees all before it. cache: a dict, empty or with k and v of
+    earlier tokens; the new k and v are appended. grouped: k and v have fewer heads than q.
     """
     if documents is not None and not torch.compiler.is_compiling() and documents.spans:
-        # one by one: of 2,048 tokens, 16 documents, an eighth of the time of all
+        # one by one: 2,048 tokens in 16 documents take an eighth of the time of one call for all
         rows = []
         for i, spans in enumerate(documents.spans):
             parts = [attention(*(x[i:i + 1, :, begin:end] for x in (q, k, v)), dropout=dropout,
@@ -120,7 +120,7 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     if 1 < new < all_of_them:
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
-    if mask is not None and grouped:  # with both, kernels of GPUs that save memory are few
+    if mask is not None and grouped:  # few GPU kernels that save memory take both
         shares = q.shape[1] // k.shape[1]  # heads of q that share one of k and v
         k, v = (x[:, :, None].expand(-1, -1, shares, -1, -1).flatten(1, 2) for x in (k, v))
         grouped = False
@@ -130,8 +130,8 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
 
 
 def places_in(documents):
-    """The place of each token in its document, (batch, time), of documents that lie one after the
-    other."""
+    """Returns the place of each token in its document, (batch, time), from 0. documents: (batch,
+    time), the number of each token's document."""
     index = torch.arange(documents.shape[1], device=documents.device)
     is_first = documents != documents.roll(1, 1)
     is_first[:, 0] = True
@@ -140,12 +140,12 @@ def places_in(documents):
 
 
 class LanguageModel(nn.Module):
-    """GPT or Llama: they have `embedding`, `blocks` (torch.compile takes one by one), `hidden`,
-    `lm_head`."""
+    """What GPT and Llama share. Each of them has `embedding`, `blocks` (compiled one by one),
+    `hidden` and `lm_head`."""
 
     def tie(self):
-        """Makes the output layer the embedding, if the configuration says so: `to_empty` makes them
-        two. One of another kind, with heads, stays apart."""
+        """Gives the output layer the embedding's weight, if config.tied; `to_empty` separates them.
+        An output layer that is no plain nn.Linear (it has heads) keeps its own weight."""
         if self.config.tied and type(self.lm_head) is nn.Linear:
             self.lm_head.weight = self.embedding.weight
 
@@ -157,7 +157,7 @@ class LanguageModel(nn.Module):
             self.draw_(name, parameter)
 
     def draw_(self, name, x):
-        """What `init_weights` makes of the parameter of that name, in place; returns it."""
+        """Fills x, the parameter of that name, as `init_weights` describes, and returns it."""
         if name.endswith('bias'):
             return nn.init.zeros_(x)
         if x.dim() == 1:
@@ -167,13 +167,13 @@ class LanguageModel(nn.Module):
         return nn.init.normal_(x, std=0.02 / shrink)
 
     def drawn(self, **how):
-        """Yields (name, tensor), what `init_weights` draws, with that dtype and device."""
+        """Yields (name, tensor) for each parameter, drawn by `draw_`; how: its dtype and device."""
         for name, parameter in self.named_parameters():
             yield name, self.draw_(name, torch.empty_like(parameter, **how))
 
     def through_blocks(self, x, *more, cache=None):
-        """x (batch, time, width) after all blocks, which in training may recompute their
-        activations. cache: of each block, see `attention`."""
+        """Returns x (batch, time, width) after all blocks; with config.checkpointing, training
+        recomputes their activations. cache: one dict for each block, see `attention`."""
         for i, block in enumerate(self.blocks):
             if self.config.checkpointing and self.training:
                 x = checkpoint(block, x, *more, use_reentrant=False)
@@ -184,8 +184,8 @@ class LanguageModel(nn.Module):
         return x
 
     def forward(self, idx, targets=None, weights=None, documents=None):
-        """Logits of idx (batch, time), or, with targets (batch, time), `language_loss`; weights:
-        (batch,); documents: (batch, time), of each token, where they do not see each other."""
+        """Returns the logits of tokens idx (batch, time), or `language_loss` with targets (batch,
+        time). weights: (batch,); documents: (batch, time), each token's, if they are apart."""
         x = self.hidden(idx, documents)
         if targets is None:
             return self.lm_head(x)
@@ -281,8 +281,8 @@ class GPT(LanguageModel):
         return self.transformer.h
 
     def hidden(self, idx, documents=None, cache=None):
-        """The last block's output after its norm, (batch, time, width), of tokens idx (batch,
-        time); cache: see `new_cache`, of tokens before these."""
+        """Returns the last block's output after the final norm, (batch, time, width). idx: tokens
+        (batch, time); cache: from `new_cache`, with the tokens before these."""
         if documents is None:
             position = positions_after(cache, idx)
         else:
@@ -438,9 +438,9 @@ class Llama(LanguageModel):
         return self.model.layers
 
     def hidden(self, idx, documents=None, cache=None):
-        """As of GPT."""
+        """See GPT.hidden."""
         positions, c = positions_after(cache, idx), self.config
-        # once for all layers; only how far two tokens are from each other counts
+        # once for all layers; documents need no own positions: only distances of tokens count
         cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)
         documents = None if documents is None else apart(documents)
         x = self.through_blocks(self.embedding(idx), cos, sin, documents, cache=cache)
@@ -448,8 +448,8 @@ class Llama(LanguageModel):
 
 
 def make_model(shape):
-    """A GPT or Llama, freshly drawn, of a configuration or of what `dataclasses.asdict` makes of
-    it."""
+    """Builds a GPT or Llama and draws its weights. shape: its configuration, or that as a dict, see
+    `dataclasses.asdict`."""
     if isinstance(shape, dict):
         shape = LlamaConfig(**shape) if 'n_mlp' in shape else GPTConfig(**shape)
     return GPT(shape) if isinstance(shape, GPTConfig) else Llama(shape)
@@ -459,7 +459,7 @@ def make_model(shape):
 # text
 
 def new_cache(model):
-    """What `hidden` keeps of tokens that it has seen, for those that follow: nothing yet."""
+    """Returns an empty cache: `hidden` keeps keys and values in it, for the tokens that follow."""
     return [{} for _ in model.blocks]
 
 
@@ -483,13 +483,13 @@ def positions_after(cache, idx):
 @torch.no_grad()
 def following(model, idx, temperature=1.0, top_k=0, generator=None, vocab_size=None, cache=None):
     """
-    Yields the tokens (batch, 1) that follow token numbers idx (batch, time), without end, each from
-    the last block_size before it.
+    Yields, without end, the tokens (batch, 1) that follow token numbers idx (batch, time). Each is
+    computed from the last block_size tokens before it.
 
     temperature: 0 takes the most likely token; top_k: sample among the k most likely, 0: among all;
-    generator: a torch.Generator; vocab_size: of the tokenizer, where the model's is larger; cache:
-    that has seen the first tokens of idx. Keys and values are kept while all tokens fit into a
-    block; then all are computed again for each one.
+    generator: a torch.Generator; vocab_size: the tokenizer's, if the model's is larger; cache: one
+    that has seen the first tokens of idx. It is used while all tokens fit into block_size; after
+    that, each new token computes its whole window again.
     """
     cache, size = cache or new_cache(model), model.config.block_size
     while True:

@@ -1,6 +1,6 @@
 """
-Text from a checkpoint of train_gpt.py or train_llama.py, or from a folder or a name of the hub as
-init_from:
+Samples text from a checkpoint of train_gpt.py or train_llama.py, or from a model that init_from
+names, a folder or a name of the hub:
 
 $ python sample.py --out_dir=out/quickstart --prompt='def ' --num_samples=2
 $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='The sea'
@@ -68,8 +68,8 @@ def tokens_that_end(tokens):
 
 
 def talk(model, tokens, s, generator):
-    """Answers lines of the terminal until its input ends. What the model has seen of a chat it does
-    not compute again."""
+    """Answers each line of the terminal until its input ends, and returns the messages. Keys and
+    values of the chat so far are kept, not computed again."""
     template, ends = prepare.Template(tokens.folder), tokens_that_end(tokens)
     device = next(model.parameters()).device
     messages, seen, cache = [], [], new_cache(model)
@@ -102,7 +102,7 @@ def talk(model, tokens, s, generator):
                     print(whole[len(text):], end='', flush=True)
                     text = whole
         print()
-        crop(cache, min(length_of([kept]) for kept in cache))  # where it was interrupted
+        crop(cache, min(length_of([kept]) for kept in cache))  # Ctrl-C can stop between two blocks
         seen = idx + answer
         messages.append({'role': 'assistant', 'content': text})
 

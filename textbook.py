@@ -147,9 +147,9 @@ def galore(G, state, s):
     return s.scale * N @ Q.T
 
 def sketch(G, Q):
-    """Products with G^T G turn Q to the directions in which G is large. Here: the sum of one such
-    product for the G of each sequence, divided by |G Q|, so that all count alike. It is ours: thin
-    products of dL/dy and x are enough, and the fast code never forms a G."""
+    """A product with G^T G turns Q to the directions in which G is large. A sketch sums one such
+    product for each sequence's G, divided by |G Q|, so that all count alike. It is ours: thin
+    products of dL/dy and x are enough, so the fast code never forms a G."""
     R = G @ Q  # (sequences, m, r)
     size = R.norm(dim=(1, 2), keepdim=True).clamp(1e-30)  # without targets it is 0
     return (G.mT @ R / size).sum(0)  # (n, r)
@@ -173,17 +173,17 @@ def new_basis(G, Q, Y, name, t, s):
     return orthonormal(s.draw(n, s.rank, name, t))  # 'random', and where 'sketch' begins
 
 def turn(state, C):
-    """The averages (m, r) as seen from the new basis (ours): C = old^T new. V as if directions had
-    nothing to do with each other."""
+    """Turns the averages (m, r) into the new basis (ours): C = old^T new. V is turned as if
+    directions were uncorrelated."""
     if 'M' in state:
         state['M'] = state['M'] @ C
     if 'V' in state:
         state['V'] = state['V'] @ C**2
 
 def refresh(states, G, name, t, s):
-    """A new basis every basis_every steps, the same for all workers. The first one is taken at
-    once, the second at the weight's own turn: not all weights get theirs in one step. states: of
-    one weight, worker by worker; G (sequences, m, n); t: steps since that turn."""
+    """Takes a new basis every basis_every steps, the same for all workers. The first comes at once,
+    the second at the weight's own turn, so that not all weights get theirs in one step. states: of
+    one weight, one for each worker; G (sequences, m, n); t: the step, counted from that turn."""
     first = states[0]
     old = first.get('Q')
     since = t % s.basis_every
@@ -251,8 +251,8 @@ def stretched(X, R, N, state, s, dim=1):
     return X / shrink
 
 def fira(G, state, s):
-    """Fira (2410.01623): GaLore, and what it drops of G moves W as well, `stretched`.
-    (In the paper it drops G - R Q^T; in its code, and here, R is scaled.)"""
+    """Fira (2410.01623): GaLore's move, plus the part of G that GaLore drops, `stretched`.
+    (In the paper that part is G - R Q^T; in its code, and here, G - scale R Q^T.)"""
     Q = state['Q']
     R = G @ Q
     N = adam(R, state, s)

@@ -5,9 +5,9 @@ $ python train_llama.py config/llama_quickstart.py config/methods/galore.py
 $ python train_llama.py config/llama_60m.py config/methods/galore.py --rank=64
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_llama.py config/llama_1b.py config/methods/galore.py
-The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 s).
-Two nodes: the same line on both, and in place of --standalone --nnodes=2 --rdzv_backend=c10d
---rdzv_endpoint=HOST:PORT.
+The variable gives a stopped run time to end its step and save (else it is killed after 30 s).
+On two nodes run the same line on both, with --nnodes=2 --rdzv_backend=c10d
+--rdzv_endpoint=HOST:PORT in place of --standalone.
 """
 
 import functools
@@ -112,11 +112,11 @@ from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, 
 
 def build(settings, process, vocabulary, checkpoint=None, planned=None):
     """
-    The model and its optimizer, ready to train: a `run.Run`.
+    Builds the model and its optimizer, ready to train, and returns them as a `run.Run`.
 
-    process: from run.join; vocabulary: tokens of the data; checkpoint: to go on from; planned: a
-    configuration in place of the settings', for bench.py. Writes settings['train'], if it is
-    'auto'.
+    process: from run.join; vocabulary: how many tokens the data have; checkpoint: to resume, or
+    None; planned: for bench.py, a configuration in place of the settings'. Replaces
+    settings['train'] if it is 'auto'.
     """
     s = SimpleNamespace(**settings)
     torch.manual_seed(s.seed)
@@ -149,8 +149,8 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
         model.to_empty(device=process.device)
     model.tie()
     if not checkpoint:
-        # `plain` has the names and shapes that files have; each tensor goes to its place in `model`
-        # as it comes (of shards this rank's rows), so that no process holds a second model
+        # `plain` has the names and shapes that files have. Each tensor, read or drawn, is written
+        # into `model` at once (with shards only this rank's rows): no process holds a second model
         if loaded is None:
             loaded = plain.drawn(device=process.device, dtype=getattr(torch, s.param_dtype))
         fill(plain, loaded, s.init_from, functools.partial(write, model))
@@ -163,8 +163,8 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
 
 
 def loss_of(run, x, y, weights=None, documents=None):
-    """Mean loss of tokens (rows, time) that lie on the CPU, or, with weights (rows,), the weighted
-    sum; documents (rows, time): of each token, where they are apart."""
+    """Returns the mean loss of tokens x and targets y (rows, time), on the CPU; with weights
+    (rows,), the weighted sum. documents: (rows, time), each token's, if they are apart."""
     if weights is not None:
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [part for part in (x, y, weights, documents) if part is not None]
@@ -177,10 +177,10 @@ def loss_of(run, x, y, weights=None, documents=None):
 
 def train_step(run, step, batch):
     """
-    One step, from 0: forward, backward, clip, step, merge.
+    Makes training step `step`, from 0: forward, backward, clip, update, merge.
 
-    batch(micro_step) gives the tokens (x, y) of this rank, and weights of rows where the data have
-    prompts. Returns the mean loss and the norm of the gradient before clipping, tensors.
+    batch(micro_step) returns this rank's x and y, and where data have them weights and documents,
+    see `loss_of`. Returns the mean loss and the norm of the gradient before clipping, tensors.
     """
     s, total, micro_steps = run.s, 0.0, run.s.gradient_accumulation_steps
     if s.lora_dropout:
@@ -230,7 +230,7 @@ def main(settings):
             for split in ('train', 'val'))
         settings['documents'] = train_data.documents
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
-        # of a micro-batch the rows that this rank trains on; each split head has its part of them
+        # the rows of a micro-batch that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
         rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
         run = build(settings, process, train_data.vocab_size, checkpoint)
@@ -260,7 +260,7 @@ def main(settings):
             if not stop:
                 units = in_units(val_loss, val_data.tokens_per_byte) if s.eval_only else {}
                 meter.log(step, {'val_loss': val_loss, **units})
-                # also where a run resumes at its best: it may have been killed before best.pt
+                # <=: a run that resumes at its best may have been killed before it wrote best.pt
                 better = not s.eval_only and step > 0 and val_loss <= best_val_loss
                 best_val_loss = val_loss if better else best_val_loss
             about = dict(step=step, best_val_loss=best_val_loss, data=train_data.fingerprint,

@@ -8,7 +8,7 @@ $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/be
       --eval_only=True
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_vit.py config/vit_base_pathmnist.py
-The variable: torchrun, when it is stopped, lets a step end and be saved (else it kills after 30 s).
+The variable gives a stopped run time to end its step and save (else it is killed after 30 s).
 """
 
 import sys
@@ -129,11 +129,11 @@ def to_device(x, device):
 
 def augmented(images, augment, key, *, count, rows):
     """
-    Flips and crops of uint8 images (rows, channels, size, size) on their device: a pure function of
-    the key.
+    Flips and crops uint8 images (rows, channels, size, size) on their device. The key alone decides
+    how.
 
-    Draws are made for all `count` images of the micro-batch, of which these are the given rows. A
-    crop is the image moved by up to an eighth, its edge repeated.
+    Random numbers are drawn for all `count` images of the micro-batch; these images are its `rows`.
+    A crop moves the image by up to an eighth of its size, and repeats its edge.
     """
     draws = torch.from_numpy(np.random.default_rng(key).random((count, 3))[rows])  # (rows, 3)
     size = images.shape[-1]
@@ -150,8 +150,8 @@ def augmented(images, augment, key, *, count, rows):
 
 @dataclass
 class Look:
-    """How a model sees images: the middle (size, size) of what is resized to size / crop_pct, less
-    mean, over std (3, 1, 1)."""
+    """How a model sees images: resized to size / crop_pct, cropped to the middle (size, size), then
+    minus mean and divided by std, both (3, 1, 1), for pixels from 0 to 1."""
     size: int
     crop_pct: float
     interpolation: str
@@ -172,8 +172,8 @@ def look_of(model, shape, device):
 
 
 def normalised(images, look, dtype):
-    """What a model takes, (rows, 3, size, size), of uint8 images (rows, 1 or 3, other, other) on
-    their device, as timm evaluates them; look: a `Look`."""
+    """Makes a model's input (rows, 3, size, size) from uint8 images (rows, 1 or 3, pixels, pixels)
+    on their device, as timm does for evaluation; look: a `Look`."""
     x = images.to(torch.promote_types(dtype, torch.float32)).expand(-1, 3, -1, -1)
     side = math.floor(look.size / look.crop_pct)
     if x.shape[-1] != side:
@@ -197,12 +197,12 @@ def criterion(logits, labels):
 
 def measure(logits, labels):
     """
-    Accuracy and AUC as medmnist's evaluator takes them, the accuracy of each class, and the
-    confusion matrix, whose rows are true classes.
+    Returns accuracy and AUC as medmnist's evaluator computes them, the accuracy of each class, and
+    the confusion matrix, whose rows are true classes.
 
-    logits (n, classes); labels (n,), or (n, classes) where an image has several: then there is no
-    matrix (None), and the accuracy of a class is that of its yes or no. The AUC is the mean over
-    classes, but for those that no image or every one has; the accuracy of none is None.
+    logits (n, classes); labels (n,), or (n, classes) if an image may have several: then the matrix
+    is None, and a class counts as a yes-or-no question. The AUC is the mean over classes that some
+    images have and some have not. With labels (n,) a class without images has accuracy None.
     """
     n, classes = logits.shape
     several = labels.dim() == 2
@@ -268,8 +268,8 @@ def build(settings, process, classes, checkpoint=None):
 
 
 def operations_of_image(model):
-    """Operations that a training step needs for an image, see run.operations_of; the head, of one
-    token, counts as if it were of all."""
+    """Returns the operations of a training step for one image, see run.operations_of. The head sees
+    one token, and is counted as if it saw all."""
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     return tokens * operations_of(model, tokens, model.embed_dim)
 
@@ -327,8 +327,8 @@ def train_step(run, step, batch):
 
 @torch.no_grad()
 def evaluate(run, data, name):
-    """A whole split: a record for the log, and the confusion matrix; None, None where a signal
-    came. Ranks share the work, and each gets all scores."""
+    """Evaluates a whole split. Returns a record for the log and the confusion matrix, or None, None
+    if a signal came. Ranks share the work, and each gets all scores."""
     batch_size, batches = run.s.batch_size, -(-len(data) // run.s.batch_size)
     run.model.eval()
     wide = torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32)
@@ -340,7 +340,7 @@ def evaluate(run, data, name):
         while i < batches and not stop_requested():
             images, y = data.fixed_batch(i, batch_size, run.rank, world_size=run.ranks)
             of_rank = slice(i * batch_size + run.rank, (i + 1) * batch_size, run.ranks)
-            rows = len(y)  # of the last batch maybe none; but in shards all ranks compute together
+            rows = len(y)  # 0 is possible in the last batch; but with shards all ranks must compute
             if not rows and run.s.shard:
                 images, y = data.fixed_batch(0, 1)
             if len(y):
@@ -362,8 +362,8 @@ def evaluate(run, data, name):
 
 
 def test(run, data, meter, step):
-    """The last evaluation, on the test split, by the best weights if this run trained any: logged,
-    and printed by class. The log keeps the confusion matrix, which assets/figures.py draws."""
+    """Evaluates the test split, by the weights of best.pt if this run has written it. Logs scores,
+    prints accuracy by class; assets/figures.py draws the confusion matrix from the log."""
     best = f'{run.s.out_dir}/best.pt'
     if run.ranks > 1:
         torch.distributed.barrier()  # rank 0 has written best.pt
@@ -398,7 +398,7 @@ def main(settings):
         if s.epochs:
             settings['max_iters'] = -(-s.epochs * len(train_data) // images)
         steps = settings['max_iters']
-        # of a micro-batch the rows that this rank trains on; each split head has its part of them
+        # the rows of a micro-batch that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
         rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
         run = build(settings, process, classes, checkpoint)
@@ -423,8 +423,8 @@ def main(settings):
             better = False
             if not stop:
                 meter.log(step, record)
-                # the last of equals, or where AUC is undefined; also where a run resumes at its
-                # best: it may have been killed before it wrote best.pt
+                # not <: equal AUCs and undefined ones (nan) are saved, too; and a run that resumes
+                # at its best may have been killed before it wrote best.pt
                 auc = record['val_auc']
                 better = not s.eval_only and step > 0 and not auc < best_val_auc
                 best_val_auc = auc if better else best_val_auc

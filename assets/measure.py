@@ -79,8 +79,8 @@ PARAMETERS, BATCH = 496_800, 8192  # embeddings included; bytes a step
 
 
 def lasting(times, batch=BATCH):
-    """Settings of a GPT of PARAMETERS that trains on so many bytes a parameter, so many a step: the
-    rate climbs for a tenth of it and ends at 0, and 256 KiB are evaluated after each quarter."""
+    """Settings of a GPT of PARAMETERS that trains on `times` bytes a parameter, `batch` a step. The
+    rate climbs for a tenth of the steps and ends at 0; 256 KiB are evaluated after each quarter."""
     steps, rows = times * PARAMETERS // batch, batch // SMALL['block_size']
     return dict(n_embd=96, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
                 min_lr=0.0, eval_interval=-(-steps // 4), eval_iters=1024 // rows,
@@ -235,7 +235,7 @@ TUNED = {
     'muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'galore': (2e-2, 4e-2, 8e-2, 1.6e-1),
     'galore_muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-    'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2),
+    'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
     'GaLore drop-in': (8e-2,),
     'fira': (1e-2, 2e-2, 4e-2),
     'apollo_mini': (1e-2, 2e-2, 4e-2),
@@ -250,9 +250,9 @@ OWN = {  # settings where they are not those of methods with a basis, of a quart
     'local_muon': dict(ranks=4),
     'lte': dict(rank=24, alpha=24.0, ranks=4),
     'local_adamw': dict(ranks=4)}
-# Of AdamW other averages; of GaLore a basis of all directions at AdamW's rate, of it with Muon at
-# Muon's; rates inside a basis that the embeddings share (`scale`); twice as many directions; other
-# bases
+# Controls: AdamW with other averages (beta2); GaLore with a basis of all directions, at AdamW's
+# rate, and with Muon inside, at Muon's rate; scale=1, so that the embeddings have the rate of the
+# basis; other bases; twice as many directions
 CONTROLS = {
     'full': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=beta2) for beta2 in (0.95, 0.999)],
     'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0),
@@ -265,11 +265,12 @@ CONTROLS = {
                       for rate in (1.6e-2, 3.2e-2))]}
 # AdamW is tuned at 80 bytes a parameter, too: (rate, decay)
 TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)]}
-# What judges, at these bytes a parameter: seeds that have tuned nothing, at the best rate and decay
-# above. AdamW's best rate is the luck of a seed: it has its second best, too, and a lower one
+# Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
+# best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
+# luck of a seed, so its second best and a lower one are judged, too
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
-    'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20)],
+    'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80), (8e-3, 0.1, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore, rank=48': [(8e-2, 0.1, 5, 20)]}
@@ -357,12 +358,12 @@ def train(name, only):
 
 def train_one(about, settings, tell):
     """
-    What is kept of a training, on one thread of its own process or of each of its ranks: losses, of
-    images accuracies too, numbers of parameters, bytes, and as `run` the settings that are not its
-    script's own.
+    Trains in a process of its own, or one for each rank, with one thread each. Returns what is
+    kept: losses, accuracies of images, numbers of parameters, bytes, and as `run` the settings that
+    differ from the script's defaults.
 
-    Where it did not run, or was stopped, it says so and gives None; where it diverged there is no
-    loss. What was saved of it until it ends is in out/measure_*.
+    If the training did not run or was stopped, this prints so and returns None; if it diverged, the
+    loss is None. Until it ends, its files are in out/measure_*.
     """
     ranks = settings.get('ranks', 1)
     command = [sys.executable]

@@ -43,9 +43,9 @@ def is_transposed(shape, proj_type='std'):
 
 
 def orthonormal(Y):
-    """Orthonormal columns that span those of Y (short, r), by QR in at least float32. The
-    triangle's diagonal is made positive, so that they are unique. LAPACK sees nothing that is not
-    finite."""
+    """Returns orthonormal columns that span those of Y (short, r), by QR in at least float32. The
+    triangle's diagonal is made positive, so that they are unique. If Y has inf or NaN, zeros take
+    its place: LAPACK gets finite numbers only."""
     Y = torch.where(torch.isfinite(Y).all(), Y, 0)
     Q, triangle = torch.linalg.qr(Y.to(wide(Y)))
     signs = torch.where(triangle.diagonal() < 0, -1, 1)
@@ -53,7 +53,7 @@ def orthonormal(Y):
 
 
 def gaussian(rows, rank, like, seed):
-    """A random matrix (rows, rank), standard normal, of `seed` alone: all ranks agree."""
+    """A random matrix (rows, rank), standard normal, drawn from `seed`: the same on all ranks."""
     device = like.device
     if device.type == 'cuda' and not cards_are_alike():  # a card's numbers depend on its kind
         device = torch.device('cpu')
@@ -87,7 +87,7 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
         if old is None:
             start = tall.mT @ gaussian(len(tall), rank, G, seed)
             new = orthonormal(start)
-        for _ in range(2):  # one has 0.978 of the SVD's energy, from a basis 200 steps old
+        for _ in range(2):  # one step from a basis 200 steps old has 0.978 of the SVD's energy
             R = tall @ new  # (long, r)
             R = F.normalize(R, dim=0)  # squares of its columns stay in the range of float16
             new = orthonormal(tall.mT @ R)
@@ -486,7 +486,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                    if torch.is_tensor(x))
 
     def load_state_dict(self, state_dict):
-        """As in torch, but state keeps the dtype that it has."""
+        """Loads as torch does, but tensors of the state keep the dtype that they were saved in."""
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group['params']]
         for group in self.param_groups:
@@ -570,7 +570,7 @@ class LowRankAdamW(GaLoreAdamW):
         self.block_of = {layer.leaf: numbers[name] for name, layer in found.items()}
         self.basis, self.basis_every = basis, basis_every
         self.sync_bits, self.sync_moments = sync_bits, sync_moments
-        self.is_loaded = True  # the state, and no step has begun since
+        self.is_loaded = True  # the state is new or loaded, and no step has begun since
         self.is_fresh = False  # `begin` was called since the last step
         self.is_warned = False
         names = leaf_names(model)
@@ -586,8 +586,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
-        """See GaLoreAdamW. After a merge first moments are averaged; then bases that are due are
-        taken, and windows of sketches opened and closed. What a failed pass left is dropped."""
+        """See GaLoreAdamW. In micro-batch 0 it drops a sum that a failed pass left running,
+        averages first moments after a merge, takes due bases, and opens or closes windows."""
         super().begin(step, micro_step, micro_steps)
         self.is_fresh = True
         if micro_step:
@@ -634,7 +634,7 @@ class LowRankAdamW(GaLoreAdamW):
             is_good = Y.isfinite().all() & Y.any()
             new = torch.where(is_good, new, old)  # without waiting
             self.kept_bases = self.kept_bases + ~is_good
-        else:  # a run that had other windows before it was resumed
+        else:  # no sketch, as a resumed run had other windows: the old basis stays
             return
         # devices may round differently, and merges never send a basis: all take that of one rank
         if self._is_coded(layer):
@@ -646,14 +646,15 @@ class LowRankAdamW(GaLoreAdamW):
         state['bases'] += 1
 
     def _average_sketch(self, p, layer, Y):
-        """The sketch (short, r) of all ranks' sequences, of this one's (parts, short, r)."""
+        """Averages sketches Y (parts, short, r) over their parts and over ranks: (short, r). If
+        few bits are sent, only the rank `_owner` gets the average."""
         if self._is_coded(layer):  # each direction has blocks of its own
             return mean_at(self._owner(p), Y.mT, layer.workers).mT
         return mean(Y.mean(0))
 
     def _rotate_moments(self, p, state, old, new):
-        """Moments in the old basis as seen from the new one, C = old^T new (r, r): M C and
-        V (C * C), exact if coordinates are uncorrelated."""
+        """Rotates moments from the old basis to the new one: M C and V (C * C), C = old^T new
+        (r, r). V (C * C) assumes that coordinates are uncorrelated."""
         C = old.mT.to(wide(old)) @ new.to(wide(old))  # (r, r)
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]  # (long, r)
@@ -696,7 +697,7 @@ class LowRankAdamW(GaLoreAdamW):
         return layer.split and self.sync_bits < 32
 
     def _owner(self, p):
-        """The rank that takes the bases of a layer, where few bits are sent."""
+        """The rank whose new basis of a layer all ranks take, if few bits are sent."""
         return self.index[p] % self.layers[p].workers
 
     def state_is_loaded(self):

@@ -136,7 +136,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
     tokens, rank = len(vQ) // max(sequences, 1), vQ.shape[1]
     u = u.view(sequences, tokens, u.shape[1])
     vQ = vQ.view(sequences, tokens, rank)
-    # float16: squares of what has length one stay inside its range
+    # each u_i is scaled to length one: in float16, too, its squares stay in the dtype's range
     size = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=wide(u))
     size = size.clamp(torch.finfo(u.dtype).tiny, torch.finfo(u.dtype).max)
     size = size[:, None, None]  # (sequences, 1, 1)
@@ -153,7 +153,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
     w = w / norm * (size * parts)
     w = w.to(unit.dtype)
     Y = v.view(parts, -1, v.shape[1]).mT @ w.view(parts, -1, rank)  # (parts, short, r)
-    return torch.where(Y.isfinite().all(), Y, 0)  # an overflow costs this pass's share alone
+    return torch.where(Y.isfinite().all(), Y, 0)  # after an overflow this pass adds nothing
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def as_digits(x):
 
 
 def from_digits(digits):
-    """The number that `as_digits` has written; nan: these are none."""
+    """The number that `as_digits` has written; nan if these are not 16 hexadecimal digits."""
     digits = [f'{x:x}' for x in digits.float().round().int().flatten().tolist() if 0 <= x < 16]
     return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
@@ -279,7 +279,7 @@ class FrozenLinear(nn.Module):
         return None if self.scales is None else local(self.scales)
 
     def merged_weight(self):
-        """W in float32 or wider; of a sharded one this rank's rows."""
+        """W in float32 or wider; if W is sharded, this rank's rows of it."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         return dense(local(self.weight), self.scales_here, dtype)
 
@@ -374,7 +374,7 @@ class MHLoRALinear(FrozenLinear):
             return
         self.alpha.copy_(as_digits(self.scale * self.rank))
         self.draw_heads()
-        if not self.resets:  # where B' is zero A' may be anything: from A on changes are small
+        if not self.resets:  # B' is zero, so any A' will do; A is close to the copies of merges
             self.A_merged.copy_(self.A)
             self.B_merged.zero_()
 
@@ -398,8 +398,9 @@ class MHLoRALinear(FrozenLinear):
         return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def pair(self, factor=None):
-        """(into, out), (heads here, n, r) and (heads here, m, r): out into^T is added to W. In a
-        basis one of the two is the basis, for all heads. factor: is used instead of self.factor."""
+        """(into, out), (heads here, n, r) and (heads here, m, r), or 2 r where heads train on over
+        merges: out into^T is added to W. In a basis one of the two is the basis, for all heads.
+        factor: is used instead of self.factor."""
         if self.factors == 'basis':
             factor = self.factor if factor is None else factor
             is_tall = self.out_features >= self.in_features
@@ -413,7 +414,7 @@ class MHLoRALinear(FrozenLinear):
 
     @property
     def merged_scale(self):
-        """The scale of a merge: s / H. In a basis the factors are averaged first."""
+        """The scale of a merge: s / H; in a basis s, as the factors are averaged before."""
         if self.factors == 'basis':
             return self.scale
         return self.scale / self.heads
@@ -454,7 +455,7 @@ class MHLoRALinear(FrozenLinear):
                 factor = mean(factor.to(wide(factor)).mean(0), self.workers)
             return self.pair(factor)
         pair = map(full, self.pair())
-        if self.workers > 1:  # heads have to be in one order: sums are rounded
+        if self.workers > 1:  # one order on any number of ranks, as sums are rounded
             pair = (in_global_order(gather(x)) for x in pair)
         return tuple(map(side_by_side, pair))
 
@@ -567,7 +568,7 @@ class MHLoRALinear(FrozenLinear):
 
 # what a kind of layer is called in GPT-2, LLaMA, timm's ViT; other targets are names of modules
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
-# They compute with the weights of their linears instead of calling them (the first in eval mode)
+# They read their linear layers' weights and do not call the layers (the first: in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
           'timm.models.eva.EvaAttention')
 
@@ -658,7 +659,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
     frozen_bits=4: the weights of all linears of attention and MLP, with heads or without
     (FrozenLinear), and of all other targets except output layers, become codes; this changes the
-    function a little. param_bits=8: the weights of the targets become codes, and train in a basis.
+    function a little. param_bits=8: so do the weights of the targets, and they train in a basis.
     A weight stays as it is if its n is no multiple of a block (rules.WEIGHT_BLOCKS). lora_dropout:
     this share of the heads' input is dropped in training, as in PEFT.
 
@@ -743,7 +744,7 @@ def lowrank_layers(model):
 
 
 def heads_of(model):
-    """The set of A, B and factors of all layers. Of GaLore's, which train whole weights, none."""
+    """The set of A, B and factors of all layers, without the factors of GaLore, which trains W."""
     return {p for layer in lowrank_layers(model) if not layer.moves_weight
             for name, p in layer.named_parameters(recurse=False) if name in ('A', 'B', 'factor')}
 
@@ -786,7 +787,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     if generator is None:
         generator = torch.Generator().manual_seed(merges)
     seed = generator.initial_seed()
-    if bits == 32:  # what a run with few bits left is old when it comes back to them
+    if bits == 32:  # what earlier merges in few bits have kept is out of date now
         for kept in (state or {}).values():
             kept.pop('error', None)
             kept.pop('common', None)
@@ -801,8 +802,8 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
 
 
 def refuse_equal_heads(layers):
-    """ValueError: heads that are to differ by rank are the same, as plain DDP makes them. Ranks
-    compare the sums of their heads."""
+    """Raises ValueError if split heads are equal on all ranks, as plain DDP makes them: they should
+    differ. Ranks compare the sums of their heads."""
     heads = [x for layer in layers if layer.workers > 1 for x in layer.per_head().values()]
     if not heads:
         return
@@ -836,9 +837,9 @@ def averaged_heads(model, replicas=None):
 
 @torch.no_grad()
 def merged_state_dict(model, replicas=None, dtype=None):
-    """The state dict of the same model without heads: what is evaluated, merged into plain
-    nn.Linear weights (in `dtype`, or their own). The model stays as it is; all ranks take part. A
-    weight that was tied is there twice, see `apply_mhlora`."""
+    """Returns the state dict of the evaluated model without heads: they are merged into plain
+    nn.Linear weights (in `dtype`, or each weight's own). The model stays as it is; all ranks take
+    part. A weight that was tied is there twice, see `apply_mhlora`."""
     averages = {p: averaged_copy(p).to(p.dtype) for p in (replicas or {}).values()}
     state = model.state_dict()
     for name, p in model.state_dict(keep_vars=True).items():  # a tied weight has two names
@@ -904,9 +905,9 @@ def clip_gradients(model, max_norm):
 
 
 def check_training(model, *optimizers):
-    """ValueError for what would train wrongly in silence: a trainable parameter that no optimizer
-    holds, or a layer with a basis that no galore.LowRankAdamW does. What only shows later it warns
-    of once: heads that are never merged. To be called before the first step."""
+    """Raises ValueError for what would train wrongly in silence: a trainable parameter that no
+    optimizer holds, or a layer with a basis that no galore.LowRankAdamW holds. Layers that are not
+    merged show only later: a hook warns of them (`merge_watch`). Call it before the first step."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups
             for p in group['params']}
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
@@ -930,8 +931,8 @@ _watched = weakref.WeakSet()  # optimizers whose steps are counted
 
 
 def merge_watch(layer):
-    """A hook of an optimizer's steps, which warns once where a layer is not merged within ten times
-    its merge_every."""
+    """Returns a hook for an optimizer's steps. It warns if the layer is not merged for more than
+    ten times merge_every steps."""
     steps, merges = 0, layer.merges
 
     def hook(*_):
@@ -946,9 +947,9 @@ def merge_watch(layer):
 
 
 def count_parameters(model):
-    """Numbers of parameters: total, trainable, frozen, and trainable ones by kind (heads, attn,
-    mlp, logit, other); of heads that are split over ranks this rank's. Weights that GaLore moves
-    count as trainable."""
+    """Counts parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp,
+    logit, other). If heads are split over ranks, it counts this rank's heads. Weights that GaLore
+    moves count as trainable."""
     counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
     galore = [layer for layer in lowrank_layers(model) if layer.moves_weight]
     moved = {layer.weight for layer in galore if layer.factor.requires_grad}

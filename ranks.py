@@ -86,7 +86,7 @@ def gather_at(target, x):
     if world == 1:
         return x[None]
     x = x.contiguous()
-    traffic['bytes'] += x.nbytes * (world - 1) / world  # targets take turns
+    traffic['bytes'] += x.nbytes * (world - 1) / world  # on average: the target sends none
     if rank != target:
         dist.gather(x, dst=target)
         return None
@@ -133,7 +133,7 @@ def rows_of(batch_size, heads=1, rank=0, world=1):
 
 
 def per_rank_tensors(layers):
-    """The set of what differs by rank: parameters and buffers of split heads that ranks share."""
+    """The set of parameters and buffers of split heads, where each rank has heads of its own."""
     return {x for layer in layers if layer.workers > 1 for x in layer.per_head().values()}
 
 
@@ -183,7 +183,7 @@ def coded_mean(x, bits, world=1, error=None):
         left = value.sub_(unpack(codes, dtype))
         left_of_average = average.sub_(unpack(codes_of_average, dtype))
         first = rank_and_world()[0] if world > 1 else 0
-        for i in range(heads_here):  # heads times, as it counts as one head's share
+        for i in range(heads_here):  # times heads: the next average divides it by heads
             left[i, i * world + first].add_(left_of_average[i], alpha=heads)
         error.copy_(left.view(heads_here, -1)[:, :numbers].view(error.shape))
     if world > 1:
@@ -210,7 +210,7 @@ def mean_at(target, x, world):
 
 
 def coded_same(source, x, bits):
-    """The tensor x of one rank on all ranks, as its codes say, to the last bit."""
+    """Sends x of rank `source` to all ranks in `bits` bits a number; all return the decoded x."""
     codes = same(pack(in_blocks(x.flatten()), bits), source)
     return unpack(codes, x.dtype).flatten()[:x.numel()].view(x.shape)
 
@@ -248,7 +248,7 @@ def local(x):
 
 
 def rows_each(size):
-    """How many of `size` rows a rank holds of a sharded tensor, but for the last ones."""
+    """How many of `size` rows of a sharded tensor a rank holds; the last ranks may hold fewer."""
     return -(-size // rank_and_world()[1])
 
 
@@ -301,7 +301,7 @@ def from_rows(rows, shape, mesh):
 #   -> mean_rows             rows of the mean R travel while the layer before it computes
 #   -> finish_sum            they are added to rows.grad, at the next layer or the end of the pass
 
-_running = []  # (the leaf of rows, what waits for them) of the sum that runs; one at most
+_running = []  # the sum that runs, at most one: (the DTensor of rows, `wait` of `mean_rows`)
 
 
 def mean_rows(x):
@@ -417,7 +417,7 @@ def orthogonalise_rows(moves, size):
 
 @torch.no_grad()
 def write(model, name, x):
-    """Writes the parameter of that name, of shards this rank's rows."""
+    """Writes x into the parameter of that name; if it is sharded, only this rank's rows of x."""
     p = model.get_parameter(name)
     part = x[rows_here(p)].to(local(p).device)
     if p.is_floating_point():
@@ -446,7 +446,7 @@ def gather_state(model, layers, optimizer=None, replicas=None):
     replicated = set(replicas.values())
 
     def collect(x, p):
-        """x, of the parameter or buffer p, of all ranks."""
+        """Gathers x, if ranks differ in it. x is the parameter or buffer p, or state of it."""
         if is_sharded(p):
             x = padded_rows(local(x), len(p))
         elif p not in heads | replicated:
@@ -489,8 +489,8 @@ def gather_state(model, layers, optimizer=None, replicas=None):
 
 
 def take(x, p, heads, replicas=()):
-    """What this rank has of x, a tensor of a checkpoint. p: the parameter or buffer that it is of;
-    heads: those that differ by rank; replicas: parameters of which each rank has its own."""
+    """This rank's part of x, a tensor of a checkpoint. p: the parameter or buffer that x belongs
+    to; heads: tensors that differ by rank; replicas: parameters of which each rank has its own."""
     rank, world = rank_and_world()
     if is_sharded(p):
         return x[rows_here(p)]
@@ -540,7 +540,7 @@ def load_state(model, layers, optimizer, checkpoint, replicas=None):
                 parts = optimizer.sketch_parts(optimizer.layers[p])
                 if len(x) == world * parts:
                     x = x[rank::world]
-                else:  # of others each takes the average: a sketch is a sum
+                else:  # other parts were saved: each takes their average, as a sketch is a sum
                     x = x.mean(0).expand(parts, *x.shape[1:])
             elif torch.is_tensor(x) and x.dim():
                 x = take(x, p, heads, replicated)

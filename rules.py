@@ -61,7 +61,7 @@ def is_compiled(compile, device):
 
 @functools.cache
 def has_compilers():
-    """Whether there is what torch.compile wants for a GPU. What is missing it says once."""
+    """Whether torch.compile has triton and a C compiler for GPUs; prints once what is missing."""
     missing = [] if importlib.util.find_spec('triton') else ['triton']
     if not any(map(shutil.which, (os.environ.get('CC', 'gcc'), 'gcc', 'clang'))):
         missing.append('a C compiler')
@@ -149,15 +149,15 @@ def as_int32(x):
 
 
 def start_of(key, first):
-    """What `random_bits` wants of a key, an integer, and the index of the first number."""
+    """Makes `start` for `random_bits` from a key (an integer) and the index of the first number."""
     digest = hashlib.blake2b(str(key).encode(), digest_size=4).digest()
     return as_int32(int.from_bytes(digest) + first * GOLDEN)
 
 
 def random_bits(x, start):
-    """32 random bits for each number of x, int32: a hash of start and the number's index, which
-    mixes and multiplies twice, much as murmur3 ends. The upper 16 are even and independent as far
-    as tests see; the lower 16, a little less, are for second moments."""
+    """32 random bits for each number of x, int32: a hash of start and the number's index. It mixes
+    and multiplies twice, much as murmur3 ends. As far as tests see, the upper 16 are uniform and
+    independent; the lower 16 are a little less so, and second moments use them."""
     bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
     bits.mul_(GOLDEN).add_(start)
     bits.bitwise_xor_(bits >> 15).mul_(-0x7a143595)
@@ -300,7 +300,7 @@ def code_rows(codes, scales, x, numbers, start, to_nearest=False):
 
 
 def dense(W, scales, dtype):
-    """A weight (m, n) in a dtype: of what `code_` wrote, or, where scales is None, W itself."""
+    """A weight (m, n) in a dtype: unpacked from codes of `code_`, or W if scales is None."""
     if scales is None:
         return W.to(dtype)
     if scales.dtype != torch.float32:
@@ -361,7 +361,7 @@ def move_rows(W, scales, move, numbers, start):
 # fine where numbers are small. FSDP2 cuts between rows, so it cuts no block; each is in one head.
 BLOCK, SHORTEST = 256, 16  # numbers; of a row that is coded
 EIGHT_BITS = {'exp_avg': (127, 2, torch.int8),  # levels, power, dtype; this one has a sign
-              'exp_avg_sq': (255, 4, torch.uint8)}  # the root of this one counts
+              'exp_avg_sq': (255, 4, torch.uint8)}  # power 4, as the update divides by its root
 
 
 def rows_of_shape(shape):
@@ -374,8 +374,8 @@ def rows_of_shape(shape):
 
 
 def as_rows(x):
-    """x as (rows, n), see `rows_of_shape`; each block is a row, if all have one size: compiled
-    functions take fewer passes then."""
+    """x as (rows, n), see `rows_of_shape`. If all blocks of a row have one size, each block becomes
+    a row: compiled functions take fewer passes then."""
     leading, n = rows_of_shape(x.shape)
     blocks = -(-n // BLOCK)
     if n and n % blocks == 0:
@@ -443,7 +443,7 @@ def encode(x, shift, levels, power, dtype):
 
 
 def decode(code, top, levels, power):
-    """The numbers (rows, n), float32, that `encode` made into code and top."""
+    """The numbers (rows, n), float32, that the codes and tops of `encode` stand for."""
     x = code.float().div_(levels)
     x = by_block(x)  # (rows, blocks, numbers)
     if power == 2:  # it has a sign
@@ -455,8 +455,8 @@ def decode(code, top, levels, power):
 
 
 def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
-    """Moments of zero for numbers like `like`. bits: None (its dtype), 32, 16, or 8: vectors, and
-    matrices with short rows, have 32 then. names: both moments, or the first alone."""
+    """Puts zero moments for a tensor like `like` into state. bits: None (its dtype), 32, 16 or 8;
+    with 8, vectors and matrices with short rows get 32. names: both moments, or the first alone."""
     leading, n = rows_of_shape(like.shape)
     is_coded = bits == 8 and like.dim() > 1 and n >= SHORTEST
     dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
@@ -618,7 +618,7 @@ def norm(x, dim):
 
 
 def adam_rate(R, N, state, group, dim):
-    """(|N| / |R| over `dim`, c), where the bias correction c is taken off N again."""
+    """(|N| / |R| over `dim`, c): c is Adam's bias correction; N is divided by it here."""
     beta1, beta2 = group['betas']
     age = state['step']
     c = math.sqrt(1 - beta2**age) / (1 - beta1**age)
@@ -674,7 +674,7 @@ def apollo(G, R, N, Q, state, group):
 
 
 # -----------------------------------------------------------------------------
-# rules that see a gradient alone, of a shard its rows
+# rules that see a gradient alone; if it is sharded, this rank's rows of it
 
 
 def average_rows(out, G, M, M_top, numbers, start, to_nearest, ahead):
@@ -691,8 +691,8 @@ def average_rows(out, G, M, M_top, numbers, start, to_nearest, ahead):
 
 def averaged(G, state, group, key=0, first=0, ahead=False):
     """
-    The running average of G by the group's momentum, in float32 or wider; ahead: a step further,
-    see `average_rows`, in the dtype of Muon's products. Of momentum 0 it is G, and there is no
+    The running average of G by the group's momentum, in float32 or wider. ahead: the next average,
+    see `average_rows`, in the dtype of Muon's products. With momentum 0 it is G, and there is no
     state.
     """
     momentum, dtype = group['momentum'], dtype_of_muon(G) if ahead else wide(G)
@@ -816,7 +816,7 @@ def pack(x, bits):
 
 
 def unpack(codes, dtype):
-    """The numbers (..., 64) that `pack` made into codes."""
+    """The numbers (..., 64) that the codes of `pack` stand for."""
     bits = codes.shape[-1] // 8
     packed, step = codes.split([8 * bits, 2], -1)
     words = packed.reshape(-1, bits)

@@ -104,7 +104,7 @@ HERE = Path(__file__).parent
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # -----------------------------------------------------------------------------
-# what is measured: cells, pairs of what a cell is called and all settings of its script
+# what is measured: a cell is a pair, (a dict that names it, all settings of its script)
 
 FILES = sorted(HERE.glob('config/methods/*.py'), key=lambda path: (path.stem != 'full', path.stem))
 METHODS = {path.stem: config.defaults(runpy.run_path(str(path))) for path in FILES}
@@ -176,8 +176,8 @@ def vit_cells(*batches):
 
 
 def memory_cells():
-    """LLaMA by size and method, one sequence of 256 tokens, and ViT. Bases have half of the width,
-    with moments of 8 bits a quarter."""
+    """LLaMA by size and method, one sequence of 256 tokens, and ViT. LLaMA's bases have half of the
+    width as rank; galore_lean's a quarter, galore_int8's an eighth."""
     for size in ('60m', '350m', '1b', '7b'):
         width, depth = SIZES[size][:2]
         half = dict(rank=width // 2)
@@ -281,10 +281,10 @@ def progress(total):
 
 def measure_all(name, cells, only, measure, jobs=1):
     """
-    Measures what assets/NAME.jsonl lacks of cells whose words hold `only`, some side by side.
+    Measures each cell that assets/NAME.jsonl lacks and whose title holds `only`, `jobs` at a time.
 
-    measure(about, settings, tell) gives what is kept of a cell, at once, or None; it may call
-    tell(part), how much of it is done.
+    measure(about, settings, tell) returns what to keep of a cell, or None; it is kept at once. It
+    may call tell(part) to say how much of the cell is done, 0 to 1.
     """
     cells = [cell for cell in cells if only in title(cell[0])]
     todo = [cell for cell in cells if not kept(name, **cell[0])]
@@ -377,7 +377,7 @@ def shape_of_loaded(s):
 
 
 def vocabulary(s):
-    """Tokens of a run's data if they are here, else of the data that the script is made for."""
+    """The vocabulary size: as set, or of the run's data, or of the data that the script is for."""
     if s['vocab_size']:
         return s['vocab_size']
     with contextlib.suppress(ValueError, OSError):
@@ -1017,8 +1017,8 @@ def not_there(run):
 
 
 def on_fake_card(settings, ranks=1, rank=0):
-    """Steps with two micro-batches, merges and new bases, a line of the log, an evaluation, and
-    what a save gathers, on a fake card: ([what is wrong, in sentences], collectives)."""
+    """Runs steps (with merges and new bases), a line of the log, an evaluation and the gathering of
+    a save on a fake card. Returns ([what is wrong, in sentences], collectives)."""
     script = script_of(settings)
     of_images = script is train_vit
     with fake_card(ranks, rank) as watch, tempfile.TemporaryDirectory() as folder:
@@ -1219,8 +1219,8 @@ def launches_of(step):
 
 
 def steps_on_card(settings, most=3.0):
-    """What steps of a run take on this machine, measured for so many seconds at `most`: seconds
-    (the median), launches of one, the peak of allocated bytes, tokens or images a second, MFU."""
+    """Returns what a step takes here: launches, seconds (the median), items a second, peak bytes
+    and MFU. It times 3 steps, and begins up to 17 more before `most` seconds have passed."""
     run, step = stepper(settings)
     for _ in range(3):  # bases, moments, compiled code
         step()

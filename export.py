@@ -66,8 +66,8 @@ def open_to_others(folder, file):
 
 
 def write_transformers(run, checkpoint, folder, dtype):
-    """The merged model of a checkpoint, its tokenizer, and the config.json that it came with, or
-    ours."""
+    """Writes the merged model of a checkpoint, its tokenizer, and a config.json: that of the
+    weights that the run began from, or one of ours."""
     shape, state = of_a_run(checkpoint, run, dtype)
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
@@ -90,8 +90,8 @@ def write_transformers(run, checkpoint, folder, dtype):
 
 @torch.no_grad()
 def compare(checkpoint, folder):
-    """Prints how far an exported model is from the one that was trained, on the first validation
-    tokens of its data; computed in float32."""
+    """Prints how far an exported model is from the one that was trained, on four rows of validation
+    tokens, spread evenly over its data; computed in float32."""
     s, (shape, tensors, _) = SimpleNamespace(**checkpoint['settings']), read_weights(folder)
     trained, exported = (make_model(some).float().eval()
                          for some in (checkpoint['model_config'], shape))
@@ -133,7 +133,7 @@ def write_peft(run, checkpoint, folder, dtype):
         pairs[name] = torch.cat(A), torch.block_diag(*B)  # (R, n), (m, R): H r, of k thirds k H r
     R = max(len(A) for A, _ in pairs.values())
     tensors = {}
-    for name, (A, B) in pairs.items():  # of one rank: the rest is zeros
+    for name, (A, B) in pairs.items():  # all layers get the rank R: zeros fill up smaller ones
         more = R - len(A)
         tensors[f'{name}.lora_A.weight'] = F.pad(A, (0, 0, 0, more))
         tensors[f'{name}.lora_B.weight'] = F.pad(B, (0, more))

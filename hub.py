@@ -1,6 +1,6 @@
 """
-Weights of others, in and out: transformers, PEFT, nanoGPT, timm. Reading for the training scripts
-and sample.py; export.py writes.
+Weights in the formats of transformers, PEFT, nanoGPT and timm. The training scripts and sample.py
+read them with this file; export.py writes such files.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ KEYS = {  # of config.json: ours
         num_hidden_layers='n_layer', num_attention_heads='n_head', head_dim='head_size',
         num_key_value_heads='n_kv_head', intermediate_size='n_mlp', rms_norm_eps='norm_eps',
         tie_word_embeddings='tied', rope_theta='rope_base', rope_scaling='rope_scaling')}
-# where they lack one of these, our default is theirs
+# if a config.json lacks one of these, our default holds
 MAY_LACK = {'norm_eps', 'tied', 'n_kv_head', 'head_size', 'rope_base', 'rope_scaling'}
-# keys that change what is computed: the values that we have, first the one of a key left out
+# keys that change what is computed: the supported values; the first one holds if the key is missing
 ONLY = {
     GPTConfig: dict(
         activation_function=('gelu_new', 'gelu_pytorch_tanh'), scale_attn_weights=(True,),
@@ -93,8 +93,8 @@ def read_config(folder):
     """
     The GPTConfig or LlamaConfig that a folder's config.json stands for.
 
-    Its block_size is how many positions the model has, or what its sliding window leaves alike.
-    Dropout is a matter of training and stays 0. ValueError: the value of a key is not supported.
+    Its block_size is the number of positions, or of tokens in a sliding window if that is smaller:
+    up to there the window changes nothing. Dropout stays 0. ValueError: a value is not supported.
     FileNotFoundError.
     """
     path = os.path.join(folder, 'config.json')
@@ -307,18 +307,19 @@ def of_a_run(checkpoint, path, dtype=None):
         model = make_model(checkpoint['model_config'])
     model.to(getattr(torch, checkpoint['settings']['param_dtype']))
     put_layers(model, checkpoint['settings'])
-    model.load_state_dict(checkpoint['model'], assign=True)  # mapped: what is merged takes memory
+    # tensors stay mapped to the file: only merged weights take memory
+    model.load_state_dict(checkpoint['model'], assign=True)
     state, shape = merged_state_dict(model, dtype=dtype), model.config
     if shape.tied and torch.equal(state['lm_head.weight'], model.embedding.weight):
         del state['lm_head.weight']
-    else:  # heads on `logit` part the two
+    else:  # heads on `logit` have made the output layer another one than the embedding
         shape.tied = False
     return shape, state
 
 
 def folders_of(source):
-    """Folders with what lies beside the weights of init_from; that of an adapter's base comes
-    last."""
+    """Returns the folders with the tokenizer and other files of init_from's weights: one, or that
+    of an adapter and then those of its base."""
     if os.path.isfile(source):  # of a run
         return [os.path.join(os.path.dirname(source), 'tokenizer')]
     folder = prepare.hub_folder(source, '*.json', '*.safetensors', '*.jinja')
@@ -447,7 +448,7 @@ def read_weights(source, frozen_bits=None):
 
 
 def refuse_to_code_again(checkpoint, path, frozen_bits):
-    """ValueError: weights that are in few bits, with what heads have added, would be coded anew."""
+    """ValueError: heads would be merged into weights in few bits, and the sum coded again."""
     if frozen_bits and checkpoint['settings']['frozen_bits']:
         raise ValueError(f"'{path}' has weights in {frozen_bits} bits and heads beside them, which "
                          'coded again together would be others: set frozen_bits=None, or begin '
@@ -512,12 +513,13 @@ def carry_along(settings):
 
 
 # -----------------------------------------------------------------------------
-# a ViT of timm, whose import takes longer than torch's: only where it is called
+# a ViT of timm; functions import timm when they are called, as that takes longer than torch
 
 SHAPE = {  # settings of ours: timm's arguments
     'img_size': 'img_size', 'patch_size': 'patch_size', 'n_layer': 'depth', 'n_embd': 'embed_dim',
     'n_head': 'num_heads'}
-LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}  # how images are seen, but by timm's weights
+# how images are cropped and resized; weights of timm bring their own values
+LOOK = {'crop_pct': 1.0, 'interpolation': 'bicubic'}
 
 
 def create_vit(shape, num_classes, weights=False, path=''):

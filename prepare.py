@@ -193,8 +193,8 @@ class Document:
     prompt: str | None = None  # stands before the text; it is read, and not learned
     split: str | None = None  # 'train' or 'val'; None: a hash of the prompt, or the text, decides
     ends: bool = True  # False: the next Document goes on with this text
-    turns: tuple = ()  # (prompt, text) that follow, of a chat
-    is_chat: bool = False  # its texts have what begins and ends them
+    turns: tuple = ()  # the further (prompt, text) of a chat
+    is_chat: bool = False  # the template has put in the tokens that begin and end its texts
 
 
 @dataclass
@@ -408,7 +408,7 @@ def about_tokens(folder):
         if Path(folder, name).is_file():
             found = read_json(Path(folder, name))
             about |= {key: x for key, x in found.items() if x is not None}
-    # of a token older files have more to say
+    # older files have a dict for a token: its 'content' is the string
     return {key: x.get('content') if isinstance(x, dict) else x for key, x in about.items()}
 
 
@@ -442,7 +442,7 @@ def serve_template(seconds, memory):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}, by which some templates mark answers: what is inside."""
+        """Writes what is inside {% generation %}, by which some templates mark answers."""
         tags = {'generation'}
 
         def parse(self, parser):
@@ -477,8 +477,8 @@ def serve_template(seconds, memory):
             text.append(piece)
         return ''.join(text)
 
-    # as transformers has it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    # the same options, filter and functions as in transformers
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True,
                       extensions=['jinja2.ext.loopcontrols', Generation])
     sandbox.filters['tojson'] = tojson
@@ -505,8 +505,8 @@ def serve_template(seconds, memory):
 
 
 class Template:
-    """The chat template of a folder, or a name of the hub, with tokens. DataError: there is none,
-    or it does not compile."""
+    """The chat template of a folder, or of a name on the hub, with its special tokens. It runs in a
+    process of its own. DataError: there is none, or it does not compile."""
 
     def __init__(self, source):
         if source in (None, 'gpt2', 'bytes'):
@@ -625,7 +625,7 @@ def digit_images(shifted):
 
 
 def pictures_of(folder):
-    """{class: paths} of the pictures FOLDER/class/*, in order. Prints which files are none."""
+    """Returns {class: paths} of the pictures in FOLDER/class/, sorted; prints others' endings."""
     found, others = {}, set()
     for parent in sorted(Path(folder).glob('[!.]*/')):
         name = parent.name
@@ -1010,7 +1010,7 @@ def tokenised(documents, encoding):
 
 
 def write_images(writer, images):
-    """Writes what a generator of images yields, see above."""
+    """Writes images (split, labels, pixels) from a generator, see "sources of images" above."""
     writer.begin()
     counts, seen = writer.meta['images'], {split: set() for split in SPLITS['images']}
     for split, labels, pixels in images:
@@ -1029,8 +1029,8 @@ def write_images(writer, images):
 
 
 def write(folder, settings, fill, overwrite):
-    """Writes the data set `folder`: fill(writer) appends its items. One that is there already is
-    left alone."""
+    """Writes the data set `folder`: fill(writer) appends its items. Without overwrite, one that is
+    there stays as it is. DataError: it has other settings."""
     if (folder / 'meta.json').exists() and not overwrite:
         found = read_meta(folder / 'meta.json')
         for key in settings:  # is it what this command would write?
@@ -1057,8 +1057,8 @@ def write(folder, settings, fill, overwrite):
 # reading
 
 def ensure(name, data_dir='data'):
-    """Prepares stdlib, digits or digits_shifted where it is missing; DataError for others. Of the
-    processes of a run on a machine the first does it, and the others wait."""
+    """Prepares a missing data set, if it is stdlib, digits or digits_shifted; DataError: another is
+    missing. On each machine the first process of a run does it, and the others wait."""
     path = Path(data_dir, name, 'meta.json')
     if path.exists():
         return
@@ -1079,8 +1079,8 @@ def ensure(name, data_dir='data'):
 
 @lru_cache(maxsize=2)  # a batch may end an epoch and begin the next one
 def order_of(count, seed, epoch=0):
-    """A permutation of range(count), int64, of (seed, epoch). NumPy promises that the bits of a
-    generator stay what they are, and not the results of its `permutation`."""
+    """Returns a permutation of range(count), int64, which (seed, epoch) determine. It is made of
+    raw bits: NumPy promises that these stay the same, but not what its `permutation` returns."""
     bits = np.random.Philox(key=seed + (epoch << 64)).random_raw(count)
     return np.argsort(bits, kind='stable')
 
@@ -1265,7 +1265,7 @@ class Tokens(Split):
 
     @cached_property
     def tokens_per_byte(self):
-        """Tokens that are learned, for a byte of text."""
+        """The number of tokens outside prompts for each byte of their text."""
         tokens = self.meta['tokens'][self.split]
         if self.learned is not None:
             tokens = sum(int((shard < PROMPT).sum()) for shard in self.shards)
@@ -1415,7 +1415,7 @@ def arguments(argv):
 
 
 def from_text(args):
-    """What there is to do for text: the folder's name, its settings, and who fills it."""
+    """Returns for text (the data set's usual name, its settings, the `fill` of `write`)."""
     source = SOURCES[args.data]
     what, val_share = source.describe(args)
     encoding = tokenizer(args.tokenizer or source.tokenizer)
@@ -1433,7 +1433,7 @@ def from_text(args):
 
 
 def from_images(args):
-    """The same for images."""
+    """Returns the same as `from_text`, for images."""
     name, size, flag = args.data, getattr(args, 'size', 32), None
     channels, task = 3, 'multi-class'
     if name in DIGITS:
@@ -1471,7 +1471,7 @@ def verify(folder):
 
 
 def main(argv):
-    """Prepares, or verifies, a data set; one that is there is left alone. DataError: a mistake."""
+    """Prepares a data set, see `write`, or verifies one. DataError: a mistake."""
     args = arguments(argv)
     if args.data == 'verify':
         return verify(Path(args.data_dir, args.folder))

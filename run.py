@@ -49,9 +49,9 @@ def join(settings):
     """
     Joins torchrun's processes, if any, and resolves 'auto'.
 
-    settings: device, dtype, param_dtype; of a training compile, per_layer, shard and split. Returns
-    as attributes: rank, ranks, device (of this process), device_type, compute (the name of the
-    dtype that is computed in).
+    settings: device, dtype, param_dtype; for a training also compile, state_bits, per_layer, shard,
+    split. Returns as attributes rank, ranks, device (of this process), device_type, and compute
+    (the name of the dtype that is computed in).
     """
     device, several = settings['device'], 'RANK' in os.environ
     if device == 'auto':
@@ -100,7 +100,7 @@ def dtype_of(settings, device):
         return settings['param_dtype']
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return 'bfloat16'
-    # cards before Ampere; what goes with no GradScaler: see config.CHECKS
+    # a card older than Ampere; float16 needs a GradScaler, which these cannot have: config.CHECKS
     unscaled = settings.get('per_layer') or settings.get('shard') and settings['split']
     return 'float32' if unscaled else 'float16'
 
@@ -135,8 +135,8 @@ _stop = {}  # the signal that came, 0 for none; empty where none is caught
 
 
 def catch_signals():
-    """From now on a SIGTERM or SIGINT raises a flag, see `stop_requested`; a second one ends at
-    once."""
+    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; a second one ends
+    the process at once."""
     def raise_flag(number, frame):
         _stop['signal'] = number
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -156,7 +156,7 @@ def stop_requested():
 
 
 # -----------------------------------------------------------------------------
-# what settings say of a model and its optimizer
+# the layers, the frozen weights and the optimizer that settings ask for
 
 
 def put_layers(model, settings, worker=0, workers=1):
@@ -184,7 +184,7 @@ def freeze_as_set(model, settings, new=()):
 
 
 def make_optimizer(model, settings):
-    """The optimizer that a script's settings ask for, of a model that `put_layers` has seen."""
+    """Returns the optimizer that a script's settings ask for; call `put_layers` before it."""
     s = SimpleNamespace(**settings)
     is_loaded = s.init_from not in ('scratch', 'resume')
     if s.optimizer == 'muon' and is_loaded and rank_and_world()[0] == 0:
@@ -218,19 +218,19 @@ class Run:
     model: torch.nn.Module
     shape: dict  # what the model is built from, for the checkpoint
     optimizer: torch.optim.Optimizer
-    replicas: dict  # {name: parameter} of which each rank has its own, see lowrank.merge
-    scaler: torch.amp.GradScaler  # of float16; else it does nothing
-    net: torch.nn.Module = None  # the model, or DDP around it: what a step calls
-    ddp_bytes: float = 0  # that DDP or FSDP2 sends a step, by a ring
+    replicas: dict  # {name: parameter}: each rank trains its own copy, see lowrank.merge
+    scaler: torch.amp.GradScaler  # for float16; with other dtypes it does nothing
+    net: torch.nn.Module = None  # what a step calls: the model, or DDP around it
+    ddp_bytes: float = 0  # bytes that a rank sends in a step by DDP or FSDP2, in a ring
     saved: int = None  # the step of the last checkpoint
 
 
 def assemble(model, shape, optimizer, settings, process, checkpoint=None):
     """
-    The `Run` of a model and an optimizer, on from a checkpoint if there is one.
+    Returns the `Run` of a model and an optimizer; it goes on from a checkpoint if one is given.
 
-    shape: see `Run`; process: from `join`. Compiles blocks, and puts DDP around the model.
-    ValueError: the checkpoint is another model's, or what was loaded is not finite.
+    shape: see `Run`; process: from `join`. If settings say so it compiles blocks; `averaging` may
+    put DDP around the model. ValueError: another model's checkpoint, or loaded inf or nan.
     """
     s = SimpleNamespace(**settings)
     scales = process.compute == 'float16'
@@ -239,17 +239,17 @@ def assemble(model, shape, optimizer, settings, process, checkpoint=None):
               replicas=replica_parameters(model) if s.sync == 'merge' else {})
     if checkpoint:
         load_state(model, named_layers(model), optimizer, checkpoint, run.replicas)
-        if checkpoint['scaler']:  # empty of a run without float16
+        if checkpoint['scaler']:  # it is empty if the run had no float16
             run.scaler.load_state_dict(checkpoint['scaler'])
         run.saved = checkpoint['step']
-    elif s.sync_bits < 32:  # ranks begin alike, so merges send changes from the first on
+    elif s.sync_bits < 32:  # ranks begin with equal weights: even the first merge sends changes
         for p in run.replicas.values():
             optimizer.state[p]['common'] = p.detach().clone()
     if checkpoint or s.init_from != 'scratch':
         if what := not_finite(model, optimizer if checkpoint else None):
             source = f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from
             raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
-    if s.compile:  # block by block: they have one code, and a block steps when it is done
+    if s.compile:  # block by block: all share one code, and per_layer steps after each block
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
     run.net, run.ddp_bytes = averaging(run)
@@ -278,8 +278,8 @@ def averaging(run):
 
 
 def not_finite(model, optimizer=None):
-    """What of a model, and of its optimizer's state, holds inf or nan on any rank, in words; None:
-    nothing. Every rank takes part. Waits for the device."""
+    """Returns the name of the first tensor of a model, or of its optimizer's state, that holds inf
+    or nan on any rank; None: there is none. Every rank takes part. Waits for the device."""
     found = dict([*model.named_parameters(), *model.named_buffers()])
     if optimizer:
         found |= {f'{key} of {name}': x for p, name in leaf_names(model).items()
@@ -295,13 +295,13 @@ def not_finite(model, optimizer=None):
 
 
 # -----------------------------------------------------------------------------
-# of a step
+# parts of a training step
 
 
 def set_learning_rate(optimizer, settings, step):
     """Sets and returns the learning rate of a step: linear warm-up, then cosine to min_lr at
-    max_iters. After a merge that resets it climbs again from zero within rewarm_iters (ReLoRA,
-    section 3)."""
+    max_iters. After a merge that resets, the rate begins at 1 / (rewarm_iters + 1) of this curve,
+    and climbs back to it within rewarm_iters steps (ReLoRA, section 3)."""
     s = SimpleNamespace(**settings)
     if step < s.warmup_iters:
         rate = s.learning_rate * (step + 1) / (s.warmup_iters + 1)
@@ -332,8 +332,8 @@ def unscale(scaler, optimizer):
 
 def save(run, name, about, resumable=False):
     """Writes out_dir/name: the weights, `about` (plain values, the step among them), and, if
-    resumable, the rest of the state. Every rank takes part, and rank 0 writes; never what is not
-    finite."""
+    resumable, the rest of the state. Every rank takes part, and rank 0 writes. If something to
+    write is not finite, it ends the run instead."""
     optimizer = run.optimizer if resumable else None
     refuse_non_finite(run, about['step'], not_finite(run.model, optimizer))
     found = gather_state(run.model, named_layers(run.model), optimizer, run.replicas)
@@ -355,8 +355,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_tensors(path):
-    """Tensors and plain types of torch.save, on the CPU, memory-mapped. One process of a host reads
-    all of it before, to compare the checksums of its zip. ValueError, FileNotFoundError."""
+    """Returns tensors and plain types that torch.save wrote, memory-mapped on the CPU. First, one
+    process of a machine compares the checksums of the zip. ValueError, FileNotFoundError."""
     if not os.path.isfile(path):
         hint = 'check --out_dir, or train first'
         if os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt')):
@@ -433,7 +433,7 @@ def open_run(settings, process):
     if settings['init_from'] == 'auto':  # each rank looks at its own disk
         settings['init_from'] = 'resume' if os.path.exists(path) else 'scratch'
     if process.ranks > 1:
-        # of 'auto' unlike cards may make unlike dtypes
+        # dtype='auto' may become another dtype on another rank's card
         compare_ranks({**settings, 'dtype': process.compute, 'code': fingerprint_of_code()},
                       process.ranks)
     if process.rank == 0:
@@ -489,7 +489,7 @@ def claim_folder(settings):
                          'another --out_dir, or wait for it')
     _locks.append(lock)
     is_text, tokenizer = 'block_size' in settings, Path(out_dir, 'tokenizer')
-    if is_text:  # of a kill while the folder was replaced: here nothing is lost yet
+    if is_text:  # removes what a kill has left, or refuses it before anything is lost
         remove_leftovers(tokenizer, TOKENIZER)
     if source == 'resume':
         return
@@ -523,7 +523,7 @@ def is_run(folder):
 
 
 def unlock():
-    """Ends what a run of this process holds: its folder and signals."""
+    """Releases the folder that a run of this process has locked, and clears its stop flag."""
     for lock in _locks:
         lock.release()
     _locks.clear()
@@ -551,10 +551,10 @@ def refuse_other_settings(settings, checkpoint):
             raise ValueError(f'the checkpoint was trained with {key}={before[key]!r}, this run '
                              f'says {settings[key]!r}: resume with the config it was started with')
     old, new = (x['batch_size'] * x['gradient_accumulation_steps'] for x in (before, settings))
-    if old != new:  # where the run is in its data is a number of steps
+    if old != new:  # a checkpoint knows its place in the data as a number of steps only
         raise ValueError(f'the checkpoint was trained with {old} rows a step, and batch_size times '
                          f'gradient_accumulation_steps is {new}: set them so that it is the same')
-    if settings.get('epochs'):  # these say what max_iters becomes, later
+    if settings.get('epochs'):  # the script works out max_iters from epochs, later
         changed = [key for key in changed if key != 'max_iters']
     return ', '.join(f'{key} {before[key]!r} -> {settings[key]!r}' for key in changed
                      if key not in NOT_REPORTED)
@@ -562,8 +562,8 @@ def refuse_other_settings(settings, checkpoint):
 
 def start_run(settings, step):
     """Writes config.json into the folder that `open_run` has claimed, for a run that begins at
-    `step`. Of a resumed one the lines logged after it are dropped; a fresh one removes the old
-    files."""
+    `step`. A resumed run drops the lines of the log that it will log again; a fresh one removes the
+    old files. With eval_only nothing that is there changes."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
     if settings['eval_only'] and settings['wandb_log']:
@@ -704,8 +704,8 @@ class Meter:
         self.steps, self.clock, self.sent = 0, time.perf_counter(), traffic['bytes']
 
     def add(self, loss, norm):
-        """A step: its loss and the norm of its gradient, tensors; inf is a step that a GradScaler
-        skipped."""
+        """Adds a step: its loss and the norm of its gradient, tensors. With a GradScaler, a norm
+        that is not finite counts as a skipped step."""
         self.sums[0] += loss
         self.sums[1] = norm
         if self.run.scaler.is_enabled():
@@ -719,7 +719,7 @@ class Meter:
         trainable parameter."""
         run, sent = self.run, traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
-        self.sums[3].fill_(run.optimizer.kept_bases)  # what is assigned comes from the CPU
+        self.sums[3].fill_(run.optimizer.kept_bases)  # an assigned number would come from the CPU
         loss, norm, skipped, kept = mean(self.sums).tolist()  # over all ranks
         seconds = (time.perf_counter() - self.clock) / self.steps
         record = {'train_loss': loss, 'lr': lr, 'dt_ms': 1000 * seconds,
@@ -730,13 +730,13 @@ class Meter:
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
         if self.fastest:
             record['mfu'] = self.fastest / seconds
-        if kept:  # since the run began; their sketches were not finite, or zero
+        if kept:  # refreshes since the run began whose sketch was not finite, or zero
             record['kept_bases'] = math.ceil(kept)
         if run.scaler.is_enabled():  # it skips steps that are not finite, and lowers its scale
             record.update(skipped_steps=math.ceil(skipped), loss_scale=run.scaler.get_scale())
             if not math.isfinite(norm):
                 del record['gradient_norm']
-            if record['loss_scale'] < 2**-14:  # thirty in a row, from torch's first scale
+            if record['loss_scale'] < 2**-14:  # 31 skipped in a row, from torch's first scale
                 refuse_non_finite(run, step, 'every gradient')
         with refusals():
             check_training(run.model, run.optimizer)
@@ -775,8 +775,8 @@ class Meter:
             wandb.log(record, step=step)
 
     def close(self, step, best):
-        """The last lines of a run, and the end of what `join` began. best: the best value, in
-        words."""
+        """Prints the last lines of a run, draws its curve, and ends what `open_run` and `join`
+        began. best: the best value, in words."""
         s = self.run.s
         self.progress.close()
         if self.run.rank == 0 and step > self.start:

@@ -1,10 +1,10 @@
 """
-Settings: read, typed, checked; and sentences and small files. Nothing here imports torch, so that a
-mistake is answered at once.
+Reads and checks settings; prints mistakes in one sentence; writes small files. Nothing here imports
+torch, so that a mistake is answered at once.
 
-Settings are the plain global names at the top of a script; `python train_x.py config/y.py
-config/methods/z.py --key=value` runs the files with the script's defaults visible, then the command
-line wins.
+Settings are the plain global names at the top of a script. `python train_x.py config/y.py
+config/methods/z.py --key=value` runs the files, which see the script's defaults; a value on the
+command line wins.
 """
 
 import ast
@@ -52,7 +52,7 @@ def said(error):
 
 
 def in_one_line(kind, error, trace):
-    """For sys.excepthook: Ctrl-C, full memory, and what the disk refuses, are one line."""
+    """Prints Ctrl-C, full memory and errors of the disk in one line; it is for sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
@@ -67,8 +67,8 @@ def in_one_line(kind, error, trace):
 
 @contextlib.contextmanager
 def refusals():
-    """What our functions (ValueError) or the disk (OSError) refuse while a run is set up:
-    `fail`."""
+    """Calls `fail` if one of our functions (ValueError) or the disk (OSError) refuses something
+    while a run is set up."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -529,7 +529,7 @@ def written_beside(folder, marker):
 
 
 def refuse_foreign(folder, marker):
-    """ValueError: a folder has no marker, or files that its marker does not name."""
+    """ValueError: a folder that is not empty has no marker, or files that the marker lacks."""
     names = set(os.listdir(folder)) if folder.exists() else set()
     if not names:
         return

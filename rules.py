@@ -508,7 +508,9 @@ def rows_of_moment(state, name):
 
 
 def read_moments(state):
-    """First and second moment, if there is one, in float32 or wider, see `rows_of_moment`."""
+    """First and second moment, those that there are, in float32 or wider, flat or as rows
+    (`rows_of_moment`; of a gradient: `rows_like_moments`). They may be the state itself: write
+    nothing into them."""
     return [read(*rows_of_moment(state, name)) for name in EIGHT_BITS if name in state]
 
 
@@ -765,7 +767,7 @@ def muon_size(shape):
 PROJECTED = {'galore': None, 'fira': fira, 'apollo': apollo}  # of groups with a rank
 # (G, state, group, key, first) -> move of the rows that are here; key, first: of `round_`
 FULL = {'scale': normalised, 'muon': nesterov}  # of groups without a rank
-INSIDE = {'galore': adam, 'muon': nesterov}  # of layers with a basis, where G is R
+INSIDE = {'galore': adam, 'muon': nesterov}  # of layers with a basis, where G is R (long, r)
 ORTHOGONAL = 'muon',  # rules whose move is then orthogonalised
 
 

@@ -409,6 +409,8 @@ def refuse_non_finite(run, step, what):
 # a run's folder
 
 RUN_FILES = 'ckpt.pt', 'best.pt', 'confusion.png', 'curve.png', 'log.jsonl', 'config.json'
+# settings that a resumed run may change. One that older checkpoints lack has to be here, or they
+# are refused
 MAY_CHANGE = set("""
     out_dir init_from overwrite eval_interval eval_iters eval_only log_interval data_dir batch_size
     gradient_accumulation_steps checkpointing dropout lora_dropout learning_rate min_lr epochs

@@ -950,10 +950,7 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         if t < s.warmup_iters:
             return s.learning_rate * (t + 1) / (s.warmup_iters + 1)
         return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * part)) / 2
-    same = ('heads', 'rank', 'alpha', 'merge_every', 'merge_reset', 'rewarm_iters', 'sync', 'sync_moments',
-            'optimizer', 'momentum', 'scale', 'basis', 'basis_every', 'beta1', 'beta2', 'weight_decay',
-            'grad_clip')
-    method = {key: settings[key] for key in same} | dict(
+    method = {key: settings[key] for key in textbook.DEFAULTS.keys() & settings} | dict(
         factors=s.factors if layers else '', split=bool(layers) and s.split and s.heads > 1,
         workers=ranks if s.sync == 'merge' else 1, learning_rate=rate, draw=draw, due=due, rules=rules,
         eps=1e-8 if layers or s.optimizer == 'adamw' else 1e-6, no_decay=('pos_embed', 'cls_token'))

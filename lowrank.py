@@ -779,6 +779,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     seeded with the count of merges; a resume sets that to 0: give one there, seeded with the step.
     bits: bits of a number that split heads in a basis and replicas send (ranks.coded_mean). Below
     32, `state` (an optimizer's) keeps the rest; a replica without a last average is sent in full.
+    After a merge with merge_reset call `drop_moments`: those of the old heads are of no use.
     """
     layers = lowrank_layers(model)
     merges = layers[0].merges if layers else 0

@@ -6,6 +6,7 @@ data.
     process = join(settings)                    torchrun's processes, the device, 'auto' resolved
     checkpoint = open_run(settings, process)    out_dir is claimed; what a resumed run goes on from
     run = assemble(model, ...)                  a `Run`: what a step computes with
+    start_run(settings, step)                   out_dir is made ready for this run's files
     meter = Meter(run, ...)                     the log
     save(run, 'ckpt.pt', ...)
 """
@@ -30,8 +31,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import (fail, locked, read_json, refusals, refuse_foreign, remove_leftovers,
-                    replacing, said, write_json)
+from config import (fail, locked, read_json, refuse_foreign, remove_leftovers, replacing, said,
+                    write_json)
 from galore import GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank import (FrozenLinear, MHLoRALinear, apply_mhlora, check_training, count_parameters,
                      freeze_rest, leaf_names, named_layers, replica_parameters)
@@ -252,6 +253,7 @@ def assemble(model, shape, optimizer, settings, process, checkpoint=None):
     if s.compile:  # block by block: all share one code, and per_layer steps after each block
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
+    check_training(model, optimizer)
     run.net, run.ddp_bytes = averaging(run)
     return run
 
@@ -545,8 +547,8 @@ def refuse_other_settings(settings, checkpoint):
     if settings.get('documents', True) is None:
         settings['documents'] = before.get('documents')
     for key in settings.keys() - before.keys() - MAY_CHANGE:
-        raise ValueError(f'the checkpoint was written by another script (it has no setting {key}): '
-                         'check --out_dir')
+        raise ValueError(f'the checkpoint was written by another script, or before there was a '
+                         f'setting {key}: check --out_dir, or add it to MAY_CHANGE in run.py')
     changed = [key for key, value in settings.items() if value != before.get(key, value)]
     for key in changed:
         if key not in MAY_CHANGE:
@@ -568,18 +570,12 @@ def start_run(settings, step):
     old files. With eval_only nothing that is there changes."""
     paths = {name: os.path.join(settings['out_dir'], name) for name in RUN_FILES}
     held = [path for path in paths.values() if os.path.exists(path)]
-    if settings['eval_only'] and settings['wandb_log']:
-        raise ValueError('eval_only=True writes no run to wandb: set wandb_log=False')
     if settings['eval_only']:
         if not held:
             write_json(paths['config.json'], settings)
         return
     if settings['wandb_log']:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError('wandb_log=True needs wandb: pip install wandb, or set it to '
-                             'False') from None
+        import wandb
         wandb.init(project='nanoLowRank', name=settings['out_dir'], config=settings)
     if is_run(settings['out_dir']):
         for name in filter(LEFTOVER.fullmatch, os.listdir(settings['out_dir'])):
@@ -687,7 +683,6 @@ class Meter:
         # losses, the last norm, skipped steps, bases that were not taken
         self.sums = torch.zeros(4, device=run.device)
         if run.rank == 0:
-            start_run(run.settings, step)
             ranks = '1 rank' if run.ranks == 1 else f'{run.ranks} ranks'
             print(f"{self.total:,} parameters, {self.trainable:,} trainable "
                   f"({counts['heads']:,} in heads), {items:,} {unit} a step, {more}{run.device}, "
@@ -717,8 +712,7 @@ class Meter:
 
     def line(self, step, lr):
         """Logs one line about the steps since the last line. Ends the run if a loss or a norm is
-        not finite, if every step of a float16 run overflows, or if no optimizer steps on a
-        trainable parameter."""
+        not finite, or if every step of a float16 run overflows."""
         run, sent = self.run, traffic['bytes'] - self.sent
         self.sums[0] /= self.steps
         self.sums[3].fill_(run.optimizer.kept_bases)  # an assigned number would come from the CPU
@@ -740,8 +734,6 @@ class Meter:
                 del record['gradient_norm']
             if record['loss_scale'] < 2**-14:  # 31 skipped in a row, from torch's first scale
                 refuse_non_finite(run, step, 'every gradient')
-        with refusals():
-            check_training(run.model, run.optimizer)
         self.log(step, record)
         self.restart()
 

@@ -435,7 +435,7 @@ def test_all_this_comes_before_torch_is_imported():
     wrong = subprocess.run([sys.executable, prepare.__file__, 'stdlb'], capture_output=True, text=True)
     assert wrong.returncode == 2 and not wrong.stdout and wrong.stderr.count('\n') == 1
     assert ran.stdout.startswith('Trains a vision transformer') and '\n# optimizer\n' in ran.stdout
-    assert "\nfactors = 'both'  # 'both' are trained; 'B' alone (LoRA-FA)" in ran.stdout
+    assert "\nfactors = 'both'  # 'both' A and B train; 'B' alone (LoRA-FA)" in ran.stdout
     assert ran.stdout.rstrip().endswith('wandb_log = False  # needs the package wandb')
 
 
@@ -458,6 +458,16 @@ def test_every_config_file_goes_with_every_method_it_has_a_rate_for():
     assert count > 40
 
 
+def test_a_mistake_in_code_is_no_refusal(capsys):
+    with pytest.raises(SystemExit), config.refusals():
+        raise ValueError(
+            'a sentence')
+    assert capsys.readouterr().err == 'error: a sentence\n'
+    for mistake in ("int('x')", 'a, b = (1,)'):
+        with pytest.raises(ValueError), config.refusals():
+            exec(mistake)
+
+
 def test_what_may_not_change_has_to_be_the_same_on_resume():
     checkpoint = {'settings': {**train_gpt.defaults, 'train': 'all'}, 'optimizer': {}}
     assert MAY_CHANGE <= {*train_gpt.defaults, *train_vit.defaults}
@@ -473,7 +483,7 @@ def test_what_may_not_change_has_to_be_the_same_on_resume():
         else:
             with pytest.raises(ValueError, match=f"trained with {key}=.*this run says 'something else'"):
                 refuse_other_settings(settings, checkpoint)
-    with pytest.raises(ValueError, match='another script .*n_mlp'):
+    with pytest.raises(ValueError, match='another script, .*n_mlp'):
         refuse_other_settings({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
 
 

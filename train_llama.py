@@ -107,7 +107,7 @@ from model import SIZES, Llama, LlamaConfig
 from ranks import mean, rows_of, shard, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
                  open_run, operations_of, put_layers, refuse_other_data, save, set_learning_rate,
-                 stop_requested, unscale)
+                 start_run, stop_requested, unscale)
 
 
 def build(settings, process, vocabulary, checkpoint=None, planned=None):
@@ -221,12 +221,12 @@ def evaluate(run, data):
 
 
 def main(settings):
-    s = SimpleNamespace(**settings)
     process = join(settings)
     with config.refusals():
         checkpoint = open_run(settings, process)
+        s = SimpleNamespace(**settings)  # without 'auto' now
         train_data, val_data = (
-            prepare.Tokens(s.dataset, split, s.block_size, s.data_dir, settings['documents'])
+            prepare.Tokens(s.dataset, split, s.block_size, s.data_dir, s.documents)
             for split in ('train', 'val'))
         settings['documents'] = train_data.documents
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
@@ -238,9 +238,10 @@ def main(settings):
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')
         tokens = s.batch_size * s.gradient_accumulation_steps * s.block_size
         operations = operations_of(run.model, s.block_size, run.model.config.n_embd)
-        meter = Meter(run, step, tokens, 'tokens', operations=operations)
-        if run.rank == 0:
+        if run.rank == 0:  # a fresh run removes the files of an older one here
+            start_run(settings, step)
             carry_along(settings)
+        meter = Meter(run, step, tokens, 'tokens', operations=operations)
     del checkpoint
 
     def batch(micro_step):

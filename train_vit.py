@@ -114,7 +114,7 @@ from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layer
 from ranks import load_weights, mean, rows_of, shard
 from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
                  make_optimizer, open_run, operations_of, refuse_other_data, save,
-                 set_learning_rate, stop_requested, unscale)
+                 set_learning_rate, start_run, stop_requested, unscale)
 
 # -----------------------------------------------------------------------------
 # images
@@ -387,10 +387,10 @@ def test(run, data, meter, step):
 
 
 def main(settings):
-    s = SimpleNamespace(**settings)
     process = join(settings)
     with config.refusals():
         checkpoint = open_run(settings, process)
+        s = SimpleNamespace(**settings)  # without 'auto' now
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
@@ -405,6 +405,8 @@ def main(settings):
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '
+        if run.rank == 0:  # a fresh run removes the files of an older one here
+            start_run(settings, step)
         meter = Meter(run, step, images, 'images', epochs, operations_of_image(run.model))
     del checkpoint
 

@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import difflib
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,12 +69,16 @@ def in_one_line(kind, error, trace):
 
 @contextlib.contextmanager
 def refusals():
-    """Calls `fail` if one of our functions (ValueError) or the disk (OSError) refuses something
-    while a run is set up."""
+    """Calls `fail` if a function (by `raise ValueError`) or the disk (OSError) refuses something
+    while a run is set up. A ValueError that no function raises is a mistake in code, and keeps its
+    traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        fail(str(error))
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        if isinstance(error, (OSError, UnicodeError)) or line.startswith('raise'):
+            fail(str(error))
+        raise
 
 
 # -----------------------------------------------------------------------------
@@ -358,6 +364,11 @@ CHECKS = (
      and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
      "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or "
      "train='all'"),
+    # the log
+    (lambda s: s.wandb_log and s.eval_only,
+     'eval_only=True writes no run to wandb: set wandb_log=False'),
+    (lambda s: s.wandb_log and not importlib.util.find_spec('wandb'),
+     'wandb_log=True needs wandb: pip install wandb, or set wandb_log=False'),
     # the optimizer
     (lambda s: (s.min_lr or 0) > s.learning_rate,
      'the learning rate would rise from {learning_rate} to min_lr={min_lr}: set a min_lr below it'),

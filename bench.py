@@ -726,7 +726,8 @@ def plan(words, budget, ranks=1):
         name = Path(path).stem
         try:
             with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-                settings = config.load({}, known, [*words, path, '--learning_rate=1'])
+                with contextlib.redirect_stdout(None):  # a table is printed
+                    settings = config.load({}, known, [*words, path, '--learning_rate=1'])
                 settings.update(device='cpu', dtype='bfloat16', compile=False)
                 with watched():
                     full = {**settings, 'lowrank': '', 'optimizer': 'adamw'}

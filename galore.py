@@ -21,12 +21,12 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
-from ranks import (cards_are_alike, coded_mean, coded_same, finish_sum, first_here, full,
+from ranks import (all_rows, cards_are_alike, coded_mean, coded_same, finish_sum, first_here,
                    gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
                    per_rank_tensors, rank_and_world, rows_here, same)
 from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time,
                    fused_adam_, in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
-                   orthogonalised, read_moments, rows_of_shape, step_, wide, write_moments)
+                   orthogonalised, read_moments, rows_of_shape, step_, sum_dtype, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
 
@@ -47,7 +47,7 @@ def orthonormal(Y):
     triangle's diagonal is made positive, so that they are unique. If Y has inf or NaN, zeros take
     its place: LAPACK gets finite numbers only."""
     Y = torch.where(torch.isfinite(Y).all(), Y, 0)
-    Q, triangle = torch.linalg.qr(Y.to(wide(Y)))
+    Q, triangle = torch.linalg.qr(Y.to(sum_dtype(Y)))
     signs = torch.where(triangle.diagonal() < 0, -1, 1)
     return (Q * signs).to(Y.dtype)
 
@@ -79,7 +79,7 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
     tall = G.mT if transposed else G  # (long, short)
     if basis == 'svd':  # of G itself, as in galore-torch: signs of its transpose may be others
-        finite_G = torch.where(finite, G, 0).to(wide(G))
+        finite_G = torch.where(finite, G, 0).to(sum_dtype(G))
         U, _, Vh = torch.linalg.svd(finite_G, full_matrices=False)
         new = U[:, :rank] if transposed else Vh[:rank].mT
     elif basis == 'power':
@@ -535,10 +535,10 @@ class LowRankAdamW(GaLoreAdamW):
     move of R goes straight into W; with a merge every T steps (GaLoLTE) it goes into the factor,
     and sync_moments averages first moments over heads and ranks after a merge, so that heads drift
     apart less. rule: one of rules.INSIDE, 'galore' (Adam) or 'muon', with `momentum` (0 keeps no
-    moment). Groups: see `param_groups`. scale multiplies lr inside a basis; eps is 1e-6 there, as
-    in galore-torch. state_bits, per_layer: see GaLoreAdamW. sync_bits: below 32, averages of split
-    heads are sent in few bits. A layer takes a new basis every basis_every steps, one block of the
-    model after the other, and its moments are rotated to it:
+    moment). Groups: see `param_groups`. scale multiplies lr inside a basis (None: 0.25, for Muon
+    1); eps is 1e-6 there, as in galore-torch. state_bits, per_layer: see GaLoreAdamW. sync_bits:
+    below 32, averages of split heads are sent in few bits. A layer takes a new basis every
+    basis_every steps, one block of the model after the other, and its moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.
@@ -548,7 +548,7 @@ class LowRankAdamW(GaLoreAdamW):
     new basis would rotate what is not merged.
     """
 
-    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=0.25,
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=None,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0,
                  per_layer=False, sync_bits=32, sync_moments=True, momentum=0.95, compile=None):
         if rule not in INSIDE:
@@ -559,8 +559,14 @@ class LowRankAdamW(GaLoreAdamW):
             raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' "
                              "never form: set basis='sketch' or 'random', or train without such "
                              "layers by GaLoreAdamW (optimizer='galore')")
-        found = {name: layer for name, layer in named_layers(model).items()
-                 if layer.factors == 'basis' and layer.factor.requires_grad}
+        in_basis = {name: layer for name, layer in named_layers(model).items()
+                    if layer.factors == 'basis'}
+        if rule != 'galore' and not in_basis:
+            raise ValueError(f"{rule=} is for layers with factors='basis', and the model has none: "
+                             'call apply_mhlora before')
+        if scale is None:
+            scale = 1.0 if rule in ORTHOGONAL else 0.25
+        found = {name: layer for name, layer in in_basis.items() if layer.factor.requires_grad}
         for layer in found.values():
             if basis_every % layer.merge_every:
                 raise ValueError(f'{basis_every=} is no multiple of merge_every='
@@ -581,6 +587,9 @@ class LowRankAdamW(GaLoreAdamW):
                            'param_names': [names[p] for p in self.layers],
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
                            'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
+        if not groups:
+            raise ValueError('nothing is to train: all parameters are frozen (freeze_rest freezes '
+                             'what GaLore trains, too)')
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
                          per_rank=per_rank_tensors(lowrank_layers(model)), compile=compile)
 
@@ -622,7 +631,7 @@ class LowRankAdamW(GaLoreAdamW):
     def _refresh(self, p, layer, state):
         """A new basis (short, r) for a layer, the same bits on all ranks; moments are rotated to
         it."""
-        old = full(layer.basis)  # (short, r)
+        old = all_rows(layer.basis)  # (short, r)
         if self.basis == 'random' or not state['bases']:  # nothing is known of gradients yet
             seed = self._seed(p, state['bases'])
             new = orthonormal(gaussian(*old.shape, layer.basis, seed))
@@ -655,7 +664,7 @@ class LowRankAdamW(GaLoreAdamW):
     def _rotate_moments(self, p, state, old, new):
         """Rotates moments from the old basis to the new one: M C and V (C * C), C = old^T new
         (r, r). V (C * C) assumes that coordinates are uncorrelated."""
-        C = old.mT.to(wide(old)) @ new.to(wide(old))  # (r, r)
+        C = old.mT.to(sum_dtype(old)) @ new.to(sum_dtype(old))  # (r, r)
         if 'exp_avg' in state:
             moments = [x.view(local(p).shape) for x in read_moments(state)]  # (long, r)
             # of Muon there is the first one alone
@@ -741,7 +750,7 @@ class LowRankAdamW(GaLoreAdamW):
     def _apply(self, layer, U, lr, keep, key, compile):
         """W <- keep W - lr U Q^T, for this rank's rows of W, from its rows of U."""
         W, transposed = layer.weight, is_transposed(layer.weight.shape)
-        basis = local(layer.basis) if transposed else full(layer.basis)
+        basis = local(layer.basis) if transposed else all_rows(layer.basis)
         if is_sharded(W) and transposed:  # rows of W are rows of the basis, not of U
             U = gather_rows(U, W.shape[1])
         add_(local(W), U, basis, transposed, lr, keep, key, first_here(W), layer.scales_here,

@@ -31,10 +31,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ranks import (average_replica, averaged_copy, coded_mean, error_of, first_here, full, gather,
-                   gather_rows, in_global_order, is_sharded, local, mean, rank_and_world, rows_here,
-                   scatter_gradient)
-from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, wide
+from ranks import (all_rows, average_replica, averaged_copy, coded_mean, error_of, first_here,
+                   gather, gather_rows, in_global_order, is_sharded, local, mean, rank_and_world,
+                   rows_here, scatter_gradient)
+from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, sum_dtype
 
 
 # -----------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
     u = u.view(sequences, tokens, u.shape[1])
     vQ = vQ.view(sequences, tokens, rank)
     # each u_i is scaled to length one: in float16, too, its squares stay in the dtype's range
-    size = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=wide(u))
+    size = torch.linalg.vector_norm(u.flatten(1), dim=1, dtype=sum_dtype(u))
     size = size.clamp(torch.finfo(u.dtype).tiny, torch.finfo(u.dtype).max)
     size = size[:, None, None]  # (sequences, 1, 1)
     unit = u / size.to(u.dtype)
@@ -148,7 +148,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
         w = torch.bmm(unit.mT, vQ)  # (sequences, long, r), G_i Q / size
         w = torch.bmm(unit, w)
     # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): the first of the two orders does not form G_i Q
-    square = (vQ.to(wide(u)) * w).sum((1, 2), keepdim=True)
+    square = (vQ.to(sum_dtype(u)) * w).sum((1, 2), keepdim=True)
     norm = square.clamp_min(1e-30).sqrt()
     w = w / norm * (size * parts)
     w = w.to(unit.dtype)
@@ -386,7 +386,7 @@ class MHLoRALinear(FrozenLinear):
         here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]  # their numbers
         gain = math.sqrt(self.in_features / self.rank)
         for head in range(self.heads):  # every rank draws all: the same on any number of ranks
-            drawn = torch.empty(A.shape[1:], dtype=wide(A))  # QR needs it
+            drawn = torch.empty(A.shape[1:], dtype=sum_dtype(A))  # QR needs it
             nn.init.orthogonal_(drawn, gain, generator=generator)
             if head in here:
                 A[here.index(head)].copy_(drawn)
@@ -451,10 +451,10 @@ class MHLoRALinear(FrozenLinear):
         average of all factors or a given one. All ranks take part, and get the same bits."""
         if self.factors == 'basis':
             if factor is None:
-                factor = full(self.factor.detach())  # (heads here, long, r)
-                factor = mean(factor.to(wide(factor)).mean(0), self.workers)
+                factor = all_rows(self.factor.detach())  # (heads here, long, r)
+                factor = mean(factor.to(sum_dtype(factor)).mean(0), self.workers)
             return self.pair(factor)
-        pair = map(full, self.pair())
+        pair = map(all_rows, self.pair())
         if self.workers > 1:  # one order on any number of ranks, as sums are rounded
             pair = (in_global_order(gather(x)) for x in pair)
         return tuple(map(side_by_side, pair))
@@ -500,7 +500,7 @@ class MHLoRALinear(FrozenLinear):
     def ask_sketch(self, parts=1, sums=None):
         """Until `sketch` is None again, backward passes add `second_moment` to sketch.grad (parts,
         short, r). It begins at zero, or at `sums`. parts: 1, or one for each head here."""
-        zero = local(self.basis).new_zeros((), dtype=wide(self.basis))
+        zero = local(self.basis).new_zeros((), dtype=sum_dtype(self.basis))
         leaf = zero.expand(parts, *self.basis.shape)  # of no memory, as nobody reads it
         self.sketch = leaf.requires_grad_()
         self.sketch.grad = torch.zeros_like(leaf) if sums is None else sums.to(zero.dtype)
@@ -893,7 +893,8 @@ def clip_gradients(model, max_norm):
         squares = mean(norms.square()).mul_(rank_and_world()[1])
         norms = squares.sqrt()
     if heads:
-        of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=wide(p.grad)) for p in heads]
+        of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=sum_dtype(p.grad))
+                    for p in heads]
         of_heads = torch.stack(of_heads).norm(dim=0)  # (heads here,)
         norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads here,)
     if max_norm:

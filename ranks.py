@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rules import code_, in_blocks, orthogonalised, pack, unpack, wide
+from rules import code_, in_blocks, orthogonalised, pack, sum_dtype, unpack
 
 FORMAT = 7  # of checkpoints
 
@@ -113,7 +113,7 @@ def exchanged(x):
 
 def averaged_copy(p):
     """A copy of a parameter, averaged over ranks, in float32 or wider."""
-    return mean(p.detach().to(wide(p), copy=True))
+    return mean(p.detach().to(sum_dtype(p), copy=True))
 
 
 def in_global_order(x):
@@ -165,7 +165,7 @@ def coded_mean(x, bits, world=1, error=None):
     error, like x: earlier rounding errors, which are added to x and replaced by the new ones (error
     feedback, Seide et al., 2014). A rank also keeps the error of the average that it has rounded.
     """
-    heads_here, numbers, dtype = len(x), x[0].numel(), wide(x)
+    heads_here, numbers, dtype = len(x), x[0].numel(), sum_dtype(x)
     heads = heads_here * world
     value = x.to(dtype)
     if error is not None:
@@ -196,7 +196,7 @@ def mean_at(target, x, world):
     """The average (...) of x (heads here, ...) over the heads of `world` ranks, on rank `target`;
     on others the result means nothing. A number takes 6 bits, and its rounding error 6 more: with 6
     alone large directions of a sketch would hide others."""
-    numbers, dtype = x[0].numel(), wide(x)
+    numbers, dtype = x[0].numel(), sum_dtype(x)
     value = in_blocks(x.reshape(len(x), numbers).to(dtype))  # (heads here, 1, blocks, 64)
     codes = pack(value, 6)
     codes_of_left = pack(value - unpack(codes, dtype), 6)
@@ -218,7 +218,7 @@ def coded_same(source, x, bits):
 def error_of(p, state):
     """The rounding error of a parameter's averages in few bits, from its state; zeros at first."""
     if 'error' not in state:
-        state['error'] = torch.zeros_like(p, dtype=wide(p))
+        state['error'] = torch.zeros_like(p, dtype=sum_dtype(p))
     return state['error']
 
 
@@ -228,7 +228,7 @@ def average_replica(p, bits, state):
     change since the last average, which all ranks keep as `common` in its state."""
     if bits == 32 or 'common' not in state:
         return averaged_copy(p)
-    change = p.to(wide(p)) - state['common']
+    change = p.to(sum_dtype(p)) - state['common']
     error = error_of(p, state)
     return coded_mean(change[None], bits, rank_and_world()[1], error[None]).add_(state['common'])
 
@@ -281,7 +281,7 @@ def gather_rows(rows, size):
     return gather(padded_rows(rows, size)).flatten(0, 1)[:size]
 
 
-def full(x):
+def all_rows(x):
     """All rows of a sharded tensor, on every rank; any other as it is."""
     return gather_rows(x.to_local(), len(x)) if is_sharded(x) else x
 

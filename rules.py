@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensor
 from torch.optim.adamw import adamw
 
 
-def wide(x):
+def sum_dtype(x):
     """A tensor's dtype, or float32, whichever is wider: what sums are computed in."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -459,7 +459,7 @@ def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
     with 8, vectors and matrices with short rows get 32. names: both moments, or the first alone."""
     leading, n = rows_of_shape(like.shape)
     is_coded = bits == 8 and like.dim() > 1 and n >= SHORTEST
-    dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, wide(like))
+    dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, sum_dtype(like))
     for name in names:
         if is_coded:
             tops = *leading, -(-n // BLOCK)
@@ -545,7 +545,7 @@ def adam_rows(p, grad, M, M_top, V, V_top, numbers, start, to_nearest):
     the gradient). to_nearest: a bfloat16 M is rounded to the nearest, not at random."""
     lr, keep, beta1, rest1, beta2, rest2, eps, shift = numbers  # rest1: 1 - beta1
     bits = random_bits(p, start)
-    m, v = read(M, M_top, wide(p)), read(V, V_top, wide(p))
+    m, v = read(M, M_top, sum_dtype(p)), read(V, V_top, sum_dtype(p))
     g = (p if grad is None else grad).to(v.dtype)
     m.mul_(beta1).add_(g * rest1)
     v.mul_(beta2).add_((g * g).mul_(rest2))
@@ -616,7 +616,7 @@ def adam(G, state, group, key=0, first=0):
 
 
 def norm(x, dim):
-    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=wide(x))
+    return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=sum_dtype(x))
 
 
 def adam_rate(R, N, state, group, dim):
@@ -684,7 +684,7 @@ def average_rows(out, G, M, M_top, numbers, start, to_nearest, ahead):
     again (Nesterov)."""
     momentum, rest, shift = numbers  # rest: 1 - momentum
     bits = None if to_nearest else random_bits(M, start)
-    m = read(M, M_top, wide(G))
+    m = read(M, M_top, sum_dtype(G))
     new = G.to(m.dtype) * rest
     m.mul_(momentum).add_(new)
     out.copy_(m.mul(momentum).add_(new) if ahead else m)
@@ -697,7 +697,7 @@ def averaged(G, state, group, key=0, first=0, ahead=False):
     see `average_rows`, in the dtype of Muon's products. With momentum 0 it is G, and there is no
     state.
     """
-    momentum, dtype = group['momentum'], dtype_of_muon(G) if ahead else wide(G)
+    momentum, dtype = group['momentum'], dtype_of_muon(G) if ahead else sum_dtype(G)
     if not momentum:  # a run may have had one before it was resumed
         state.pop('exp_avg', None)
         state.pop('exp_avg_top', None)

@@ -458,6 +458,26 @@ def test_every_config_file_goes_with_every_method_it_has_a_rate_for():
     assert count > 40
 
 
+def test_optimizers_are_those_of_the_methods_and_do_what_these_use():
+    for name, path in FILES.items():
+        own = {'optimizer': 'adamw', 'lowrank': '', **config.defaults(runpy.run_path(path))}
+        uses = {'momentum'} & own.keys()
+        if own['lowrank'] and own['factors'] == 'basis':
+            uses.add('basis')
+        elif 'rank' in own and not own['lowrank']:
+            uses.add('rank')
+        assert uses <= config.USES[own['optimizer']], name
+    assert {*config.USES} == {*rules.PROJECTED, *rules.FULL, 'adamw'}
+
+
+def test_what_tables_set_and_whose_rate_it_is_is_said(capsys):
+    files = [f'{HERE}/config/quickstart.py', FILES['galore']]
+    settings_of(train_gpt, *files, '--learning_rate=0.5')
+    assert capsys.readouterr().out == "of the tables for galore: rank=32, basis_every=50, beta2=0.999\n"
+    settings_of(train_gpt, FILES['galore'])
+    assert capsys.readouterr().out == "learning_rate=0.0006 is the script's own, for full rank: set one for galore\n"
+
+
 def test_a_mistake_in_code_is_no_refusal(capsys):
     with pytest.raises(SystemExit), config.refusals():
         raise ValueError(
@@ -1626,6 +1646,8 @@ def dropin(**group):
 LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(tiny_gpt(), ('q_proj',)), 'c_attn, c_fc, c_proj, lm_head'),
     (lambda: put(tiny_gpt(), rank=17), 'between 1 and 16'),
+    (lambda: galore.LowRankAdamW(put(linears()), rule='muon'), 'the model has none'),
+    (lambda: galore.LowRankAdamW(linears().requires_grad_(False)), 'all parameters are frozen'),
     (lambda: put(tiny_vit(), ['q_proj']), 'qkv'),
     (lambda: put(linears(), 'attn'), "targets='attn' is a string"),
     (lambda: put(linears(attn=encoder_layer()), ('linear1',)), 'TransformerEncoderLayer'),
@@ -4999,7 +5021,7 @@ def shards_of_a_block_that_is_called_twice():
             optimizer.step()
             optimizer.zero_grad()
     for name, x in two.state_dict().items():
-        close(processes.full(x), one.state_dict()[name], 1e-12)
+        close(processes.all_rows(x), one.state_dict()[name], 1e-12)
     lowrank.check_training(two, optimizers[1])
     for place in ('blocks.1.mlp', 'out'):
         tied = Twice()

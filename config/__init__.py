@@ -127,6 +127,10 @@ def load(namespace, known, argv):
 
     found = {**plain, **chosen, **typed_in}  # {key: (value, where it stands)}
     settings = {**known, **{key: value for key, (value, _) in found.items()}}
+    is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    from_tables = [f'{key}={value!r}' for key, (value, _) in chosen.items() if key not in typed_in]
+    if from_tables and is_first:
+        print(f"of the tables for {method}: {', '.join(from_tables)}")
     s = check(settings, known, {key: where for key, (_, where) in found.items()})
     # a method that says nothing of lowrank has none
     lacking = [key for key in tables
@@ -143,6 +147,9 @@ def load(namespace, known, argv):
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {chosen['learning_rate'][1]} is that of full rank, and this run is "
              'not: give a file of a folder called methods, or set --learning_rate=')
+    if method != 'full' and 'learning_rate' not in found and is_first:
+        print(f"learning_rate={settings['learning_rate']:g} is the script's own, for full rank: "
+              f'set one for {method}')
     if settings.get('min_lr', 0) is None:
         settings['min_lr'] = settings['learning_rate'] / 10
     return settings
@@ -279,7 +286,14 @@ LEAST |= dict.fromkeys((
     'warmup_iters', 'rewarm_iters', 'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1',
     'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
+# what an optimizer does: 'rank', it projects full gradients; 'basis', it steps in that of a layer;
+# 'momentum', it has one. A new rule is a new row
+USES = {
+    'adamw': {'basis'}, 'galore': {'rank'}, 'fira': {'rank'}, 'apollo': {'rank'}, 'scale': set(),
+    'muon': {'basis', 'momentum'}}
+
 CHOICES = dict(
+    optimizer=tuple(USES),
     factors=('both', 'B', 'basis'), train=('auto', 'all', 'factors', 'classifier'),
     sync=('step', 'merge'), basis=('sketch', 'power', 'svd', 'random'),
     frozen_bits=(None, 4), param_bits=(None, 8), state_bits=(None, 32, 16, 8),
@@ -396,7 +410,7 @@ def check(settings, known, given):
     Ends the process where settings make no sense, alone or together.
 
     given: {key: where it was set}. Returns the settings as attributes, with dropout and epochs if a
-    script has none, vit (whether it is for images), uses (see `optimizers`), ranks (of torchrun).
+    script has none, vit (whether it is for images), uses (of USES), ranks (of torchrun).
     """
     for key, least in LEAST.items():
         if settings.get(key) is not None and not settings[key] >= least:  # nor nan
@@ -408,14 +422,7 @@ def check(settings, known, given):
         if key in settings and settings[key] not in allowed:
             fail(f'{key}={repr(settings[key])[:80]} is not known: set one of '
                  f"{', '.join(map(repr, allowed))}")
-    uses = ()
-    if 'optimizer' in settings:
-        found, name = optimizers(known), settings['optimizer']
-        if name not in found:
-            fail(f'optimizer={name!r} is not known: set one of '
-                 f"{', '.join(map(repr, sorted(found)))}, or add a file to config/methods that "
-                 'sets it')
-        uses = found[name]
+    uses = USES.get(settings.get('optimizer'), ())
     s = SimpleNamespace(**{'dropout': 0.0, 'epochs': 0, **settings}, vit='epochs' in settings,
                         uses=uses, ranks=int(os.environ.get('WORLD_SIZE', 1)))
     if 'lowrank' not in settings:  # sample.py, export.py
@@ -434,23 +441,6 @@ def without_effect(key, s):
     for keys, acts, words in EFFECT:
         if key in keys.split() and not acts(s):
             return words
-
-
-def optimizers(known):
-    """Returns {name of an optimizer: how files of config/methods use it}, a set of 'rank' (it
-    projects full gradients), 'basis' (it steps in a layer's basis), 'momentum' (it has one)."""
-    found = {'adamw': {'basis'}, 'galore': {'rank'}}  # of the drop-in there is no file
-    for path in METHODS.glob('*.py'):
-        method = {'lowrank': '', 'factors': '', 'optimizer': 'adamw'}
-        method.update(run_file(str(path), known, {}))
-        uses = found.setdefault(method['optimizer'], set())
-        if method['lowrank'] and method['factors'] == 'basis':
-            uses.add('basis')
-        elif 'rank' in method and not method['lowrank']:
-            uses.add('rank')
-        if 'momentum' in method:
-            uses.add('momentum')
-    return found
 
 
 # -----------------------------------------------------------------------------

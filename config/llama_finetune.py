@@ -3,7 +3,7 @@
 # SmolLM2-135M, Vim's manual, 100 steps of 256 tokens: 3.60 to 2.70 (lora at 5e-4) and 2.80 (galore at 1e-3)
 # 7B by lora in 16 GiB, planned, --param_dtype=bfloat16 --checkpointing=True: --batch_size=3
 # and in 12 GiB, with --frozen_bits=4, too: --batch_size=29
-out_dir = 'out/llama_finetune'
+out_dir, init_from = 'out/llama_finetune', 'HuggingFaceTB/SmolLM2-135M'
 block_size, batch_size, gradient_accumulation_steps = 512, 4, 4
 max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 500, 100, 20, 10, 20
 rank = {'lora': 16, 'lora_fa': 16, 'mhlora': 4, 'lte': 4, 'relora': 16, 'galore': 128, 'galore_lean': 128,

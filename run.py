@@ -772,19 +772,20 @@ class Meter:
         """Prints the last lines of a run, draws its curve, and ends what `open_run` and `join`
         began. best: the best value, in words."""
         s = self.run.s
+        longer = 'epochs' if self.run.settings.get('epochs') else 'max_iters'
         self.progress.close()
         if self.run.rank == 0 and step > self.start:
             words = f'{s.out_dir}/ckpt.pt holds step {self.run.saved}'
             if os.path.exists(f'{s.out_dir}/best.pt'):  # not before a first evaluation
                 words += f', {best}'
-            print(f'{words}; --init_from=resume goes on')
+            more = f', with more {longer},' if step >= s.max_iters else ''
+            print(f'{words}; --init_from=resume{more} goes on')
             if draw_curve(s.out_dir):
                 print(f'{s.out_dir}/curve.png shows the losses')
             if self.unit == 'tokens':
                 print(f'next: python sample.py --out_dir={s.out_dir}, or another file of '
                       'config/methods and --out_dir')
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
-            longer = 'epochs' if self.run.settings.get('epochs') else 'max_iters'
             print(f'step {step} of {s.max_iters}: nothing to train, raise {longer} to go on')
         unlock()
         if dist.is_initialized():

@@ -709,7 +709,7 @@ def plan(words, budget, ranks=1):
     Files of config/methods are the methods to plan; without any, all methods are planned that the
     settings allow.
     """
-    size = re.fullmatch(r'([\d.e-]+)(GiB|GB|MiB)', budget)
+    size = re.fullmatch(r'(\d+\.?\d*(?:e-?\d+)?)(GiB|GB|MiB)', budget)
     if not size:
         config.fail(f'--budget={budget} is no number with a unit: write --budget=12GiB or 12GB')
     if ranks > 1 and torch.__version__ < (2, 13):
@@ -1152,8 +1152,8 @@ def beside_fake_card(code, word=''):
         command = ['g++', '-std=c++20', '-shared', '-fPIC', '-w', source, '-o', library]
         command += [f'-I{root}/include', f'-L{root}/lib', '-lc10', '-ltorch_cpu']
         subprocess.run([*command, f'-Wl,-rpath,{root}/lib'], check=True)
-        process = subprocess.Popen([sys.executable, '-c', code, library, word], cwd=HERE,
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, '-c', code, library, word],
+                                   cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
         with process:
             yield from process.stdout
         if process.returncode:

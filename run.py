@@ -231,7 +231,8 @@ def assemble(model, shape, optimizer, settings, process, checkpoint=None):
     Returns the `Run` of a model and an optimizer; it goes on from a checkpoint if one is given.
 
     shape: see `Run`; process: from `join`. If settings say so it compiles blocks; `averaging` may
-    put DDP around the model. ValueError: another model's checkpoint, or loaded inf or nan.
+    put DDP around the model. ValueError: another model's checkpoint, loaded inf or nan, or a
+    parameter that no optimizer steps on.
     """
     s = SimpleNamespace(**settings)
     scales = process.compute == 'float16'

@@ -467,7 +467,7 @@ def test_optimizers_are_those_of_the_methods_and_do_what_these_use():
         elif 'rank' in own and not own['lowrank']:
             uses.add('rank')
         assert uses <= config.USES[own['optimizer']], name
-    assert {*config.USES} == {*rules.PROJECTED, *rules.FULL, 'adamw'}
+    assert {*config.USES} == {*rules.PROJECTED, *rules.FULL, *rules.INSIDE, 'adamw'}
 
 
 def test_what_tables_set_and_whose_rate_it_is_is_said(capsys):

@@ -71,7 +71,7 @@ optimizer = 'adamw'  # or, on full gradients, 'galore' (the drop-in), 'fira', 'a
 basis = 'sketch'  # in layers 'sketch' or 'random'; of full gradients 'svd' (exact), 'power'
 #                   (subspace iteration) or 'random'
 basis_every = 200  # steps between two bases of a matrix; the blocks of a model take turns
-scale = 0.25  # multiplies the learning rate of what steps inside a basis
+scale = 0.25  # multiplies the learning rate of what steps inside a basis; Muon's methods have 1
 momentum = 0.95  # of Muon; 0: no moment of its matrices is kept
 state_bits = None  # of the moments: 32, 16, or 8 (a scale for each block); None: as the weights
 shard = False  # True: each rank holds its rows of every weight, gradient and moment (FSDP2)
@@ -390,7 +390,7 @@ def main(settings):
     process = join(settings)
     with config.refusals():
         checkpoint = open_run(settings, process)
-        s = SimpleNamespace(**settings)  # without 'auto' now
+        s = SimpleNamespace(**settings)  # open_run has settled init_from
         train_data, val_data, test_data = (prepare.Images(s.dataset, split, s.data_dir)
                                            for split in ('train', 'val', 'test'))
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)

@@ -263,8 +263,9 @@ CONTROLS = {
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
                       for rate in (1.6e-2, 3.2e-2))]}
-# AdamW is tuned at 80 bytes a parameter, too: (rate, decay)
-TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)]}
+# Two are tuned at 80 bytes a parameter, too: (rate, decay)
+TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
+               'muon': [(1.6e-2, 0.1), (8e-3, 0.1), (3.2e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
 # luck of a seed, so its second best and a lower one are judged, too
@@ -273,7 +274,7 @@ JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80), (8e-3, 0.1, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
-    'galore, rank=48': [(8e-2, 0.1, 5, 20)],
+    'galore, rank=48': [(8e-2, 0.1, 5, 20, 80)],
     'muon_lean': [(6.4e-2, 0.1, 5, 20)]}
 
 

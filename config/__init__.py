@@ -147,7 +147,8 @@ def load(namespace, known, argv):
             and (settings['lowrank'] or settings['optimizer'] != 'adamw'):
         fail(f"learning_rate {chosen['learning_rate'][1]} is that of full rank, and this run is "
              'not: give a file of a folder called methods, or set --learning_rate=')
-    if method != 'full' and 'learning_rate' not in found and is_first:
+    trains = 'learning_rate' in known and not settings.get('eval_only')
+    if method != 'full' and trains and 'learning_rate' not in found and is_first:
         print(f"learning_rate={settings['learning_rate']:g} is the script's own, for full rank: "
               f'set one for {method}')
     if settings.get('min_lr', 0) is None:
@@ -381,7 +382,7 @@ CHECKS = (
     # the log
     (lambda s: s.wandb_log and s.eval_only,
      'eval_only=True writes no run to wandb: set wandb_log=False'),
-    (lambda s: s.wandb_log and not importlib.util.find_spec('wandb'),
+    (lambda s: s.wandb_log and not is_installed('wandb'),
      'wandb_log=True needs wandb: pip install wandb, or set wandb_log=False'),
     # the optimizer
     (lambda s: (s.min_lr or 0) > s.learning_rate,
@@ -403,6 +404,11 @@ CHECKS = (
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
      "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or "
      'shard=False'))
+
+
+def is_installed(package):
+    """Whether a package is there; a folder of that name, as wandb leaves one, is none."""
+    return getattr(importlib.util.find_spec(package), 'origin', None) is not None
 
 
 def check(settings, known, given):

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from measure import ADAPT, PARAMETERS, TRAININGS, by_method, lasting, sending
+from measure import ADAPT, FRESH, PARAMETERS, TRAININGS, by_method, lasting, sending
 from bench import kept, read_lines, title  # measure has put its folder on the path
 
 HERE = Path(__file__).resolve().parent
@@ -115,10 +115,10 @@ def best_of(cells):
 
 def seconds_of_steps(name):
     """
-    {method: seconds of a step (of one process that does the work of all workers, of each of four)}.
+    Returns {method: seconds of a step (of one process with the work of all workers, of each of 4)}.
 
-    They are those of the first method times the ratio to it. What Muon of whole matrices adds to
-    the first is each worker's own work.
+    Seconds are the first method's, times the ratio to it. What Muon on whole matrices adds to the
+    first method's time is not divided among workers: each does it all.
     """
     cells, found = kept(f'{name}_time'), {}
     settings = {about['method']: s for about, s in by_method(name)}
@@ -136,8 +136,8 @@ def sent(model, cell):
 
 
 def all_state(model, cell):
-    """Megabytes of a training's optimizer state, bases included, of all workers; the log has those
-    of one process, and not those that a merge with a reset has just dropped."""
+    """Returns megabytes of optimizer state, bases included, of all workers. The log has only those
+    of one process, and lacks the moments that a merge with a reset has just dropped."""
     s, state = cell['settings'], cell['optimizer_state_bytes'] / 1e6
     if s.get('merge_reset'):
         return 8 * cell['trainable_parameters'] / 1e6
@@ -339,6 +339,29 @@ def draw_layers():
                  title='four split heads on these layers')
 
 
+def draw_length(methods):
+    """Draws the loss at the end of a training against its length; and, against optimizer state, the
+    bytes that AdamW needs for a method's loss at 20 bytes a parameter, divided by these bytes."""
+    found, means = judges(), curves()
+    colors = matplotlib.colormaps['tab10'].colors
+    with picture('length', (10.5, 5), (1, 2)) as ((left, right),):
+        for number, name in enumerate(methods):
+            mine, look = means[name], dict(marker='os^vDP'[number], color=colors[number])
+            ranges = [losses(found[times][name]) for times in mine]
+            left.errorbar([*mine], [*mine.values()], bars(mine.values(), ranges), capsize=3, lw=1,
+                          **look)
+            sign, theirs = bytes_for(mine[20], means['full'])
+            state = found[20][name][0]['optimizer_state_bytes'] / 1e6
+            right.plot(state, theirs / 20, ms=9, ls='', label=name, **look)
+            if sign:
+                right.annotate(sign, (state, theirs / 20), (-14, -4), textcoords='offset points')
+        on_log(left.xaxis, *FRESH)
+        on_log(right.xaxis, 0.1, 0.2, 0.5, 1, 2, 4)
+        left.set(xlabel='bytes a parameter', ylabel='validation loss, nats a byte')
+        right.set(xlabel='MB of optimizer state', ylim=(0, None),
+                  ylabel="AdamW's bytes for the same loss, over its own")
+
+
 # -----------------------------------------------------------------------------
 # tables
 
@@ -464,10 +487,12 @@ def eight_rows():
 
 
 def tuning():
-    """Trainings at 20 bytes a parameter, of the usual batch, that tune."""
+    """Trainings at 20 bytes a parameter, of the usual batch, that tune; none in a basis of all
+    directions."""
     usual = lasting(20)
     return [cell for cell in trained('twenty') if 'seed' not in cell['run']
-            and {**cell['run'], **usual} == cell['run']]
+            and {**cell['run'], **usual} == cell['run']
+            and cell['settings'].get('rank') != usual['n_embd']]
 
 
 def twenty_rows():
@@ -496,12 +521,21 @@ def judges():
     cells = [cell for cell in trained('twenty') if 'seed' in cell['run']]
     return {times: best_of(cell for cell in cells
                            if cell['run']['max_iters'] == lasting(times)['max_iters'])
-            for times in (5, 20)}
+            for times in FRESH}
+
+
+def curves():
+    """{method: {bytes a parameter: mean loss of the seeds that judge}}."""
+    found = {}
+    for times, methods in judges().items():
+        for name, cells in methods.items():
+            found.setdefault(name, {})[times] = mean_loss(cells)
+    return found
 
 
 def bytes_for(loss, curve):
-    """('', after how many bytes a parameter a curve comes to a loss): between two lengths losses
-    are linear in the logarithm. ('<', the first) or ('>', the last) where it is outside."""
+    """Returns ('', the bytes a parameter at which a curve reaches a loss): between two lengths the
+    loss is linear in their logarithm. Outside: ('<', the first length) or ('>', the last one)."""
     points = sorted(curve.items())
     if loss > points[0][1]:
         return '<', points[0][0]
@@ -514,20 +548,22 @@ def bytes_for(loss, curve):
 
 def judged_rows():
     """Methods by their loss at 20 bytes a parameter: what the fresh seeds say."""
-    found = judges()
+    found, means = judges(), curves()
+    full = found[20]['full']
     times = {cell['method']: cell['to_full'] for cell in kept('speed', of='twenty')}
     peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
     for name, mine in sorted(found[20].items(), key=lambda pair: mean_loss(pair[1])):
         less = []
         for cells in found.values():
-            difference, error = less_than(cells[name], cells['full'])
-            less.append(f'{difference} ({error})')
-        curve = {length: mean_loss(cells[name]) for length, cells in found.items()}
-        sign, length = bytes_for(mean_loss(found[20]['full']), curve)
-        share = length / 20  # of AdamW's bytes
-        yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)),
-               *(less if name != 'full' else ['', '']), f'{sign}{share:.2f}',
-               f'{sign}{share * times[name]:.2f}',
+            words = ''
+            if name in cells and name != 'full':
+                difference, error = less_than(cells[name], cells['full'])
+                words = f"{difference} ({error or 'one seed'})"
+            less.append(words)
+        sign, theirs = bytes_for(means[name][20], means['full'])
+        below, own = bytes_for(mean_loss(full), means[name])
+        yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
+               f'{sign}{theirs / 20:.2f}', f'{below}{own / 20 * times[name]:.2f}',
                f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB", f'{peaks[name]:.0f} MB')
 
 
@@ -573,8 +609,8 @@ def renew_tables():
     head = ('method', 'bytes a parameter', 'a step', 'decay', 'least loss',
             'losses at learning rates')
     renew('README.md', 'twenty', head, twenty_rows())
-    head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20',
-            "its bytes for AdamW's loss", 'its time', 'optimizer state', 'peak')
+    head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20', 'at 80',
+            "AdamW's bytes for its loss", "its time to AdamW's", 'optimizer state', 'peak')
     renew('README.md', 'judged', head, judged_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',
@@ -627,5 +663,6 @@ elif __name__ == '__main__':
     draw_trainings()
     draw_frontier()
     draw_layers()
+    draw_length(judges()[20])
     renew_tables()
     print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

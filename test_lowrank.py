@@ -478,6 +478,21 @@ def test_what_tables_set_and_whose_rate_it_is_is_said(capsys):
     assert capsys.readouterr().out == "learning_rate=0.0006 is the script's own, for full rank: set one for galore\n"
 
 
+def test_a_log_for_wandb_wants_the_package_and_not_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'some_folder').mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert config.is_installed('torch') and not any(map(config.is_installed, ('some_folder', 'no_package')))
+    monkeypatch.setattr(config, 'is_installed', lambda package: package != 'wandb')
+    for script in SCRIPTS.values():
+        refused(capsys, lambda: settings_of(script, '--wandb_log=True'), 'pip install wandb')
+
+
+@pytest.mark.parametrize('rule, scale', [('galore', 0.25), ('muon', 1.0)])
+def test_a_scale_that_is_not_given_is_that_of_the_rule(rule, scale):
+    optimizer = galore.LowRankAdamW(put(linears(), rank=2, factors='basis', merge_every=1), rule=rule)
+    assert [group['scale'] for group in optimizer.param_groups if 'inside' in group] == [scale]
+
+
 def test_a_mistake_in_code_is_no_refusal(capsys):
     with pytest.raises(SystemExit), config.refusals():
         raise ValueError(

@@ -339,19 +339,19 @@ def draw_layers():
                  title='four split heads on these layers')
 
 
-def draw_length(methods):
+def draw_length():
     """Draws the loss at the end of a training against its length; and, against optimizer state, the
     bytes that AdamW needs for a method's loss at 20 bytes a parameter, divided by these bytes."""
     found, means = judges(), curves()
     colors = matplotlib.colormaps['tab10'].colors
     with picture('length', (10.5, 5), (1, 2)) as ((left, right),):
-        for number, name in enumerate(methods):
+        for number, (name, cells) in enumerate(found[20].items()):
             mine, look = means[name], dict(marker='os^vDP'[number], color=colors[number])
             ranges = [losses(found[times][name]) for times in mine]
             left.errorbar([*mine], [*mine.values()], bars(mine.values(), ranges), capsize=3, lw=1,
                           **look)
             sign, theirs = bytes_for(mine[20], means['full'])
-            state = found[20][name][0]['optimizer_state_bytes'] / 1e6
+            state = cells[0]['optimizer_state_bytes'] / 1e6
             right.plot(state, theirs / 20, ms=9, ls='', label=name, **look)
             if sign:
                 right.annotate(sign, (state, theirs / 20), (-14, -4), textcoords='offset points')
@@ -549,7 +549,6 @@ def bytes_for(loss, curve):
 def judged_rows():
     """Methods by their loss at 20 bytes a parameter: what the fresh seeds say."""
     found, means = judges(), curves()
-    full = found[20]['full']
     times = {cell['method']: cell['to_full'] for cell in kept('speed', of='twenty')}
     peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
     for name, mine in sorted(found[20].items(), key=lambda pair: mean_loss(pair[1])):
@@ -561,7 +560,7 @@ def judged_rows():
                 words = f"{difference} ({error or 'one seed'})"
             less.append(words)
         sign, theirs = bytes_for(means[name][20], means['full'])
-        below, own = bytes_for(mean_loss(full), means[name])
+        below, own = bytes_for(means['full'][20], means[name])
         yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
                f'{sign}{theirs / 20:.2f}', f'{below}{own / 20 * times[name]:.2f}',
                f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB", f'{peaks[name]:.0f} MB')
@@ -663,6 +662,6 @@ elif __name__ == '__main__':
     draw_trainings()
     draw_frontier()
     draw_layers()
-    draw_length(judges()[20])
+    draw_length()
     renew_tables()
     print('the pictures of assets/ are drawn, and the tables of both README.md are renewed')

@@ -76,7 +76,7 @@ def refusals():
         yield
     except (ValueError, OSError) as error:
         line = traceback.extract_tb(error.__traceback__)[-1].line
-        if isinstance(error, (OSError, UnicodeError)) or line.startswith('raise'):
+        if isinstance(error, (OSError, UnicodeError)) or (line or '').startswith('raise'):
             fail(str(error))
         raise
 

@@ -8,12 +8,13 @@ dataset = 'c4'
 size = '350m'
 block_size, batch_size, gradient_accumulation_steps = 256, 64, 8
 max_iters, warmup_iters, eval_interval = 60000, 6000, 1000
-rank = dict.fromkeys(('galore', 'galore_lean', 'galore_int8', 'galore_muon', 'fira', 'apollo', 'lora',
-                      'relora'), 256)
+rank = dict.fromkeys(('galore', 'galore_lean', 'galore_int8', 'galore_muon', 'fira', 'apollo',
+                      'lora', 'relora'), 256)
 alpha = dict.fromkeys(('lora', 'relora'), 256.0)
 merge_every = {'relora': 1000}
 rewarm_iters = {'relora': 50}
-# those of galore, fira, apollo, apollo_mini and scale are their authors', the others not searched here
+# those of galore, fira, apollo, apollo_mini and scale are their authors', the others were not
+# searched here
 learning_rate = {'full': 1e-3, 'galore': 0.01, 'galore_lean': 0.01, 'galore_int8': 0.01,
                  'galore_muon': 4e-3, 'fira': 0.01, 'lora': 1e-3, 'relora': 1e-3, 'muon': 2e-3,
                  'muon_lean': 4e-3, 'apollo': 0.01, 'apollo_mini': 0.02, 'scale': 1e-3}

@@ -8,14 +8,15 @@ dataset = 'c4'
 size = '60m'
 block_size, batch_size, gradient_accumulation_steps = 256, 128, 4
 max_iters, warmup_iters, eval_interval = 10000, 1000, 1000
-rank = dict.fromkeys(('galore', 'galore_lean', 'galore_int8', 'galore_muon', 'fira', 'apollo', 'lora',
-                      'lora_fa', 'relora', 'galolte', 'galolte_2bit'), 128)
+rank = dict.fromkeys(('galore', 'galore_lean', 'galore_int8', 'galore_muon', 'fira', 'apollo',
+                      'lora', 'lora_fa', 'relora', 'galolte', 'galolte_2bit'), 128)
 alpha = dict.fromkeys(('lora', 'lora_fa', 'relora'), 128.0)
 merge_every = {'relora': 1000}
 rewarm_iters = {'relora': 50}
-# those of galore, fira, apollo, apollo_mini and scale are their authors', the others not searched here
+# those of galore, fira, apollo, apollo_mini and scale are their authors', the others were not
+# searched here
 learning_rate = {'full': 1e-3, 'galore': 0.01, 'galore_lean': 0.01, 'galore_int8': 0.01,
                  'galore_muon': 4e-3, 'fira': 0.01, 'lora': 1e-3, 'relora': 1e-3, 'muon': 2e-3,
-                 'muon_lean': 4e-3, 'apollo': 0.01, 'apollo_mini': 0.02, 'scale': 1e-3, 'local_adamw': 1e-3,
-                 'local_muon': 2e-3, 'lora_fa': 1e-3, 'mhlora': 1e-3, 'lte': 1e-3, 'galolte': 0.01,
-                 'galolte_2bit': 4e-3}
+                 'muon_lean': 4e-3, 'apollo': 0.01, 'apollo_mini': 0.02, 'scale': 1e-3,
+                 'local_adamw': 1e-3, 'local_muon': 2e-3, 'lora_fa': 1e-3, 'mhlora': 1e-3,
+                 'lte': 1e-3, 'galolte': 0.01, 'galolte_2bit': 4e-3}

@@ -1,8 +1,8 @@
 # LLaMA 7B, the paper's run on one card of 24 GB: lean GaLore of rank 1024.
 # python prepare.py c4 --tokens 1_000_000_000
 # python train_llama.py config/llama_7b.py config/methods/galore_lean.py
-# One GPU of 24 GB (muon_lean.py --batch_size=8: 16 GB): not yet run. More micro-batches a step would
-# keep r n numbers of every matrix, 3 GB (muon_lean.py: all of them, 13 GB)
+# One GPU of 24 GB (muon_lean.py --batch_size=8: 16 GB): not yet run. More micro-batches a step
+# would keep r n numbers of every matrix, 3 GB (muon_lean.py: all of them, 13 GB)
 out_dir = 'out/llama_7b'
 dataset = 'c4'
 size = '7b'

@@ -1,8 +1,9 @@
-# LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, or Muon, weights, gradients and moments in shards.
+# LLaMA 7B on four cards of 12 GB: GaLore of rank 1024, or Muon, all in shards.
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
 #   train_llama.py config/llama_7b_4gpu.py config/methods/galore.py
-# Four GPUs of 12 GB: not yet run. Planned: 9.6 GB a card with these 16 sequences each, 7.7 with 1, 11.8
-# with 33 (muon.py wants --batch_size=32: 11.7). Rank 0's host gathers 19 GB to save (muon.py: 21)
+# Four GPUs of 12 GB: not yet run. Planned: 9.6 GB a card with these 16 sequences each, 7.7 with 1,
+# 11.8 with 33 (muon.py wants --batch_size=32: 11.7). Rank 0's host gathers 19 GB to save, with
+# muon.py 21
 out_dir = 'out/llama_7b_4gpu'
 dataset = 'c4'
 size = '7b'

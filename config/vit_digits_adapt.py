@@ -8,8 +8,8 @@ dataset = 'digits_shifted'
 batch_size = 64
 model = 'vit_tiny_patch16_224'
 epochs, eval_interval, log_interval, warmup_iters = 20, 100, 10, 20
-rank = {'lora': 8, 'lora_fa': 8, 'mhlora': 2, 'relora': 8, 'lte': 8, 'galore': 24, 'galore_lean': 24,
-        'galolte': 24, 'fira': 24}
+rank = {'lora': 8, 'lora_fa': 8, 'mhlora': 2, 'relora': 8, 'lte': 8, 'galore': 24,
+        'galore_lean': 24, 'galolte': 24, 'fira': 24}
 alpha = {'lora': 8.0, 'lora_fa': 8.0, 'mhlora': 8.0, 'relora': 8.0, 'lte': 8.0}
 merge_every = {'galolte': 5}
 basis_every = {'galore': 25, 'galore_lean': 25, 'galolte': 25, 'fira': 25}

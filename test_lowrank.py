@@ -1,6 +1,6 @@
 """
-What holds in this repository: `pytest test_lowrank.py`. Laws are checked in float64, on tiny shapes, against
-formulations of their own; the scripts run for real, on tiny data.
+What holds in this repository: `pytest test_lowrank.py`. Laws are checked in float64, on tiny
+shapes, against formulations of their own; the scripts run for real, on tiny data.
 """
 
 import contextlib
@@ -60,20 +60,26 @@ import textbook
 import train_gpt
 import train_llama
 import train_vit
-from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of, peak_of, put_layers,
-                 refuse_other_settings, save, save_checkpoint, set_learning_rate, start_run, unlock, unscale)
+from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of,
+                 peak_of, put_layers, refuse_other_settings, save, save_checkpoint,
+                 set_learning_rate, start_run, unlock, unscale)
 
-pytestmark = [pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),  # of vmap
-              pytest.mark.filterwarnings('ignore:`torch.jit.script_method` is deprecated'),  # of bitsandbytes
-              pytest.mark.filterwarnings('ignore:LowRankAdamW.step without begin:UserWarning')]
+pytestmark = [
+    # of vmap
+    pytest.mark.filterwarnings('ignore:There is a performance drop:UserWarning'),
+    # of bitsandbytes
+    pytest.mark.filterwarnings('ignore:`torch.jit.script_method` is deprecated'),
+    pytest.mark.filterwarnings('ignore:LowRankAdamW.step without begin:UserWarning')]
 torch.set_num_threads(1)  # tiny shapes: threads would only wait for each other
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEVICE = os.environ.get('TEST_DEVICE', 'cpu')  # of what the core computes, for bench.py card
-wants_a_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile wants a compiler: install g++')
+wants_a_compiler = pytest.mark.skipif(
+    not shutil.which('g++'), reason='torch.compile wants a compiler: install g++')
 SCRIPTS = {'gpt': train_gpt, 'llama': train_llama, 'vit': train_vit}
-FILES = {name[:-3]: f'{HERE}/config/methods/{name}' for name in sorted(os.listdir(f'{HERE}/config/methods'))
-         if name.endswith('.py')}
-SMALL = {'rank': 3, 'merge_every': 3, 'basis_every': 6, 'rewarm_iters': 2}  # for runs of eight steps
+FILES = {name[:-3]: f'{HERE}/config/methods/{name}'
+         for name in sorted(os.listdir(f'{HERE}/config/methods')) if name.endswith('.py')}
+# for runs of eight steps
+SMALL = {'rank': 3, 'merge_every': 3, 'basis_every': 6, 'rewarm_iters': 2}
 double = torch.float64
 
 
@@ -89,7 +95,8 @@ def start(script, words):
 
 
 METHODS = {name: settings_of(train_gpt, path, ranks=2) for name, path in FILES.items()}
-ALONE = [name for name, settings in METHODS.items() if settings['sync'] == 'step']  # need no other rank
+# need no other rank
+ALONE = [name for name, settings in METHODS.items() if settings['sync'] == 'step']
 
 
 def method(name, *more):
@@ -103,8 +110,9 @@ TEXT = '--dataset=tiny --block_size=16 --eval_iters=2 --learning_rate=0.01 --min
 OWN = {'gpt': TEXT, 'llama': TEXT + '--n_mlp=24 --n_kv_head=1 --vocab_size=257',
        'vit': '--dataset=xrays --init_from=scratch --model=vit_tiny_patch16_224 --img_size=28 '
               '--patch_size=14 --learning_rate=0.001 --min_lr=0.001'}
-ALL = ('--n_layer=2 --n_head=2 --n_embd=16 --batch_size=8 --max_iters=4 --eval_interval=4 --log_interval=2 '
-       f'--warmup_iters=2 --param_dtype=float64 --dtype=float64 --device={DEVICE} ')
+ALL = ('--n_layer=2 --n_head=2 --n_embd=16 --batch_size=8 --max_iters=4 --eval_interval=4 '
+       '--log_interval=2 --warmup_iters=2 --param_dtype=float64 --dtype=float64 '
+       f'--device={DEVICE} ')
 
 
 def tiny(script, root, out, *words):
@@ -121,7 +129,8 @@ def heads_of(run):
 
 def rows_of_rank(run):
     """Of a micro-batch the rows of a rank, as the scripts have them."""
-    return processes.rows_of(run.s.batch_size, max(1, heads_of(run) // run.ranks), run.rank, run.ranks)
+    return processes.rows_of(
+        run.s.batch_size, max(1, heads_of(run) // run.ranks), run.rank, run.ranks)
 
 
 def batch_of(run, data, step, micro_step=0):
@@ -146,7 +155,8 @@ def train(script, root, out, *words):
 @pytest.fixture(scope='session')
 def plains(root, tmp_path_factory):
     """A model of each script without anything low-rank, as a form to compute with other weights."""
-    return {script: built(script, root, tmp_path_factory.mktemp('plain'))[0].model for script in SCRIPTS}
+    return {script: built(script, root, tmp_path_factory.mktemp('plain'))[0].model
+            for script in SCRIPTS}
 
 
 def built(script, root, out, *words, checkpoint=None, ranks=1):
@@ -156,7 +166,8 @@ def built(script, root, out, *words, checkpoint=None, ranks=1):
         data = prepare.Images(settings['dataset'], 'train', root)
         about = data.classes
     else:
-        data = prepare.Tokens(settings['dataset'], 'train', settings['block_size'], root, settings['documents'])
+        data = prepare.Tokens(settings['dataset'], 'train', settings['block_size'], root,
+                              settings['documents'])
         about = data.vocab_size
     return SCRIPTS[script].build(settings, join(settings), about, checkpoint), data
 
@@ -217,17 +228,20 @@ def tiny_gpt(**changes):
 
 def tiny_llama(**changes):
     torch.manual_seed(0)
-    shape = dict(block_size=16, vocab_size=31, n_embd=32, n_layer=2, n_head=4, n_mlp=24, n_kv_head=2)
+    shape = dict(block_size=16, vocab_size=31, n_embd=32, n_layer=2, n_head=4, n_mlp=24,
+                 n_kv_head=2)
     return models.Llama(models.LlamaConfig(**{**shape, **changes})).double()
 
 
 def tiny_vit():
     torch.manual_seed(0)
-    shape = dict(model='vit_tiny_patch16_224', img_size=28, patch_size=14, n_layer=2, n_head=2, n_embd=16)
+    shape = dict(model='vit_tiny_patch16_224', img_size=28, patch_size=14, n_layer=2, n_head=2,
+                 n_embd=16)
     return hub.create_vit(shape, 9).double()
 
 
-ANSWERS = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'} for i in range(200)]
+ANSWERS = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 31) + '!'}
+           for i in range(200)]
 
 
 @pytest.fixture(scope='session')
@@ -238,19 +252,21 @@ def root(tmp_path_factory):
     (root / 'tiny.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
     prepare_text(root, root / 'tiny.jsonl', '--name', 'tiny')
     prepare_text(root, numbered(root / 'mine.txt'), '--name', 'mine', '--shard_tokens', 20_000)
-    answers = [{'type': 'text', **x} for x in (*ANSWERS, {'text': 'all of it'})]  # a value is no key
+    # a value is no key
+    answers = [{'type': 'text', **x} for x in (*ANSWERS, {'text': 'all of it'})]
     (root / 'answers.jsonl').write_text('\n'.join(map(json.dumps, answers)))
     prepare_text(root, root / 'answers.jsonl', '--name', 'answers')
     archive(root)
     prepare_images(root)
     ill = np.arange(64)[:, None, None] % 2  # who is ill is lighter
     images = (np.random.default_rng(0).integers(0, 128, (64, 28, 28)) + 100 * ill).astype(np.uint8)
-    archive(root, 'pneumoniamnist', counts={'train': 64, 'val': 12, 'test': 13}, train_images=images,
-            val_images=images[:12], test_images=images[:13])
+    archive(root, 'pneumoniamnist', counts={'train': 64, 'val': 12, 'test': 13},
+            train_images=images, val_images=images[:12], test_images=images[:13])
     prepare_images(root, 'pneumoniamnist', '--name', 'xrays')
     for name in prepare.DIGITS:
         prepare.ensure(name, root)
-    out_of(tiny_llama(vocab_size=257, n_embd=64, n_mlp=128).float(), f'{root}/base')  # to be in 4 bits
+    # to be in 4 bits
+    out_of(tiny_llama(vocab_size=257, n_embd=64, n_mlp=128).float(), f'{root}/base')
     return root
 
 
@@ -261,8 +277,8 @@ def root(tmp_path_factory):
 def write_files(folder, **texts):
     """Config files; those whose name begins with m_ are methods. Returns the paths by name."""
     (folder / 'methods').mkdir()
-    paths = {name: folder / 'methods' / f'{name[2:]}.py' if name[:2] == 'm_' else folder / f'{name}.py'
-             for name in texts}
+    paths = {name: folder / 'methods' / f'{name[2:]}.py' if name[:2] == 'm_'
+             else folder / f'{name}.py' for name in texts}
     for name, path in paths.items():
         path.write_text(texts[name] + '\n')
     return {name: str(path) for name, path in paths.items()}
@@ -273,9 +289,11 @@ def test_files_run_in_their_order_tables_win_and_the_command_line_wins_over_all(
         tmp_path, a='import math\n_half = rate / 2\nrate = _half\nshape = 1, 2\nname = "x"',
         b='rates = [1, 2]\nrate = rates[1]',  # what else it takes to compute
         m_galore="lowrank, factors, merge_every, rank = 'attn', 'basis', 1, 64\nbeta2 = 0.9",
-        run="batch_size = 8\nlearning_rate = {'full': 1e-3, 'galore': n_layer * 1e-3}\nrank = {'galore': 4}\n"
-            "beta1, alpha, lowrank, scale = {'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}, {'galore': 1}",
-        more='batch_size = 8\nbeta1 = 0.8', c='rate = 1.0', again="alpha = {'lte': 5.0}", no="state_bits = {}")
+        run="batch_size = 8\nlearning_rate = {'full': 1e-3, 'galore': n_layer * 1e-3}\n"
+            "rank = {'galore': 4}\nbeta1, alpha, lowrank, scale = "
+            "{'lte': 0.5}, {'lte': 3.0}, {'lte': 'mlp'}, {'galore': 1}",
+        more='batch_size = 8\nbeta1 = 0.8', c='rate = 1.0', again="alpha = {'lte': 5.0}",
+        no="state_bits = {}")
     known = dict(rate=1.0, shape=(3,), flag=False, name='', limit=None, count=1)
     got = config.load({}, known, ['--name=7', paths['a'], '--count=3', '--limit=2', '--flag=True'])
     assert got == dict(rate=0.5, shape=(1, 2), flag=True, name='7', limit=2, count=3)
@@ -283,15 +301,17 @@ def test_files_run_in_their_order_tables_win_and_the_command_line_wins_over_all(
         assert config.load({}, known, [f'--name={text}'])['name'] == text
     base = tmp_path / 'base.py'  # a file may build on another one
     base.write_text('import math\nrate = 2.0\ncount = sum(limit for limit in (1, 2))\n')
-    for i, line in enumerate((f'exec(open({str(base)!r}).read())', f'import sys; sys.path.insert(0, '
-                              f'{str(tmp_path)!r})\nfrom base import *')):
+    for i, line in enumerate((
+            f'exec(open({str(base)!r}).read())',
+            f'import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom base import *')):
         (tmp_path / f'derived{i}.py').write_text(f'{line}\nname = "z"\n')
         got = config.load({}, known, [f'{tmp_path}/derived{i}.py'])
         assert got == {**known, 'rate': 2.0, 'count': 3, 'name': 'z'}
     got = config.load({}, known, [paths['b'], "--name='x y'", '--limit=None'])
     assert got == {**known, 'rate': 2.0, 'name': 'x y'}  # int for float; nothing is left over
 
-    got = [config.load({}, known, [paths[a], paths[b]])['rate'] for a, b in ('ab', 'ba', 'cb', 'bc')]
+    got = [config.load({}, known, [paths[a], paths[b]])['rate']
+           for a, b in ('ab', 'ba', 'cb', 'bc')]
     assert got == [2.0, 1.0, 2.0, 1.0]  # the last one counts, and sees what those before it set
     said = capsys.readouterr().out
     assert f"rate=1.0 in {paths['c']} takes the place of 2.0 in {paths['b']}" in said
@@ -305,33 +325,42 @@ def test_files_run_in_their_order_tables_win_and_the_command_line_wins_over_all(
     with pytest.raises(SystemExit):  # a table that is for no method
         settings_of(train_gpt, FILES['lte'], '--learning_rate=1', paths['no'])
     changed = {key: value for key, value in first.items() if value != train_gpt.defaults[key]}
-    assert changed == dict(lowrank='attn', factors='basis', merge_every=1, rank=4, batch_size=8, seed=3,
-                           scale=1.0, beta1=0.8, beta2=0.9, learning_rate=0.012,
-                           min_lr=0.012 / 10)  # tables win
+    assert changed == dict(
+        lowrank='attn', factors='basis', merge_every=1, rank=4, batch_size=8, seed=3, scale=1.0,
+        beta1=0.8, beta2=0.9, learning_rate=0.012, min_lr=0.012 / 10)  # tables win
     assert isinstance(first['scale'], float)  # entries of tables have the types of settings, too
     full = settings_of(train_gpt, run, more, '--min_lr=0.0')
-    assert (full['learning_rate'], full['rank'], full['min_lr']) == (1e-3, 8, 0.0)  # no rank is missed
-    assert settings_of(train_gpt, run, more, galore_file, '--learning_rate=1')['learning_rate'] == 1.0
+    # no rank is missed
+    assert (full['learning_rate'], full['rank'], full['min_lr']) == (1e-3, 8, 0.0)
+    assert settings_of(
+        train_gpt, run, more, galore_file, '--learning_rate=1')['learning_rate'] == 1.0
 
 
 SCRIPT_OF = {key: name for name, script in SCRIPTS.items() for key in script.defaults}
 BASIS = '--lowrank=attn --factors=basis '
 SPLIT = '--lowrank=attn --split=True '
 MISTAKES = [  # script, words, ranks, what is said
-    ('gpt', '--learning_rat=1', 1, "learning_rat' on the command line: did you mean 'learning_rate'"),
-    ('gpt', '--heads=many', 1, 'type str, but int'), ('gpt', '--compile=1', 1, 'type int, but bool'),
+    ('gpt', '--learning_rat=1', 1,
+     "learning_rat' on the command line: did you mean 'learning_rate'"),
+    ('gpt', '--heads=many', 1, 'type str, but int'),
+    ('gpt', '--compile=1', 1, 'type int, but bool'),
     ('gpt', '--heads=True', 1, 'type bool, but int'), ('gpt', '--rank', 1, '--rank=value'),
-    ('gpt', '--n_layer=None', 1, 'NoneType, but int'), ('gpt', '--vocab_size=abc', 1, 'type str, but int'),
+    ('gpt', '--n_layer=None', 1, 'NoneType, but int'),
+    ('gpt', '--vocab_size=abc', 1, 'type str, but int'),
     ('gpt', 'config/nowhere.py', 1, 'nowhere.py'),
     *((SCRIPT_OF[key], f'--{key}={least - 1}', 1, f'set at least {least}')
       for key, least in config.LEAST.items() if key in SCRIPT_OF),
-    *((SCRIPT_OF[key], f"--{key}={12 if '_bits' in key else 'nonsense'}", 1, 'is not known: set one of')
+    *((SCRIPT_OF[key], f"--{key}={12 if '_bits' in key else 'nonsense'}", 1,
+       'is not known: set one of')
       for key in config.CHOICES),
     # what has no effect
-    ('gpt', '--heads=4', 1, 'heads=4 on the command line has no effect: there are no low-rank layers'),
+    ('gpt', '--heads=4', 1,
+     'heads=4 on the command line has no effect: there are no low-rank layers'),
     ('llama', '--rank=4', 1, 'rank=4 on the command line has no effect'),
-    ('gpt', '--alpha=4', 1, 'alpha=4.0'), ('gpt', f'{BASIS}--merge_every=1 --alpha=4', 1, 'not a basis'),
-    ('gpt', '--merge_reset=True', 1, 'merge_reset=True'), ('gpt', '--merge_every=5', 1, 'no heads to merge'),
+    ('gpt', '--alpha=4', 1, 'alpha=4.0'),
+    ('gpt', f'{BASIS}--merge_every=1 --alpha=4', 1, 'not a basis'),
+    ('gpt', '--merge_reset=True', 1, 'merge_reset=True'),
+    ('gpt', '--merge_every=5', 1, 'no heads to merge'),
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
     ('gpt', '--beta2=1', 1, 'below 1'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
@@ -347,18 +376,23 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--dtype=float16 --param_dtype=bfloat16', 1, 'param_dtype'),
     ('gpt', '--lowrank=attn --optimizer=galore --basis=svd', 1, "optimizer='adamw'"),
     ('gpt', '--lowrank=attn --merge_reset=True', 1, 'needs merges'),
-    ('gpt', '--lowrank=attn --merge_reset=True --merge_every=2 --rewarm_iters=2', 1, 'rewarm_iters=2'),
+    ('gpt', '--lowrank=attn --merge_reset=True --merge_every=2 --rewarm_iters=2', 1,
+     'rewarm_iters=2'),
     ('gpt', f'{SPLIT}--heads=2', 1, 'never meet'),
     ('gpt', '--lowrank=attn --merge_every=5', 1, 'merge_reset=True'),
-    ('gpt', '--sync=merge --merge_every=5', 1, 'torchrun'), ('gpt', '--sync=merge', 2, 'set merge_every'),
+    ('gpt', '--sync=merge --merge_every=5', 1, 'torchrun'),
+    ('gpt', '--sync=merge', 2, 'set merge_every'),
     ('gpt', '--lowrank=attn --sync=merge --merge_every=2 --merge_reset=True', 2, 'split=True'),
     ('gpt', '--sync=merge --merge_every=5 --optimizer=galore --basis=svd', 2, 'other bases'),
-    ('gpt', f'{BASIS}--merge_every=1 --sync_bits=4', 1, 'sync_bits=4 on the command line has no effect'),
+    ('gpt', f'{BASIS}--merge_every=1 --sync_bits=4', 1,
+     'sync_bits=4 on the command line has no effect'),
     ('gpt', f'{BASIS}--merge_every=1 --sync_moments=False', 1, 'no heads have moments to average'),
-    ('gpt', f'{FILES["galolte"]} --optimizer=muon --momentum=0 --sync_moments=False', 1, 'a momentum'),
+    ('gpt', f'{FILES["galolte"]} --optimizer=muon --momentum=0 --sync_moments=False', 1,
+     'a momentum'),
     *(('gpt', f'{FILES["lte"]} --sync_bits=2 --sync={sync}', 2, 'galolte_2bit.py or local_muon.py')
       for sync in ('step', 'merge')),
-    ('gpt', '--train=classifier', 1, 'for images'), ('gpt', '--train=factors', 1, 'nothing to train'),
+    ('gpt', '--train=classifier', 1, 'for images'),
+    ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
     ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
@@ -378,30 +412,34 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', 'config/llama_60m.py', 1, "'config/llama_60m.py' is one of train_llama.py"),
     ('llama', 'config/vit_quickstart.py', 1, 'is one of train_vit.py'),
     ('llama', 'config/llama_1b.py config/methods/lte.py', 1,
-     "there are values of learning_rate in config/llama_1b.py for full, galore, galore_lean, galore_int8, and not for the method "
-     "'lte'"),
+     "there are values of learning_rate in config/llama_1b.py for full, galore, galore_lean, "
+     "galore_int8, and not for the method 'lte'"),
     ('gpt', 'config/quickstart.py {m_mine}', 1,
      "learning_rate, beta2 in config/quickstart.py for full, local_adamw"),
-    ('gpt', 'config/quickstart.py {m_mine}', 1, "the method 'mine': add them there, or set --learning_rate=, --beta2="),
+    ('gpt', 'config/quickstart.py {m_mine}', 1,
+     "the method 'mine': add them there, or set --learning_rate=, --beta2="),
     ('gpt', '{ends}', 1, "ends.py' does not run (SystemExit: 0)"),
     ('gpt', '--rank 16', 1, "'--rank' has no value: write --rank=16"),
     ('gpt', '--overwrite config/nowhere.py', 1, "config/nowhere.py' is not there"),
-    ('gpt', '--learning_rate=1e400', 1, 'learning_rate=inf on the command line is no number to compute with'),
+    ('gpt', '--learning_rate=1e400', 1,
+     'learning_rate=inf on the command line is no number to compute with'),
     ('gpt', '--data_dir=', 1, "data_dir='' names nothing: set --data_dir=data"),
-    ('gpt', f'--n_layer={"x" * 5000}', 1, f"n_layer='{'x' * 79} on the command line is of type str"),
+    ('gpt', f'--n_layer={"x" * 5000}', 1,
+     f"n_layer='{'x' * 79} on the command line is of type str"),
     ('gpt', '{tables}', 1, 'rank=4.5 for lte in {tables} is of type float, but int'),
     ('gpt', '{list}', 1, 'type list, but str'),
     ('gpt', '{typo}', 1, "did you mean 'learning_rate'"), ('gpt', '{syntax}', 1, 'SyntaxError'),
     ('gpt', '{name}', 1, "name 'many' is not defined")]
 
 
-@pytest.mark.parametrize('script, words, ranks, said', MISTAKES, ids=[f'{m[0]} {m[1]}' for m in MISTAKES])
+@pytest.mark.parametrize('script, words, ranks, said', MISTAKES,
+                         ids=[f'{m[0]} {m[1]}' for m in MISTAKES])
 def test_a_mistake_is_one_sentence(tmp_path, capsys, monkeypatch, script, words, ranks, said):
     monkeypatch.chdir(HERE)
     paths = write_files(
-        tmp_path, tables="rank = {'lte': 4.5}", list="lowrank = ['attn']", typo="lerning_rate = {'full': 1.0}",
-        syntax="lowrank = 'attn", name='max_iters = many * 2', m_mine="optimizer = 'adamw'",
-        ends='import sys; sys.exit(0)')
+        tmp_path, tables="rank = {'lte': 4.5}", list="lowrank = ['attn']",
+        typo="lerning_rate = {'full': 1.0}", syntax="lowrank = 'attn", name='max_iters = many * 2',
+        m_mine="optimizer = 'adamw'", ends='import sys; sys.exit(0)')
     for name, path in paths.items():
         words, said = words.replace(f'{{{name}}}', path), said.replace(f'{{{name}}}', path)
     refused(capsys, lambda: settings_of(SCRIPTS[script], *words.split(), ranks=ranks), said)
@@ -424,7 +462,8 @@ def test_all_this_comes_before_torch_is_imported():
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                     runpy.run_path(sys.argv[0], run_name='__main__')
             except SystemExit as end:
-                assert end.code == (0 if line.endswith(('-h', '--help')) else 2), (line, said.getvalue())
+                assert end.code == (0 if line.endswith(('-h', '--help')) else 2), (
+                    line, said.getvalue())
             if line.endswith('--help'):
                 print(said.getvalue())
         assert not {'torch', 'numpy', 'timm'} & set(sys.modules)'''
@@ -432,7 +471,8 @@ def test_all_this_comes_before_torch_is_imported():
     command = [sys.executable, '-c', code, *lines, *asked]
     ran = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    wrong = subprocess.run([sys.executable, prepare.__file__, 'stdlb'], capture_output=True, text=True)
+    wrong = subprocess.run(
+        [sys.executable, prepare.__file__, 'stdlb'], capture_output=True, text=True)
     assert wrong.returncode == 2 and not wrong.stdout and wrong.stderr.count('\n') == 1
     assert ran.stdout.startswith('Trains a vision transformer') and '\n# optimizer\n' in ran.stdout
     assert "\nfactors = 'both'  # 'both' A and B train; 'B' alone (LoRA-FA)" in ran.stdout
@@ -445,7 +485,8 @@ def test_every_config_file_goes_with_every_method_it_has_a_rate_for():
         path = f'{HERE}/config/{name}'
         with open(path, encoding='utf-8') as file:
             head = list(itertools.takewhile(lambda line: line.startswith('# '), file))
-        assert len(head) > 2 and any('train_' in line for line in head[1:]) and ':' in head[-1], name
+        assert (len(head) > 2 and any('train_' in line for line in head[1:])
+                and ':' in head[-1]), name
         assert all(head[i - 1].endswith('TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\\n')
                    for i, line in enumerate(head) if line.startswith('#   train_')), name
         script = SCRIPTS.get(name.split('_')[0], train_gpt)
@@ -473,15 +514,19 @@ def test_optimizers_are_those_of_the_methods_and_do_what_these_use():
 def test_what_tables_set_and_whose_rate_it_is_is_said(capsys):
     files = [f'{HERE}/config/quickstart.py', FILES['galore']]
     settings_of(train_gpt, *files, '--learning_rate=0.5')
-    assert capsys.readouterr().out == "of the tables for galore: rank=32, basis_every=50, beta2=0.999\n"
+    assert capsys.readouterr().out == (
+        "of the tables for galore: rank=32, basis_every=50, beta2=0.999\n")
     settings_of(train_gpt, FILES['galore'])
-    assert capsys.readouterr().out == "learning_rate=0.0006 is the script's own, for full rank: set one for galore\n"
+    assert capsys.readouterr().out == (
+        "learning_rate=0.0006 is the script's own, for full rank: set one for galore\n")
 
 
-def test_a_log_for_wandb_wants_the_package_and_not_a_folder_of_that_name(tmp_path, monkeypatch, capsys):
+def test_a_log_for_wandb_wants_the_package_and_not_a_folder_of_that_name(
+        tmp_path, monkeypatch, capsys):
     (tmp_path / 'some_folder').mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert config.is_installed('torch') and not any(map(config.is_installed, ('some_folder', 'no_package')))
+    assert (config.is_installed('torch')
+            and not any(map(config.is_installed, ('some_folder', 'no_package'))))
     monkeypatch.setattr(config, 'is_installed', lambda package: package != 'wandb')
     for script in SCRIPTS.values():
         refused(capsys, lambda: settings_of(script, '--wandb_log=True'), 'pip install wandb')
@@ -489,7 +534,8 @@ def test_a_log_for_wandb_wants_the_package_and_not_a_folder_of_that_name(tmp_pat
 
 @pytest.mark.parametrize('rule, scale', [('galore', 0.25), ('muon', 1.0)])
 def test_a_scale_that_is_not_given_is_that_of_the_rule(rule, scale):
-    optimizer = galore.LowRankAdamW(put(linears(), rank=2, factors='basis', merge_every=1), rule=rule)
+    optimizer = galore.LowRankAdamW(
+        put(linears(), rank=2, factors='basis', merge_every=1), rule=rule)
     assert [group['scale'] for group in optimizer.param_groups if 'inside' in group] == [scale]
 
 
@@ -516,7 +562,8 @@ def test_what_may_not_change_has_to_be_the_same_on_resume():
             refuse_other_settings(settings, checkpoint)
             assert settings['train'] == 'all'  # 'auto' is what the run made of it
         else:
-            with pytest.raises(ValueError, match=f"trained with {key}=.*this run says 'something else'"):
+            with pytest.raises(
+                    ValueError, match=f"trained with {key}=.*this run says 'something else'"):
                 refuse_other_settings(settings, checkpoint)
     with pytest.raises(ValueError, match='another script, .*n_mlp'):
         refuse_other_settings({**train_gpt.defaults, 'n_mlp': None}, checkpoint)
@@ -542,9 +589,11 @@ def test_every_item_once_an_epoch_in_the_same_order_on_any_number_of_ranks(data)
     everything = rows_of(data.items(np.arange(count)))  # line numbers, or noise: all are different
     assert len(set(everything)) == count and len(data.shards) > 2
     for epoch, world_size in ((0, 1), (0, 2), (1, 1), (1, 3)):
-        rows, first = [], epoch * count  # batches do not divide the epoch: what counts is the row of items
+        # batches do not divide the epoch: what counts is the row of items
+        rows, first = [], epoch * count
         for step in range(first // 12, (first + count) // 12 + 1):
-            ranks = [rows_of(data.batch(12, step, seed=5, rows=processes.rows_of(12, 1, rank, world_size)))
+            ranks = [rows_of(data.batch(12, step, seed=5,
+                                        rows=processes.rows_of(12, 1, rank, world_size)))
                      for rank in range(world_size)]
             rows += [ranks[j % world_size][j // world_size] for j in range(12)]
         order = rows[first % 12:][:count]
@@ -555,11 +604,14 @@ def test_every_item_once_an_epoch_in_the_same_order_on_any_number_of_ranks(data)
 def test_a_batch_depends_on_its_arguments_alone(data):
     first = rows_of(data.batch(8, 3, 1, accumulation=2, seed=1))
     assert first == rows_of(data.batch(8, 3, 1, accumulation=2, seed=1))
-    assert first == rows_of(data.batch(8, 7, seed=1)) != rows_of(data.batch(8, 7, seed=2))  # the seventh
+    # the seventh
+    assert first == rows_of(data.batch(8, 7, seed=1)) != rows_of(data.batch(8, 7, seed=2))
     whole = rows_of(data.batch(24, 2, seed=3))
     for heads, world_size in ((1, 1), (1, 2), (1, 3), (4, 1), (2, 2), (1, 4)):
-        for rank in range(world_size):  # a row goes to the same of all heads, whatever the number of ranks
-            rows = rows_of(data.batch(24, 2, seed=3, rows=processes.rows_of(24, heads, rank, world_size)))
+        # a row goes to the same of all heads, whatever the number of ranks
+        for rank in range(world_size):
+            rows = rows_of(data.batch(24, 2, seed=3,
+                                      rows=processes.rows_of(24, heads, rank, world_size)))
             parts = [whole[head * world_size + rank::heads * world_size] for head in range(heads)]
             assert rows == sum(parts, [])
 
@@ -567,19 +619,26 @@ def test_a_batch_depends_on_its_arguments_alone(data):
 def test_an_order_is_a_permutation_another_one_in_each_epoch_and_stays_what_it_is():
     assert prepare.order_of(8, 1337, 1).tolist() == [3, 7, 0, 1, 6, 5, 2, 4]
     for size in (1, 2, 1000):
-        orders = [prepare.order_of(size, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+        orders = [prepare.order_of(size, seed, epoch)
+                  for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
         assert all(np.array_equal(np.sort(order), np.arange(size)) for order in orders)
-        assert size < 1000 or np.abs(np.corrcoef([np.arange(size), *orders]) - np.eye(5)).max() < 0.15
+        assert (size < 1000
+                or np.abs(np.corrcoef([np.arange(size), *orders]) - np.eye(5)).max() < 0.15)
 
 
 def test_fixed_batches_spread_over_all_windows_and_hold_every_image_once(root):
-    text, images = prepare.Tokens('mine', 'train', 64, root), prepare.Images('pathmnist', 'test', root)
+    text, images = (prepare.Tokens('mine', 'train', 64, root),
+                    prepare.Images('pathmnist', 'test', root))
     x, y = text.items(np.arange(text.num_windows))
-    windows = [shard[i * 64:i * 64 + 65] for shard in text.shards for i in range((len(shard) - 1) // 64)]
+    windows = [shard[i * 64:i * 64 + 65]
+               for shard in text.shards for i in range((len(shard) - 1) // 64)]
     assert x.dtype == y.dtype == torch.int64 and len(windows) == text.num_windows
-    assert np.array_equal(torch.cat([x, y[:, -1:]], 1), windows) and torch.equal(x[:, 1:], y[:, :-1])
-    place, everything = {row: i for i, row in enumerate(rows_of((x, y)))}, rows_of(images.fixed_batch(0, 41))
-    for world_size, size in itertools.product((1, 2, 3), (6, 12, 39)):  # of 39: the third rank has none
+    assert (np.array_equal(torch.cat([x, y[:, -1:]], 1), windows)
+            and torch.equal(x[:, 1:], y[:, :-1]))
+    place, everything = ({row: i for i, row in enumerate(rows_of((x, y)))},
+                         rows_of(images.fixed_batch(0, 41)))
+    # of 39: the third rank has none
+    for world_size, size in itertools.product((1, 2, 3), (6, 12, 39)):
         rows = [None] * 41
         for index, rank in itertools.product(range(math.ceil(41 / size)), range(world_size)):
             batch = images.fixed_batch(index, size, rank, world_size)
@@ -608,8 +667,10 @@ def test_tokens_of_any_vocabulary_round_trip(tmp_path, vocab_size, item):
     prepare.write(tmp_path / 'it', settings, fill, overwrite=False)
     for split in ('train', 'val'):
         data = prepare.Tokens('it', split, 8, tmp_path)
-        assert [len(shard) for shard in data.shards] == [1010] * 5 and data.shards[0].dtype == f'<u{item}'
-        assert np.array_equal(np.concatenate(data.shards), sum([[*row, vocab_size - 1] for row in rows], []))
+        assert ([len(shard) for shard in data.shards] == [1010] * 5
+                and data.shards[0].dtype == f'<u{item}')
+        assert np.array_equal(np.concatenate(data.shards),
+                              sum([[*row, vocab_size - 1] for row in rows], []))
         assert data.meta['bytes'][split] == sum(len(x.text) for x in documents if x.split == split)
 
 
@@ -619,8 +680,10 @@ def test_a_shard_is_a_header_and_items_with_a_checksum(data, root):
         content = (root / ('pathmnist' if image else 'mine') / shard['file']).read_bytes()
         item, items = (1 + 3 * 28 * 28, shard['images']) if image else (2, shard['tokens'])
         assert content[:32] == b'nLRshard' + struct.pack('<IIQQ', 1, item, items, 0)
-        assert len(content) == 32 + item * items and hashlib.sha256(content).hexdigest() == shard['sha256']
-    assert not image or content[32] == prepare.Images('pathmnist', 'test', root).fixed_batch(0, 1)[1].item()
+        assert (len(content) == 32 + item * items
+                and hashlib.sha256(content).hexdigest() == shard['sha256'])
+    assert (not image
+            or content[32] == prepare.Images('pathmnist', 'test', root).fixed_batch(0, 1)[1].item())
 
 
 def test_shifted_digits_are_the_digits_under_another_look(root):
@@ -628,9 +691,12 @@ def test_shifted_digits_are_the_digits_under_another_look(root):
     for split in COUNTS:
         digits, shifted = (prepare.Images(name, split, root) for name in prepare.DIGITS)
         (x, y), (x2, y2) = digits.fixed_batch(0, 2000), shifted.fixed_batch(0, 2000)
-        assert torch.equal(y, y2) and y.bincount().min() > 20 and x.shape == x2.shape == (len(y), 3, 32, 32)
-        assert torch.equal(x[:, 0], x[:, 1]) and (x2.amax(1) != x2.amin(1)).any((1, 2)).all()  # coloured
-        assert (x.float().mean((1, 2, 3)) < x2.float().mean((1, 2, 3))).float().mean() > 0.9  # inverted
+        assert (torch.equal(y, y2) and y.bincount().min() > 20
+                and x.shape == x2.shape == (len(y), 3, 32, 32))
+        # coloured
+        assert torch.equal(x[:, 0], x[:, 1]) and (x2.amax(1) != x2.amin(1)).any((1, 2)).all()
+        # inverted
+        assert (x.float().mean((1, 2, 3)) < x2.float().mean((1, 2, 3))).float().mean() > 0.9
         counts += len(y)
     assert counts == 1797 and digits.task == 'multi-class' and digits.classes == list('0123456789')
 
@@ -664,7 +730,8 @@ def readers(root, tmp_path_factory):
     safetensors.torch.save_file(tiny_vit().state_dict(), folder / 'vit.safetensors')
     archive(folder, counts=FEW)
     numbered(folder / 'a.txt', 300)
-    (folder / 'a.jsonl').write_text(''.join(f'{{"text": "line {i}", "n": {i}}}\n' for i in range(99)))
+    (folder / 'a.jsonl').write_text(
+        ''.join(f'{{"text": "line {i}", "n": {i}}}\n' for i in range(99)))
     (folder / 'a.parquet').write_bytes(parquet(text=[f'text {i}' for i in range(99)]))
 
     def resumed(path):
@@ -686,7 +753,8 @@ def readers(root, tmp_path_factory):
         def read(path):
             before = files_of(folder / 'out' / name)
             try:
-                prepare.main([*words, '--data_dir', str(folder / 'out'), '--name', name, '--overwrite'])
+                prepare.main([*words, '--data_dir', str(folder / 'out'), '--name', name,
+                              '--overwrite'])
             except prepare.DataError:  # what was prepared stays until the new one is whole
                 assert files_of(folder / 'out' / name) == before
                 raise
@@ -694,9 +762,10 @@ def readers(root, tmp_path_factory):
     text = {name: prepared(name, 'text', '--tokenizer', 'bytes', '--input', str(folder / name))
             for name in ('a.txt', 'a.jsonl', 'a.parquet')}
     found = {
-        'gpt/ckpt.pt': resumed, 'vit/best.pt': weights, 'timm.pt': weights, 'vit.safetensors': weights,
-        'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens, SHARDED: model, INDEX: model,
-        'llama3/config.json': model, NPZ: prepared('archive', 'pathmnist', '--path', str(folder)), **text}
+        'gpt/ckpt.pt': resumed, 'vit/best.pt': weights, 'timm.pt': weights,
+        'vit.safetensors': weights, 'tiny/train_000000.bin': tokens, 'tiny/meta.json': tokens,
+        SHARDED: model, INDEX: model, 'llama3/config.json': model,
+        NPZ: prepared('archive', 'pathmnist', '--path', str(folder)), **text}
     for name, read in found.items():
         read(str(folder / name))  # it is whole
     return {name: (folder / name, read) for name, read in found.items()}
@@ -706,11 +775,14 @@ SHARD, NPZ, CKPT = 'tiny/train_000000.bin', 'pathmnist.npz', 'gpt/ckpt.pt'
 SHARDED, INDEX = 'llama3/model-00002-of-00002.safetensors', 'llama3/model.safetensors.index.json'
 FEW = {'train': 70, 'val': 30, 'test': 41}  # images
 PIXELS = np.zeros((30, 28, 28, 3), np.uint8)
-DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other things in it; what is said
+# a file, its damage: of bytes, None for none at all, or other things in it; what is said
+DAMAGES = [
     # checkpoints and weights
-    (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'), (CKPT, None, 'train first'),
-    (CKPT, {'other': 1}, 'not a checkpoint of this project'), (CKPT, {'format': 4}, 'format 4, here 7'),
-    (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'), ('vit/best.pt', flipped(0.5), 'is damaged'),
+    (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'),
+    (CKPT, None, 'train first'), (CKPT, {'other': 1}, 'not a checkpoint of this project'),
+    (CKPT, {'format': 4}, 'format 4, here 7'),
+    (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'),
+    ('vit/best.pt', flipped(0.5), 'is damaged'),
     ('timm.pt', cut(0, 200), 'is damaged'), ('vit.safetensors', cut(0, 200), 'is damaged'),
     (SHARDED, cut(0, 3000), 'is damaged'), (SHARDED, None, 'is missing'),
     (INDEX, None, 'no model.safetensors'), (INDEX, holding(b'[]'), 'is damaged'),
@@ -719,14 +791,18 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
     ('llama3/config.json', None, 'no config.json'),
     *(('llama3/config.json', changes, said) for changes, said in (  # that is not ours
         ({'model_type': 'gemma'}, "model_type='gemma'"), ({'hidden_act': 'gelu'}, 'hidden_act'),
-        ({'attention_bias': True}, 'attention_bias'), ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'),
+        ({'attention_bias': True}, 'attention_bias'),
+        ({'rope_scaling': {'rope_type': 'yarn'}}, 'yarn'),
         ({'rope_scaling': None, 'rope_parameters': {'rope_type': 'llama3', 'factor': 2.0}},
          "rope_scaling=\\['llama3'\\]"),
         ({'quantization_config': {'bits': 4}}, 'quantization_config'),
-        ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'), ({'rms_norm_eps': None}, 'rms_norm_eps'),
+        ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
+        ({'rms_norm_eps': None}, 'rms_norm_eps'),
         ({'layer_types': ['linear_attention']}, 'layer_types'), ({'hidden_size': 0}, 'hidden_size'),
         ({'num_hidden_layers': '2'}, "num_hidden_layers='2', which is no int"),
-        ({'intermediate_size': 25}, 'of shape'), ({'num_hidden_layers': 10**9}, 'says 1000000000 layers, and the weights beside it are those of 2'),
+        ({'intermediate_size': 25}, 'of shape'),
+        ({'num_hidden_layers': 10**9},
+         'says 1000000000 layers, and the weights beside it are those of 2'),
         ({'num_hidden_layers': 1}, 'says 1 layers'))),
     # shards
     (SHARD, flipped(16), 'damaged .it does not begin as .*--overwrite'),
@@ -737,12 +813,14 @@ DAMAGES = [  # a file, its damage: of bytes, None for none at all, or other thin
     ('tiny/meta.json', {'shards': [{'file': 1}]}, 'file=1, which is no str'),
     ('tiny/meta.json', {'shards': [{'file': 'a'}]}, 'it has no split'),
     # what prepare reads
-    ('a.txt', holding(b' \n\n'), 'is empty'), ('a.txt', holding(b'x' * 100_000 + b'\0'), 'is binary'),
+    ('a.txt', holding(b' \n\n'), 'is empty'),
+    ('a.txt', holding(b'x' * 100_000 + b'\0'), 'is binary'),
     ('a.jsonl', holding(b'{"text": "x"}\n{"txt": 1}\n'), 'line 2 of'),
     ('a.parquet', lambda whole: parquet(text=[1, 2]), "a.parquet.*'text' of strings .it holds int"),
     (NPZ, flipped(0.5), 'damaged'), (NPZ, dict(train_images=None), 'no archive of MedMNIST'),
     (NPZ, dict(val_images=PIXELS[:, :14, :14]), r'no archive of MedMNIST of this size'),
-    (NPZ, dict(val_images=PIXELS.repeat(2, 1)), r'no archive of .* this size .val images are larger'),
+    (NPZ, dict(val_images=PIXELS.repeat(2, 1)),
+     r'no archive of .* this size .val images are larger'),
     (NPZ, dict(val_labels=np.full((30, 1), 9)), 'val labels up to 9, not below 9')]
 
 
@@ -813,7 +891,8 @@ def test_a_model_may_recompute_what_its_backward_pass_needs(make):
 @pytest.mark.parametrize('make', [tiny_gpt, tiny_llama])
 def test_a_model_starts_at_the_loss_of_guessing_with_the_papers_deviations(make):
     net = make(vocab_size=97, n_embd=64, n_layer=8)
-    assert abs(net(tokens_of(4, 16, high=97), tokens_of(4, 16, high=97, seed=2)).item() - math.log(97)) < 0.2
+    assert abs(net(tokens_of(4, 16, high=97), tokens_of(4, 16, high=97, seed=2)).item()
+               - math.log(97)) < 0.2
     for name, p in net.named_parameters():
         if p.dim() == 2:  # GPT-2: the residual stream sums 2 L projections
             std = 0.02 / (4 if name.endswith('c_proj.weight') else 1)
@@ -856,8 +935,10 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     assert 1 - lowrank.count_parameters(gpt)['trainable'] / full == pytest.approx(0.221, abs=5e-4)
     lowrank.apply_mhlora(untied, ('logit',), heads=4, rank=2)  # the embedding goes on training
     counts, heads = lowrank.count_parameters(untied), 4 * 2 * (768 + 50257)
-    assert (counts['heads'], counts['frozen'], counts['trainable']) == (heads, 768 * 50257, full + heads)
-    lowrank.apply_mhlora(workers, ('attn',), heads=4, rank=4, factors='basis', split=True, merge_every=2)
+    assert (counts['heads'], counts['frozen'], counts['trainable']) == (
+        heads, 768 * 50257, full + heads)
+    lowrank.apply_mhlora(workers, ('attn',), heads=4, rank=4, factors='basis', split=True,
+                         merge_every=2)
     counts, heads = lowrank.count_parameters(workers), 4 * 4 * 12 * (2304 + 768)
     assert (counts['heads'], counts['trainable']) == (heads, full - 12 * (2304 + 768) * 768 + heads)
     lowrank.apply_mhlora(llama, rank=8, factors='basis', merge_every=1)  # every weight moves
@@ -865,7 +946,8 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     hub.put_heads(vit, {**train_vit.defaults, 'lowrank': 'q,v', 'rank': 4})  # of MeLo
     lowrank.freeze_rest(vit, ('logit',))
     counts = lowrank.count_parameters(vit)
-    assert (counts['heads'], counts['logit'], counts['trainable']) == (147_456, 769 * 9, 147_456 + 769 * 9)
+    assert (counts['heads'], counts['logit'], counts['trainable']) == (
+        147_456, 769 * 9, 147_456 + 769 * 9)
 
 
 def continued(net, idx, count, **how):
@@ -884,12 +966,14 @@ def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
         return continued(net, idx, 5, generator=torch.Generator().manual_seed(1), **options)
     assert torch.equal(drawn(top_k=1), best) and torch.equal(drawn(temperature=1e-6), best)
     few = drawn(vocab_size=7, temperature=9.0)
-    assert torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7 and not torch.equal(drawn(), best)
+    assert (torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7
+            and not torch.equal(drawn(), best))
 
 
 @pytest.mark.parametrize('place', [*range(5), 'attention'])
 def test_dropout_is_where_gpt2_has_it(place):
-    """Embeddings, and in each block attention, its output and that of the MLP. Here at one place alone."""
+    """Embeddings, and in each block attention, its output and that of the MLP. Here at one place
+    alone."""
     net, idx, places = tiny_gpt(dropout=0.5), tokens_of(2, 16), []
     attend, dropout = F.scaled_dot_product_attention, F.dropout
 
@@ -914,7 +998,8 @@ def test_dropout_is_another_in_each_step_and_on_each_rank_and_the_same_again(roo
         run.rank = rank
         return train_gpt.train_step(run, step, lambda i: data.batch(8, 0, i))[0].item()
     found = [loss(step, rank) for step in range(3) for rank in range(3)]
-    assert len({*found}) == 9 and found == [loss(step, rank) for step in range(3) for rank in range(3)]
+    assert (len({*found}) == 9
+            and found == [loss(step, rank) for step in range(3) for rank in range(3)])
 
 
 # -----------------------------------------------------------------------------
@@ -929,11 +1014,13 @@ def test_the_textbook_prints_a_row_for_each_method_and_where_the_fast_code_stand
     with mock.patch.object(textbook, 'toy', functools.partial(textbook.toy, steps=21)):
         textbook.main()
     head, *rows, last = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in rows] == list(textbook.METHODS) and {*map(len, rows)} == {len(head)}
+    assert ([row.split()[0] for row in rows] == list(textbook.METHODS)
+            and {*map(len, rows)} == {len(head)})
     for row in rows:
         trained, state, sent, first, end = map(float, row.split()[1:])
         assert trained > 0 and state > 0 and sent > 0 and end < first < math.log(32) + 0.1
-    assert 'rank nothing' in last and all(f'{name}.py' in last for name in ('lowrank', 'galore', 'rules'))
+    assert ('rank nothing' in last
+            and all(f'{name}.py' in last for name in ('lowrank', 'galore', 'rules')))
 
 
 def svd_of_one_sign(G, full_matrices, svd=torch.linalg.svd):
@@ -945,9 +1032,11 @@ def svd_of_one_sign(G, full_matrices, svd=torch.linalg.svd):
 
 def book_of(plain, model, optimizer, settings, ranks=1):
     """
-    What textbook.train takes for a run, from what it begins with: (forward, start, matrices, method).
+    What textbook.train takes for a run, from what it begins with: (forward, start, matrices,
+    method).
 
-    plain: a model without anything low-rank, as a form; what is drawn at random in the run is handed over.
+    plain: a model without anything low-rank, as a form; what is drawn at random in the run is
+    handed over.
     """
     s, trained = SimpleNamespace(**settings), {p for p in model.parameters() if p.requires_grad}
     layers = {f'{name}.weight': layer for name, layer in lowrank.named_layers(model).items()}
@@ -956,7 +1045,8 @@ def book_of(plain, model, optimizer, settings, ranks=1):
     trains = {name: state[name].clone() for name in state
               if name in names and (name in layers or own[name] in trained)}
     frozen = {name: state[name].clone() for name in names - trains.keys()}
-    inside = [name for name in trains if trains[name].dim() == 2 and ('attn' in name or 'mlp' in name)]
+    inside = [name for name in trains
+              if trains[name].dim() == 2 and ('attn' in name or 'mlp' in name)]
     due, rules, drawn = {}, {}, []
     blocks = {name: re.match(r'.*?\.\d+', name)[0] for name in layers if s.factors == 'basis'}
     turns = list(dict.fromkeys(blocks.values()))
@@ -997,8 +1087,9 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         return s.min_lr + (s.learning_rate - s.min_lr) * (1 + math.cos(math.pi * part)) / 2
     method = {key: settings[key] for key in textbook.DEFAULTS.keys() & settings} | dict(
         factors=s.factors if layers else '', split=bool(layers) and s.split and s.heads > 1,
-        workers=ranks if s.sync == 'merge' else 1, learning_rate=rate, draw=draw, due=due, rules=rules,
-        eps=1e-8 if layers or s.optimizer == 'adamw' else 1e-6, no_decay=('pos_embed', 'cls_token'))
+        workers=ranks if s.sync == 'merge' else 1, learning_rate=rate, draw=draw, due=due,
+        rules=rules, eps=1e-8 if layers or s.optimizer == 'adamw' else 1e-6,
+        no_decay=('pos_embed', 'cls_token'))
     return forward, trains, [*layers] or inside, method
 
 
@@ -1024,7 +1115,8 @@ class Reused(nn.Module):
         x, attn, (first, second) = self.wte(idx), self.h[0]['attn'], self.h[0]['mlp']
         x = torch.tanh(attn(x)) + attn(torch.sin(x))
         logits = self.head(torch.tanh(first(x)) + second(x.square()))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits if targets is None else F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten())
 
 
 def test_heads_compute_the_same_in_a_loop_and_under_autocast():
@@ -1052,8 +1144,10 @@ def test_heads_compute_the_same_in_a_loop_and_under_autocast():
     (tiny_gpt, 'attn,mlp,logit', 9, {}), (tiny_llama, 'attn,mlp,logit', 15, dict(split=True)),
     (tiny_vit, 'attn,mlp,logit', 9, dict(split=True, merge_reset=True)), (tiny_gpt, 'c_fc', 2, {}),
     (tiny_vit, 'q,v', 4, dict(split=True)), (tiny_vit, 'k', 2, {}), (tiny_vit, 'logit', 1, {}),
-    (tiny_vit, 'qkv', 2, {}), (tiny_vit, 'attn,q', 8, {}), (tiny_llama, 'attn', 8, dict(factors='basis', split=True))])
-def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targets, layers, settings):
+    (tiny_vit, 'qkv', 2, {}), (tiny_vit, 'attn,q', 8, {}),
+    (tiny_llama, 'attn', 8, dict(factors='basis', split=True))])
+def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(
+        make, targets, layers, settings):
     net, plain = make(), make()
     x = normal(4, 3, 28, 28) if make is tiny_vit else tokens_of(4, 16)
     if {'q', 'k'} & {*targets.split(',')}:
@@ -1078,14 +1172,16 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(make, targe
             lowrank.merge(net)
             with lowrank.averaged_heads(net):
                 close(net(x), before)
-        if make is not tiny_gpt or 'logit' not in targets:  # an output of its own goes into no tied model
+        # an output of its own goes into no tied model
+        if make is not tiny_gpt or 'logit' not in targets:
             close(plain(x), before)
 
 
 def test_with_one_factor_trained_inputs_are_not_kept():
     for factors in ('both', 'B'):
         layer, kept = lowrank.MHLoRALinear(nn.Linear(64, 6), 2, 3, factors=factors), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.append(x.shape) or x, lambda x: x):
             layer(torch.ones(50, 64))
         assert ((50, 64) in kept) == (factors == 'both')
 
@@ -1096,7 +1192,8 @@ def test_with_one_factor_trained_inputs_are_not_kept():
 SHAPES = (12, 7), (7, 12), (8, 8)
 PROJ_TYPES = ('std', 'reverse_std', 'left', 'right')
 BASES = ('svd', 'power', 'random')
-RULES = [dict(basis=basis, rule=rule) for basis, rule in itertools.product(BASES, ('galore', 'fira'))]
+RULES = [dict(basis=basis, rule=rule)
+         for basis, rule in itertools.product(BASES, ('galore', 'fira'))]
 
 
 def follow(optimizer, params, grads):
@@ -1116,14 +1213,16 @@ def test_a_plain_group_is_torchs_or_galore_torchs_adamw(bits, steps, dtype, off)
              for step in range(steps)]
     hyper, ends = dict(lr=0.1, betas=(0.8, 0.95), eps=0.5, weight_decay=0.3), []
     for make, more in ((galore.GaLoreAdamW, dict(rule='adamw', state_bits=bits)),
-                       (functools.partial(torch.optim.AdamW, fused=True), {}), (torch.optim.AdamW, {})):
+                       (functools.partial(torch.optim.AdamW, fused=True), {}),
+                       (torch.optim.AdamW, {})):
         params = [nn.Parameter(torch.ones_like(g)) for g in grads[0]]
         ends.append(follow(make([dict(params=params, **more)], **hyper), params, grads))
     for mine, fused, plain in zip(*ends):
         assert bits or torch.equal(mine, fused)
         close(mine, plain, off)
     params = [nn.Parameter(torch.ones_like(g)) for g in grads[0]]
-    ends = follow(galore.GaLoreAdamW([dict(params=params, state_bits=bits)], **hyper), params, grads)
+    ends = follow(
+        galore.GaLoreAdamW([dict(params=params, state_bits=bits)], **hyper), params, grads)
     for i, end in enumerate(ends):
         W, M, V = torch.ones_like(end), 0, 0
         for step in range(1, steps + 1):
@@ -1140,7 +1239,8 @@ def test_it_is_galore_torch(shape):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             from galore_torch import GaLoreAdamW as Reference
-    except Exception as error:  # it drags in transformers and bitsandbytes, which fail in their own ways
+    # it drags in transformers and bitsandbytes, which fail in their own ways
+    except Exception as error:
         pytest.skip(f'galore-torch cannot be imported here: {error}')
     for proj_type in PROJ_TYPES:
         runs = []
@@ -1156,7 +1256,8 @@ def test_it_is_galore_torch(shape):
 
 @pytest.mark.parametrize('dtype, tolerance', [(double, 1e-13), (torch.float32, 1e-5),
                                               (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
-def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_finite(dtype, tolerance):
+def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_finite(
+        dtype, tolerance):
     G, before = normal(40, 30).to(dtype), torch.random.get_rng_state()
     for basis, left in itertools.product(BASES, (True, False)):
         one, again, other = (galore.basis_of(G, 8, left, basis, seed=seed) for seed in (5, 5, 6))
@@ -1170,13 +1271,15 @@ def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_
             assert torch.equal(galore.basis_of(spoilt, 8, left, basis, one), one)
             none = galore.basis_of(spoilt, 8, left, basis)  # without an old one
             close(none.mT.double() @ none.double(), eye(8), tolerance)
-    assert torch.equal(before, torch.random.get_rng_state()), 'the global random numbers are not ours'
+    assert torch.equal(before, torch.random.get_rng_state()), (
+        'the global random numbers are not ours')
 
 
 @pytest.mark.parametrize('m, n', [(30, 50), (50, 30)])
 def test_power_converges_to_the_svd_and_does_not_flip(m, n):
     U, V = (torch.linalg.qr(normal(k, 30, seed=k))[0] for k in (m, n))
-    G, energy = U * 0.5 ** torch.arange(30., device=DEVICE) @ V.mT, 0.98 * sum(0.25**i for i in range(5))
+    G, energy = (U * 0.5 ** torch.arange(30., device=DEVICE) @ V.mT,
+                 0.98 * sum(0.25**i for i in range(5)))
     U = U[:, :5]
     P, gaps = galore.basis_of(G, 5, True, 'power'), []
     for _ in range(12):
@@ -1198,7 +1301,8 @@ def test_layers_take_turns_at_their_refreshes(T, turns):
     """Once in fifty steps each, no two of them in one, and after merges."""
     due = [[turn for turn in range(turns) if galore.steps_to_refresh(step, 50, T, turn, turns) == 0]
            for step in range(100)]
-    assert due[:50] == due[50:] and sorted(sum(due[:50], [])) == [*range(turns)] and max(map(len, due)) == 1
+    assert (due[:50] == due[50:] and sorted(sum(due[:50], [])) == [*range(turns)]
+            and max(map(len, due)) == 1)
     assert not any(some for step, some in enumerate(due) if step % T)
     for step, turn in itertools.product(range(50), range(turns)):
         steps = galore.steps_to_refresh(step, 50, T, turn, turns)
@@ -1213,8 +1317,8 @@ def test_the_drop_in_resumes_bit_for_bit_from_torchs_state_dict(setting, dtype):
 
     def fresh(weights):
         params = [nn.Parameter(x.clone()) for x in weights]
-        groups = [dict(params=params[:3], rank=2, update_proj_gap=3, **setting), dict(params=params[3:5]),
-                  dict(params=params[5:], state_bits=8)]
+        groups = [dict(params=params[:3], rank=2, update_proj_gap=3, **setting),
+                  dict(params=params[3:5]), dict(params=params[5:], state_bits=8)]
         return params, galore.GaLoreAdamW(groups, lr=0.01, weight_decay=0.1, seed=3)
     params, optimizer = fresh(grads[0])
     straight = follow(optimizer, params, grads)
@@ -1261,13 +1365,15 @@ def test_a_window_of_sketches_resumes_bit_for_bit_from_torchs_state_dict(dtype):
 def test_muon_is_torchs(dtype, tolerance, momentum):
     own = {} if momentum is None else {'momentum': momentum}
     for shape in SHAPES:
-        W, theirs = (nn.Parameter(torch.ones(shape, dtype=kind, device=DEVICE)) for kind in (dtype, torch.float32))
+        W, theirs = (nn.Parameter(torch.ones(shape, dtype=kind, device=DEVICE))
+                     for kind in (dtype, torch.float32))
         grads, hyper = normal(6, 1, *shape, dtype=dtype), dict(lr=0.01, weight_decay=0.1)
         optimizer = galore.GaLoreAdamW([dict(params=[W], rule='muon', **own)], **hyper)
         ours, = follow(optimizer, [W], grads)
         theirs.data = theirs.data.to(torch.promote_types(dtype, torch.float32))
-        wanted, = follow(torch.optim.Muon([theirs], adjust_lr_fn='match_rms_adamw', **own, **hyper), [theirs],
-                         grads.to(theirs.dtype))
+        wanted, = follow(
+            torch.optim.Muon([theirs], adjust_lr_fn='match_rms_adamw', **own, **hyper),
+            [theirs], grads.to(theirs.dtype))
         close(ours.to(wanted.dtype), wanted, tolerance)
         assert (optimizer.state_bytes() == 0) == (momentum == 0)
 
@@ -1278,10 +1384,12 @@ def test_muon_in_a_basis_of_all_directions_is_muon(shape):
     theirs = nn.Parameter(torch.zeros(shape, device=DEVICE))
     nn.init.zeros_(linear.weight)
     net = lowrank.MHLoRALinear(linear, rank=min(shape), factors='basis', merge_every=1)
-    ours = galore.LowRankAdamW(net, lr=0.01, weight_decay=0.1, scale=1.0, rule='muon', basis_every=3)
+    ours = galore.LowRankAdamW(
+        net, lr=0.01, weight_decay=0.1, scale=1.0, rule='muon', basis_every=3)
     muon = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.1, adjust_lr_fn='match_rms_adamw')
     for step in range(8):  # the moment turns with its basis
-        x, y = (normal(5, 5, k, seed=step + i, dtype=torch.float32) for i, k in enumerate(shape[::-1]))
+        x, y = (normal(5, 5, k, seed=step + i, dtype=torch.float32)
+                for i, k in enumerate(shape[::-1]))
         ours.begin(step)
         (net(x) * y).sum().backward()
         theirs.grad = y.flatten(0, 1).T @ x.flatten(0, 1)
@@ -1322,7 +1430,8 @@ def test_a_merge_in_full_forgets_what_few_bits_left():
 def test_a_rank_may_have_no_row_of_a_parameter(bits):
     for shape in ((0,), (0, 40)):
         p = nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16))
-        follow(galore.GaLoreAdamW([dict(params=[p], rule='adamw', state_bits=bits)]), [p], [[p.detach()]] * 2)
+        follow(galore.GaLoreAdamW([dict(params=[p], rule='adamw', state_bits=bits)]),
+               [p], [[p.detach()]] * 2)
 
 
 @pytest.mark.parametrize('rule', rules.FULL)
@@ -1339,7 +1448,8 @@ def test_an_output_layer_is_one_under_each_of_its_names():
     net.lm_head, net.mlp, net.proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
     net.proj.weight = net.lm_head.weight
     groups = galore.param_groups(net, rule='scale')
-    assert [group['momentum'] for group in groups if 'lm_head.weight' in group['param_names']] == [0.9]
+    assert [group['momentum'] for group in groups
+            if 'lm_head.weight' in group['param_names']] == [0.9]
 
 
 def test_what_is_averaged_within_an_average_stays():
@@ -1358,7 +1468,8 @@ def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
     grads = normal(3, 1, 64, 80)
     ends = []
     for bits, transposed in ((None, False), (None, True), (16, False), (8, False)):
-        W = nn.Parameter(torch.zeros(80, 64).T.double() if transposed else torch.zeros(64, 80, dtype=double))
+        W = nn.Parameter(torch.zeros(80, 64).T.double() if transposed
+                         else torch.zeros(64, 80, dtype=double))
         group = dict(params=[W], rule=rule, state_bits=bits, momentum=0.9)
         ends += follow(galore.GaLoreAdamW([group], lr=0.01), [W], grads)
     close(ends[0], ends[1])
@@ -1369,7 +1480,8 @@ def test_averages_of_narrow_bits_and_of_transposed_weights(rule):
 def test_a_rank_is_clamped_and_said_once():
     W = nn.Parameter(torch.zeros(6, 9))
     with pytest.warns(UserWarning, match=r'rank 99 .* h.0.mlp.weight \(6, 9\)'):
-        optimizer = galore.GaLoreAdamW([{'params': [W], 'param_names': ['h.0.mlp.weight'], 'rank': 99}])
+        optimizer = galore.GaLoreAdamW(
+            [{'params': [W], 'param_names': ['h.0.mlp.weight'], 'rank': 99}])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         follow(optimizer, [W], torch.ones(1, 1, 6, 9))
@@ -1377,7 +1489,8 @@ def test_a_rank_is_clamped_and_said_once():
     for basis in BASES:
         W = nn.Parameter(torch.zeros(9, 6))
         with pytest.warns(UserWarning, match=r'parameter 0 \(9, 6\)'):
-            optimizer = galore.GaLoreAdamW([dict(params=[W], rank=8, basis=basis, proj_type='left')])
+            optimizer = galore.GaLoreAdamW(
+                [dict(params=[W], rank=8, basis=basis, proj_type='left')])
         follow(optimizer, [W], normal(1, 1, 9, 6, dtype=torch.float32))
         assert optimizer.state[W]['basis'].shape == (9, 6)
 
@@ -1392,19 +1505,21 @@ def test_param_groups_partition_the_model(make):
         groups = galore.param_groups(net, gap=7, rank=rank, **kwargs)
         place = {name: (group, p) for group in groups
                  for name, p in zip(group['param_names'], group['params'])}
-        assert place.keys() == wanted.keys() and sum(len(group['params']) for group in groups) == len(place)
+        assert (place.keys() == wanted.keys()
+                and sum(len(group['params']) for group in groups) == len(place))
         for name, (group, p) in place.items():
             matrix = p.dim() > 1 and name not in ('pos_embed', 'cls_token')
             inside = rank > 0 and matrix and ('attn' in name or 'mlp' in name)
             assert p is wanted[name] and group['weight_decay'] == 0.1 * matrix
             assert ('rank' in group) == inside, name
-            assert not inside or {**kwargs, 'rank': 2, 'update_proj_gap': 7}.items() <= group.items()
+            assert (not inside
+                    or {**kwargs, 'rank': 2, 'update_proj_gap': 7}.items() <= group.items())
     torch.optim.AdamW(galore.param_groups(net, 0.1))
 
 
 def test_a_step_needs_no_value_of_the_device_and_no_other_device():
-    """Refreshes included: memory can be planned on fake tensors. On the meta device, as on a GPU, a tensor of
-    the CPU's does not go with the others."""
+    """Refreshes included: memory can be planned on fake tensors. On the meta device, as on a GPU,
+    a tensor of the CPU's does not go with the others."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     for setting in RULES:
         with FakeTensorMode():
@@ -1450,8 +1565,10 @@ def test_8_bits_are_off_by_less_than_a_level(key, n):
     off = (total / 400 - x).abs() / bound.clamp_min(1e-30)
     assert off[x != 0 if dtype == torch.int8 else level >= 1].max() < 0.01  # right on average
     assert code.dtype == dtype and code.shape == x.shape and top.shape == (3, -(-n // 256))
-    assert code.min() >= (-127 if dtype == torch.int8 else 1)  # the update divides by the second's root
-    rows = [rules.encode(row, rules.shift_of(age), levels, power, dtype) for row in x.split(1)]  # of a shard
+    # the update divides by the second's root
+    assert code.min() >= (-127 if dtype == torch.int8 else 1)
+    rows = [rules.encode(row, rules.shift_of(age), levels, power, dtype)
+            for row in x.split(1)]  # of a shard
     assert all(torch.equal(torch.cat(parts), all) for parts, all in zip(zip(*rows), (code, top)))
 
 
@@ -1498,7 +1615,8 @@ def test_an_8_bit_second_moment_decays_beside_one_that_does_not():
 def test_random_bases_are_others_for_each_seed_layer_and_refresh(root, tmp_path):
     drawn = []
     for seed in (0, 1):
-        words = method('galore', '--basis=random', '--basis_every=2', '--n_layer=1', f'--seed={seed}')
+        words = method('galore', '--basis=random', '--basis_every=2', '--n_layer=1',
+                       f'--seed={seed}')
         run, _ = built('llama', root, tmp_path, *words)
         for step in range(4):
             run.optimizer.begin(step)
@@ -1507,7 +1625,8 @@ def test_random_bases_are_others_for_each_seed_layer_and_refresh(root, tmp_path)
     assert len(drawn) == len(set(drawn)) == 2 * 2 * 7
 
 
-@pytest.mark.parametrize('time', [2, 7])  # shorter and longer than the rank, 3: two orders of the products
+# shorter and longer than the rank, 3: two orders of the products
+@pytest.mark.parametrize('time', [2, 7])
 @pytest.mark.parametrize('m, n', [(6, 8), (8, 6)])
 @pytest.mark.parametrize('dtype', [double, torch.float16])
 def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, time, dtype):
@@ -1525,7 +1644,8 @@ def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, ti
     layer.ask_sketch()
     for part in (slice(1), slice(1, 5)):  # however they are spread over micro-batches
         layer(x[part].to(dtype)).backward((dy[part] * size).to(dtype))
-    assert (layer.sketch.grad / size - wanted).norm() / wanted.norm() < (1e-12 if dtype == double else 2e-2)
+    assert ((layer.sketch.grad / size - wanted).norm() / wanted.norm()
+            < (1e-12 if dtype == double else 2e-2))
 
 
 def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
@@ -1551,17 +1671,20 @@ def test_what_is_always_zero_takes_no_memory_whatever_torch_does(root, tmp_path)
     plain = built('llama', root, tmp_path, *words)[0].model
     run, data = built('llama', root, tmp_path, *method('galore', *words))
     net, layers, batch = run.model, lowrank.lowrank_layers(run.model), data.batch(2, 0)
-    held, state, bases = bytes_held(net), net.state_dict(), sum(layer.basis.nbytes for layer in layers)
-    assert held == bytes_held(plain) + bases + 4 * 3 * 24  # and one buffer, as large as the largest factor
+    held, state, bases = (bytes_held(net), net.state_dict(),
+                          sum(layer.basis.nbytes for layer in layers))
+    # and one buffer, as large as the largest factor
+    assert held == bytes_held(plain) + bases + 4 * 3 * 24
     assert {name for name in state if not name.endswith('.basis')} == {*plain.state_dict()}
 
     def loaded(assign):
         other = copy.deepcopy(net)
         other.load_state_dict(copy.deepcopy(state), assign=assign)
         return other
-    for other, size in ((net.to(torch.float32), held), (copy.deepcopy(net), held), (loaded(False), held),
-                        (loaded(True), held), (copy.deepcopy(net).to('meta').to_empty(device='cpu'), held),
-                        (copy.deepcopy(net).to(torch.bfloat16), held // 2)):
+    for other, size in (
+            (net.to(torch.float32), held), (copy.deepcopy(net), held), (loaded(False), held),
+            (loaded(True), held), (copy.deepcopy(net).to('meta').to_empty(device='cpu'), held),
+            (copy.deepcopy(net).to(torch.bfloat16), held // 2)):
         leaves = [layer.factor for layer in lowrank.lowrank_layers(other)]
         assert bytes_held(other) == size and not any(leaf.any() for leaf in leaves)
         assert len({leaf.untyped_storage().data_ptr() for leaf in leaves}) == 1
@@ -1591,13 +1714,16 @@ def test_moments_are_as_wide_as_asked_for(root, tmp_path, name, bits):
     for state in run.optimizer.state.values():
         codes = bits == 8 and state['exp_avg'].dim() > 1  # no vectors
         seen.add(codes)
-        assert state['exp_avg'].dtype == (torch.int8 if codes else wide) and type(state['step']) is int
+        assert (state['exp_avg'].dtype == (torch.int8 if codes else wide)
+                and type(state['step']) is int)
         assert state['exp_avg_sq'].dtype == (torch.uint8 if codes else wide)
         assert ('exp_avg_top' in state) == codes
     assert len(run.optimizer.state) == sum(p.requires_grad for p in run.model.parameters())
     assert seen == {False, bits == 8}
-    held = [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    held += [x for key, x in run.model.named_buffers() if key.endswith('.basis')]  # no sketch in step 0
+    held = [x for state in run.optimizer.state.values()
+            for x in state.values() if torch.is_tensor(x)]
+    # no sketch in step 0
+    held += [x for key, x in run.model.named_buffers() if key.endswith('.basis')]
     assert run.optimizer.state_bytes() == sum(x.nbytes for x in held)
 
 
@@ -1631,7 +1757,8 @@ def shared_weight_but_not_bias():
 
 
 def split_heads(rows):
-    return put(linears(), heads=2, split=True, merge_every=2)['attn'].train(rows != 2)(torch.ones(rows, 8))
+    return put(linears(), heads=2, split=True, merge_every=2)['attn'].train(rows != 2)(
+        torch.ones(rows, 8))
 
 
 def twice():
@@ -1642,13 +1769,15 @@ def twice():
 
 def scaled_per_layer():
     net = linears()
-    optimizer, scaler = galore.GaLoreAdamW(net.parameters(), per_layer=True), torch.amp.GradScaler('cpu')
+    optimizer, scaler = (galore.GaLoreAdamW(net.parameters(), per_layer=True),
+                         torch.amp.GradScaler('cpu'))
     scaler.scale(net['attn'](torch.ones(2, 8)).sum()).backward()
     scaler.step(optimizer)
 
 
 def in_basis(heads=1, merge_every=1, **settings):
-    net = put(linears(), heads=heads, rank=2, factors='basis', split=heads > 1, merge_every=merge_every)
+    net = put(linears(), heads=heads, rank=2, factors='basis', split=heads > 1,
+              merge_every=merge_every)
     optimizer = galore.LowRankAdamW(net, **settings)
     net['attn'](torch.ones(2, 8)).sum().backward()
     optimizer.step()
@@ -1667,26 +1796,33 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(linears(), 'attn'), "targets='attn' is a string"),
     (lambda: put(linears(attn=encoder_layer()), ('linear1',)), 'TransformerEncoderLayer'),
     (lambda: put(nn.TransformerEncoder(encoder_layer(), 2)), 'TransformerEncoderLayer'),
-    (lambda: put(linears(attn=encoder_layer(type('Sub', (nn.TransformerEncoderLayer,), {})))), 'Sub'),
+    (lambda: put(linears(attn=encoder_layer(type('Sub', (nn.TransformerEncoderLayer,), {})))),
+     'Sub'),
     (lambda: put(linears(attn=timm.models.beit.Attention(16, 2))), r"'attn' \(Attention\) reads"),
     (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('qkv',)),
      r"'attn' \(EvaAttention\) reads"),
     (lambda: put(shared_weight_but_not_bias(), ('attn', 'mlp')), 'but not its bias'),
     (lambda: put(hooked()), "'attn' has hooks"),
     (lambda: put(hooked(nn.Module.register_full_backward_pre_hook), ('attn',)), "'attn' has hooks"),
-    (lambda: put(hooked(lambda linear, other: setattr(linear, 'forward', other))), 'forward of its own'),
+    (lambda: put(hooked(lambda linear, other: setattr(linear, 'forward', other))),
+     'forward of its own'),
     (lambda: put(linears(), factors='A'), "factors='A' is not known"),
-    (lambda: put(linears(), rank=0), 'rank=0'), (lambda: put(linears(), factors='basis'), 'merge_every=1'),
+    (lambda: put(linears(), rank=0), 'rank=0'),
+    (lambda: put(linears(), factors='basis'), 'merge_every=1'),
     (lambda: put(linears(), heads=2, factors='basis', merge_every=4), 'split=True'),
     (lambda: put(linears(), heads=3, split=True, merge_every=4, workers=2), 'over 2 ranks'),
-    (lambda: put(wide_linears(), frozen_bits=4, merge_every=2, merge_reset=True), 'weights in 4 bits stay as they are'),
-    (lambda: put(wide_linears(), frozen_bits=4, factors='basis', merge_every=1), 'weights in 4 bits stay as they are'),
+    (lambda: put(wide_linears(), frozen_bits=4, merge_every=2, merge_reset=True),
+     'weights in 4 bits stay as they are'),
+    (lambda: put(wide_linears(), frozen_bits=4, factors='basis', merge_every=1),
+     'weights in 4 bits stay as they are'),
     (lambda: put(wide_linears(), param_bits=8), "8 bits train in a basis, and factors='both'"),
-    (lambda: put(linears(), frozen_bits=8), 'frozen_bits=8, has to be|frozen_bits=8 has to be None or 4'),
+    (lambda: put(linears(), frozen_bits=8),
+     'frozen_bits=8, has to be|frozen_bits=8 has to be None or 4'),
     (lambda: put(linears(), frozen_bits=4, param_bits=8), 'one of them None'),
     (lambda: put(wide_linears().double(), frozen_bits=4), 'weights in float64 are not'),
     (lambda: put(linears(), frozen_bits=4), 'no weight goes into 4 bits: 64 divides no width'),
-    (lambda: split_heads(2), 'averaged_heads'), (lambda: split_heads(3), 'does not split over 2 heads'),
+    (lambda: split_heads(2), 'averaged_heads'),
+    (lambda: split_heads(3), 'does not split over 2 heads'),
     (lambda: lowrank.check_training(linears(), torch.optim.SGD([nn.Parameter(torch.ones(1))])),
      'attn.weight and 1 more'),
     (lambda: in_basis(basis='svd'), "basis='svd' .* set basis='sketch'"),
@@ -1697,16 +1833,18 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(rank=0), 'rank=0'), (dict(update_proj_gap=0), 'update_proj_gap=0'),
         (dict(rule='adam'), "rule='adam'"), (dict(proj_type='both'), "proj_type='both'"),
         (dict(basis='qr'), "basis='qr'"),
-        (dict(params=[nn.Parameter(torch.zeros(6))]), 'is no matrix'), (dict(state_bits=4), 'state_bits=4'),
-        (dict(proj_type='full'), "set one of 'std'"), (dict(correct_bias=False), 'correct_bias=False'),
-        (dict(rule='muon'), "rule='muon'"),
+        (dict(params=[nn.Parameter(torch.zeros(6))]), 'is no matrix'),
+        (dict(state_bits=4), 'state_bits=4'), (dict(proj_type='full'), "set one of 'std'"),
+        (dict(correct_bias=False), 'correct_bias=False'), (dict(rule='muon'), "rule='muon'"),
         (dict(rule='apollo', basis='svd'), "basis='random'"))),
     *((lambda group=group: galore.GaLoreAdamW([group]), said) for group, said in (
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='fira'), 'with rank=None: set one of'),
         (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
-        (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0), 'momentum=1.0'))),
+        (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0),
+         'momentum=1.0'))),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4'),
-    (lambda: galore.param_groups(linears(attn=type('Conv1D', (nn.Module,), {})()), rank=4), "Conv1D is no nn.Linear"),
+    (lambda: galore.param_groups(linears(attn=type('Conv1D', (nn.Module,), {})()), rank=4),
+     "Conv1D is no nn.Linear"),
     (lambda: lowrank.MHLoRALinear(nn.Linear(3, 3), rank='2'), "rank='2', heads=1 must be integers"),
     (lambda: [put(net) for net in [linears()] * 2], "'attn' has low-rank weights already"),
     (scaled_per_layer, 'per_layer=True steps in the backward pass, before a GradScaler')]
@@ -1749,7 +1887,8 @@ def test_what_only_shows_later_is_warned_of_once():
 
 
 def test_what_a_run_does_not_reach_is_said(root, tmp_path, capsys):
-    run, data = built('gpt', root, tmp_path, *method('galore', '--warmup_iters=9', '--max_iters=8', '--basis_every=2'))
+    run, data = built('gpt', root, tmp_path, *method(
+        'galore', '--warmup_iters=9', '--max_iters=8', '--basis_every=2'))
     meter = Meter(run, 0, 128, 'tokens')
     assert 'warmup_iters=9 is above max_iters=8: learning_rate=' in capsys.readouterr().out
     layer = lowrank.lowrank_layers(run.model)[0]
@@ -1800,13 +1939,15 @@ def test_alpha_travels_with_heads():
     for key, x in half.items():
         ema[key].mul_(0.9).add_(x, alpha=0.1)
     there = safetensors.torch.load(safetensors.torch.save(half))
-    for found in (state, half, mean, ema, there, torch.optim.swa_utils.AveragedModel(net).module.state_dict(),
+    for found in (state, half, mean, ema, there,
+                  torch.optim.swa_utils.AveragedModel(net).module.state_dict(),
                   get_model_state_dict(net), copy.deepcopy(net).bfloat16().state_dict()):
         net.load_state_dict(found)
         assert torch.equal(net.mlp.alpha, state['mlp.alpha'])
         with pytest.raises(RuntimeError, match='mlp.alpha is 6.1 in the state dict, and here 4'):
             other.load_state_dict(found)
-    net.load_state_dict({key: x for key, x in state.items() if key[-5:] != 'alpha'})  # of an older one
+    net.load_state_dict({key: x for key, x in state.items()
+                         if key[-5:] != 'alpha'})  # of an older one
     with pytest.raises(RuntimeError, match='mlp.alpha is 0 in the state dict, and here 6.1'):
         net.load_state_dict({**state, 'mlp.alpha': nothing})
     for alpha in (np.float64(6.1), torch.tensor(6.1, dtype=torch.float64)):
@@ -1831,18 +1972,18 @@ DATA = [  # a reader, its words, what is said; or the words of a command of prep
     (prepare.Images, 'bloodmnist train', "run 'python prepare.py bloodmnist --size 28 --"),
     (prepare.Images, 'digits valid', "no split 'valid': use one of train, val"),
     *((None, *row) for row in (
-        ('stdlb', "did you mean 'stdlib'"), ('verify mine', 'holds no data set'), ('text', '--input'), ('c4', '--tokens'),
-        (f'text --input {HERE}/README.md', '.txt'),
+        ('stdlb', "did you mean 'stdlib'"), ('verify mine', 'holds no data set'),
+        ('text', '--input'), ('c4', '--tokens'), (f'text --input {HERE}/README.md', '.txt'),
         ('c4 --tokens 0', 'at least 1'), ('stdlib --tokns 3', '--tokns'),
         (f'c4 --path {HERE}', 'en/c4-train'), ('stdlib --path x', '--path'),
         ('pathmist', "did you mean 'pathmnist'"), ('PathMNIST', "did you mean 'pathmnist'"),
         ('organmnist3d', 'did you mean'), (f'octmnist --path {HERE}', 'octmnist.npz.*missing'),
         (f'octmnist --size 64 --path {HERE}', 'octmnist_64.npz.*missing.*--path'),
-        ('pathmnist --size 32', '28'), ('digits --size 64', '--size'), ('digits --path x', '--path'),
-        ('digits --tokens 3', '--tokens'), ('stdlib --shard_bytes 3', '--shard_bytes'),
-        ('pathmnist --shard_bytes 0', 'at least 1'), ('stdlib --name ../x', r"not '\.\./x'"),
-        ('stdlib --name /x', "not '/x'"), ('stdlib --name ..', 'name of a folder'),
-        ('--overwrite stdlib', 'did you')))]
+        ('pathmnist --size 32', '28'), ('digits --size 64', '--size'),
+        ('digits --path x', '--path'), ('digits --tokens 3', '--tokens'),
+        ('stdlib --shard_bytes 3', '--shard_bytes'), ('pathmnist --shard_bytes 0', 'at least 1'),
+        ('stdlib --name ../x', r"not '\.\./x'"), ('stdlib --name /x', "not '/x'"),
+        ('stdlib --name ..', 'name of a folder'), ('--overwrite stdlib', 'did you')))]
 
 
 @pytest.mark.parametrize('call, message', LIBRARY)
@@ -1853,7 +1994,8 @@ def test_what_would_go_wrong_in_silence_is_one_sentence(call, message):
 
 
 @pytest.mark.parametrize('reader, words, message', DATA)
-def test_missing_data_and_mistaken_commands_are_one_sentence(root, tmp_path, reader, words, message):
+def test_missing_data_and_mistaken_commands_are_one_sentence(
+        root, tmp_path, reader, words, message):
     with pytest.raises(prepare.DataError, match=message) as refusal:
         if reader:
             reader(*(int(word) if word.isdigit() else word for word in words.split()), root)
@@ -1867,8 +2009,8 @@ def test_what_is_replaced_passed_over_or_clamped_is_named(capsys):
     assert lowrank.apply_mhlora(tiny_gpt(), ('c_fc',)) == [f'{block}.mlp.c_fc' for block in blocks]
     capsys.readouterr()
     other = type('Sub', (nn.Linear,), {})(8, 8)
-    put(linears(mlp=nn.Sequential(nn.Linear(16, 8), other)), ('attn', 'mlp'), rank=12, factors='basis',
-        merge_every=1)
+    put(linears(mlp=nn.Sequential(nn.Linear(16, 8), other)), ('attn', 'mlp'), rank=12,
+        factors='basis', merge_every=1)
     said = capsys.readouterr().out
     assert '2 of 2 linear layers' in said and 'subclasses of nn.Linear: mlp.1' in said
     assert "rank 12 is clamped to the smaller side of 2, such as attn" in said
@@ -1879,7 +2021,8 @@ def test_what_is_replaced_passed_over_or_clamped_is_named(capsys):
 
 
 def auc_by_hand(positive, score):
-    """The share of pairs in which the positive one scores higher than the negative; equal ones count half."""
+    """The share of pairs in which the positive one scores higher than the negative; equal ones
+    count half."""
     higher = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
     return sum(higher) / len(higher)
 
@@ -1901,7 +2044,8 @@ def test_metrics_agree_with_a_hand_computation():
     accuracy, auc, by_class, matrix = train_vit.measure(logits, several)
     assert by_class == pytest.approx(((logits > 0) == (several > 0)).double().mean(0).tolist())
     assert accuracy == pytest.approx(sum(by_class) / 3) and matrix is None
-    assert auc == pytest.approx(sum(auc_by_hand(several[:, c] > 0, logits[:, c]) for c in range(3)) / 3)
+    assert auc == pytest.approx(
+        sum(auc_by_hand(several[:, c] > 0, logits[:, c]) for c in range(3)) / 3)
     y = y.clamp(max=1)  # of a class without images there is neither
     _, auc, by_class, _ = train_vit.measure(logits, y)
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
@@ -1922,7 +2066,8 @@ def test_augmentation_is_a_function_of_key_and_row():
     assert torch.equal(both[1::2], augmented('flip,crop', (1, 2, 0), slice(1, None, 2)))
     assert not torch.equal(both, augmented('flip,crop', (1, 3, 0)))
     transposed = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, images)]
-    assert 0 < sum(transposed) < 8 and all(t or torch.equal(a, b) for t, a, b in zip(transposed, flipped, images))
+    assert (0 < sum(transposed) < 8
+            and all(t or torch.equal(a, b) for t, a, b in zip(transposed, flipped, images)))
     pair = torch.tensor([0, 1], dtype=torch.uint8).expand(4000, 1, 2, 2)
     pair = train_vit.augmented(pair, 'flip', (0,), count=4000, rows=np.arange(4000))
     assert pair[..., 0].double().mean().item() == pytest.approx(0.5, abs=0.03)  # every second one
@@ -1932,24 +2077,28 @@ def test_augmentation_is_a_function_of_key_and_row():
 
 
 @pytest.mark.parametrize('side, size, crop_pct, interpolation', [
-    (28, 28, 1.0, 'bicubic'), (28, 56, 1.0, 'bicubic'), (64, 28, 0.9, 'bicubic'), (28, 42, 0.875, 'bilinear'),
-    (31, 28, 0.9, 'bicubic')])
+    (28, 28, 1.0, 'bicubic'), (28, 56, 1.0, 'bicubic'), (64, 28, 0.9, 'bicubic'),
+    (28, 42, 0.875, 'bilinear'), (31, 28, 0.9, 'bicubic')])
 def test_images_are_seen_as_timm_evaluates_them(side, size, crop_pct, interpolation):
     # PIL rounds and clips after either direction: contrasts are such that nothing is clipped
     images = torch.randint(80, 176, (3, 1 if side == 28 else 3, side, side), dtype=torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     look = SimpleNamespace(size=size, crop_pct=crop_pct, interpolation=interpolation,
-                           mean=torch.tensor(mean).view(3, 1, 1), std=torch.tensor(std).view(3, 1, 1))
-    theirs = timm.data.create_transform(input_size=(3, size, size), is_training=False, mean=mean, std=std,
-                                        crop_pct=crop_pct, interpolation=interpolation)
+                           mean=torch.tensor(mean).view(3, 1, 1),
+                           std=torch.tensor(std).view(3, 1, 1))
+    theirs = timm.data.create_transform(
+        input_size=(3, size, size), is_training=False, mean=mean, std=std, crop_pct=crop_pct,
+        interpolation=interpolation)
     ours = train_vit.normalised(images, look, torch.float32)
     for x, y in zip(images.expand(-1, 3, -1, -1), ours):
         levels = 255 * look.std * (y - theirs(to_pil_image(x)))
-        assert y.shape == (3, size, size) and levels.abs().max() < (1e-3 if size == crop_pct * side else 1.6)
+        assert (y.shape == (3, size, size)
+                and levels.abs().max() < (1e-3 if size == crop_pct * side else 1.6))
 
 
 def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, tmp_path):
-    for name, reader, key in (('digits', prepare.Images, 'classes'), ('tiny', prepare.Tokens, 'tokenizer')):
+    for name, reader, key in (('digits', prepare.Images, 'classes'),
+                              ('tiny', prepare.Tokens, 'tokenizer')):
         shutil.copytree(root / name, tmp_path / name)
         words = ['train', 8, tmp_path] if reader is prepare.Tokens else ['train', tmp_path]
         path, before = tmp_path / name / 'meta.json', reader(name, *words).fingerprint
@@ -1959,7 +2108,8 @@ def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, t
 
 
 @pytest.mark.parametrize('make', [  # what torch says on CPUs and GPUs
-    lambda: torch.empty(2**55), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory'))])
+    lambda: torch.empty(2**55),
+    lambda: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory'))])
 def test_full_memory_ends_in_one_sentence(capsys, make):
     with pytest.raises(RuntimeError) as ended:
         next(iter(make()))
@@ -1978,7 +2128,8 @@ def test_a_number_of_a_token_that_no_model_has_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize('name, text', [
-    ('tokenizer_config.json', '[1'), ('tokenizer_config.json', '{"eos_token": 5}'), ('tokenizer.json', '{"model": 1}'),
+    ('tokenizer_config.json', '[1'), ('tokenizer_config.json', '{"eos_token": 5}'),
+    ('tokenizer.json', '{"model": 1}'),
     ('tokenizer_config.json', '{"eos_token": {"content": "no such token"}}')])
 def test_a_damaged_tokenizer_is_one_sentence(bases, tmp_path, capsys, name, text):
     folder = shutil.copytree(bases / 'llama', tmp_path / 'llama')
@@ -1987,8 +2138,10 @@ def test_a_damaged_tokenizer_is_one_sentence(bases, tmp_path, capsys, name, text
 
 
 def test_epochs_are_passes_over_the_images_and_images_may_have_several_labels(root, tmp_path):
-    words = [word for word in tiny('vit', root, tmp_path / 'a') if not word.startswith('--max_iters')]
-    start(train_vit, [*words, '--epochs=3', '--batch_size=7', '--eval_interval=9', '--learning_rate=0.01'])
+    words = [word for word in tiny('vit', root, tmp_path / 'a')
+             if not word.startswith('--max_iters')]
+    start(train_vit, [*words, '--epochs=3', '--batch_size=7', '--eval_interval=9',
+                      '--learning_rate=0.01'])
     assert saved(tmp_path / 'a')['step'] == 28 and records(tmp_path / 'a')[-1]['test_auc'] > 0.95
     archive(tmp_path, 'chestmnist', counts=dict(train=20, val=30, test=30))
     prepare_images(tmp_path, 'chestmnist')
@@ -2005,7 +2158,8 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
         return records(tmp_path / out, 'eval.jsonl' if '--eval_only=True' in words else 'log.jsonl')
     torch.manual_seed(3)
     shape = dict(img_size=28, patch_size=14, depth=2, num_heads=2, embed_dim=16)
-    theirs, path = timm.create_model('vit_tiny_patch16_224', num_classes=9, **shape), f'{tmp_path}/theirs'
+    theirs, path = (timm.create_model('vit_tiny_patch16_224', num_classes=9, **shape),
+                    f'{tmp_path}/theirs')
     safetensors.torch.save_file(theirs.state_dict(), f'{path}.safetensors')
     torch.save(theirs.state_dict(), f'{path}.pt')
     asked = ['--dataset=pathmnist', '--eval_only=True']
@@ -2018,18 +2172,24 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
     assert log[0]['val_loss'] == pytest.approx(loss, abs=1e-3) and 'test_acc' in log[1]
     again = see('b', f'{path}.pt', *asked)
     assert again == [{**record, 'init_from': f'{path}.pt'} for record in log]
-    log = see('c', f'{path}.pt', '--dataset=pathmnist', '--img_size=42')  # the embedding of places resized
+    # the embedding of places resized
+    log = see('c', f'{path}.pt', '--dataset=pathmnist', '--img_size=42')
     state, best = saved(tmp_path / 'c'), f'{tmp_path}/c/best.pt'
-    assert (state['model_config']['crop_pct'], state['model_config']['interpolation']) == (0.9, 'bicubic')
+    assert (state['model_config']['crop_pct'], state['model_config']['interpolation']) == (
+        0.9, 'bicubic')
     again = see('g', best, '--dataset=pathmnist', '--img_size=None', '--eval_only=True')
-    assert again[0]['val_loss'] == pytest.approx(log[2]['val_loss'], abs=1e-6) and log[2]['step'] == 2
+    assert (again[0]['val_loss'] == pytest.approx(log[2]['val_loss'], abs=1e-6)
+            and log[2]['step'] == 2)
     see('c', 'resume', '--dataset=pathmnist', '--img_size=42', '--max_iters=4')
     assert saved(tmp_path / 'c')['model_config'] == state['model_config']
-    # ours: split heads that merge, then full fine-tuning from what they made of it, with another classifier
-    lte = see('lte', 'scratch', '--lowrank=attn', '--heads=2', '--rank=2', '--split=True', '--merge_every=2')
+    # ours: split heads that merge, then full fine-tuning from what they made of it, with another
+    # classifier
+    lte = see('lte', 'scratch', '--lowrank=attn', '--heads=2', '--rank=2', '--split=True',
+              '--merge_every=2')
     best = f'{tmp_path}/lte/best.pt'
     again = see('d', best, '--eval_only=True', '--n_layer=None')
-    assert again[0]['val_loss'] == pytest.approx(lte[2]['val_loss'], abs=1e-6) and lte[2]['step'] == 2
+    assert (again[0]['val_loss'] == pytest.approx(lte[2]['val_loss'], abs=1e-6)
+            and lte[2]['step'] == 2)
     see('e', best, '--dataset=digits', '--n_layer=None')
     other = saved(tmp_path / 'e')
     assert other['model']['head.weight'].shape == (10, 16) and other['model_config']['n_layer'] == 2
@@ -2051,85 +2211,91 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
 #   again    on two ranks a run that stops at step 4 resumes bit for bit
 #   written  its ranks, with weights of their own, are workers as they are written down
 RUNS = [line.split('|') for line in '''
-gpt_apollo            | apollo                                                      | one
-gpt_fira              | fira                                                        | one two
-gpt_fira_8            | fira --state_bits=8                                         | one
-gpt_full              | full                                                        | one two wander
-gpt_galolte           | galolte                                                     | one two wander again four
-gpt_galolte_2bit      | galolte_2bit                                                | again
-gpt_galore            | galore                                                      | one two wander
-gpt_galore_lean       | galore_lean                                                 | one two
-gpt_galore_muon       | galore_muon                                                 | one two
-gpt_local_adamw       | local_adamw                                                 | again written
-gpt_local_muon        | local_muon                                                  | again
-gpt_lora_fa           | lora_fa                                                     | one
-gpt_lte               | lte                                                         | one two wander again four
-gpt_lte_8             | lte --state_bits=8                                          | one two wander
-gpt_mhlora            | mhlora                                                      | one two
-gpt_muon              | muon                                                        | one two
-gpt_muon_lean         | muon_lean                                                   | one two
-gpt_relora            | relora                                                      | one two
-gpt_scale             | scale                                                       | one
-llama_full            | full                                                        | one two wander
-llama_galolte         | galolte                                                     | one two wander
-llama_galore          | galore                                                      | one two wander
-llama_local_adamw     | local_adamw                                                 | again written
-llama_lte             | lte                                                         | one two wander
-vit_full              | full                                                        | one two wander
-vit_galolte           | galolte                                                     | one two wander
-vit_galore            | galore                                                      | one two wander
-vit_local_adamw       | local_adamw                                                 | again written
-vit_lte               | lte                                                         | one two wander
-gpt_reset             | lte --merge_reset=True                                      | one two wander again four
-gpt_answers           | lte --dataset=answers --block_size=64                       | one two wander
-llama_answers         | galore --dataset=answers --documents=False                  | one two
-gpt_bits              | galolte --sync_bits=2                                       | one two wander again four
-gpt_muons             | galolte --optimizer=muon --sync_bits=4 --sync_moments=False | one two wander
-gpt_relogit           | relora --lowrank=attn,logit                                 | one two
-gpt_replicas          | lte --sync=merge                                            | again
-gpt_lte_pair          | lte --sync=merge --heads=2                                  | again written
-gpt_galolte_pair      | galolte_2bit --sync_bits=32 --heads=2                       | again written
-gpt_local_8           | local_adamw --sync_bits=8                                   | again written
-gpt_local_muon_32     | local_muon --sync_bits=32                                   | again written
-gpt_dropout           | full --dropout=0.1                                          | one
-gpt_float16           | lte --lowrank=attn,logit {float16}                          | one
-gpt_few_random        | galolte --basis=random --sync_bits=4 {bfloat16}             | one
-llama_bfloat16        | fira --basis=svd {bfloat16}                                 | one
-llama_checkpointing   | galore --checkpointing=True                                 | one
-llama_16              | galore --basis=random --state_bits=16                       | one
-llama_lean            | galore_lean {wider}                                         | one two
-llama_leaner          | galore_lean {wider} {bfloat16} --checkpointing=True         | one
-llama_int8            | galore_int8 {coded} --rank=16                               | one two wander
-gpt_int8              | galolte {coded} --param_bits=8                              | one two
+gpt_apollo            | apollo                                           | one
+gpt_fira              | fira                                             | one two
+gpt_fira_8            | fira --state_bits=8                              | one
+gpt_full              | full                                             | one two wander
+gpt_galolte           | galolte                                          | one two wander again four
+gpt_galolte_2bit      | galolte_2bit                                     | again
+gpt_galore            | galore                                           | one two wander
+gpt_galore_lean       | galore_lean                                      | one two
+gpt_galore_muon       | galore_muon                                      | one two
+gpt_local_adamw       | local_adamw                                      | again written
+gpt_local_muon        | local_muon                                       | again
+gpt_lora_fa           | lora_fa                                          | one
+gpt_lte               | lte                                              | one two wander again four
+gpt_lte_8             | lte --state_bits=8                               | one two wander
+gpt_mhlora            | mhlora                                           | one two
+gpt_muon              | muon                                             | one two
+gpt_muon_lean         | muon_lean                                        | one two
+gpt_relora            | relora                                           | one two
+gpt_scale             | scale                                            | one
+llama_full            | full                                             | one two wander
+llama_galolte         | galolte                                          | one two wander
+llama_galore          | galore                                           | one two wander
+llama_local_adamw     | local_adamw                                      | again written
+llama_lte             | lte                                              | one two wander
+vit_full              | full                                             | one two wander
+vit_galolte           | galolte                                          | one two wander
+vit_galore            | galore                                           | one two wander
+vit_local_adamw       | local_adamw                                      | again written
+vit_lte               | lte                                              | one two wander
+gpt_reset             | lte --merge_reset=True                           | one two wander again four
+gpt_answers           | lte --dataset=answers --block_size=64            | one two wander
+llama_answers         | galore --dataset=answers --documents=False       | one two
+gpt_bits              | galolte --sync_bits=2                            | one two wander again four
+gpt_muons             | galolte {muon}                                   | one two wander
+gpt_relogit           | relora --lowrank=attn,logit                      | one two
+gpt_replicas          | lte --sync=merge                                 | again
+gpt_lte_pair          | lte --sync=merge --heads=2                       | again written
+gpt_galolte_pair      | galolte_2bit --sync_bits=32 --heads=2            | again written
+gpt_local_8           | local_adamw --sync_bits=8                        | again written
+gpt_local_muon_32     | local_muon --sync_bits=32                        | again written
+gpt_dropout           | full --dropout=0.1                               | one
+gpt_float16           | lte --lowrank=attn,logit {float16}               | one
+gpt_few_random        | galolte --basis=random --sync_bits=4 {bfloat16}  | one
+llama_bfloat16        | fira --basis=svd {bfloat16}                      | one
+llama_checkpointing   | galore --checkpointing=True                      | one
+llama_16              | galore --basis=random --state_bits=16            | one
+llama_lean            | galore_lean {wider}                              | one two
+llama_leaner          | galore_lean {wider} {bfloat16} --checkpointing=True | one
+llama_int8            | galore_int8 {coded} --rank=16                    | one two wander
+gpt_int8              | galolte {coded} --param_bits=8                   | one two
 llama_int8_shard      | galore_int8 {coded} --rank=16 --per_layer=False --shard=True | two
-llama_nf4             | mhlora {base}                                               | one two wander
-llama_nf4_shard       | mhlora {base} --shard=True                                  | two wander
-llama_dropin          | full --optimizer=galore --basis=svd --rank=3 --basis_every=3 --per_layer=True --grad_clip=0 | one
-vit_melo              | lora --lowrank=q,v --train=classifier                       | one two
-vit_probe             | full --train=classifier {float16}                           | one
-gpt_full_shard        | full --shard=True                                           | two wander again
-gpt_lte_shard         | lte --shard=True                                            | two wander
-gpt_galore_shard      | galore --shard=True                                         | two wander again four
-gpt_galolte_shard     | galolte --shard=True                                        | two wander
-gpt_bits_shard        | galolte --sync_bits=2 --shard=True                          | two wander
-gpt_half_shard        | galore {float16} --shard=True                               | two wander
-gpt_one_head_shard    | galore --merge_every=3 --shard=True                         | two wander
-gpt_one_muon_shard    | galore_muon --merge_every=3 --shard=True                    | two wander
-gpt_muon_shard        | muon --shard=True                                           | two wander
-gpt_muons_shard       | galolte --optimizer=muon --sync_bits=4 --sync_moments=False --shard=True | two wander
-gpt_galore_muon_shard | galore_muon --shard=True                                    | two wander
-llama_leans_shard     | galore {wider} --state_bits=8 --shard=True                  | two wander
-vit_galore_shard      | galore --shard=True                                         | two wander
-vit_melo_shard        | lora --lowrank=q,v --train=classifier --shard=True          | two wander
-vit_few_shard         | full --batch_size=12 --shard=True                           | two wander
-vit_head_shard        | galore --train=classifier --shard=True                      | two wander
-'''.format(float16='--param_dtype=float32 --dtype=float16', bfloat16='--param_dtype=bfloat16 --dtype=bfloat16',
+llama_nf4             | mhlora {base}                                    | one two wander
+llama_nf4_shard       | mhlora {base} --shard=True                       | two wander
+llama_dropin          | full {dropin}                                    | one
+vit_melo              | lora --lowrank=q,v --train=classifier            | one two
+vit_probe             | full --train=classifier {float16}                | one
+gpt_full_shard        | full --shard=True                                | two wander again
+gpt_lte_shard         | lte --shard=True                                 | two wander
+gpt_galore_shard      | galore --shard=True                              | two wander again four
+gpt_galolte_shard     | galolte --shard=True                             | two wander
+gpt_bits_shard        | galolte --sync_bits=2 --shard=True               | two wander
+gpt_half_shard        | galore {float16} --shard=True                    | two wander
+gpt_one_head_shard    | galore --merge_every=3 --shard=True              | two wander
+gpt_one_muon_shard    | galore_muon --merge_every=3 --shard=True         | two wander
+gpt_muon_shard        | muon --shard=True                                | two wander
+gpt_muons_shard       | galolte {muon} --shard=True                      | two wander
+gpt_galore_muon_shard | galore_muon --shard=True                         | two wander
+llama_leans_shard     | galore {wider} --state_bits=8 --shard=True       | two wander
+vit_galore_shard      | galore --shard=True                              | two wander
+vit_melo_shard        | lora --lowrank=q,v --train=classifier --shard=True | two wander
+vit_few_shard         | full --batch_size=12 --shard=True                | two wander
+vit_head_shard        | galore --train=classifier --shard=True           | two wander
+'''.format(float16='--param_dtype=float32 --dtype=float16',
+           bfloat16='--param_dtype=bfloat16 --dtype=bfloat16',
            coded='--param_dtype=float32 --dtype=float32 --n_embd=128',
-           base='--param_dtype=float32 --dtype=float32 --init_from={base} --frozen_bits=4 --lowrank=v_proj,mlp',
-           wider='--rank=64 --n_embd=64 --n_mlp=96').strip().splitlines()]
+           base='--param_dtype=float32 --dtype=float32 --init_from={base} --frozen_bits=4 '
+                '--lowrank=v_proj,mlp',
+           wider='--rank=64 --n_embd=64 --n_mlp=96',
+           muon='--optimizer=muon --sync_bits=4 --sync_moments=False',
+           dropin='--optimizer=galore --basis=svd --rank=3 --basis_every=3 --per_layer=True '
+                  '--grad_clip=0').strip().splitlines()]
 RUNS = {name.strip(): (words.strip(), set(laws.split())) for name, words, laws in RUNS}
 if torch.__version__ < (2, 13):  # its FSDP2 cuts no integers, and says so
-    RUNS = {name: run for name, run in RUNS.items() if name not in ('llama_int8_shard', 'llama_nf4_shard')}
+    RUNS = {name: run for name, run in RUNS.items()
+            if name not in ('llama_int8_shard', 'llama_nf4_shard')}
 
 
 def that_hold(*laws):
@@ -2151,7 +2317,8 @@ def run(name, root, out, *words):
 
 
 def run_of_eight(name, root, out, at_four):
-    """A run of RUNS, and its folder as a kill after the evaluation of step 4 leaves it: `at_four`."""
+    """A run of RUNS, and its folder as a kill after the evaluation of step 4 leaves it:
+    `at_four`."""
     restart = Meter.restart
 
     def copies(meter):
@@ -2196,7 +2363,8 @@ def seen(script, data, step, settings):
     batches = [data.batch(8, step, i, 2, seed=settings['seed'])[:2] for i in range(2)]
     if script != 'vit':
         return batches
-    return [(train_vit.augmented(x, 'flip,crop', (settings['seed'], step, i), count=8, rows=np.arange(8)), y)
+    return [(train_vit.augmented(x, 'flip,crop', (settings['seed'], step, i), count=8,
+                                 rows=np.arange(8)), y)
             for i, (x, y) in enumerate(batches)]
 
 
@@ -2204,7 +2372,8 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     *(f'{script} {name}' + ' --state_bits=None' * name.endswith(('lean', 'int8'))
       + ' --param_bits=None' * name.endswith('int8')
       for script in SCRIPTS for name in ALONE),
-    *(f'{words} --dataset=answers --documents=False' for words in ('gpt lte', 'llama galore', 'llama galolte')),
+    *(f'{words} --dataset=answers --documents=False'
+      for words in ('gpt lte', 'llama galore', 'llama galolte')),
     'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'gpt lte --factors=B',
     'vit galore --checkpointing=True',
     'gpt lte --train=factors', 'gpt galolte --merge_every=1 --heads=1',
@@ -2212,9 +2381,8 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
     'llama galolte --sync_moments=False', 'vit galolte --basis=random',
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
     'gpt fira --per_layer=True --grad_clip=0',
-    'llama galore --checkpointing=True', 'llama galore --basis=random', 'llama galore --basis_every=7',
-    'llama fira --basis=svd',
-    'llama lora --grad_clip=0',
+    'llama galore --checkpointing=True', 'llama galore --basis=random',
+    'llama galore --basis_every=7', 'llama fira --basis=svd', 'llama lora --grad_clip=0',
     'llama full --optimizer=galore --basis=svd --rank=3 --basis_every=3',
     'reused lte', 'reused galolte --basis=random', 'reused galore --basis=random --merge_every=2',
     'reused galore --basis=random --per_layer=True --grad_clip=0']
@@ -2223,14 +2391,14 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
 @mock.patch('torch.linalg.svd', svd_of_one_sign)
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
 def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tmp_path, words):
-    """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to its end.
-    Four steps where nothing merges and no basis is taken."""
+    """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to
+    its end. Four steps where nothing merges and no basis is taken."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
     scaled = 'gal' in f'{name} {words}' or name in ('fira', 'apollo')
-    more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 --max_iters=7 '
-            f'--min_lr={0.0004 if script == "vit" else 0.004}' + ' --scale=0.5' * scaled
-            + ' --augment=flip,crop' * (script == 'vit'))
+    more = ('--gradient_accumulation_steps=2 --weight_decay=0.3 --beta1=0.8 --beta2=0.9 '
+            f'--max_iters=7 --min_lr={0.0004 if script == "vit" else 0.004}'
+            + ' --scale=0.5' * scaled + ' --augment=flip,crop' * (script == 'vit'))
     run, data = built(script, root, tmp_path, *method(name, *more.split(), *words))
     plain, module, steps = plains[script], SCRIPTS[script], 4
     for key, value in vars(run.model.config).items() if script != 'vit' else ():
@@ -2265,7 +2433,8 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         x, y = val.fixed_batch(0, 12)  # the last batch of eight is short
         record, matrix = module.evaluate(run, val, 'val')
         got = record['val_loss']
-        assert matrix.sum() == 12 and matrix.diagonal().sum() / 12 == pytest.approx(record['val_acc'])
+        assert (matrix.sum() == 12
+                and matrix.diagonal().sum() / 12 == pytest.approx(record['val_acc']))
     else:
         val = prepare.Tokens(run.settings['dataset'], 'val', 16, root, run.settings['documents'])
         x, y = map(torch.cat, zip(*(val.fixed_batch(i, 2, 8)[:2] for i in range(2))))
@@ -2284,12 +2453,13 @@ def test_a_gradient_may_lie_otherwise_than_its_parameter():
     close(*ends)
 
 
-@pytest.mark.parametrize('view', [lambda x: x.to(memory_format=torch.channels_last), lambda x: x[:, :4]])
+@pytest.mark.parametrize('view', [
+    lambda x: x.to(memory_format=torch.channels_last), lambda x: x[:, :4]])
 def test_a_parameter_may_lie_otherwise_than_its_moments(view):
     weights, ends = normal(4, 6, 3, 3), []
     around = weights.clone()
-    for make, first in ((galore.GaLoreAdamW, around), (functools.partial(torch.optim.AdamW, fused=False),
-                                                       weights.clone())):
+    for make, first in ((galore.GaLoreAdamW, around),
+                        (functools.partial(torch.optim.AdamW, fused=False), weights.clone())):
         p = nn.Parameter(view(first))
         grads = [[normal(*p.shape, seed=step)] for step in range(4)]
         optimizer = make([dict(params=[p], rule='adamw')], lr=0.1, eps=1e-8, weight_decay=0.1)
@@ -2342,7 +2512,8 @@ def test_bases_are_not_lost_in_silence():
 
 
 def test_heads_may_be_merged_while_they_are_averaged():
-    net = nn.Sequential(lowrank.MHLoRALinear(nn.Linear(6, 5), 2, 2, split=True, merge_every=3)).double()
+    net = nn.Sequential(
+        lowrank.MHLoRALinear(nn.Linear(6, 5), 2, 2, split=True, merge_every=3)).double()
     nn.init.normal_(net[0].B)
     wanted, x = lowrank.merged_state_dict(net), normal(3, 6)
     with lowrank.averaged_heads(net.eval()):
@@ -2351,7 +2522,8 @@ def test_heads_may_be_merged_while_they_are_averaged():
 
 
 def test_a_merge_without_a_generator_draws_the_same_heads_on_every_rank():
-    start, drawn = lowrank.MHLoRALinear(nn.Linear(9, 7), rank=3, merge_every=2, merge_reset=True), []
+    start, drawn = lowrank.MHLoRALinear(
+        nn.Linear(9, 7), rank=3, merge_every=2, merge_reset=True), []
     for seed in (1, 2):  # nanoGPT's ranks have seeds of their own
         torch.manual_seed(seed)
         lowrank.merge(layer := copy.deepcopy(start))  # of a copy, as to save it on one rank
@@ -2374,7 +2546,8 @@ def test_the_drop_in_projects_either_side(shape, rule, proj_type):
     net = nn.Sequential()
     net.add_module('attn', nn.Linear(n, m, bias=False).double())
     group = dict(rank=r, scale=0.5, basis='svd')
-    groups = galore.param_groups(net, weight_decay=0.2, gap=3, rule=rule, proj_type=proj_type, **group)
+    groups = galore.param_groups(
+        net, weight_decay=0.2, gap=3, rule=rule, proj_type=proj_type, **group)
     optimizer = galore.GaLoreAdamW(groups, lr=0.1, betas=(0.8, 0.95))
     p, state = net.attn.weight, {}
     W, how = p.detach().clone(), dict(group, optimizer=rule, basis_every=3, beta1=0.8, beta2=0.95)
@@ -2397,7 +2570,8 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
     words = '--param_dtype=float32', '--dtype=float16'
     run, data = built(script, root, tmp_path, *words)
     assert run.scaler.get_scale() == 65536
-    about = dict(best_val_auc=0.0, classes=data.classes) if script == 'vit' else dict(best_val_loss=0.0)
+    about = (dict(best_val_auc=0.0, classes=data.classes) if script == 'vit'
+             else dict(best_val_loss=0.0))
     save(run, 'ckpt.pt', dict(step=0, **about), resumable=True)
     checkpoint = saved(tmp_path)
     checkpoint['scaler']['scale'] = 8.0
@@ -2406,10 +2580,12 @@ def test_the_scale_of_float16_goes_on_and_is_taken_off(root, tmp_path, script):
     plain, _ = built(script, root, tmp_path, words[0], '--dtype=float32')
     norms = [SCRIPTS[script].train_step(one, 0, lambda _: data.batch(8, 0))[1].item()
              for one in (again, plain)]
-    assert norms[0] == pytest.approx(norms[1], rel=0.02) and norms[0] != norms[1]  # unscaled, and rounded
+    # unscaled, and rounded
+    assert norms[0] == pytest.approx(norms[1], rel=0.02) and norms[0] != norms[1]
 
 
-@pytest.mark.parametrize('name, stop', [  # inside a period of merges, and of a sketch; where bases are due
+# inside a period of merges, and of a sketch; where bases are due
+@pytest.mark.parametrize('name, stop', [
     *((name, 4) for name in that_hold('one')), ('gpt_galolte', 6), ('llama_galore', 6)])
 def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
     half, whole, vit = runs(name, stop), saved(runs(name, 8)), name.startswith('vit')
@@ -2419,25 +2595,29 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
     assert how['train'] == trains.get(name, 'all')
     if how['train'] == 'factors':
         assert {key[-2:] for key in now if not torch.equal(now[key], before[key])} == {'.A', '.B'}
-    if how['train'] == 'all' and stop == 4:  # what trains moves, and that alone; at step 6 heads were merged
+    # what trains moves, and that alone; at step 6 heads were merged
+    if how['train'] == 'all' and stop == 4:
         still = {key for key in now if f'{key[:-6]}A' in now and not how['merge_every']
                  or key.endswith(('.A', '.A_merged')) and how['factors'] == 'B'}
         assert still == {key for key in now if torch.equal(now[key], before[key])
                          and not key.endswith(('.basis', '.alpha'))}
     assert name != 'gpt_float16' or 0 < whole['scaler']['scale'] < 65536  # it skips the first steps
     log = records(runs(name, 8))
-    lines, others = ([(record['step'], 'val_loss' in record) for record in some if 'test_loss' not in record]
+    lines, others = ([(record['step'], 'val_loss' in record)
+                      for record in some if 'test_loss' not in record]
                      for some in (log, records(tmp_path / 'on')))
     assert lines == others or stop != 4  # nothing twice
     losses = [record['val_loss'] for record in log if 'val_loss' in record]
     assert len(losses) == 3 and losses[-1] < losses[0]
     # no dropout where it is evaluated, and the same start
     assert name != 'gpt_dropout' or losses[0] == logged(runs('gpt_full', 8), 'val_loss')[0]
-    assert {'train_loss', 'lr', 'dt_ms', 'images_per_s' if vit else 'tokens_per_s', 'peak_memory_bytes',
-            'trainable_parameters', 'optimizer_state_bytes', 'sync_bytes'} <= log[1].keys()
+    assert {'train_loss', 'lr', 'dt_ms', 'images_per_s' if vit else 'tokens_per_s',
+            'peak_memory_bytes', 'trainable_parameters', 'optimizer_state_bytes',
+            'sync_bytes'} <= log[1].keys()
     if vit:
         assert log[-1] == records(tmp_path / 'on')[-1] and len(log[-1]['test_acc_by_class']) == 2
-        assert np.shape(log[-1]['test_confusion']) == (2, 2) and log[-1]['classes'] == whole['classes']
+        assert (np.shape(log[-1]['test_confusion']) == (2, 2)
+                and log[-1]['classes'] == whole['classes'])
 
 
 def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(runs):
@@ -2452,15 +2632,18 @@ def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(runs):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, tmp_path, script):
-    out, vit = tmp_path / 'a', ['--dataset=digits', '--img_size=32', '--patch_size=16'] * (script == 'vit')
+    out, vit = (tmp_path / 'a',
+                ['--dataset=digits', '--img_size=32', '--patch_size=16'] * (script == 'vit'))
     run(f'{script}_full', root, out, '--max_iters=8', *vit)
     for steps in (10, 12):
-        more = f'--init_from=resume --max_iters={steps} --eval_interval=2 --learning_rate=30 --min_lr=30'
+        more = (f'--init_from=resume --max_iters={steps} --eval_interval=2 --learning_rate=30 '
+                '--min_lr=30')
         run(f'{script}_full', root, out, *more.split(), *vit)
     word, best = ('val_auc', max) if script == 'vit' else ('val_loss', min)
     values = {step: value for step, value in logged(out, word).items() if step > 0}
     held, last = saved(out, 'best.pt'), saved(out)
-    assert held['step'] < last['step'] == 12 and values[held['step']] == best(values.values()) != values[12]
+    assert (held['step'] < last['step'] == 12
+            and values[held['step']] == best(values.values()) != values[12])
     assert held[f'best_{word}'] == last[f'best_{word}'] == best(values.values())
     rates, usual = logged(out, 'lr'), 0.001 if script == 'vit' else 0.01
     assert (rates[2], rates[8], rates[12]) == pytest.approx((usual * 2 / 3, usual, 30))
@@ -2481,7 +2664,8 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
 def test_heads_on_loaded_weights_train_alone(root, tmp_path):
     donor, idx, path = tiny_gpt(vocab_size=257), tokens_of(2, 8), tmp_path / 'gpt2'
     path.mkdir()  # in the layout of the hub
-    weights = {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h' else value.contiguous()
+    weights = {name: value.T.contiguous() if value.dim() == 2 and name[0] == 'h'
+               else value.contiguous()
                for name, value in donor.transformer.state_dict().items()}
     weights['h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the causal mask, of old files
     safetensors.torch.save_file(weights, path / 'model.safetensors')
@@ -2506,10 +2690,12 @@ def loading(words):
 def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
     name, ends = 'transformer.h.0.mlp.c_fc.weight', []
     start = saved(runs('gpt_full', 4))['model'][name]
-    for decay in (0.5, 0.0):  # one step of AdamW apart: W (1 - lr decay) against W, and the same update
+    # one step of AdamW apart: W (1 - lr decay) against W, and the same update
+    for decay in (0.5, 0.0):
         shutil.copytree(runs('gpt_full', 4), tmp_path / f'{decay}')
         ends.append(train('gpt', root, tmp_path / f'{decay}', '--init_from=resume', '--max_iters=5',
-                          '--dropout=0.2', f'--weight_decay={decay}', '--gradient_accumulation_steps=2'))
+                          '--dropout=0.2', f'--weight_decay={decay}',
+                          '--gradient_accumulation_steps=2'))
     close(ends[1]['model'][name] - ends[0]['model'][name], 0.5 * 0.01 * start)
     assert ends[0]['model_config']['dropout'] == 0.2
 
@@ -2518,8 +2704,8 @@ def test_a_resumed_run_steps_as_its_own_settings_say(root, runs, tmp_path):
 def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
     run(name, root, tmp_path, '--vocab_size=4000', '--eval_interval=8')
     capsys.readouterr()
-    words = [f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=20', '--prompt=doc', '--top_k=0',
-             '--device=cpu']
+    words = [f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=20', '--prompt=doc',
+             '--top_k=0', '--device=cpu']
     texts = start(sample, words)
     assert capsys.readouterr().out.count('doc') == 2
     assert start(sample, words) == texts != start(sample, [*words, '--seed=7'])
@@ -2529,7 +2715,8 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
 @pytest.mark.parametrize('words', [
     'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
     'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
-    'llama galore --param_bits=8 --n_embd=128 --basis_every=12 --param_dtype=float32 --dtype=float32',
+    ('llama galore --param_bits=8 --n_embd=128 --basis_every=12 --param_dtype=float32 '
+     '--dtype=float32'),
     'llama mhlora --init_from={base} --frozen_bits=4 --param_dtype=float32 --dtype=float32',
     'llama lora --dataset=answers --block_size=64'])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
@@ -2538,7 +2725,8 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
     script, name, *words = words.split()
     counter, losses, compile_ = CompileCounterWithBackend('aot_eager'), [], nn.Module.compile
     torch._dynamo.reset()
-    with mock.patch.object(nn.Module, 'compile', lambda part, **how: compile_(part, backend=counter, **how)):
+    with mock.patch.object(
+            nn.Module, 'compile', lambda part, **how: compile_(part, backend=counter, **how)):
         for compiled in (False, True):
             words = [*words, f'--compile={compiled}', '--n_layer=3']
             run, data = built(script, root, tmp_path, *method(name, *words))
@@ -2550,13 +2738,15 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
                 losses.append(train_gpt.evaluate(run, prepare.Tokens('tiny', 'val', 16, root)))
     half = len(losses) // 2
     close_enough = 1e-6 if '--dtype=float32' in words else 1e-8
-    assert losses[:half] == pytest.approx(losses[half:], abs=close_enough) and losses[0] != losses[3]
+    assert (losses[:half] == pytest.approx(losses[half:], abs=close_enough)
+            and losses[0] != losses[3])
     assert 1 <= graphs <= 2 + (script != 'vit')  # and the loss's
 
 
 @contextlib.contextmanager
 def signal_in_batch(number, training=True):
-    """A signal when a model is given so manieth a micro-batch to train on, or to evaluate, from 0."""
+    """A signal when a model is given so manieth a micro-batch to train on, or to evaluate,
+    from 0."""
     batches, kinds = itertools.count(), (models.GPT, models.Llama, timm.models.VisionTransformer)
 
     def sees(module, inputs):
@@ -2600,35 +2790,43 @@ def test_a_run_that_is_stopped_where_it_evaluates_makes_up_for_it(root, tmp_path
         assert resumed['step'] == 8 and same_state(whole['model'], resumed['model'])
         assert logged(out, 'val_loss') == logged(tmp_path / 'a', 'val_loss')
         best = [saved(folder, 'best.pt') for folder in (tmp_path / 'a', out)]
-        assert best[0]['step'] == best[1]['step'] and best[0]['best_val_loss'] == best[1]['best_val_loss']
+        assert (best[0]['step'] == best[1]['step']
+                and best[0]['best_val_loss'] == best[1]['best_val_loss'])
     with signal_in_batch(1):
         train('gpt', root, out, '--overwrite=True', '--log_interval=1')
-    assert not (out / 'best.pt').exists() and [*logged(out, 'step')] == [0, 1, 2]  # all of the old is gone
+    # all of the old is gone
+    assert not (out / 'best.pt').exists() and [*logged(out, 'step')] == [0, 1, 2]
 
 
 def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsys):
     held = {}
     for name in (*SCRIPTS, 'best', 'damaged'):
-        held[name] = shutil.copytree(runs(f'{name if name in SCRIPTS else "gpt"}_full', 4), tmp_path / name)
+        held[name] = shutil.copytree(
+            runs(f'{name if name in SCRIPTS else "gpt"}_full', 4), tmp_path / name)
     before = {script: (held[script] / 'ckpt.pt').read_bytes() for script in SCRIPTS}
     os.replace(held['best'] / 'best.pt', held['best'] / 'ckpt.pt')
     (held['damaged'] / 'ckpt.pt').write_bytes(before['gpt'][:1000])
     out_of(tiny_gpt(vocab_size=257), tmp_path / 'gpt2')
-    more = {**safetensors.torch.load_file(tmp_path / 'gpt2' / 'model.safetensors'), 'x': torch.ones(1)}
+    more = {**safetensors.torch.load_file(tmp_path / 'gpt2' / 'model.safetensors'),
+            'x': torch.ones(1)}
     safetensors.torch.save_file(more, tmp_path / 'gpt2' / 'model.safetensors')
     state = tiny_vit().state_dict()
     state['norm.bias'][3] = math.nan
     safetensors.torch.save_file(state, nan := tmp_path / 'nan.safetensors')
     resume = '--init_from=resume'
     for script, words, *needles in [
-            ('gpt', '--dataset=c4', 'c4', 'prepare.py'), ('gpt', '--vocab_size=100', '257', 'vocab_size=257'),
-            ('gpt', '--block_size=100000', 'block_size', '100000'), ('gpt', '--n_embd=17', 'n_head'),
+            ('gpt', '--dataset=c4', 'c4', 'prepare.py'),
+            ('gpt', '--vocab_size=100', '257', 'vocab_size=257'),
+            ('gpt', '--block_size=100000', 'block_size', '100000'),
+            ('gpt', '--n_embd=17', 'n_head'),
             ('gpt', '--n_layer=2', 'already holds a run', resume, '--overwrite=True'),
             ('gpt', '--lowrank=nowhere', 'c_attn'), ('gpt', '--device=foo', "'cuda:N'"),
-            ('gpt', '--lowrank=attn --alpha=0', 'alpha=0.0', 'above 0'), ('gpt', BASIS, 'merge_every=1'),
+            ('gpt', '--lowrank=attn --alpha=0', 'alpha=0.0', 'above 0'),
+            ('gpt', BASIS, 'merge_every=1'),
             ('gpt', f'{BASIS}--merge_every=1 --heads=2', 'are one head'),
             ('gpt', f'{BASIS}--merge_every=3 --basis_every=10', 'basis_every=10', 'merge_every=3'),
-            ('gpt', f'{BASIS}--merge_every=1 --basis=svd', "set basis='sketch'", "optimizer='galore'"),
+            ('gpt', f'{BASIS}--merge_every=1 --basis=svd', "set basis='sketch'",
+             "optimizer='galore'"),
             ('gpt', f'{SPLIT}--heads=5 --merge_every=2', 'batch_size=8', 'over 5 heads'),
             ('gpt', '--optimizer=fira', "basis='sketch'", "one of 'svd', 'power'"),
             ('gpt', '--optimizer=apollo', "set basis='random'"),
@@ -2642,7 +2840,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', f'{resume} --out_dir={held["damaged"]}', 'damaged'),
             ('gpt', '--lowrank=q', 'c_attn, c_fc'),
             ('vit', '--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"),
-            ('vit', '--dataset=bloodmnist', 'prepare.py'), ('vit', '--n_head=3', 'num_heads', 'n_embd'),
+            ('vit', '--dataset=bloodmnist', 'prepare.py'),
+            ('vit', '--n_head=3', 'num_heads', 'n_embd'),
             ('vit', '--init_from=nowhere.pt', 'nowhere.pt'),
             ('vit', f'--init_from={held["gpt"]}/best.pt', 'of a GPT or a LLaMA'),
             ('vit', f'--init_from={nan}', 'norm.bias is not finite', 'nan.safetensors'),
@@ -2654,8 +2853,10 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         refused(capsys, lambda: train(script, root, held[script], *words), *needles)
     for script, weights, needle in (
             ('llama', tmp_path / 'gpt2', 'train_gpt.py'), ('gpt', 'none.safetensors', 'none.'),
-            ('gpt', tmp_path / 'gpt2', 'transformer.x'), ('gpt', held['gpt'] / 'best.pt', 'would replace')):
-        words = loading(tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
+            ('gpt', tmp_path / 'gpt2', 'transformer.x'),
+            ('gpt', held['gpt'] / 'best.pt', 'would replace')):
+        words = loading(
+            tiny(script, root, held[script], f'--init_from={weights}', '--overwrite=True'))
         refused(capsys, lambda: start(SCRIPTS[script], words), needle)
     if not torch.cuda.is_available():
         gpu = ['--device=cuda', '--overwrite=True']
@@ -2665,7 +2866,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
         train('gpt', root, held['gpt'], resume, '--gradient_accumulation_steps=2', '--max_iters=40',
               '--learning_rate=1e300', '--min_lr=1e300')
     with pytest.raises(SystemExit, match='val_loss nan at step 0 .* no checkpoint'):
-        with mock.patch('train_vit.logits_of', side_effect=lambda run, x: torch.full((len(x), 2), math.nan)):
+        with mock.patch('train_vit.logits_of',
+                        side_effect=lambda run, x: torch.full((len(x), 2), math.nan)):
             train('vit', root, tmp_path / 'new')
     logged_before = records(held['gpt'])
     train('gpt', root, held['gpt'], '--eval_only=True', '--overwrite=True')
@@ -2680,7 +2882,8 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
 def numbered(path, lines=4000):
     """A .txt of different lines of 9 to 40 bytes."""
     tails = np.random.default_rng(0).integers(0, 32, lines)
-    path.write_text(''.join(f'{i:07d} ' + 'abcdefgh'[i % 8] * tail + '\n' for i, tail in enumerate(tails)))
+    path.write_text(''.join(
+        f'{i:07d} ' + 'abcdefgh'[i % 8] * tail + '\n' for i, tail in enumerate(tails)))
     return path
 
 
@@ -2693,7 +2896,8 @@ def parquet(**columns):
 
 
 def prepare_text(root, *words):
-    prepare.main(['text', '--tokenizer', 'bytes', '--data_dir', str(root), '--input', *map(str, words)])
+    prepare.main(['text', '--tokenizer', 'bytes', '--data_dir', str(root), '--input',
+                  *map(str, words)])
 
 
 def all_tokens(root, name, split):
@@ -2736,7 +2940,8 @@ def interrupt(what, times, call, kill):
 
 def test_stdlib_is_prepared_when_it_is_missing(tmp_path):
     data = prepare.Tokens('stdlib', 'val', 256, tmp_path)
-    assert data.vocab_size == 257 and data.meta['eot'] == 256 and data.meta['documents']['val'] >= 10
+    assert (data.vocab_size == 257 and data.meta['eot'] == 256
+            and data.meta['documents']['val'] >= 10)
     assert 0.01 < data.meta['tokens']['val'] / data.meta['tokens']['train'] < 0.1
     assert 'def ' in prepare.tokenizer('bytes').decode(data.shards[0].tolist())
     assert sum(data.shards[0] == 256) == data.meta['documents']['val']  # documents are separated
@@ -2757,7 +2962,8 @@ def test_validation_is_not_the_tail_and_nothing_is_lost(root, tmp_path):
         tokens = [len(all_tokens(tmp_path, f'{few}', split)) for split in ('train', 'val')]
         assert 0 < tokens[1] < tokens[0] + 300
         held = prepare.Tokens(f'{few}', 'val', 1, tmp_path).meta['bytes']
-        assert sum(held.values()) == (tmp_path / 'few.txt').stat().st_size and held['val'] < tokens[1]
+        assert (sum(held.values()) == (tmp_path / 'few.txt').stat().st_size
+                and held['val'] < tokens[1])
     (tmp_path / 'one.txt').write_text('one line\n')
     with pytest.raises(prepare.DataError, match='too little text'):
         prepare_text(tmp_path, tmp_path / 'one.txt')
@@ -2765,7 +2971,8 @@ def test_validation_is_not_the_tail_and_nothing_is_lost(root, tmp_path):
 
 def test_a_document_keeps_its_split_and_bad_bytes_are_replaced_and_counted(tmp_path, capsys):
     texts, splits = [f'document {i} — ü' for i in range(300)], []
-    (tmp_path / 'a.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts[:150]) + '\n\n')
+    (tmp_path / 'a.jsonl').write_text(
+        '\n'.join(json.dumps({'text': text}) for text in texts[:150]) + '\n\n')
     (tmp_path / 'b.parquet').write_bytes(parquet(text=texts[150:] + [None]))
     for order in (['a.jsonl', 'b.parquet'], ['b.parquet', 'a.jsonl']):
         prepare_text(tmp_path, *(tmp_path / file for file in order), '--overwrite')
@@ -2834,12 +3041,16 @@ def test_a_source_of_text_is_a_generator_and_a_row(tmp_path, monkeypatch):
         rows = ''.join(json.dumps({'a': f'{split} {i}', 'b': 'b', 'c': 1}) + '\n' for i in range(9))
         (tmp_path / 'files' / f'{split}.jsonl').write_text(rows)
     monkeypatch.setitem(prepare.SOURCES, 'rows', prepare.hub(
-        'who/knows', columns=['b', 'a'], files={'train': 'files/some*', 'val': 'files/other.jsonl'}))
+        'who/knows', columns=['b', 'a'],
+        files={'train': 'files/some*', 'val': 'files/other.jsonl'}))
     here = ['--data_dir', str(tmp_path), '--tokenizer', 'bytes']
-    for words in (['notes', '--path', f'{tmp_path}/mine'], ['asked'], ['rows', '--path', str(tmp_path)]):
+    for words in (['notes', '--path', f'{tmp_path}/mine'], ['asked'],
+                  ['rows', '--path', str(tmp_path)]):
         prepare.main([*words, *here])
-    assert sorted(sum(texts_of(tmp_path, 'notes'), [])) == [f'note {name} \ufffd' for name in 'abcdefghij']
-    assert texts_of(tmp_path, 'rows') == [[f'b\n\n{split} {i}' for i in range(9)] for split in ('some', 'other')]
+    assert sorted(sum(texts_of(tmp_path, 'notes'), [])) == [
+        f'note {name} \ufffd' for name in 'abcdefghij']
+    assert texts_of(tmp_path, 'rows') == [
+        [f'b\n\n{split} {i}' for i in range(9)] for split in ('some', 'other')]
     tokens = all_tokens(tmp_path, 'asked', 'train')
     assert (tokens & 0xFFFF).tolist() == [*b'q0q1q2q3end', 256]
     assert (tokens >= prepare.PROMPT).tolist() == [True, False] * 4 + [False] * 4
@@ -2873,20 +3084,24 @@ def test_an_interrupted_command_leaves_the_old_data_set_or_the_new_one(tmp_path,
     shutil.rmtree(folder)
     assert len(whole) > 5
     some = make(*other)
-    for what, times, left in (('fsync', 1, ['.writing']), ('fsync', 3, ['.writing']), ('rename', 0, ['.writing']),
-                              ('rename', 1, ['.whole']), ('rename', 2, ['.old', '.whole']),
-                              ('rename', 3, ['.old']), ('unlink', 2, ['.writing'])):
+    for what, times, left in (
+            ('fsync', 1, ['.writing']), ('fsync', 3, ['.writing']), ('rename', 0, ['.writing']),
+            ('rename', 1, ['.whole']), ('rename', 2, ['.old', '.whole']), ('rename', 3, ['.old']),
+            ('unlink', 2, ['.writing'])):
         interrupt(what, times, lambda: make('--overwrite'), kill=True)
         assert beside(folder) == left
-        if left in (['.old'], ['.writing']) and files_of(folder) == whole:  # while the old one is removed
+        # while the old one is removed
+        if left in (['.old'], ['.writing']) and files_of(folder) == whole:
             assert make('--overwrite') == whole and not beside(folder)
             shutil.rmtree(folder)
             some = make(*other)
             continue
         if not folder.exists():  # between the two renames
-            with pytest.raises(ValueError, match=r'it.\w{8}.old is the old one, it.\w{8}.whole is the new one'):
+            with pytest.raises(ValueError, match=r'it.\w{8}.old is the old one, '
+                                                 r'it.\w{8}.whole is the new one'):
                 make()
-            assert [files_of(next(tmp_path.glob(f'it.*{state}'))) for state in left] == [some, whole]
+            assert [files_of(next(tmp_path.glob(f'it.*{state}'))) for state in left] == [
+                some, whole]
             os.rename(next(tmp_path.glob('it.*.old')), folder)
         assert files_of(folder) == some == make(*other)
         assert make('--overwrite') == whole and not beside(folder)
@@ -2923,7 +3138,8 @@ def test_of_two_commands_at_once_the_second_is_refused_and_files_of_others_stay(
     folder.symlink_to(tmp_path / 'elsewhere')
     for _ in range(2):
         make('--overwrite')
-    assert folder.is_symlink() and len(files_of(folder)) == 3 and beside(tmp_path / 'elsewhere') == []
+    assert (folder.is_symlink() and len(files_of(folder)) == 3
+            and beside(tmp_path / 'elsewhere') == [])
     folder.unlink()
     for theirs in (folder, tmp_path / 'mine.0123abcd.writing'):
         theirs.mkdir()
@@ -2948,9 +3164,12 @@ def test_gpt2_tokens_round_trip(tmp_path):
     path = numbered(tmp_path / 'a.txt', 500)
     prepare.main(['text', '--input', str(path), '--data_dir', str(tmp_path)])
     data = prepare.Tokens('text', 'train', 8, tmp_path)
-    assert (data.vocab_size, data.meta['eot'], data.shards[0].dtype) == (50257, encoding.eot_token, '<u2')
-    text = ''.join(encoding.decode(all_tokens(tmp_path, 'text', part).tolist()) for part in ('train', 'val'))
-    assert sorted(text.replace('<|endoftext|>', '').splitlines()) == sorted(path.read_text().splitlines())
+    assert (data.vocab_size, data.meta['eot'], data.shards[0].dtype) == (
+        50257, encoding.eot_token, '<u2')
+    text = ''.join(encoding.decode(all_tokens(tmp_path, 'text', part).tolist())
+                   for part in ('train', 'val'))
+    assert (sorted(text.replace('<|endoftext|>', '').splitlines())
+            == sorted(path.read_text().splitlines()))
 
 
 INFO = prepare.medmnist_info()
@@ -2972,7 +3191,8 @@ def archive(folder, flag='pathmnist', size=28, compressed=False, counts=COUNTS, 
 
 
 def prepare_images(root, flag='pathmnist', *words):
-    prepare.main([flag, '--path', str(root), '--data_dir', str(root), '--shard_bytes', '1_000_000', *words])
+    prepare.main([flag, '--path', str(root), '--data_dir', str(root),
+                  '--shard_bytes', '1_000_000', *words])
 
 
 @pytest.mark.parametrize('flag, size, compressed', [
@@ -2989,8 +3209,10 @@ def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
         theirs = getattr(medmnist, info['python_class'])(split, root=tmp_path, size=size)
         images, labels = zip(*(theirs[i] for i in range(len(data))))
         assert len(data) == theirs.imgs.shape[0] == data.meta['images'][split]
-        assert x.dtype == torch.uint8 and x.is_contiguous() and x.shape[1:] == (data.channels, size, size)
-        assert np.array_equal(x.permute(0, 2, 3, 1).squeeze(), np.stack([np.array(i) for i in images]))
+        assert (x.dtype == torch.uint8 and x.is_contiguous()
+                and x.shape[1:] == (data.channels, size, size))
+        assert np.array_equal(x.permute(0, 2, 3, 1).squeeze(),
+                              np.stack([np.array(i) for i in images]))
         assert y.dtype == (torch.float32 if multi else torch.int64) and y.ndim == 1 + multi
         assert np.array_equal(y.numpy().reshape(len(y), -1), np.stack(labels))
     assert (data.meta['kind'], data.meta['flag'], data.task) == ('images', flag, info['task'])
@@ -3000,7 +3222,8 @@ def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
     assert sum(len(labels) for _, labels, _ in chunks) == 141
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='elsewhere the peak is also that of who started this')
+@pytest.mark.skipif(sys.platform != 'linux',
+                    reason='elsewhere the peak is also that of who started this')
 def test_memory_does_not_grow_with_the_archive(tmp_path):
     path = archive(tmp_path, size=224, counts={'train': 400, 'val': 9, 'test': 9})
     assert path.stat().st_size > 60e6
@@ -3008,7 +3231,8 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
             "before = run.peak_memory_bytes('cpu'); prepare.main(sys.argv[1:])\n"
             "print(run.peak_memory_bytes('cpu') - before)")
     command = ['pathmnist', '--size', '224', '--path', str(tmp_path), '--data_dir', str(tmp_path)]
-    run = subprocess.run([sys.executable, '-c', code, *command], cwd=HERE, capture_output=True, check=True)
+    run = subprocess.run(
+        [sys.executable, '-c', code, *command], cwd=HERE, capture_output=True, check=True)
     assert 0 < int(run.stdout.split()[-1]) < 30e6, run.stdout
 
 
@@ -3038,7 +3262,8 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                 run, _ = bench.stepper({**settings, 'n_layer': 9}, 4)
             sizes = [p.nbytes for p in run.model.parameters()]
             assert watch.peak < sum(sizes) / 4 + 2 * max(sizes)
-        assert said['state'] - 2 * said['weights'] in range(-8192, 4096)  # two moments; buffers have none
+        # two moments; buffers have none
+        assert said['state'] - 2 * said['weights'] in range(-8192, 4096)
         # the peak is in the optimizer's step, or not much more
         assert 4 * said['weights'] - 16384 < said['total'] < 9 * said['weights']
     for word, budget, needle in ((path, '12', 'no number with a unit'), (path, 'xGB', 'unit'),
@@ -3046,7 +3271,8 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
     refused(capsys, lambda: bench.options_of(['spead']), "'spead' is no bench", 'speed, memory')
-    refused(capsys, lambda: bench.options_of(['speed', '--what=1']), "speed does not know '--what=1'")
+    refused(capsys, lambda: bench.options_of(['speed', '--what=1']),
+            "speed does not know '--what=1'")
 
 
 def test_a_planner_patches_nothing_of_ours_and_leaves_no_fake_behind():
@@ -3067,19 +3293,23 @@ def test_a_cell_is_kept_as_soon_as_it_is_known_beside_a_reference(tmp_path, monk
         before.append(len(bench.kept('some')))
         return {'x': 1.5} if about['case'] else None
     bench.measure_all('some', [({'case': i}, {}) for i in (0, 1, 2, 10)], '', measure)
-    assert before == [0, 0, 1, 2] and [line['case'] for line in bench.kept('some', x=1.5)] == [1, 2, 10]
+    assert (before == [0, 0, 1, 2]
+            and [line['case'] for line in bench.kept('some', x=1.5)] == [1, 2, 10])
     said = capsys.readouterr()
-    assert said.out.splitlines()[:2] == ['4 of 4 lines are missing in assets/some.jsonl', 'case=1 x=1.5']
+    assert said.out.splitlines()[:2] == [
+        '4 of 4 lines are missing in assets/some.jsonl', 'case=1 x=1.5']
     assert said.err.splitlines()[::3] == ['1 of 4 · 0 · time left: not known yet',
                                           '4 of 4 · 10 · about 1 min left']
-    base = {**train_gpt.defaults, 'block_size': 16, 'vocab_size': 64, 'n_layer': 1, 'n_head': 2, 'n_embd': 32,
-            'batch_size': 4, 'device': 'cpu', 'dtype': 'float32'}
+    base = {**train_gpt.defaults, 'block_size': 16, 'vocab_size': 64, 'n_layer': 1, 'n_head': 2,
+            'n_embd': 32, 'batch_size': 4, 'device': 'cpu', 'dtype': 'float32'}
     cells = bench.named(base, {'full': {}, 'lora, rank=4': {}}, case='tiny')
     for _ in range(2):  # the second time nothing is left to measure
         bench.time_steps('time', cells, 'tiny', 2)
     full, lora = bench.kept('time', case='tiny')
-    assert lora['method'] == 'lora, rank=4' and len(lora['ratios']) == 5 and full['ratios'] == [1.0] * 5
-    assert lora['to_full'] == np.median(lora['ratios']) > 0 and lora['trainable'] < full['trainable']
+    assert (lora['method'] == 'lora, rank=4' and len(lora['ratios']) == 5
+            and full['ratios'] == [1.0] * 5)
+    assert (lora['to_full'] == np.median(lora['ratios']) > 0
+            and lora['trainable'] < full['trainable'])
     assert '0 of 2 lines are missing' in capsys.readouterr().out
 
 
@@ -3088,7 +3318,8 @@ import torch
 with bench.fake_card() as watch:
     watch.phase, x, number = 'step', torch.ones(3, 3, device='cuda:0'), torch.ones(())
     torch.ones(3).pin_memory().to('cuda:0', non_blocking=True), x * number  # these do not wait
-    x.sum().item(), x.cpu(), torch.ones(3).to('cuda:0'), torch.ones(3).to('cuda:0', non_blocking=True)
+    x.sum().item(), x.cpu(), torch.ones(3).to('cuda:0'), torch.ones(3).to(
+        'cuda:0', non_blocking=True)
     x[torch.tensor([0])], torch.stack([x[0, 0], number])
     torch.linalg.svd(x), x.index_put_([x[:, 0] > 0], x)
 print(json.dumps(watch.wrong()))
@@ -3098,11 +3329,13 @@ bench.answer(json.loads(sys.argv[2]))
 
 @pytest.fixture(scope='session', autouse=True)
 def fake_card(request, spawn):
-    """Begins the process with a fake card if a test asks for it: it runs beside the others. A future of its lines."""
+    """Begins the process with a fake card if a test asks for it: it runs beside the others. A
+    future of its lines."""
     if not any('said_of_card' in item.fixturenames for item in request.session.items):
         yield
         return
-    cells = [cell for cell in bench.FAKE_CELLS if cell[3] == 1 or torch.__version__ >= (2, 13)]  # collectives
+    cells = [cell for cell in bench.FAKE_CELLS
+             if cell[3] == 1 or torch.__version__ >= (2, 13)]  # collectives
     with ThreadPoolExecutor(1) as pool:
         yield cells, pool.submit(lambda: list(bench.beside_fake_card(DEEDS, json.dumps(cells))))
 
@@ -3119,8 +3352,9 @@ def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix(said_of_ca
     cells, lines = said_of_card
     wrong, *found = map(json.loads, lines)
     deeds = [words.split(', at')[0].removeprefix('step waits: ') for words in wrong]
-    assert deeds == ['index mixes devices', 'stack mixes devices',
-                     '_linalg_svd', '_local_scalar_dense', '_to_copy from cpu to cuda', '_to_copy from cuda to cpu', 'index_put_']
+    assert deeds == [
+        'index mixes devices', 'stack mixes devices', '_linalg_svd', '_local_scalar_dense',
+        '_to_copy from cpu to cuda', '_to_copy from cuda to cpu', 'index_put_']
     assert [tuple(cell) for cell, _ in found] == cells
     assert not [(cell, words) for cell, words in found if words]
 
@@ -3130,12 +3364,15 @@ def test_the_peak_of_a_card_is_looked_up_and_operations_are_counted_by_what_trai
             ('NVIDIA H100 80GB HBM3', 'bfloat16', 989e12), ('NVIDIA H100 PCIe', 'bfloat16', 756e12),
             ('NVIDIA A100-SXM4-40GB', 'float16', 312e12), ('NVIDIA L40S', 'bfloat16', 362e12),
             ('NVIDIA L4', 'bfloat16', 121e12), ('NVIDIA GeForce RTX 3060', 'float16', 25.6e12),
-            ('Tesla T4', 'float16', 65e12), ('Tesla T4', 'bfloat16', None), ('NVIDIA A10G', 'bfloat16', None),
-            ('NVIDIA GeForce RTX 3090 Ti', 'bfloat16', None), ('NVIDIA H100 NVL', 'bfloat16', None),
-            ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None), ('NVIDIA L4', 'float32', None)):
+            ('Tesla T4', 'float16', 65e12), ('Tesla T4', 'bfloat16', None),
+            ('NVIDIA A10G', 'bfloat16', None), ('NVIDIA GeForce RTX 3090 Ti', 'bfloat16', None),
+            ('NVIDIA H100 NVL', 'bfloat16', None),
+            ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', None),
+            ('NVIDIA L4', 'float32', None)):
         assert peak_of(name, dtype) == peak, name
     net, attention = tiny_gpt(), 12 * 2 * 16 * 16
-    products = 2 * (3 + 1 + 4 + 4) * 16**2 + 31 * 16  # numbers of the blocks' weights, and of the output layer
+    # numbers of the blocks' weights, and of the output layer
+    products = 2 * (3 + 1 + 4 + 4) * 16**2 + 31 * 16
     assert operations_of(net, 16, 16) == 6 * products + attention
     lowrank.apply_mhlora(net, ('attn',), heads=2, rank=3)
     lowrank.freeze_rest(net)  # heads of rank 6 on matrices (48, 16) and (16, 16)
@@ -3143,7 +3380,8 @@ def test_the_peak_of_a_card_is_looked_up_and_operations_are_counted_by_what_trai
     net = tiny_gpt()
     lowrank.apply_mhlora(net, ('attn',), rank=3, factors='basis', merge_every=1)
     by_galore = 2 * (3 + 1) * 16**2
-    wanted = 6 * (products - by_galore) + 4 * by_galore + 2 * 2 * 3 * (48 + 16 + 16 + 16) + attention
+    wanted = (6 * (products - by_galore) + 4 * by_galore
+              + 2 * 2 * 3 * (48 + 16 + 16 + 16) + attention)
     assert operations_of(net, 16, 16) == wanted
 
 
@@ -3154,7 +3392,8 @@ def test_every_training_behind_the_tables_is_a_command_line_and_its_line_is_foun
             words = [f'--{key}={value}' for key, value in settings.items() if key != 'ranks']
             settings_of(bench.script_of(settings), *words, ranks=settings.get('ranks', 1))
     for name in ('screening', 'quality', 'smaller'):
-        assert sum(bool(bench.kept(name, **about)) for about, _ in trainings[name]) > 0.9 * len(trainings[name])
+        assert (sum(bool(bench.kept(name, **about)) for about, _ in trainings[name])
+                > 0.9 * len(trainings[name]))
 
 
 # -----------------------------------------------------------------------------
@@ -3186,10 +3425,12 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
         refused(capsys, run(), 'another run')
     run()()
     assert (tmp_path / 'best.pt.0123abcd.tmp').exists()
-    refused(capsys, run('--dataset=nothing'), 'already holds a run', '--overwrite=True')  # before data are read
+    # before data are read
+    refused(capsys, run('--dataset=nothing'), 'already holds a run', '--overwrite=True')
     run('--overwrite=True')()
     assert (tmp_path / 'theirs').read_text() == 'precious'
-    assert [path.name for path in tmp_path.glob('*.tmp')] == ['ckpt.pt.tmp']  # of a run of ours it is a kill's
+    # of a run of ours it is a kill's
+    assert [path.name for path in tmp_path.glob('*.tmp')] == ['ckpt.pt.tmp']
     (tmp_path / 'tokenizer' / 'notes.txt').write_text('precious')
     refused(capsys, run('--overwrite=True'), 'notes.txt, which this command did not write')
     # evaluating makes no folder ours
@@ -3206,7 +3447,8 @@ def test_a_run_takes_no_folder_that_is_not_its_own(root, tmp_path, capsys):
             run(script=script, out=out)()
 
 
-def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(root, runs, tmp_path, capsys):
+def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(
+        root, runs, tmp_path, capsys):
     out = shutil.copytree(runs('gpt_full', 4), tmp_path / 'a')
     before, limits = (out / 'ckpt.pt').read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -3217,7 +3459,8 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_costs_no_checkpoint(root, ru
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     capsys.readouterr()
-    sys.excepthook(ended.type, ended.value, ended.tb)  # what Python does with it, before it ends with 1
+    # what Python does with it, before it ends with 1
+    sys.excepthook(ended.type, ended.value, ended.tb)
     said = capsys.readouterr().err
     assert said.count('\n') == 1 and 'ckpt.pt' in said and 'File too large' in said
     assert (out / 'ckpt.pt').read_bytes() == before and not list(out.glob('*.tmp'))
@@ -3250,7 +3493,8 @@ def test_loops_that_people_write_train(tmp_path, monkeypatch, name):
         pytest.importorskip('accelerate')
         theirs = pytest.importorskip('transformers')
         model = names['model'] = theirs.LlamaForCausalLM(theirs.LlamaConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2))
+            vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2))
         names['data'] = [dict(input_ids=list(range(9)), labels=list(range(9)))] * 8
     monkeypatch.chdir(tmp_path)
 
@@ -3261,11 +3505,13 @@ def test_loops_that_people_write_train(tmp_path, monkeypatch, name):
         return model(input_ids=tokens, labels=tokens).loss.item()
     before = loss()
     if name == 'ddp':
-        torch.distributed.init_process_group('gloo', f'file://{tmp_path}/pair', rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            'gloo', f'file://{tmp_path}/pair', rank=0, world_size=1)
     try:
         exec(snippet, names)
     finally:
-        if name == 'ddp':  # the wrapper first, and gloo's threads have to be at rest: see Meter.close
+        # the wrapper first, and gloo's threads have to be at rest: see Meter.close
+        if name == 'ddp':
             names.pop('net', None)
             time.sleep(0.2)
             torch.distributed.destroy_process_group()
@@ -3280,12 +3526,15 @@ def test_loops_that_people_write_train(tmp_path, monkeypatch, name):
 def test_what_is_not_finite_is_never_saved_over_what_is(root, tmp_path, name):
     run, data = built('llama', root, tmp_path, *method(name, '--n_layer=1'))
     for step in range(4):
-        train_llama.train_step(run, step, lambda micro_step: data.batch(8, step, rows=rows_of_rank(run)))
+        train_llama.train_step(
+            run, step, lambda micro_step: data.batch(8, step, rows=rows_of_rank(run)))
     save(run, 'ckpt.pt', dict(step=4), resumable=True)
     before = (tmp_path / 'ckpt.pt').read_bytes()
     tensors = [*run.model.parameters(), *run.model.buffers()]
-    tensors += [x for state in run.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    for x, value in zip((x for x in tensors if x.is_floating_point()), itertools.cycle((math.nan, math.inf))):
+    tensors += [x for state in run.optimizer.state.values()
+                for x in state.values() if torch.is_tensor(x)]
+    for x, value in zip((x for x in tensors if x.is_floating_point()),
+                        itertools.cycle((math.nan, math.inf))):
         last = x.detach()[(-1,) * x.dim()]
         kept = last.clone()
         last.fill_(value)
@@ -3310,15 +3559,16 @@ def test_a_float16_run_counts_the_steps_it_skips_and_ends_if_it_skips_them_all(r
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_auto_begins_goes_on_after_a_kill_between_two_files_and_names_what_changed(root, tmp_path, capsys,
-                                                                                   script):
+def test_auto_begins_goes_on_after_a_kill_between_two_files_and_names_what_changed(
+        root, tmp_path, capsys, script):
     best = 'best_val_auc' if script == 'vit' else 'best_val_loss'
     train(script, root, tmp_path, '--init_from=auto')
     assert 'resumed' not in capsys.readouterr().out
     before = saved(tmp_path, 'best.pt')
     (tmp_path / 'best.pt').unlink()  # ckpt.pt is written first
     again = train(script, root, tmp_path, '--init_from=auto')
-    assert same_state(saved(tmp_path, 'best.pt')['model'], before['model']) and again[best] == before[best]
+    assert (same_state(saved(tmp_path, 'best.pt')['model'], before['model'])
+            and again[best] == before[best])
     steps = [(step, key) for key in ('val_loss', 'test_loss') for line in records(tmp_path)
              for step in [line['step']] if key in line]
     assert len(steps) == len(set(steps))  # nothing twice
@@ -3332,7 +3582,8 @@ def test_a_run_goes_on_with_the_data_it_began_with(root, tmp_path, capsys):
     train('gpt', root, tmp_path / 'run')
     prepare_text(tmp_path, numbered(tmp_path / 'other.txt'), '--name', 'tiny')
     words = tiny('gpt', tmp_path, tmp_path / 'run', '--init_from=resume', '--max_iters=8')
-    refused(capsys, lambda: start(train_gpt, words), "'tiny' is not the one that this run began with")
+    refused(capsys, lambda: start(train_gpt, words),
+            "'tiny' is not the one that this run began with")
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -3340,7 +3591,8 @@ def test_a_signal_ends_an_evaluation(root, tmp_path, script):
     train(script, root, tmp_path, '--max_iters=3')
     with signal_in_batch(0, training=False):  # in the first of two
         stopped = train(script, root, tmp_path, '--init_from=resume', '--max_iters=8')
-    assert stopped['step'] == 4 and 4 not in {**logged(tmp_path, 'val_loss'), **logged(tmp_path, 'test_loss')}
+    assert stopped['step'] == 4 and 4 not in {
+        **logged(tmp_path, 'val_loss'), **logged(tmp_path, 'test_loss')}
 
 
 # -----------------------------------------------------------------------------
@@ -3354,7 +3606,8 @@ def test_of_prompts_no_token_is_a_target_and_every_other_one_is(root):
         prompted = (all_tokens(root, 'answers', split) >= prepare.PROMPT).astype(np.uint8).tobytes()
         asked[split] = {*map(len, prompted.split(b'\0'))} - {0}
     assert asked['train'] and asked['val'] and not asked['train'] & asked['val']
-    assert sum(data.meta['tokens'].values()) == sum(len(''.join(x.values())) + 1 for x in ANSWERS) + 10
+    assert (sum(data.meta['tokens'].values())
+            == sum(len(''.join(x.values())) + 1 for x in ANSWERS) + 10)
     assert sum(data.meta['bytes'].values()) == sum(len(x['completion']) for x in ANSWERS) + 9
     for x, y, weights in (data.batch(8, step) for step in range(20)):
         following = torch.cat([x[:, 1:], torch.full((8, 1), -1)], 1)
@@ -3368,7 +3621,8 @@ def test_of_prompts_no_token_is_a_target_and_every_other_one_is(root):
 def test_a_batch_of_prompts_alone_is_no_loss_and_a_run_learns_to_answer(root, tmp_path):
     gpt, idx = tiny_gpt(), tokens_of(2, 16)
     assert gpt(idx, torch.full_like(idx, -100), torch.zeros(2, dtype=double)).item() == 0
-    words = '--dataset=answers', '--block_size=64', '--max_iters=60', '--eval_interval=30', '--eval_iters=4'
+    words = ('--dataset=answers', '--block_size=64', '--max_iters=60', '--eval_interval=30',
+             '--eval_iters=4')
     train('gpt', root, tmp_path, *words)
     losses = logged(tmp_path, 'val_loss')
     assert losses[60] < 2.5 < losses[0]
@@ -3388,9 +3642,11 @@ def rounded(x, key, first=0):
 def test_rounding_is_right_on_average_and_independent_from_place_to_place_and_time_to_time():
     x = normal(64, 50, dtype=torch.float32) * 10.0 ** torch.arange(-32, 32, device=DEVICE)[:, None]
     keys = [hash((seed, step)) for seed in (1, 2) for step in range(1000)]
-    ups = torch.stack([(rounded(x, key) > x).flatten() for key in keys]).double()  # (times, numbers)
+    # (times, numbers)
+    ups = torch.stack([(rounded(x, key) > x).flatten() for key in keys]).double()
     low = (x.view(torch.int32) & -2**16).view(torch.float32)
-    share = (x.view(torch.int32) & (2**16 - 1)).flatten().double() / 2**16  # of the way away from zero
+    # of the way away from zero
+    share = (x.view(torch.int32) & (2**16 - 1)).flatten().double() / 2**16
     share = torch.where(x.flatten() < 0, 1 - share, share)
     error = (ups.mean(0) - share) / (share * (1 - share) / len(keys)).sqrt()
     assert error.abs().max() < 5 and abs(error.mean()) < 0.1 and 0.9 < error.std() < 1.1
@@ -3406,7 +3662,8 @@ def test_rounding_drifts_nowhere_and_blocks_have_nothing_to_do_with_each_other()
     spacing = 2.0 ** (x.abs().log2().floor() - 7)
     drift = sum(((rounded(x, key) - x) / spacing).mean().item() for key in range(400)) / 400
     assert abs(drift) < 1e-4  # its standard error is 2e-5
-    some = torch.full((2**20,), 1 + 2.0**-7 / 4, device=DEVICE)  # a quarter of the way: a quarter goes up
+    # a quarter of the way: a quarter goes up
+    some = torch.full((2**20,), 1 + 2.0**-7 / 4, device=DEVICE)
     assert abs((rounded(some, 5) > some).sum().item() - 2**18) < 5 * (2**20 * 3 / 16) ** 0.5
 
 
@@ -3434,23 +3691,27 @@ def test_what_bfloat16_holds_is_not_rounded_and_every_shard_rounds_alike():
         held = codes.view(torch.bfloat16).float()
         torch.testing.assert_close(rounded(held, key), held, rtol=0, atol=0, equal_nan=True)
         nan = torch.tensor([2**31 - 1, 0x7FC00000, 0xFFC00000 - 2**32], dtype=torch.int32)
-        assert rounded(nan.view(torch.float32), key).isnan().all()  # CUDA's is the first, a CPU's the last
+        # CUDA's is the first, a CPU's the last
+        assert rounded(nan.view(torch.float32), key).isnan().all()
     x = normal(3 * 2**20 + 77, dtype=torch.float32)
     whole = rounded(x, 7)
     for a, b in ((0, 1), (5, 2**20 + 3), (2**20, 2**21), (2**21 - 9, len(x))):
         assert torch.equal(rounded(x[a:b], 7, a), whole[a:b])
     states = {}
-    for first, last, chunk in ((0, 60, 2**18), (0, 17, 2000), (17, 60, 2000)):  # rows of a step on bfloat16
+    # rows of a step on bfloat16
+    for first, last, chunk in ((0, 60, 2**18), (0, 17, 2000), (17, 60, 2000)):
         p, state = x[:60 * 400].view(60, 400)[first:last].bfloat16(), {'step': 3}
         rules.new_moments(state, p, None)
         where = dict(betas=(0.99, 0.99), eps=1e-8, key=7, first=first * 400)
         with mock.patch.object(rules, 'CHUNK_OF_A_CPU', chunk):
-            rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9, **where)
+            rules.step_(p, x[-60 * 400:].view(60, 400)[first:last].bfloat16(), state, 0.01, 0.9,
+                        **where)
         states[first, last] = torch.stack([p, *(x for x in state.values() if torch.is_tensor(x))])
     assert torch.equal(states[0, 60], torch.cat([states[0, 17], states[17, 60]], 1))
     square, transposed = x[:2500].view(50, 50), torch.empty(50, 50, dtype=torch.bfloat16).T
     rules.round_(transposed, square.clone(), 7)
-    assert torch.equal(transposed.float().flatten(), whole[:2500]) and not torch.equal(whole, rounded(x, 8))
+    assert (torch.equal(transposed.float().flatten(), whole[:2500])
+            and not torch.equal(whole, rounded(x, 8)))
     twice = rounded(x[:2**20].repeat(2), 7)  # no two blocks of 2^20 alike
     assert (twice[:2**20] != twice[2**20:]).float().mean() > 0.1
     W = torch.zeros(8, 2**18, dtype=torch.bfloat16)  # 4 rows are a block
@@ -3481,8 +3742,8 @@ def adam_in_few_bits(p, n, compile, bits, steps):
     rules.new_moments(state, p, bits)
     for step in range(steps):
         state['step'] += 1
-        rules.step_(p, p.roll(1, 0), state, 0.01 / (step + 1), 0.99 - step / 100, (0.9, 0.999), 1e-8, step,
-                    first=7 * n, compile=compile)
+        rules.step_(p, p.roll(1, 0), state, 0.01 / (step + 1), 0.99 - step / 100, (0.9, 0.999),
+                    1e-8, step, first=7 * n, compile=compile)
     return [p, *(x for x in state.values() if torch.is_tensor(x))]
 
 
@@ -3493,7 +3754,8 @@ def moved(p, n, compile, bits, steps):
         W, scales = rules.new_codes(p[:, :n], 8)
         rules.code_(W, scales, p[:, :n])
     for step in range(steps):
-        galore.move_(W, p[:, -n:].clone(), 0.01 / (step + 1), 0.99 - step / 100, step, 7 * n, scales, compile)
+        galore.move_(W, p[:, -n:].clone(), 0.01 / (step + 1), 0.99 - step / 100, step, 7 * n,
+                     scales, compile)
     return [W] if scales is None else [W, scales]
 
 
@@ -3508,15 +3770,18 @@ def averages(p, n, compile, bits, steps):
 
 @wants_a_compiler
 @pytest.mark.parametrize('function, bits, most', [
-    (adam_in_few_bits, None, 3), (adam_in_few_bits, 8, 16), (moved, None, 3), (moved, 8, 10), (averages, None, 3)])
-def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_again(function, bits, most):
+    (adam_in_few_bits, None, 3), (adam_in_few_bits, 8, 16), (moved, None, 3), (moved, 8, 10),
+    (averages, None, 3)])
+def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_again(
+        function, bits, most):
     p = normal(40, 1024, dtype=torch.float32).bfloat16()
     before, metrics.generated_kernel_count = graphs_compiled(), 0
     for rows, n in ((40, 512), (30, 768), (3, 1024)):
         found, wanted = (function(p[:rows], n, compile, bits, 3) for compile in (True, False))
         for a, b in zip(found, wanted):
             same = (a.view(torch.uint8) == b.view(torch.uint8)).float().mean()
-            assert same == 1 if DEVICE == 'cpu' else same > 0.99  # a card adds products with one rounding
+            # a card adds products with one rounding
+            assert same == 1 if DEVICE == 'cpu' else same > 0.99
     # of codes each length of a row is compiled on its own; here moments have blocks of 256
     assert graphs_compiled() - before == (3 if function is moved and bits else 1)
     assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
@@ -3526,8 +3791,9 @@ def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_
 def test_what_is_compiled_for_a_gradient_in_its_own_place_is_not_taken_for_others():
     p, before = normal(600, dtype=torch.float32).bfloat16(), graphs_compiled()
     group = dict(state_bits=None, betas=(0.9, 0.999), eps=1e-8)
-    for shape, make in (((20, 30), None), ((20, 30), torch.clone), ((600,), torch.clone), ((30, 20), nn.Parameter),
-                        ((600, 1), torch.clone), ((20, 30), None)):
+    for shape, make in (
+            ((20, 30), None), ((20, 30), torch.clone), ((600,), torch.clone),
+            ((30, 20), nn.Parameter), ((600, 1), torch.clone), ((20, 30), None)):
         found = []
         for compile in (True, False):
             state, x = {'step': 1}, p.clone().view(shape)
@@ -3545,8 +3811,9 @@ def test_what_is_compiled_for_a_gradient_in_its_own_place_is_not_taken_for_other
 
 def test_a_group_may_be_empty_and_a_checkpoint_does_not_choose_what_is_compiled():
     p = nn.Parameter(torch.ones(3, 4))
-    plain, compiles = (galore.GaLoreAdamW([dict(params=[]), dict(params=[p], rule='adamw')], compile=choice)
-                       for choice in (False, True))
+    plain, compiles = (
+        galore.GaLoreAdamW([dict(params=[]), dict(params=[p], rule='adamw')], compile=choice)
+        for choice in (False, True))
     compiles.load_state_dict(plain.state_dict())
     assert plain.param_groups[1]['compile'] is False and compiles.param_groups[1]['compile'] is True
 
@@ -3554,10 +3821,12 @@ def test_a_group_may_be_empty_and_a_checkpoint_does_not_choose_what_is_compiled(
 def test_steps_are_compiled_on_gpus_that_can(capsys):
     cpu, card = torch.device('cpu'), torch.device('cuda', 0)
     known = {}
-    for capability, package, compiler in itertools.product(((7, 5), (8, 0)), (None, 'triton'), (None, 'cc')):
+    for capability, package, compiler in itertools.product(
+            ((7, 5), (8, 0)), (None, 'triton'), (None, 'cc')):
         rules.has_compilers.cache_clear()
         with (mock.patch('torch.cuda.get_device_capability', lambda _: capability),
-              mock.patch('importlib.util.find_spec', lambda _: package), mock.patch('shutil.which', lambda _: compiler)):
+              mock.patch('importlib.util.find_spec', lambda _: package),
+              mock.patch('shutil.which', lambda _: compiler)):
             known[capability[0], package, compiler] = rules.is_compiled(None, card)
             assert rules.is_compiled(True, cpu) and not rules.is_compiled(False, card)
             assert not rules.is_compiled(None, cpu)
@@ -3572,8 +3841,10 @@ def test_steps_are_compiled_on_gpus_that_can(capsys):
 def test_a_backward_pass_steps_by_compiled_functions_from_any_thread():
     results = []
     for compile in (True, False):
-        net = put(tiny_llama(n_embd=64, n_mlp=96).bfloat16(), rank=16, factors='basis', merge_every=1)
-        optimizer = galore.LowRankAdamW(net, lr=0.01, state_bits=16, per_layer=True, compile=compile)
+        net = put(tiny_llama(n_embd=64, n_mlp=96).bfloat16(), rank=16, factors='basis',
+                  merge_every=1)
+        optimizer = galore.LowRankAdamW(
+            net, lr=0.01, state_bits=16, per_layer=True, compile=compile)
         for step in range(2):
             optimizer.begin(step)
             loss = net(tokens_of(2, 8), tokens_of(2, 8))
@@ -3588,12 +3859,14 @@ def test_a_backward_pass_steps_by_compiled_functions_from_any_thread():
 
 @pytest.mark.parametrize('kind', ['full', 'drop-in', 'fira', 'layer'])
 def test_small_steps_on_bfloat16_add_up(kind):
-    G = normal(48, 4) * torch.tensor([8.0, 4, 2, 1]) @ normal(4, 64, seed=1) + 0.1 * normal(48, 64, seed=2)
+    G = (normal(48, 4) * torch.tensor([8.0, 4, 2, 1]) @ normal(4, 64, seed=1)
+         + 0.1 * normal(48, 64, seed=2))
 
     def run(dtype):  # how far 500 steps of 5e-6 along one gradient go
         linear = nn.Linear(64, 48, bias=False, dtype=dtype)
         nn.init.constant_(linear.weight, 0.02)
-        start, group = linear.weight.detach().double(), dict(rank=4, update_proj_gap=10**6, basis='power')
+        start, group = (linear.weight.detach().double(),
+                        dict(rank=4, update_proj_gap=10**6, basis='power'))
         if kind == 'layer':
             net = lowrank.MHLoRALinear(linear, rank=4, factors='basis', merge_every=1)
             optimizer = galore.LowRankAdamW(net, lr=2e-5, basis_every=10**6)
@@ -3614,14 +3887,16 @@ def test_small_steps_on_bfloat16_add_up(kind):
 
 
 def test_a_thousand_small_merges_into_bfloat16_add_up():
-    layer = lowrank.MHLoRALinear(nn.Linear(64, 48, bias=False), rank=2, merge_every=5, merge_reset=True)
+    layer = lowrank.MHLoRALinear(
+        nn.Linear(64, 48, bias=False), rank=2, merge_every=5, merge_reset=True)
     layer = layer.to(torch.bfloat16)
     nn.init.constant_(layer.weight, 0.02)
     for _ in range(1000):
         with torch.no_grad():
             layer.A.fill_(1e-3), layer.B.fill_(5e-3)  # together 1e-5 in each weight
         lowrank.merge(layer)
-    exact = 0.02 + 1000 * 2 * float(torch.tensor(1e-3).bfloat16()) * float(torch.tensor(5e-3).bfloat16())
+    exact = (0.02 + 1000 * 2 * float(torch.tensor(1e-3).bfloat16())
+             * float(torch.tensor(5e-3).bfloat16()))
     assert layer.weight.float().mean().item() == pytest.approx(exact, rel=0.01)
     noise = layer.weight.float().std().item()
     assert 0 < noise < 3 * math.sqrt(1000) * 2.0**-14  # that of so many roundings
@@ -3647,7 +3922,8 @@ def test_groups_may_come_later_and_their_rates_hold_after_a_state_dict_is_loaded
     for group in optimizer.param_groups:
         group['lr'] = 0.1
     for again in (False, True) if per_layer else ():  # the earlier one would go on
-        with pytest.raises(ValueError, match='parameter 0 is stepped in the backward pass by an earlier'):
+        with pytest.raises(
+                ValueError, match='parameter 0 is stepped in the backward pass by an earlier'):
             galore.GaLoreAdamW([first], per_layer=again)
     third = nn.Parameter(torch.ones(6))
     with pytest.raises(ValueError, match='state_bits=7'):  # leaves no hook
@@ -3662,7 +3938,8 @@ def test_a_second_moment_in_bfloat16_decays():
         p.grad = torch.full_like(p, float(step == 0))
         optimizer.step()
     expected = float(torch.tensor(0.001).bfloat16()) * 0.999 ** 499
-    assert optimizer.state[p]['exp_avg_sq'].float().mean().item() == pytest.approx(expected, rel=0.05)
+    assert optimizer.state[p]['exp_avg_sq'].float().mean().item() == pytest.approx(
+        expected, rel=0.05)
 
 
 # real models
@@ -3687,11 +3964,13 @@ def out_of(model, folder):
 
 
 def with_tokens(folder, words=('</s>',), **about):
-    """Puts a tokenizer of 256 bytes and `words` into a folder: another one than that of prepare.py."""
+    """Puts a tokenizer of 256 bytes and `words` into a folder: another one than that of
+    prepare.py."""
     from tokenizers import Tokenizer, decoders, models as kinds, pre_tokenizers, processors
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel())
     made.add_special_tokens(list(words))
     if '<s>' in words:
         made.post_processor = processors.TemplateProcessing(
@@ -3703,9 +3982,11 @@ def with_tokens(folder, words=('</s>',), **about):
 
 @pytest.fixture(scope='session')
 def bases(root, tmp_path_factory):
-    """Folders of a GPT-2, a tied LLaMA and a Qwen2, with one tokenizer, and data 'theirs' of its tokens."""
+    """Folders of a GPT-2, a tied LLaMA and a Qwen2, with one tokenizer, and data 'theirs' of its
+    tokens."""
     folder = tmp_path_factory.mktemp('bases')
-    shapes = {'gpt': tiny_gpt(vocab_size=260, norm_eps=1e-3), 'llama': tiny_llama(vocab_size=260, tied=True),
+    shapes = {'gpt': tiny_gpt(vocab_size=260, norm_eps=1e-3),
+              'llama': tiny_llama(vocab_size=260, tied=True),
               'qwen2': tiny_llama(vocab_size=260, family='qwen2')}
     for name, model in shapes.items():
         with_tokens(out_of(model, folder / name))
@@ -3733,7 +4014,8 @@ def test_logits_are_those_of_transformers_and_of_what_is_written_again(tmp_path,
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path, root, capsys):
-    assert [loaded(f'{GOLDEN}/{name}')[0].config.block_size for name in ('mistral', 'qwen2')] == [40, 48]
+    assert [loaded(f'{GOLDEN}/{name}')[0].config.block_size
+            for name in ('mistral', 'qwen2')] == [40, 48]
     refused(capsys, lambda: start(train_llama, [
         f'--init_from={GOLDEN}/mistral', '--block_size=41', '--dataset=tiny', f'--data_dir={root}',
         f'--out_dir={tmp_path}/a', '--device=cpu']), 'block_size=41', '40 positions')
@@ -3760,7 +4042,8 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
     data, text = prepare.Tokens('theirs', 'val', 16, root), 'a letter\n\u00e9'
     found = prepare.tokenizer(data.meta['tokenizer'], root / 'theirs' / 'tokenizer')
     assert data.meta['eot'] == found.eot_token == 256 and found.n_vocab == data.vocab_size == 257
-    assert found.decode(found.encode_ordinary(text)) == text and len(found.encode_ordinary(text)) == 11
+    assert (found.decode(found.encode_ordinary(text)) == text
+            and len(found.encode_ordinary(text)) == 11)
     texts = [json.loads(line)['text'] for line in open(root / 'tiny.jsonl')]
     held = [all_tokens(root, 'theirs', split).tolist() for split in ('train', 'val')]
     pieces = [found.decode(tokens) for split in held for tokens in documents(split, 256)]
@@ -3769,18 +4052,19 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
     # one that puts a token before each text
     os.mkdir(tmp_path / 'begins')
     with_tokens(tmp_path / 'begins', ('<s>', '</s>'))
-    prepare.main(['text', '--tokenizer', str(tmp_path / 'begins'), '--data_dir', str(tmp_path), '--input',
-                  str(root / 'tiny.jsonl'), '--name', 'begun'])
+    prepare.main(['text', '--tokenizer', str(tmp_path / 'begins'), '--data_dir', str(tmp_path),
+                  '--input', str(root / 'tiny.jsonl'), '--name', 'begun'])
     for tokens in documents(all_tokens(tmp_path, 'begun', 'val').tolist(), 257):
         assert tokens[0] == 256 and 256 not in tokens[1:]
     with_tokens(tmp_path / 'begins', eos_token='<end>')
     for name, said in (('begins', 'eos_token'), ('nothing', 'there is no folder')):
         with pytest.raises(prepare.DataError, match=said):
-            prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path), '--input',
-                          str(root / 'tiny.jsonl'), '--name', 'more'])
+            prepare.main(['text', '--tokenizer', str(tmp_path / name), '--data_dir', str(tmp_path),
+                          '--input', str(root / 'tiny.jsonl'), '--name', 'more'])
     # the other file says it, where this one says nothing
     with_tokens(tmp_path / 'begins', eos_token=None)
-    config.write_json(tmp_path / 'begins' / 'special_tokens_map.json', {'eos_token': {'content': '</s>'}})
+    config.write_json(tmp_path / 'begins' / 'special_tokens_map.json',
+                      {'eos_token': {'content': '</s>'}})
     tokens = prepare.HubTokenizer(str(tmp_path / 'begins'))
     assert tokens.eot_token == tokens.inner.token_to_id('</s>') is not None
     # other tokens than those of the weights
@@ -3792,22 +4076,25 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
 def test_prompt_and_completion_are_encoded_apart_and_a_space_between_them_is_said(tmp_path, capsys):
     from tokenizers import Tokenizer, decoders, models as kinds, normalizers
     letters = ['<unk>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), '\u2581', *'abcde']
-    made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token='<unk>',
-                               byte_fallback=True))  # as LLaMA 2's
+    made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(letters)}, [],
+                               unk_token='<unk>', byte_fallback=True))  # as LLaMA 2's
     made.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'),
                                             normalizers.Replace(' ', '\u2581')])
     made.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(),
                                       decoders.Fuse(), decoders.Strip(' ', 1, 0)])
     made.save(f'{tmp_path}/tokenizer.json')
     config.write_json(f'{tmp_path}/tokenizer_config.json', {'eos_token': '</s>'})
-    pairs = [('abc', ' de'), ('abc', 'de'), ('a\n', 'cab'), *(('b' * i, 'ad') for i in range(2, 60))]
+    pairs = [('abc', ' de'), ('abc', 'de'), ('a\n', 'cab'),
+             *(('b' * i, 'ad') for i in range(2, 60))]
     lines = [json.dumps({'prompt': prompt, 'completion': text}) for prompt, text in pairs]
     (tmp_path / 'answers.jsonl').write_text('\n'.join(lines))
-    prepare_text(tmp_path, tmp_path / 'answers.jsonl', '--name', 'answ', '--tokenizer', str(tmp_path))
+    prepare_text(
+        tmp_path, tmp_path / 'answers.jsonl', '--name', 'answ', '--tokenizer', str(tmp_path))
     assert 'put a space before every text: before completions' in capsys.readouterr().out
     held = [tokens for split in ('train', 'val')
             for tokens in documents((all_tokens(tmp_path, 'answ', split) & 0xFFFF).tolist(), 1)]
-    assert sorted(held) == sorted(made.encode(prompt).ids + made.encode(text).ids for prompt, text in pairs)
+    assert sorted(held) == sorted(
+        made.encode(prompt).ids + made.encode(text).ids for prompt, text in pairs)
 
 
 def documents(tokens, end):
@@ -3819,7 +4106,8 @@ def documents(tokens, end):
 @pytest.mark.parametrize('base, name, words', [
     ('gpt', 'mhlora', []), ('gpt', 'full', []), ('llama', 'galore', []),
     ('llama', 'lte', ['--merge_every=2']), ('qwen2', 'lora', ['--lowrank=attn']),
-    ('llama', 'mhlora', ['--lowrank=attn,logit']), ('gpt', 'lte', ['--merge_every=2', '--lowrank=c_fc,logit'])])
+    ('llama', 'mhlora', ['--lowrank=attn,logit']),
+    ('gpt', 'lte', ['--merge_every=2', '--lowrank=c_fc,logit'])])
 def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys, base, name, words):
     script, out = 'gpt' if base == 'gpt' else 'llama', tmp_path / 'out'
     tune(script, root, bases / base, out, *method(name, *words), '--param_dtype=float64')
@@ -3828,8 +4116,10 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
     run = built_again(out)
     with lowrank.averaged_heads(run):
         close(tuned(idx), run(idx))
-    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--dtype=float64', '--check'])
-    said = re.search(r'loss (\S+) before the merge, (\S+) after it; logits differ by (\S+)', capsys.readouterr().out)
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf',
+                   '--dtype=float64', '--check'])
+    said = re.search(r'loss (\S+) before the merge, (\S+) after it; logits differ by (\S+)',
+                     capsys.readouterr().out)
     assert said[1] == said[2] and float(said[3]) < 1e-4
     merged, theirs = loaded(tmp_path / 'hf')
     close(merged(idx), tuned(idx))
@@ -3844,7 +4134,8 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
         start(export, more)
         close(loaded(tmp_path / 'peft')[0](idx), tuned(idx), 1e-5)  # the base lies in float32
         about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
-        (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps({**about, 'use_dora': True}))
+        (tmp_path / 'peft' / 'adapter_config.json').write_text(
+            json.dumps({**about, 'use_dora': True}))
         with pytest.raises(ValueError, match='use_dora'):
             loaded(tmp_path / 'peft')
         (tmp_path / 'peft' / 'adapter_config.json').write_text(json.dumps(about))
@@ -3856,7 +4147,8 @@ def test_what_is_tuned_is_exported_and_read_again(root, bases, tmp_path, capsys,
         with pytest.raises(ValueError, match='nothing for .* fewer layers'):
             loaded(tmp_path / 'peft')
     capsys.readouterr()
-    more = ['--num_samples=1', '--max_new_tokens=5', '--prompt=doc', '--device=cpu', '--temperature=0']
+    more = ['--num_samples=1', '--max_new_tokens=5', '--prompt=doc', '--device=cpu',
+            '--temperature=0']
     text = start(sample, [f'--out_dir={out}', '--checkpoint=ckpt.pt', *more])
     assert text == start(sample, [f'--init_from={tmp_path}/hf', *more]) and len(text[0]) == 8
     assert capsys.readouterr().out.count('doc') == 2
@@ -3881,15 +4173,19 @@ def built_again(out, dtype=double):
 
 def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path, capsys):
     donor, idx = tiny_gpt(vocab_size=257, bias=False), tokens_of(2, 16)
-    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=False, dropout=0.1)
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16, bias=False,
+                 dropout=0.1)
     state = {f'_orig_mod.{name}': x for name, x in donor.state_dict().items()}
-    torch.save({'model': state, 'model_args': shape, 'iter_num': 3, 'config': {}}, tmp_path / 'ckpt.pt')
+    torch.save({'model': state, 'model_args': shape, 'iter_num': 3, 'config': {}},
+               tmp_path / 'ckpt.pt')
     close(loaded(tmp_path / 'ckpt.pt')[0](idx), donor(idx))
     words = tiny('gpt', root, tmp_path / 'a', f'--init_from={tmp_path}/ckpt.pt', '--max_iters=0')
     start(train_gpt, loading(words))
-    for broken in ({'model': {}, 'model_args': shape}, {'model': state, 'model_args': {'n_head': 2}}):
+    for broken in ({'model': {}, 'model_args': shape},
+                   {'model': state, 'model_args': {'n_head': 2}}):
         torch.save(broken, tmp_path / 'ckpt.pt')
-        refused(capsys, lambda: start(train_gpt, loading([*words, f'--out_dir={tmp_path}/b'])), 'ckpt.pt')
+        refused(capsys, lambda: start(train_gpt, loading([*words, f'--out_dir={tmp_path}/b'])),
+                'ckpt.pt')
     # without biases, as GPT-2's layout does not know it
     close(loaded(out_of(donor, tmp_path / 'hf'))[0](idx), donor(idx))
 
@@ -3897,10 +4193,12 @@ def test_a_checkpoint_of_nanogpt_is_gone_on_from(root, tmp_path, capsys):
 def test_an_export_of_bytes_says_what_its_tokens_are(runs, tmp_path):
     out = runs('gpt_full', 8)
     start(export, [f'--out_dir={out}', f'--to={tmp_path}/hf'])
-    texts = [start(sample, [f'--init_from={source}', '--device=cpu', '--max_new_tokens=4', '--num_samples=1'])
+    texts = [start(sample, [f'--init_from={source}', '--device=cpu', '--max_new_tokens=4',
+                            '--num_samples=1'])
              for source in (f'{tmp_path}/hf', f'{out}/best.pt')]
     assert texts[0] == texts[1]
-    assert os.stat(tmp_path / 'hf' / 'model.safetensors').st_mode == os.stat(tmp_path / 'hf' / 'config.json').st_mode
+    assert (os.stat(tmp_path / 'hf' / 'model.safetensors').st_mode
+            == os.stat(tmp_path / 'hf' / 'config.json').st_mode)
 
 
 def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
@@ -3924,14 +4222,17 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
         broken.setattr(export, 'config_json', None)
         with pytest.raises(TypeError):
             start(export, [*words, '--overwrite=True'])
-    assert files_of(tmp_path / 'hf') == before and sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf']
+    assert (files_of(tmp_path / 'hf') == before
+            and sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf'])
     start(export, [*words, '--overwrite=True', '--dtype=bfloat16'])
-    assert sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf'] and files_of(tmp_path / 'hf') != before
+    assert (sorted(os.listdir(tmp_path)) == ['.hf.lock', 'hf']
+            and files_of(tmp_path / 'hf') != before)
 
 
 def test_a_vit_is_exported_for_timm(runs, tmp_path):
     out = runs('vit_lte', 4)
-    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/vit', '--dtype=float32'])
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/vit',
+                   '--dtype=float32'])
     theirs = timm.create_model(f'local-dir:{tmp_path}/vit').eval()
     # as pretrained=True of newer ones does
     timm.models.load_checkpoint(theirs, f'{tmp_path}/vit/model.safetensors')
@@ -3942,16 +4243,18 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
 
 
 @pytest.mark.parametrize('words, wanted', [
-    (['--lowrank=q,v'], ['qkv']), (['--lowrank=k,fc1,logit'], ['fc1', 'qkv']), (['--lowrank=logit'], None),
+    (['--lowrank=q,v'], ['qkv']), (['--lowrank=k,fc1,logit'], ['fc1', 'qkv']),
+    (['--lowrank=logit'], None),
     (['--lowrank=attn', '--split=True', '--merge_every=2'],  # a convolution is called proj, too
      [f'blocks.{i}.attn.{name}' for i in range(2) for name in ('qkv', 'proj')])])
-def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs, tmp_path, capsys, words,
-                                                                     wanted):
+def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(
+        root, runs, tmp_path, capsys, words, wanted):
     base = runs('vit_full', 4) / 'best.pt'
     heads = ['--heads=2', '--rank=2', '--alpha=6', *words]
     state = train('vit', root, tmp_path / 'a', f'--init_from={base}', *heads)
     assert state['settings']['train'] == 'classifier'  # 'auto', on loaded weights
-    more = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True']
+    more = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft',
+            '--adapter=True']
     if not wanted:
         refused(capsys, lambda: start(export, more), 'no heads in its blocks')
         return
@@ -3961,11 +4264,13 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(root, runs,
     assert (about['target_modules'], about['modules_to_save']) == (wanted, ['head'])
     merged = hub.merged_vit(state)
     for name, x in saved(base.parent, 'best.pt')['model'].items():  # as PEFT does it
-        A, B = (parts.pop(f'base_model.model.{name[:-7]}.lora_{factor}.weight', None) for factor in 'AB')
+        A, B = (parts.pop(f'base_model.model.{name[:-7]}.lora_{factor}.weight', None)
+                for factor in 'AB')
         if A is not None:
             assert len(A) == B.shape[1] == about['r']
             x = x + about['lora_alpha'] / about['r'] * B @ A
-        close(parts.pop(f'base_model.model.{name}', x), merged[name], 1e-6)  # timm loads it in float32
+        # timm loads it in float32
+        close(parts.pop(f'base_model.model.{name}', x), merged[name], 1e-6)
     assert not parts
 
 
@@ -3986,7 +4291,8 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
         Image.fromarray(pixels).save(folder / f'{i}.png')
     words = f'images --input {tmp_path}/mine --size 12 --data_dir {tmp_path}/data'.split()
     prepare.main(words)
-    splits = [prepare.Images('images', split, tmp_path / 'data') for split in ('train', 'val', 'test')]
+    splits = [prepare.Images('images', split, tmp_path / 'data')
+              for split in ('train', 'val', 'test')]
     assert splits[0].classes == ['a', 'b'] and [len(split) > 0 for split in splits] == [True] * 3
     held = {}
     for split in splits:
@@ -3995,11 +4301,13 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
     path = tmp_path / 'mine' / 'a' / '0.png'
-    wide, transposed = Image.fromarray(np.full((12, 20), 40000, np.uint16)), Image.fromarray(drawn[0])
+    wide, transposed = (Image.fromarray(np.full((12, 20), 40000, np.uint16)),
+                        Image.fromarray(drawn[0]))
     large = Image.new('1', (9000, 9000))
-    for said, write in (('8 bits', lambda: wide.save(path)), ('9000 x 9000 pixels', lambda: large.save(path)),
-                       ('damaged', lambda: path.write_bytes(b'no picture')),
-                       ('damaged', lambda: transposed.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
+    for said, write in (
+            ('8 bits', lambda: wide.save(path)), ('9000 x 9000 pixels', lambda: large.save(path)),
+            ('damaged', lambda: path.write_bytes(b'no picture')),
+            ('damaged', lambda: transposed.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
         write()
         with pytest.raises(prepare.DataError, match=f'0.png.*{said}'):
             prepare.main([*words, '--overwrite'])
@@ -4039,7 +4347,8 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
 @pytest.mark.parametrize('with_bias', [True, False])
 def test_a_layer_in_4_bits_is_bitsandbytes_own(with_bias):
     torch.manual_seed(0)
-    linear, x = nn.Linear(128, 96, with_bias), normal(5, 7, 128, dtype=torch.float32).requires_grad_()
+    linear, x = (nn.Linear(128, 96, with_bias),
+                 normal(5, 7, 128, dtype=torch.float32).requires_grad_())
     from bitsandbytes.nn import Linear4bit
     theirs = Linear4bit(128, 96, with_bias, torch.float32, False, 'nf4')
     theirs.load_state_dict(linear.state_dict())
@@ -4074,7 +4383,8 @@ def test_without_bitsandbytes_4_bits_are_unpacked_to_the_same_numbers(dtype):
 
 def test_a_run_in_4_bits_goes_on_without_bitsandbytes(root, runs, tmp_path):
     whole, half = saved(runs('llama_nf4', 8)), runs('llama_nf4', 4)
-    with mock.patch.object(rules, 'kernels', None), mock.patch.object(rules, 'load_kernels', lambda: None):
+    with (mock.patch.object(rules, 'kernels', None),
+          mock.patch.object(rules, 'load_kernels', lambda: None)):
         assert same_run(whole, go_on('llama_nf4', root, half, tmp_path / 'on', 8))
 
 
@@ -4091,7 +4401,8 @@ def test_8_bits_are_right_on_average_and_stay_where_nothing_moves():
         once = rules.dense(codes, scales, torch.float32)
         assert ((once - x).abs() <= 1.0001 * level).all()
         mean += once / 400
-    assert ((mean - x).abs() / level).max() < 0.5 * 4.5 / 20  # of 1,536 numbers, deviation up to 0.5 / 20
+    # of 1,536 numbers, deviation up to 0.5 / 20
+    assert ((mean - x).abs() / level).max() < 0.5 * 4.5 / 20
     again, tops = rules.new_codes(x, 8)
     rules.code_(again, tops, once, 7)
     assert (again.int() - codes).abs().max() <= 1 and (again != codes).float().mean() < 1e-3
@@ -4104,18 +4415,21 @@ def test_8_bits_are_right_on_average_and_stay_where_nothing_moves():
     assert not rules.dense(codes, scales, torch.float32)[0].isfinite().any()
 
 
-@pytest.mark.parametrize('lowrank_on, out', [('attn', ['mlp']), ('v_proj,logit', ['q_proj', 'mlp'])])
+@pytest.mark.parametrize('lowrank_on, out', [
+    ('attn', ['mlp']), ('v_proj,logit', ['q_proj', 'mlp'])])
 def test_4_bits_are_of_all_linears_of_attention_and_mlp(capsys, lowrank_on, out):
     net, idx = tiny_llama(n_embd=64, n_mlp=96).float(), tokens_of(2, 8)
     before, plain = net(idx), copy.deepcopy(net)
     parameters = lowrank.count_parameters(net)['total']
     put(net, lowrank_on.split(','), frozen_bits=4)
     said = capsys.readouterr().out
-    assert '12 weights in 4 bits, not' in said and 'down_proj' in said if lowrank_on == 'attn' else 'lm_head' in said
+    assert ('12 weights in 4 bits, not' in said and 'down_proj' in said if lowrank_on == 'attn'
+            else 'lm_head' in said)
     assert 0 < (net(idx) - before).abs().max() < 0.5
     kinds = {name: getattr(module, 'bits', None) for name, module in net.named_modules()
              if isinstance(module, (nn.Linear, lowrank.FrozenLinear))}
-    assert {name.split('.')[-1] for name, bits in kinds.items() if bits is None} == {'down_proj', 'lm_head'}
+    assert {name.split('.')[-1] for name, bits in kinds.items() if bits is None} == {
+        'down_proj', 'lm_head'}
     counts = lowrank.count_parameters(net)
     assert counts['total'] - counts['heads'] == parameters
     lowrank.freeze_rest(net)
@@ -4135,7 +4449,8 @@ def test_4_bits_are_of_all_linears_of_attention_and_mlp(capsys, lowrank_on, out)
 
 def test_heads_on_4_bits_are_exported_and_begun_from(root, tmp_path, capsys):
     base, out, idx = tmp_path / 'base', tmp_path / 'out', tokens_of(2, 16, high=257)
-    with_tokens(out_of(tiny_llama(vocab_size=260, n_embd=64, n_mlp=128, tied=True).bfloat16(), base))
+    with_tokens(out_of(
+        tiny_llama(vocab_size=260, n_embd=64, n_mlp=128, tied=True).bfloat16(), base))
     prepare.main(['text', '--tokenizer', str(base), '--data_dir', str(tmp_path), '--input',
                   str(root / 'tiny.jsonl'), '--name', 'theirs'])
     more = [*method('mhlora', '--rank=2', '--lowrank=q_proj,v_proj'), '--param_dtype=bfloat16',
@@ -4148,9 +4463,11 @@ def test_heads_on_4_bits_are_exported_and_begun_from(root, tmp_path, capsys):
         if isinstance(layer, lowrank.FrozenLinear):
             W = rules.dense(layer.weight, layer.scales, torch.float32)
             if isinstance(layer, lowrank.MHLoRALinear):
-                W = W + layer.scale / layer.heads * sum(B.float() @ A.float() for A, B in zip(layer.A, layer.B))
+                W = W + layer.scale / layer.heads * sum(
+                    B.float() @ A.float() for A, B in zip(layer.A, layer.B))
             torch.testing.assert_close(merged[f'{name}.weight'], W.bfloat16(), rtol=2**-7, atol=0)
-    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft', '--adapter=True'])
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft',
+                   '--adapter=True'])
     about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
     assert about['base_model_name_or_path'] == str(base)
     # a run that begins from it has the same weights and heads, to the last bit
@@ -4158,20 +4475,24 @@ def test_heads_on_4_bits_are_exported_and_begun_from(root, tmp_path, capsys):
     tune('llama', root, tmp_path / 'peft', tmp_path / 'on', *more, *still)
     a, b = saved(out)['model'], saved(tmp_path / 'on')['model']
     assert same_state({**a, 'lm_head.weight': 0}, {**b, 'lm_head.weight': 0})
-    start(export, [f'--out_dir={tmp_path}/on', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft2', '--adapter=True'])
+    start(export, [f'--out_dir={tmp_path}/on', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft2',
+                   '--adapter=True'])
     assert same_state(*(safetensors.torch.load_file(tmp_path / name / 'adapter_model.safetensors')
                         for name in ('peft', 'peft2')))
     for other, said in (('--rank=1', 'heads times rank is 4'), ('--alpha=5.0', 'alpha 5'),
                         ('--lowrank=q_proj,o_proj', 'other layers')):
-        refused(capsys, lambda: tune('llama', root, tmp_path / 'peft', tmp_path / 'no', *more, other), said,
-                'frozen_bits=None')
-    refused(capsys, lambda: tune('llama', root, out / 'ckpt.pt', tmp_path / 'no', *more), '--adapter=True')
+        refused(
+            capsys, lambda: tune('llama', root, tmp_path / 'peft', tmp_path / 'no', *more, other),
+            said, 'frozen_bits=None')
+    refused(capsys, lambda: tune('llama', root, out / 'ckpt.pt', tmp_path / 'no', *more),
+            '--adapter=True')
     # without, they are merged
     tune('llama', root, tmp_path / 'peft', tmp_path / 'sum', *still, f'--data_dir={tmp_path}',
          '--param_dtype=float64')
     plain, _ = loaded(tmp_path / 'peft')
     close(loaded(tmp_path / 'sum' / 'ckpt.pt')[0](idx), plain(idx), 1e-9)
-    texts = [start(sample, [f'--init_from={source}', '--num_samples=1', '--max_new_tokens=5', '--device=cpu'])
+    texts = [start(sample, [f'--init_from={source}', '--num_samples=1', '--max_new_tokens=5',
+                            '--device=cpu'])
              for source in (out / 'ckpt.pt', tmp_path / 'hf')]
     assert texts[0] == texts[1]
 
@@ -4179,7 +4500,8 @@ def test_heads_on_4_bits_are_exported_and_begun_from(root, tmp_path, capsys):
 def test_a_vit_and_a_gpt_adapt_in_4_bits(root, tmp_path, capsys):
     wide = ['--n_embd=64', '--param_dtype=float32', '--dtype=float32', '--max_iters=2']
     train('vit', root, tmp_path / 'vit', *wide)
-    words = tiny('vit', root, tmp_path / 'on', *method('lora', '--lowrank=q,v'), *wide, '--frozen_bits=4')
+    words = tiny('vit', root, tmp_path / 'on', *method('lora', '--lowrank=q,v'), *wide,
+                 '--frozen_bits=4')
     words = [word for word in words if word != '--init_from=scratch']
     start(train_vit, [*words, f'--init_from={tmp_path}/vit/best.pt'])
     held = saved(tmp_path / 'on')
@@ -4188,11 +4510,13 @@ def test_a_vit_and_a_gpt_adapt_in_4_bits(root, tmp_path, capsys):
     assert held['settings']['train'] == 'classifier'
     again, looks = tmp_path / 'on' / 'best.pt', []
     for more in ([], ['--eval_only=True']):
-        start(train_vit, [*tiny('vit', root, tmp_path / 'more', *wide), f'--init_from={again}', '--learning_rate=0', '--min_lr=0',
-                          *more])
-        looks.append(records(tmp_path / 'more', 'eval.jsonl' if more else 'log.jsonl')[0]['val_loss'])
+        start(train_vit, [*tiny('vit', root, tmp_path / 'more', *wide), f'--init_from={again}',
+                          '--learning_rate=0', '--min_lr=0', *more])
+        looks.append(records(
+            tmp_path / 'more', 'eval.jsonl' if more else 'log.jsonl')[0]['val_loss'])
     assert looks[1] == pytest.approx(records(tmp_path / 'on')[-2]['val_loss'], abs=1e-4)
-    refused(capsys, lambda: start(train_vit, [*words, f'--init_from={again}', f'--out_dir={tmp_path}/no']),
+    refused(capsys, lambda: start(train_vit, [*words, f'--init_from={again}',
+                                              f'--out_dir={tmp_path}/no']),
             'coded again together would be others')
     start(export, [f'--out_dir={tmp_path}/on', f'--to={tmp_path}/timm'])
     base = out_of(tiny_gpt(vocab_size=257, n_embd=64).float(), tmp_path / 'gpt')
@@ -4205,12 +4529,13 @@ def test_a_vit_and_a_gpt_adapt_in_4_bits(root, tmp_path, capsys):
 
 
 def test_int8_is_said_and_comes_out_as_numbers(root, tmp_path, capsys):
-    words = ['--param_dtype=float32', '--dtype=float32', '--n_embd=128', '--learning_rate=0.001', '--min_lr=0']
+    words = ['--param_dtype=float32', '--dtype=float32', '--n_embd=128', '--learning_rate=0.001',
+             '--min_lr=0']
     train('llama', root, tmp_path / 'a', *method('galore_int8'), *words)
     said = capsys.readouterr().out
     assert '12 weights in 8 bits, not 2, such as model.layers.0.mlp.down_proj' in said
-    run, _ = built('llama', root, tmp_path / 'a', *method('galore_int8'), *words, '--init_from=resume',
-                   checkpoint=saved(tmp_path / 'a'))
+    run, _ = built('llama', root, tmp_path / 'a', *method('galore_int8'), *words,
+                   '--init_from=resume', checkpoint=saved(tmp_path / 'a'))
     idx = tokens_of(2, 16)
     run.model.eval()
     close(loaded(tmp_path / 'a' / 'ckpt.pt')[0].float()(idx), run.model(idx), 1e-4)
@@ -4221,7 +4546,8 @@ def test_int8_is_said_and_comes_out_as_numbers(root, tmp_path, capsys):
 # -----------------------------------------------------------------------------
 # chats, and documents that do not see each other
 
-WRITTEN = json.loads(open(f'{GOLDEN}/chats/written.json', encoding='utf-8').read())  # by transformers
+# by transformers
+WRITTEN = json.loads(open(f'{GOLDEN}/chats/written.json', encoding='utf-8').read())
 
 
 def talker(folder, template, eos_token='<|im_end|>', **about):
@@ -4230,8 +4556,9 @@ def talker(folder, template, eos_token='<|im_end|>', **about):
     shutil.copy(f'{GOLDEN}/chats/tokenizer.json', folder)
     if os.path.exists(path := f'{GOLDEN}/chats/{template}.jinja'):
         template = open(path).read()
-    config.write_json(f'{folder}/tokenizer_config.json',
-                      {'bos_token': '<s>', 'eos_token': eos_token, 'chat_template': template, **about})
+    config.write_json(
+        f'{folder}/tokenizer_config.json',
+        {'bos_token': '<s>', 'eos_token': eos_token, 'chat_template': template, **about})
     return folder
 
 
@@ -4258,10 +4585,13 @@ def test_chats_are_spelled_as_transformers_does(tmp_path, capsys, name):
         assert text == (chat['text'] if are_all else text) and text.endswith(turns[-1][1])
         assert len(turns) == (len(answers) if are_all else 1)
         for (prompt, learned), said in zip(turns[::-1], answers[::-1]):
-            assert said.strip() in learned and not prompt.endswith(said) and len(learned) < len(said) + 14
-    held = prepared(tmp_path, 'chats', [{'messages': chat['messages']} for chat in some], '--tokenizer', folder)
+            assert (said.strip() in learned and not prompt.endswith(said)
+                    and len(learned) < len(said) + 14)
+    held = prepared(tmp_path, 'chats', [{'messages': chat['messages']} for chat in some],
+                    '--tokenizer', folder)
     numbers = [int(token) & prepare.FIRST - 1 for split in held for token in split]
-    starts = [i for i, token in enumerate(itertools.chain(*held)) if token & prepare.FIRST] + [len(numbers)]
+    starts = [i for i, token in enumerate(itertools.chain(*held))
+              if token & prepare.FIRST] + [len(numbers)]
     spelled = sorted(numbers[a:b] for a, b in itertools.pairwise(starts))
     wanted = [chat['tokens'] for chat in some]
     if name == 'thinking':  # of the last one alone
@@ -4277,13 +4607,16 @@ BAD_CHATS = [
     ({'messages': [{'role': 'user', 'content': ' '}]}, 'line 2 .*the user says nothing'),
     ({'messages': [{'role': 'user', 'content': 'a'}]}, 'line 2 .*no assistant answers'),
     ({'messages': WRITTEN[0]['messages'], 'tools': [{}]}, 'line 2 .*it has tools'),
-    ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]}, 'line 2 .*a message has tool_calls'),
+    ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]},
+     'line 2 .*a message has tool_calls'),
     ({'messages': [{'role': 'assistant', 'content': 'a', 'reasoning_content': 'b'}]},
      'line 2 .*a message has reasoning_content'),
-    ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]}, 'line 2 .*content of type image'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]},
+     'line 2 .*content of type image'),
     ({'messages': [{'role': 'user', 'content': 'a' * 10**7}]}, 'line 2 .*characters'),
     ({'messages': 3}, "line 2 .*has no string 'text'"),
-    ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'}, 'line 2 .*prompt is a list of messages, and completion is not')]
+    ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'},
+     'line 2 .*prompt is a list of messages, and completion is not')]
 
 
 @pytest.mark.parametrize('line, said', BAD_CHATS)
@@ -4298,23 +4631,29 @@ def test_chats_are_encoded_as_a_whole(tmp_path):
     from tokenizers import Tokenizer, models as kinds, normalizers, pre_tokenizers
     letters = [*'\u2581[INST]/Hiyou. ', '</s>']
     made = Tokenizer(kinds.BPE({letter: i for i, letter in enumerate(dict.fromkeys(letters))}, []))
-    made.normalizer, made.pre_tokenizer = normalizers.Prepend('\u2581'), pre_tokenizers.Split(' ', 'isolated')
+    made.normalizer, made.pre_tokenizer = (
+        normalizers.Prepend('\u2581'), pre_tokenizers.Split(' ', 'isolated'))
     made.add_special_tokens(['</s>'])  # as LLaMA 2's it puts a space before each text
-    folder = talker(tmp_path / 'm', "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' "
-                    "else ' ' + m.content + eos_token }}{% endfor %}", '</s>')
+    folder = talker(tmp_path / 'm', "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' "
+                    "if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}", '</s>')
     made.save(f'{folder}/tokenizer.json')
-    chats = [[{'role': 'user', 'content': said}, {'role': 'assistant', 'content': 'you.'}] for said in ('Hi', 'H', 'i', 'you')]
+    chats = [[{'role': 'user', 'content': said}, {'role': 'assistant', 'content': 'you.'}]
+             for said in ('Hi', 'H', 'i', 'you')]
     chat = chats[0]
-    held = prepared(tmp_path, 'chats', [{'messages': some * (1 + i % 2)} for i, some in enumerate(chats)], '--tokenizer', folder)
+    held = prepared(
+        tmp_path, 'chats', [{'messages': some * (1 + i % 2)} for i, some in enumerate(chats)],
+        '--tokenizer', folder)
     tokens = prepare.HubTokenizer(folder)
     for split in held:
         starts = [*np.flatnonzero(split & prepare.FIRST), len(split)]
         for a, b in itertools.pairwise(starts):
             some = [int(token) & prepare.FIRST - 1 for token in split[a:b]]
-            wholes = [f"[INST] {said[0]['content']} [/INST] you.</s>" * (1 + i % 2) for i, said in enumerate(chats)]
+            wholes = [f"[INST] {said[0]['content']} [/INST] you.</s>" * (1 + i % 2)
+                      for i, said in enumerate(chats)]
             turns = 1 + [tokens.encode_ordinary(whole) for whole in wholes].index(some) % 2
             assert (split[a:b] < prepare.PROMPT).sum() == turns * len(' you.') + turns
-    template = prepare.Template(talker(tmp_path / 'g', '{% generation %}{{ messages[0].content }}{% endgeneration %}!'))
+    template = prepare.Template(talker(
+        tmp_path / 'g', '{% generation %}{{ messages[0].content }}{% endgeneration %}!'))
     assert template.render(chat) == 'Hi!'
 
 
@@ -4325,22 +4664,25 @@ def test_chats_want_a_template_and_utf_8(tmp_path):
     os.mkdir(tmp_path / 'none')
     with pytest.raises(prepare.DataError, match='has no chat_template'):
         prepared(tmp_path, 'chats', lines, '--tokenizer', with_tokens(tmp_path / 'none'))
-    (tmp_path / 'chats.jsonl').write_bytes(b'\n'.join(json.dumps(line).encode() for line in lines).replace(
-        b'Hello', b'Hell\xf6'))
+    (tmp_path / 'chats.jsonl').write_bytes(
+        b'\n'.join(json.dumps(line).encode() for line in lines).replace(b'Hello', b'Hell\xf6'))
     with pytest.raises(prepare.DataError, match=r'line 1 .*U\+FFFD'):
         prepare_text(tmp_path, tmp_path / 'chats.jsonl', '--name', 'chats', '--tokenizer',
                      talker(tmp_path / 'm', 'chatml'))
 
 
 BAD_TEMPLATES = [
-    ("{{ ''.__class__.__mro__ }}", 'SecurityError'), ("{{ messages.__init__.__globals__ }}", 'SecurityError'),
-    ('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}', 'more than 1 s'),
+    ("{{ ''.__class__.__mro__ }}", 'SecurityError'),
+    ("{{ messages.__init__.__globals__ }}", 'SecurityError'),
+    ('{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}',
+     'more than 1 s'),
     ("{{ 'a' * 999999999 }}", r'\* of too much'), ('{{ 9 ** 9 ** 9 }}', r'\*\* of too much'),
     ("{{ '%999999999d' % 1 }}", 'MemoryError|more than 1 s|characters'),
     ("{% for a in range(9999) %}{{ 'a' * 9999 }}{% endfor %}", 'more than 10000000 characters'),
-    ("{% set ns = namespace(a='b') %}{% for i in range(64) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-     'MemoryError|more than 1 s'),
-    ("{{ messages.append(1) }}", 'SecurityError'), ("{{ raise_exception('roles') }}", 'roles'), ('{% if %}', 'none')]
+    ("{% set ns = namespace(a='b') %}{% for i in range(64) %}{% set ns.a = ns.a + ns.a %}"
+     "{% endfor %}", 'MemoryError|more than 1 s'),
+    ("{{ messages.append(1) }}", 'SecurityError'), ("{{ raise_exception('roles') }}", 'roles'),
+    ('{% if %}', 'none')]
 
 
 @pytest.mark.parametrize('template, said', BAD_TEMPLATES)
@@ -4364,7 +4706,8 @@ def test_what_is_kept_of_tokens_changes_nothing(make):
 
 
 def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
-    folder = talker(out_of(tiny_llama(vocab_size=280, block_size=400).float(), tmp_path / 'm'), 'chatml')
+    folder = talker(
+        out_of(tiny_llama(vocab_size=280, block_size=400).float(), tmp_path / 'm'), 'chatml')
     said = iter(['Hi', '', 'And?', 'x' * 340])
 
     def typed(_):
@@ -4372,9 +4715,11 @@ def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
             raise EOFError
         return line
     monkeypatch.setattr('builtins.input', typed)
-    words = [f'--init_from={folder}', '--chat', '--device=cpu', '--max_new_tokens=6', '--temperature=0']
+    words = [f'--init_from={folder}', '--chat', '--device=cpu', '--max_new_tokens=6',
+             '--temperature=0']
     messages = start(sample, words)
-    assert [message['role'] for message in messages] == ['user', 'assistant']  # too long: it began anew
+    # too long: it began anew
+    assert [message['role'] for message in messages] == ['user', 'assistant']
     assert 'a chat of more than 400 tokens' in capsys.readouterr().out
     # what it answers is what it would answer without what is kept
     said, (net, tokens) = iter(['Hi', 'And?']), sample.read(str(folder))
@@ -4388,7 +4733,8 @@ def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
     made = []
     monkeypatch.setattr(prepare, 'Template', lambda source: made.append(make(source)) or made[-1])
 
-    def interrupted(net, *args, **how):  # Ctrl-C ends an answer, and neither the chat nor its template
+    # Ctrl-C ends an answer, and neither the chat nor its template
+    def interrupted(net, *args, **how):
         if next(calls) == 3:
             os.kill(made[-1].process.pid, signal.SIGINT)
             raise KeyboardInterrupt
@@ -4398,7 +4744,8 @@ def test_a_chat_is_answered_and_remembered(tmp_path, monkeypatch, capsys):
         assert [message['role'] for message in start(sample, words)] == ['user', 'assistant'] * 2
 
 
-@pytest.mark.parametrize('make, checkpointing', [(tiny_gpt, False), (tiny_llama, False), (tiny_llama, True)])
+@pytest.mark.parametrize('make, checkpointing', [
+    (tiny_gpt, False), (tiny_llama, False), (tiny_llama, True)])
 def test_documents_in_a_row_are_as_if_alone(make, checkpointing):
     net, idx, lengths = make(checkpointing=checkpointing).float(), tokens_of(1, 16), (5, 1, 8)
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor([*lengths, 2]))[None]
@@ -4411,7 +4758,8 @@ def test_documents_in_a_row_are_as_if_alone(make, checkpointing):
     logits = net(idx, documents=documents)
     with mock.patch.object(torch.compiler, 'is_compiling', lambda: True):  # by a mask
         close(net(idx, documents=documents), logits, 1e-5)
-    for x, y, wanted in zip(idx.split((*lengths, 2), 1), targets.split((*lengths, 2), 1), logits.split((*lengths, 2), 1)):
+    for x, y, wanted in zip(idx.split((*lengths, 2), 1), targets.split((*lengths, 2), 1),
+                            logits.split((*lengths, 2), 1)):
         close(net(x), wanted, 1e-5)
         if y[0, 0] >= 0:
             net(x, y, weights).backward()
@@ -4420,25 +4768,31 @@ def test_documents_in_a_row_are_as_if_alone(make, checkpointing):
 
 
 def test_rows_hold_whole_documents_in_order(root, tmp_path, capsys):
-    lines = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 11) + '!'} for i in range(90)]
-    lines += [{'prompt': 'a' * 9, 'completion': 'b' * 9}] * 9 + [{'prompt': 'q' * 40, 'completion': 'never'}, {'prompt': 'r' * 20, 'completion': 'd' * 40}]
+    lines = [{'prompt': 'p' * (i * 7 % 23) + '?', 'completion': 'c' * (i * 5 % 11) + '!'}
+             for i in range(90)]
+    lines += [{'prompt': 'a' * 9, 'completion': 'b' * 9}] * 9 + [
+        {'prompt': 'q' * 40, 'completion': 'never'}, {'prompt': 'r' * 20, 'completion': 'd' * 40}]
     held = prepared(tmp_path, 'answ', lines, '--tokenizer', 'bytes', '--shard_tokens', 300)
     data = prepare.Tokens('answ', 'train', 32, tmp_path)
-    assert data.documents and re.search(r'padding, . cut, of . no target is left: 9.% of', capsys.readouterr().out)
+    assert data.documents and re.search(
+        r'padding, . cut, of . no target is left: 9.% of', capsys.readouterr().out)
     pieces, of_data = [], held[0]
     for i in range(data.num_windows):
         x, y, documents = (part[0].numpy() for part in data.items(np.array([i])))
         for document in range(documents.max() + 1):
             here = documents == document
             pieces.append((bytes(x[here].astype(np.uint8)), y[here]))
-        assert (y[documents == -1] == -100).all() and (np.diff(documents[documents >= 0]) >= 0).all()
+        assert ((y[documents == -1] == -100).all()
+                and (np.diff(documents[documents >= 0]) >= 0).all())
         assert data.learned[i] == (y >= 0).sum() > 0
     starts = [*np.flatnonzero(of_data & prepare.FIRST), len(of_data)]
     wanted = [of_data[a:b][:33] for a, b in itertools.pairwise(starts)]
     wanted = [some for some in wanted if (some[1:] < prepare.PROMPT).any()]
-    assert [text for text, _ in pieces] == [bytes((some[:-1] & 255).astype(np.uint8)) for some in wanted]
+    assert [text for text, _ in pieces] == [
+        bytes((some[:-1] & 255).astype(np.uint8)) for some in wanted]
     for (_, y), some in zip(pieces, wanted):
-        assert (y == np.where(some[1:] < prepare.PROMPT, some[1:].astype(np.int64) & 2**30 - 1, -100)).all()
+        assert (y == np.where(some[1:] < prepare.PROMPT, some[1:].astype(np.int64) & 2**30 - 1,
+                              -100)).all()
     whole = prepare.Tokens('answ', 'train', 32, tmp_path, documents=False)
     assert not whole.documents and len(whole.batch(4, 0)) == 3 and len(data.batch(4, 0)) == 4
     # of plain text nothing is cut, and it has to say where documents begin
@@ -4450,10 +4804,12 @@ def test_rows_hold_whole_documents_in_order(root, tmp_path, capsys):
     data = prepare.Tokens('texts', 'train', 16, tmp_path, documents=True)
     count = sum(int((data.items(np.array([i]))[1] >= 0).sum()) for i in range(data.num_windows))
     assert count == len(held[0]) - sum(1 for token in held[0] if token & prepare.FIRST)
-    prepare_text(tmp_path, root / 'mine.txt', '--name', 'long', '--documents', '--shard_tokens', 5000)  # one text
+    prepare_text(tmp_path, root / 'mine.txt', '--name', 'long', '--documents',
+                 '--shard_tokens', 5000)  # one text
     data = prepare.Tokens('long', 'train', 16, tmp_path, documents=True)
     count = sum(int((data.items(np.array([i]))[1] >= 0).sum()) for i in range(data.num_windows))
-    assert len(data.shards) > 3 and count > sum(map(len, data.shards)) - 2 * data.meta['documents']['val'] - 9
+    assert (len(data.shards) > 3
+            and count > sum(map(len, data.shards)) - 2 * data.meta['documents']['val'] - 9)
 
 
 def test_a_run_learns_chats_apart_and_goes_on_so(root, tmp_path, capsys):
@@ -4463,11 +4819,13 @@ def test_a_run_learns_chats_apart_and_goes_on_so(root, tmp_path, capsys):
         train('llama', root, out, *words)
         settings = saved(out)['settings']
         assert settings['documents'] == (name == 'a')
-        start(train_llama, tiny('llama', root, out, *words[:3], '--init_from=resume', '--max_iters=6'))
+        start(train_llama, tiny('llama', root, out, *words[:3], '--init_from=resume',
+                                '--max_iters=6'))
         assert saved(out)['settings']['documents'] == (name == 'a') and saved(out)['step'] == 6
     more = '--init_from=resume', '--documents=False'
-    refused(capsys, lambda: start(train_llama, tiny('llama', root, tmp_path / 'a', *words[:3], *more)),
-            'documents=True')
+    refused(
+        capsys, lambda: start(train_llama, tiny('llama', root, tmp_path / 'a', *words[:3], *more)),
+        'documents=True')
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -4479,15 +4837,17 @@ def test_heads_drop_what_they_see_as_peft_does(root, tmp_path, script):
     y = layer(x)
     torch.manual_seed(1)
     seen = F.dropout(x, 0.25)
-    close(y, F.linear(x, layer.weight, layer.bias) + s * sum(seen @ A.T @ B.T for A, B in zip(layer.A, layer.B)), 1e-5)
+    close(y, F.linear(x, layer.weight, layer.bias)
+          + s * sum(seen @ A.T @ B.T for A, B in zip(layer.A, layer.B)), 1e-5)
     assert not torch.equal(seen, x)
     close(layer.eval()(x), F.linear(x, layer.merged_weight(), layer.bias), 1e-5)
     ends = []  # the same masks after a resume
     for out, steps in (('whole', [6]), ('parts', [4, 6])):
         for end in steps:
             more = ['--init_from=resume'] * (end == 6 and out == 'parts')
-            start(SCRIPTS[script], tiny(script, root, tmp_path / out, *method('mhlora', '--lora_dropout=0.2'),
-                                        f'--max_iters={end}', '--eval_interval=2', *more))
+            start(SCRIPTS[script], tiny(
+                script, root, tmp_path / out, *method('mhlora', '--lora_dropout=0.2'),
+                f'--max_iters={end}', '--eval_interval=2', *more))
         ends.append(saved(tmp_path / out))
     assert same_run(*ends)
 
@@ -4499,23 +4859,29 @@ def test_muon_on_loaded_weights_is_warned_of(root, bases, tmp_path, capsys):
 
 
 def test_an_export_is_compared_with_what_was_trained(root, bases, tmp_path, capsys):
-    tune('llama', root, bases / 'llama', tmp_path / 'a', *method('lte', '--merge_every=2'), '--param_dtype=float32',
-         '--dtype=float32')
-    words = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--check', '--overwrite']
+    tune('llama', root, bases / 'llama', tmp_path / 'a', *method('lte', '--merge_every=2'),
+         '--param_dtype=float32', '--dtype=float32')
+    words = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf', '--check',
+             '--overwrite']
     start(export, words)
-    said = re.search(r'64 validation tokens: loss (\S+) before the merge, (\S+) after it; logits differ by (\S+)',
-                     capsys.readouterr().out)
+    said = re.search(r'64 validation tokens: loss (\S+) before the merge, (\S+) after it; '
+                     r'logits differ by (\S+)', capsys.readouterr().out)
     assert said[1] == said[2] and float(said[3]) < 1e-5
-    with mock.patch.object(export, 'write_tensors', lambda folder, tensors, dtype, write=export.write_tensors: write(
-            folder, [(name, 1.1 * x) for name, x in tensors], dtype)):
+    with mock.patch.object(
+            export, 'write_tensors',
+            lambda folder, tensors, dtype, write=export.write_tensors: write(
+                folder, [(name, 1.1 * x) for name, x in tensors], dtype)):
         start(export, words)
     assert float(re.search(r'differ by (\S+)', capsys.readouterr().out)[1]) > 0.01
     refused(capsys, lambda: start(export, [*words, '--adapter']), 'leave out --adapter')
-    about = json.loads((tmp_path / 'hf' / 'config.json').read_text())  # what llama.cpp's converter reads of a LLaMA
-    for key in ('num_hidden_layers', 'max_position_embeddings', 'hidden_size', 'intermediate_size', 'num_attention_heads',
-                'num_key_value_heads', 'rms_norm_eps', 'vocab_size', 'rope_theta'):
+    # what llama.cpp's converter reads of a LLaMA
+    about = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+    for key in ('num_hidden_layers', 'max_position_embeddings', 'hidden_size',
+                'intermediate_size', 'num_attention_heads', 'num_key_value_heads', 'rms_norm_eps',
+                'vocab_size', 'rope_theta'):
         assert about[key], key
-    assert about['architectures'] == ['LlamaForCausalLM'] and (tmp_path / 'hf' / 'tokenizer.json').is_file()
+    assert (about['architectures'] == ['LlamaForCausalLM']
+            and (tmp_path / 'hf' / 'tokenizer.json').is_file())
 
 
 # -----------------------------------------------------------------------------
@@ -4694,7 +5060,8 @@ def test_a_rank_has_its_card_and_backend(capsys):
     ('', [(8, 6), (8, 6)], 2, 'processes than there are cards: set --nproc_per_node=2'),
     ('--compile=True', [(6, 1)], None, '7.0 or newer, and this card has 6.1: set --compile=False'),
     ('--compile=True', [(9, 0), (6, 1)], 1, '7.0 or newer, and this card has 6.1'),
-    ('--compile=True --param_dtype=bfloat16', [(7, 5)], None, '8.0 or newer for bfloat16, and this card has 7.5')])
+    ('--compile=True --param_dtype=bfloat16', [(7, 5)], None,
+     '8.0 or newer for bfloat16, and this card has 7.5')])
 def test_what_no_card_here_can_do_is_one_sentence(capsys, words, capabilities, local_rank, said):
     settings, place = settings_of(train_gpt, *words.split()), contextlib.nullcontext()
     if local_rank is not None:
@@ -4851,7 +5218,8 @@ def several_ranks(root, out, me, port):
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit), unlike:
         run('gpt_full', root, f'{out}/differ')
     assert "rank 0 has dtype='float16' and rank 1 'bfloat16': start all" in said.getvalue()
-    os.mkdir(f'{out}/disk{me}'), os.chdir(f'{out}/disk{me}')  # of two nodes, the first one has a checkpoint
+    # of two nodes, the first one has a checkpoint
+    os.mkdir(f'{out}/disk{me}'), os.chdir(f'{out}/disk{me}')
     if me == 0:
         shutil.copytree(f'{out}/gpt_full', 'here')
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
@@ -4877,16 +5245,17 @@ def what_two_ranks_send(root, out):
     """In the collectives of torch, in each of four steps, written into a file."""
     found = {name: bench.sent(settings_of(train_gpt, *words_of(name, root, out), ranks=2), 2, 4)[0]
              for name in (f'gpt_{name}' for name in (
-                 'replicas', 'local_adamw', 'local_muon', 'galolte', 'galolte_2bit', 'galolte_shard'))
+                 'replicas', 'local_adamw', 'local_muon', 'galolte', 'galolte_2bit',
+                 'galolte_shard'))
              if torch.__version__ >= (2, 13)}  # older fake tensors know no collectives
     (out / 'sent.json').write_text(json.dumps(found))
 
 
 def all_ranks_hold_the_same_bits(root, out):
     """Of all that is not each one's own, after merges."""
-    for name, dtype, rank in (('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
-                              ('galolte', 'bfloat16', 8), ('bits', 'bfloat16', 8),
-                              ('galolte_2bit', 'float32', 8)):
+    for name, dtype, rank in (
+            ('lte', 'float32', 2), ('reset', 'bfloat16', 2), ('replicas', 'float32', 8),
+            ('galolte', 'bfloat16', 8), ('bits', 'bfloat16', 8), ('galolte_2bit', 'float32', 8)):
         which, *words = RUNS[f'gpt_{name}'][0].split()
         words += [f'--rank={rank}', f'--dtype={dtype}', f'--param_dtype={dtype}']
         mine, data = built('gpt', root, out, *method(which, *words), ranks=2)
@@ -4906,7 +5275,8 @@ def few_bits_are_the_same_on_any_number_of_ranks():
         got = processes.coded_mean(x[rank::ranks], 2, ranks, here)
         assert torch.equal(got, wanted) and torch.equal(here, error[rank::ranks])
         got, wanted = processes.mean_at(1, x[rank::ranks], ranks), processes.mean_at(0, x, 1)
-        assert rank != 1 or torch.equal(got, wanted) and (got - x.mean(0)).norm() < 3e-3 * got.norm()
+        assert (rank != 1
+                or torch.equal(got, wanted) and (got - x.mean(0)).norm() < 3e-3 * got.norm())
         assert torch.equal(processes.coded_same(1, got, 8), processes.coded_same(1, wanted, 8))
     if rank == 1:
         here[0, 6, 32] = math.inf
@@ -4934,18 +5304,21 @@ def ranks_send_what_is_counted():
         for name in os.listdir('/proc/self/fd'):
             path = f'/proc/self/fd/{name}'
             if os.path.lexists(path) and os.readlink(path).startswith('socket'):
-                with socket.socket(fileno=os.dup(int(name))) as one, contextlib.suppress(OSError):  # no TCP
+                with (socket.socket(fileno=os.dup(int(name))) as one,
+                      contextlib.suppress(OSError)):  # no TCP
                     info = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
                     total += struct.unpack_from('Q', info, 200)[0]  # tcpi_bytes_sent
         return total
     net = nn.parallel.DistributedDataParallel(nn.Linear(512, 512, False))
     for call, share, counted in (
             (lambda: processes.mean(x), 1, 0), (lambda: processes.gather(x), 1, 0),
-            (lambda: processes.exchanged(x), 1, 0), (lambda: processes.coded_mean(x[None], 8, ranks), 1, 0),
+            (lambda: processes.exchanged(x), 1, 0),
+            (lambda: processes.coded_mean(x[None], 8, ranks), 1, 0),
             (lambda: net(torch.ones(512)).sum().backward(), 1, 2 * 2**20 * 3 / 4),
             (lambda: processes.mean_at(1, x[None], ranks), 1, 0),
             (lambda: processes.mean_rows(x)(), 2, 0),  # gloo does all of an all_reduce
-            (lambda: processes.same(x), 3 / 4, 0)):  # a ring's last one sends nothing, of gloo's tree several
+            # a ring's last one sends nothing, of gloo's tree several
+            (lambda: processes.same(x), 3 / 4, 0)):
         before, counted = count(), counted - processes.traffic['bytes']
         call()
         counted += processes.traffic['bytes']
@@ -4986,12 +5359,14 @@ def plain_ddp_is_refused():
     net = Squares()
     stepping, wrapped = galore.GaLoreAdamW(net.parameters(), per_layer=True), ddp(net)
     wrapped(torch.randn(4, 8)).backward()
-    with pytest.raises(ValueError, match='two gradients in one step'):  # as galore-torch's loops are
+    # as galore-torch's loops are
+    with pytest.raises(ValueError, match='two gradients in one step'):
         stepping.step()
     for apart, how in itertools.product((False, True), (dict(), dict(factors='basis'))):
         torch.manual_seed(0)
         net, rank, world = Squares(), *processes.rank_and_world()
-        lowrank.apply_mhlora(net, heads=world, rank=2, split=True, merge_every=2, worker=rank, workers=world, **how)
+        lowrank.apply_mhlora(net, heads=world, rank=2, split=True, merge_every=2, worker=rank,
+                             workers=world, **how)
         if apart:
             processes.keep_out_of_ddp(net, processes.per_rank_tensors(lowrank.lowrank_layers(net)))
         whole = ddp(net)
@@ -5001,7 +5376,8 @@ def plain_ddp_is_refused():
             whole(torch.randn(4, 8) + rank).backward()
             optimizer.step()
             optimizer.zero_grad()
-        with contextlib.nullcontext() if apart else pytest.raises(ValueError, match='equal on all ranks'):
+        with contextlib.nullcontext() if apart else pytest.raises(
+                ValueError, match='equal on all ranks'):
             lowrank.merge(net)
 
 
@@ -5027,7 +5403,8 @@ def shards_of_a_block_that_is_called_twice():
     for step in range(9):
         x = normal(4, 6, 9, seed=step)
         # as a backward pass that has failed leaves one
-        processes._running.append((lowrank.lowrank_layers(two)[0].factor_rows, lambda: normal(5 - rank, 3)))
+        processes._running.append(
+            (lowrank.lowrank_layers(two)[0].factor_rows, lambda: normal(5 - rank, 3)))
         for net, optimizer, rows in zip((one, two), optimizers, (x, x[rank::2])):
             optimizer.begin(step)
             net(rows).backward()
@@ -5042,13 +5419,15 @@ def shards_of_a_block_that_is_called_twice():
         tied = Twice()
         tied.blocks.append(nn.Sequential(OrderedDict(mlp=nn.Linear(9, 9))))
         tied.get_submodule(place).weight = tied.blocks[0].mlp.weight
-        with pytest.raises(ValueError, match='blocks.0.mlp.weight is shared by two blocks, or by a block'):
+        with pytest.raises(
+                ValueError, match='blocks.0.mlp.weight is shared by two blocks, or by a block'):
             processes.shard(tied, [], 'cpu')
 
 
 def shards_begin_with_the_bits_of_one_process(root, out):
     wide = '--param_dtype=bfloat16', '--dtype=bfloat16'
-    for script, words in itertools.product(('gpt', 'llama'), (method('mhlora'), method('galolte', *wide))):
+    for script, words in itertools.product(
+            ('gpt', 'llama'), (method('mhlora'), method('galolte', *wide))):
         both = [built(script, root, out, *words, f'--shard={shard}', ranks=2)[0].model
                 for shard in (True, False)]
         shards, one = (processes.gather_state(model, lowrank.named_layers(model)) for model in both)
@@ -5057,16 +5436,19 @@ def shards_begin_with_the_bits_of_one_process(root, out):
 
 
 def one_rank_saves_what_all_ranks_load(root, out):
-    words = [*method('galore', '--state_bits=8', '--rank=64', '--n_embd=64', '--n_mlp=96', '--shard=True')]
+    words = [*method('galore', '--state_bits=8', '--rank=64', '--n_embd=64', '--n_mlp=96',
+                     '--shard=True')]
     mine, data = built('llama', root, out, *words, ranks=2)
     out.mkdir(exist_ok=True)
     for step in range(2):
-        train_llama.train_step(mine, step, lambda micro_step: data.batch(8, step, rows=rows_of_rank(mine)))
+        train_llama.train_step(
+            mine, step, lambda micro_step: data.batch(8, step, rows=rows_of_rank(mine)))
     save(mine, 'ckpt.pt', dict(step=1, best_val_loss=0.0), resumable=True)
     torch.distributed.barrier()
     assert {*files_of(out)} == {'ckpt.pt'}
     checkpoint = load_checkpoint(f'{out}/ckpt.pt')
-    again, _ = built('llama', root, out, *words, '--init_from=resume', ranks=2, checkpoint=checkpoint)
+    again, _ = built('llama', root, out, *words, '--init_from=resume', ranks=2,
+                     checkpoint=checkpoint)
     states = [run.optimizer.state for run in (mine, again)]
     assert any('exp_avg_top' in state for state in states[0].values())
     for state, other in zip(*(found.values() for found in states)):
@@ -5074,11 +5456,13 @@ def one_rank_saves_what_all_ranks_load(root, out):
     for p, q in zip(mine.model.parameters(), again.model.parameters()):
         assert torch.equal(processes.local(p), processes.local(q))
     state = load_checkpoint(f'{out}/../gpt_bits_shard/ckpt.pt')  # sketches of heads, then of ranks
-    in_full, _ = built('gpt', root, out, *method('galolte', '--shard=True'), ranks=2, checkpoint=state)
+    in_full, _ = built('gpt', root, out, *method('galolte', '--shard=True'), ranks=2,
+                       checkpoint=state)
     sketches = {p: x for p, x in in_full.optimizer.state.items() if 'sketch' in x}
     assert sketches
     for p, found in sketches.items():
-        grads, sums = processes.gather(found['sketch']), state['optimizer'][in_full.optimizer.names[p]]['sketch']
+        grads, sums = (processes.gather(found['sketch']),
+                       state['optimizer'][in_full.optimizer.names[p]]['sketch'])
         assert grads.shape[:2] == (2, 1) and len(sums) == 4
         assert found['sketch'] is in_full.optimizer.layers[p].sketch.grad
         close(grads.mean((0, 1)), sums.mean(0), 1e-12)
@@ -5087,7 +5471,8 @@ def one_rank_saves_what_all_ranks_load(root, out):
     train_gpt.train_step(mine, 0, lambda micro_step: data.batch(8, 0, rows=rows_of_rank(mine)))
     save(mine, 'best.pt', dict(step=1, best_val_loss=0.0), resumable=True)
     torch.distributed.barrier()
-    again, _ = built('gpt', root, out, *words, ranks=2, checkpoint=load_checkpoint(f'{out}/best.pt'))
+    again, _ = built('gpt', root, out, *words, ranks=2,
+                     checkpoint=load_checkpoint(f'{out}/best.pt'))
     layers = [lowrank.named_layers(one.model) for one in (mine, again)]
     assert same_state(*(processes.gather_state(one.model, own, one.optimizer, one.replicas)
                         for one, own in zip((mine, again), layers)))
@@ -5105,7 +5490,8 @@ def a_run_in_shards_loses_a_rank(root, out):
 
 
 def all_ranks_skip_a_step_that_overflows_on_one():
-    """GaLore's leaf under plain DDP, which averages it, and its poisoned sketch; and AdamW beside it."""
+    """GaLore's leaf under plain DDP, which averages it, and its poisoned sketch; and AdamW beside
+    it."""
     gpt, idx, alone = tiny_gpt().float(), torch.arange(16)[None], nn.Parameter(torch.ones(3))
     lowrank.apply_mhlora(gpt, rank=3, factors='basis', merge_every=1)
     optimizer = galore.LowRankAdamW(gpt, lr=0.01, basis_every=4)
@@ -5115,19 +5501,22 @@ def all_ranks_skip_a_step_that_overflows_on_one():
     for step, overflows in enumerate(((0,), (0, 1), (), (), (), ())):  # on which ranks
         much = math.inf if torch.distributed.get_rank() in overflows else 1.0
         optimizer.begin(step)
-        for loss, scaler, stepping in zip((net(idx, idx), alone.sum()), scalers, (optimizer, fused)):
+        for loss, scaler, stepping in zip(
+                (net(idx, idx), alone.sum()), scalers, (optimizer, fused)):
             scaler.scale(loss * much).backward()
             unscale(scaler, stepping)
             lowrank.clip_gradients(gpt, 1.0)
             scaler.step(stepping)
             scaler.update()
             stepping.zero_grad()
-        moved = [not torch.equal(x, start[name]) for name, x in lowrank.merged_state_dict(gpt).items()]
+        moved = [not torch.equal(x, start[name])
+                 for name, x in lowrank.merged_state_dict(gpt).items()]
         assert {*moved, not torch.equal(alone, torch.ones(3))} == {step > 1}, step
     for layer in lowrank.lowrank_layers(gpt):  # the second gradient was lost, the sketch was not
         assert optimizer.state[layer.factor]['bases'] == 2
     assert all(scaler.get_scale() == 2**14 for scaler in scalers)
-    assert all(torch.equal(*processes.gather(x)) and x.isfinite().all() for x in gpt.state_dict().values())
+    assert all(torch.equal(*processes.gather(x)) and x.isfinite().all()
+               for x in gpt.state_dict().values())
 
 
 def no_rank_saves_what_is_not_finite_on_one(root, out):
@@ -5135,7 +5524,8 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
         one, data = built('gpt', root, f'{out}/{name}_nan', *method(name))
         train_gpt.train_step(one, 0, lambda micro_step: data.batch(8, 0, rows=rows_of_rank(one)))
         if one.rank == 1:
-            heads = next(iter(processes.per_rank_tensors(lowrank.lowrank_layers(one.model)) & one.optimizer.state.keys()))
+            heads = next(iter(processes.per_rank_tensors(lowrank.lowrank_layers(one.model))
+                              & one.optimizer.state.keys()))
             one.optimizer.state[heads]['exp_avg'].view(-1)[3] = math.nan
         with pytest.raises(SystemExit, match='exp_avg of .* at step 1 is not finite'):
             save(one, 'ckpt.pt', dict(step=1), resumable=True)
@@ -5143,8 +5533,8 @@ def no_rank_saves_what_is_not_finite_on_one(root, out):
 
 @pytest.fixture(scope='session', autouse=True)
 def spawn(request, root, tmp_path_factory):
-    """The ranks, forked before the other tests if one asks for them: the processes, and their folder. Nothing
-    here cuts the power, so no test waits for the disk."""
+    """The ranks, forked before the other tests if one asks for them: the processes, and their
+    folder. Nothing here cuts the power, so no test waits for the disk."""
     fsync = mock.patch.object(os, 'fsync')
     fsync.start()
     request.addfinalizer(fsync.stop)
@@ -5168,7 +5558,8 @@ def spawned(spawn):
     """The folder of the runs of `several_ranks`, when they are done."""
     ranks, out = spawn
     end = time.time() + 300
-    while None in (codes := [rank.exitcode for rank in ranks]) and not any(codes) and time.time() < end:
+    while (None in (codes := [rank.exitcode for rank in ranks])
+           and not any(codes) and time.time() < end):
         time.sleep(0.1)
     assert codes == [0] * 4, (out / 'said').read_text()[-5000:]
     return out
@@ -5179,8 +5570,10 @@ def test_ranks_resume_bit_for_bit(spawned, name):
     assert same_run(saved(spawned / name), saved(spawned / f'{name}_again'))
 
 
-ROUGH = {'gpt_half_shard': 1e-2, 'llama_lean': 1e-3, 'llama_leans_shard': 4e-3,  # of few bits; blocks of shards
-         'llama_int8': 2e-3, 'gpt_int8': 1e-4, 'llama_int8_shard': 2e-3, 'llama_nf4': 3e-3, 'llama_nf4_shard': 3e-3}
+# of few bits; blocks of shards
+ROUGH = {'gpt_half_shard': 1e-2, 'llama_lean': 1e-3, 'llama_leans_shard': 4e-3,
+         'llama_int8': 2e-3, 'gpt_int8': 1e-4, 'llama_int8_shard': 2e-3, 'llama_nf4': 3e-3,
+         'llama_nf4_shard': 3e-3}
 
 
 @pytest.mark.parametrize('name', that_hold('two'))
@@ -5195,17 +5588,21 @@ def test_any_number_of_ranks_trains_the_same(root, runs, spawned, tmp_path, name
     whole = saved(alone)['model']
     for other in others:
         for key, value in saved(other)['model'].items():
-            if 'leans' in name and key.endswith('basis'):  # of all of a layer's directions: any will do
+            # of all of a layer's directions: any will do
+            if 'leans' in name and key.endswith('basis'):
                 continue
-            if value.dtype == torch.int8:  # where a sum of ranks is rounded otherwise it may be the next one
+            # where a sum of ranks is rounded otherwise it may be the next one
+            if value.dtype == torch.int8:
                 away = (value.int() - whole[key].int()).abs()
                 assert away.max() <= 2 and away.float().mean() < 0.05, f'{other} {key}'
                 continue
-            torch.testing.assert_close(value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
+            torch.testing.assert_close(
+                value, whole[key], rtol=0, atol=tolerance, msg=f'{other} {key}')
         for key in ('val_loss', 'train_loss', 'test_loss', 'val_auc', 'test_auc'):
             wanted, got = logged(alone, key), logged(other, key)
             least = 2e-6 if key == 'train_loss' else 0  # is added up in float32
-            assert {step: got[step] for step in wanted} == pytest.approx(wanted, abs=max(tolerance, least))
+            assert {step: got[step] for step in wanted} == pytest.approx(
+                wanted, abs=max(tolerance, least))
 
 
 def test_a_checkpoint_of_shards_is_read_as_one_of_one_process(root, runs, spawned, tmp_path):
@@ -5238,7 +5635,8 @@ def test_shards_of_one_process_are_none(root, tmp_path, capsys, script):
     states = []
     for more in ((), ('--shard=True',)):
         mine, _ = built(script, root, tmp_path, *method('galolte'), *more)
-        assert ('one process holds all: shard=True does nothing' in capsys.readouterr().out) == bool(more)
+        assert ('one process holds all: shard=True does nothing'
+                in capsys.readouterr().out) == bool(more)
         states.append(mine.model.state_dict())
     assert same_state(*states)
 
@@ -5249,7 +5647,8 @@ def test_replicas_are_workers_as_they_are_written_down(root, plains, spawned, tm
     words = method(which, '--gradient_accumulation_steps=2', '--max_iters=8', *own)
     run, data = built(script, root, tmp_path, *words, ranks=2)
     run.optimizer.begin(0)  # draws bases
-    forward, first, matrices, how = book_of(plains[script], run.model, run.optimizer, run.settings, ranks=2)
+    forward, first, matrices, how = book_of(
+        plains[script], run.model, run.optimizer, run.settings, ranks=2)
     batches = [seen(script, data, step, run.settings) for step in range(8)]
     joined = [tuple(map(torch.cat, zip(*batch))) for batch in batches]
     *_, (_, workers) = textbook.train(forward, first, joined, matrices, how)
@@ -5261,18 +5660,22 @@ def test_replicas_are_workers_as_they_are_written_down(root, plains, spawned, tm
                                         for name in ('A', 'B', 'A_merged', 'B_merged'))
             close(A, w.A[key][0], 1e-9)
             close(B, w.B[key][0], 1e-9)
-            close(state['model'][key] - how['alpha'] / how['rank'] * B_merged @ A_merged, w.W[key], 1e-9)
+            close(state['model'][key] - how['alpha'] / how['rank'] * B_merged @ A_merged,
+                  w.W[key], 1e-9)
 
 
 def test_no_byte_is_sent_in_silence(spawned):
-    words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3', '--device=cpu']
+    words = [f'--out_dir={spawned}/gpt_replicas', '--num_samples=1', '--max_new_tokens=3',
+             '--device=cpu']
     assert len(start(sample, words)[0]) == 4
-    for name, put in json.loads((spawned / 'sent.json').read_text()).items():  # is what the log tells
+    # is what the log tells
+    for name, put in json.loads((spawned / 'sent.json').read_text()).items():
         logs = logged(spawned / name, 'sync_bytes')
         for k in (2, 4):
             assert logs[k] == round(sum(put[k - 2:k]) / 2), name
     for name, share in (('gpt_full', 0.52), ('gpt_galore', 0.52)):
-        held, whole = (logged(spawned / run, 'optimizer_state_bytes')[8] for run in (f'{name}_shard', name))
+        held, whole = (logged(spawned / run, 'optimizer_state_bytes')[8]
+                       for run in (f'{name}_shard', name))
         assert held < share * whole, (name, held, whole)
     # 2 heads of rank 3, without those of the last merge; 8 bytes a number
     weights = saved(spawned / 'gpt_full')['model']

@@ -588,8 +588,7 @@ class LowRankAdamW(GaLoreAdamW):
                            'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
                            'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
         if not groups:
-            raise ValueError('nothing is to train: all parameters are frozen (freeze_rest freezes '
-                             'what GaLore trains, too)')
+            raise ValueError('nothing is to train: all parameters are frozen')
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
                          per_rank=per_rank_tensors(lowrank_layers(model)), compile=compile)
 

@@ -298,12 +298,13 @@ class MHLoRALinear(FrozenLinear):
     A linear layer with a frozen weight, and with H low-rank heads, or a basis and a factor in it.
 
     linear, bits: see FrozenLinear; 4 bits are for heads that are never merged, 8 for weights that
-    train in a basis. heads, rank: H, r. alpha: s = alpha / r (None: s = 1). factors, split: see the
-    top of this file. merge_every: T; the training loop calls lowrank.merge every T steps (0: never,
-    or at the end; GaLore, 1 in a basis, needs no call). merge_reset: a merge draws A anew and sets
-    B to zero; merge_every=0 implies it. Else heads train on (LTE), and the layer subtracts the part
-    of them that W already has. workers: how many ranks share split heads; worker: this rank, which
-    holds the heads worker::workers. zeros: the model's `Zeros`; None for a layer alone.
+    train in a basis (one that was frozen before stays so). heads, rank: H, r. alpha: s = alpha / r
+    (None: s = 1). factors, split: see the top of this file. merge_every: T; the training loop calls
+    lowrank.merge every T steps (0: never, or at the end; GaLore, 1 in a basis, needs no call).
+    merge_reset: a merge draws A anew and sets B to zero; merge_every=0 implies it. Else heads train
+    on (LTE), and the layer subtracts the part of them that W already has. workers: how many ranks
+    share split heads; worker: this rank, which holds the heads worker::workers. zeros: the model's
+    `Zeros`; None for a layer alone.
 
     Attributes: weight (m, n), bias (m,) or None; A (H / workers, r, n), B (H / workers, m, r); or
     basis (short, r), factor (H / workers, long, r). In GaLore factor is (long, r) and always zero:
@@ -317,6 +318,7 @@ class MHLoRALinear(FrozenLinear):
         m, n = linear.weight.shape
         refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
                          dropout)
+        was_trained = linear.weight.requires_grad
         super().__init__(linear, bits)
         new = linear.weight.new_empty
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
@@ -345,6 +347,7 @@ class MHLoRALinear(FrozenLinear):
                 self.factor = nn.Parameter(self.zeros.view(shape, self.basis))
             else:
                 self.factor = nn.Parameter(new(self.heads_here, *shape))
+            self.factor.requires_grad_(was_trained)
         else:
             self.A = nn.Parameter(new(self.heads_here, self.rank, n))
             self.A.requires_grad_(factors == 'both')
@@ -975,8 +978,13 @@ def count_parameters(model):
 
 
 def freeze_rest(model, kinds=()):
-    """Freezes all but `heads_of` a model and some kinds of layers, such as ('logit',)."""
+    """Freezes all but `heads_of` a model and some kinds of layers, such as ('logit',). ValueError:
+    it would freeze what GaLore trains."""
     heads = heads_of(model)
+    for name, layer in named_layers(model).items():
+        if layer.moves_weight and not is_wanted(name, kinds):
+            raise ValueError(f"'{name}' trains its weight in a basis, and freeze_rest would freeze "
+                             'that: freeze other parameters one by one, by requires_grad_(False)')
     for name, p in model.named_parameters():
         if p not in heads and not is_wanted(name, kinds):
             p.requires_grad_(False)

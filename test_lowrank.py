@@ -129,8 +129,7 @@ def heads_of(run):
 
 def rows_of_rank(run):
     """Of a micro-batch the rows of a rank, as the scripts have them."""
-    return processes.rows_of(
-        run.s.batch_size, max(1, heads_of(run) // run.ranks), run.rank, run.ranks)
+    return processes.rows_of(run.s.batch_size, heads_of(run), run.rank, run.ranks)
 
 
 def batch_of(run, data, step, micro_step=0):
@@ -362,7 +361,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--merge_reset=True', 1, 'merge_reset=True'),
     ('gpt', '--merge_every=5', 1, 'no heads to merge'),
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
-    ('gpt', '--beta2=1', 1, 'below 1'),
+    ('gpt', '--beta2=1', 1, 'below 1'), ('vit', f'--seed={2**62}', 1, 'below 2**62'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
     ('gpt', 'config/quickstart.py --lowrank=attn --rank=4 --alpha=4', 1,
@@ -392,6 +391,7 @@ MISTAKES = [  # script, words, ranks, what is said
     *(('gpt', f'{FILES["lte"]} --sync_bits=2 --sync={sync}', 2, 'galolte_2bit.py or local_muon.py')
       for sync in ('step', 'merge')),
     ('gpt', '--train=classifier', 1, 'for images'),
+    ('vit', f'{BASIS}--merge_every=1 --train=classifier', 1, 'what trains in a basis'),
     ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
@@ -611,9 +611,15 @@ def test_a_batch_depends_on_its_arguments_alone(data):
         # a row goes to the same of all heads, whatever the number of ranks
         for rank in range(world_size):
             rows = rows_of(data.batch(24, 2, seed=3,
-                                      rows=processes.rows_of(24, heads, rank, world_size)))
+                                      rows=processes.rows_of(24, heads * world_size, rank,
+                                                              world_size)))
             parts = [whole[head * world_size + rank::heads * world_size] for head in range(heads)]
             assert rows == sum(parts, [])
+    for batch_size, heads, world, said in (
+            (8, 4, 3, 'heads=4 do not split over 3 ranks'), (8, 6, 3, 'over 2 heads on each of 3'),
+            (8, 1, 3, 'over 1 heads on each of 3 ranks: set a multiple of 3')):
+        with pytest.raises(ValueError, match=said):
+            processes.rows_of(batch_size, heads, 0, world)
 
 
 def test_an_order_is_a_permutation_another_one_in_each_epoch_and_stays_what_it_is():
@@ -1660,6 +1666,23 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
     lowrank.check_training(run.model, run.optimizer)
 
 
+@pytest.mark.parametrize('merge_every', [1, 2])
+def test_a_weight_that_was_frozen_before_it_got_a_basis_stays_so(merge_every):
+    net = linears(attn=nn.Linear(8, 8), mlp=nn.Linear(8, 8))
+    net['attn'].weight.requires_grad_(False)
+    put(net, ('attn', 'mlp'), rank=2, factors='basis', merge_every=merge_every)
+    before = [net[name].weight.clone() for name in ('attn', 'mlp')]
+    optimizer = galore.LowRankAdamW(net, basis_every=2)
+    for step in range(2):
+        optimizer.begin(step)
+        net['mlp'](net['attn'](normal(2, 8).float())).square().sum().backward()
+        optimizer.step()
+    if merge_every > 1:
+        lowrank.merge(net)
+    after = [net[name].weight for name in ('attn', 'mlp')]
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
 def bytes_held(net):
     """Of the distinct memory behind parameters and buffers."""
     storages = [x.untyped_storage() for x in (*net.parameters(), *net.buffers())]
@@ -1825,6 +1848,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: split_heads(3), 'does not split over 2 heads'),
     (lambda: lowrank.check_training(linears(), torch.optim.SGD([nn.Parameter(torch.ones(1))])),
      'attn.weight and 1 more'),
+    (lambda: lowrank.freeze_rest(put(linears(), factors='basis', merge_every=1), ('logit',)),
+     "'attn' trains its weight in a basis, and freeze_rest would"),
     (lambda: in_basis(basis='svd'), "basis='svd' .* set basis='sketch'"),
     (lambda: in_basis(state_bits=4), 'state_bits=4'),
     (lambda: in_basis(2, 4, basis_every=6), 'no multiple of merge_every=4'), (in_basis, 'begin'),
@@ -1968,6 +1993,7 @@ DATA = [  # a reader, its words, what is said; or the words of a command of prep
     (prepare.Tokens, 'tiny train 10000000', 'block_size 10000000 is longer .* or less'),
     (prepare.Tokens, 'tiny test 8', "no split 'test'"),
     (prepare.Tokens, 'digits train 8', "'digits' holds images, not tokens"),
+    (prepare.Images, 'foo train', "run 'python prepare.py images --input FOLDER --name foo"),
     (prepare.Images, 'pathmnist_64 train', "run 'python prepare.py pathmnist --size 64 --"),
     (prepare.Images, 'bloodmnist train', "run 'python prepare.py bloodmnist --size 28 --"),
     (prepare.Images, 'digits valid', "no split 'valid': use one of train, val"),
@@ -2282,7 +2308,7 @@ llama_leans_shard     | galore {wider} --state_bits=8 --shard=True       | two w
 vit_galore_shard      | galore --shard=True                              | two wander
 vit_melo_shard        | lora --lowrank=q,v --train=classifier --shard=True | two wander
 vit_few_shard         | full --batch_size=12 --shard=True                | two wander
-vit_head_shard        | galore --train=classifier --shard=True           | two wander
+vit_head_shard        | full --train=classifier --shard=True             | two wander
 '''.format(float16='--param_dtype=float32 --dtype=float16',
            bfloat16='--param_dtype=bfloat16 --dtype=bfloat16',
            coded='--param_dtype=float32 --dtype=float32 --n_embd=128',
@@ -2766,6 +2792,14 @@ def test_a_signal_saves_and_ends_with_zero(root, tmp_path):
     assert saved(tmp_path)['step'] == 2
 
 
+def test_a_signal_before_the_first_step_says_that_nothing_is_saved(root, tmp_path, capsys):
+    words = ['train_gpt.py', *tiny('gpt', root, tmp_path)]
+    with mock.patch.object(sys, 'argv', words), signal_in_batch(0, training=False):
+        runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')
+    assert 'before another step: nothing to save' in capsys.readouterr().out
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+
 @pytest.mark.parametrize('name', ['gpt_dropout', 'llama_dropin', 'vit_full', 'llama_galore'])
 def test_a_signal_ends_a_run_after_its_step(root, tmp_path, name):
     words = ['--gradient_accumulation_steps=3', '--max_iters=7', '--eval_interval=7']
@@ -2965,8 +2999,11 @@ def test_validation_is_not_the_tail_and_nothing_is_lost(root, tmp_path):
         assert (sum(held.values()) == (tmp_path / 'few.txt').stat().st_size
                 and held['val'] < tokens[1])
     (tmp_path / 'one.txt').write_text('one line\n')
-    with pytest.raises(prepare.DataError, match='too little text'):
-        prepare_text(tmp_path, tmp_path / 'one.txt')
+    same = [json.dumps({'prompt': 'a story?', 'completion': f'{i}'}) for i in range(99)]
+    (tmp_path / 'same.jsonl').write_text('\n'.join(same))
+    for name in ('one.txt', 'same.jsonl'):
+        with pytest.raises(prepare.DataError, match='too little text.* another prompt'):
+            prepare_text(tmp_path, tmp_path / name)
 
 
 def test_a_document_keeps_its_split_and_bad_bytes_are_replaced_and_counted(tmp_path, capsys):
@@ -4340,6 +4377,31 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
             assert image.unique().tolist() == [0, 255] and (image[0] == 0).sum() == 1
 
 
+def test_pictures_are_turned_as_their_cameras_say_transparent_ones_too(tmp_path):
+    from PIL import Image
+    half = np.full((8, 8, 4), 255, np.uint8)
+    half[:4, :, :3] = 0  # dark above, and taken upside down
+    exif = Image.Exif()
+    exif[274] = 3
+    for i in range(40):
+        folder = tmp_path / 'mine' / 'ab'[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        half[7, 7] = i  # all are different
+        picture = Image.fromarray(half if i % 4 > 1 else half[..., :3])
+        picture.save(folder / f'{i}.png', exif=exif)
+    prepare.main(['images', '--input', f'{tmp_path}/mine', '--size=8', f'--data_dir={tmp_path}'])
+    images = prepare.Images('images', 'train', tmp_path)
+    found = images.items(np.arange(len(images)))[0]  # (images, 3, 8, 8)
+    assert (found[:, :, 4:] == 0).all() and (found[:, :, :4, 1:] == 255).all()
+
+
+def test_pixels_that_are_in_no_patch_are_named(root, tmp_path, capsys):
+    built('vit', root, tmp_path, '--img_size=30')
+    assert 'the last 2 rows and 2 columns of images are in no patch' in capsys.readouterr().out
+    built('vit', root, tmp_path)
+    assert 'in no patch' not in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # weights in 4 and in 8 bits
 
@@ -4615,6 +4677,7 @@ BAD_CHATS = [
      'line 2 .*content of type image'),
     ({'messages': [{'role': 'user', 'content': 'a' * 10**7}]}, 'line 2 .*characters'),
     ({'messages': 3}, "line 2 .*has no string 'text'"),
+    ({'text': '', 'completion': ''}, 'line 2 .*has text and completion, and only one'),
     ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'},
      'line 2 .*prompt is a list of messages, and completion is not')]
 

@@ -340,6 +340,7 @@ CHECKS = (
     (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
      'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: '
      'lower them'),
+    (lambda s: s.seed >= 2**62, 'seed={seed} is too large: set one below 2**62'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits '
@@ -359,7 +360,8 @@ CHECKS = (
      'merging one head, or heads that see the same tokens, changes nothing: set merge_reset=True '
      '(ReLoRA), or split=True and several heads (LTE)'),
     (lambda s: s.sync == 'merge' and s.ranks == 1,
-     "start it with torchrun: sync='merge' averages what several ranks train, and here is one"),
+     "sync='merge' averages what several ranks train, and here is one: start it with torchrun "
+     '--nproc_per_node=2, or more'),
     (lambda s: s.sync == 'merge' and not ((s.split or not s.lowrank) and s.merge_every),
      "sync='merge' averages at merges, beside split heads or without any: set merge_every, and "
      "with lowrank split=True, or set sync='step'"),
@@ -375,6 +377,9 @@ CHECKS = (
      "train={train!r}: set init_from to a model, and train='auto', or frozen_bits=None"),
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
+    (lambda s: s.train == 'classifier' and s.lowrank and s.factors == 'basis'
+     and s.merge_every == 1,
+     "train='classifier' would freeze what trains in a basis: set train='all', or lowrank=''"),
     (lambda s: s.train == 'factors'
      and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
      "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or "

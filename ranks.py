@@ -123,13 +123,18 @@ def in_global_order(x):
 
 def rows_of(batch_size, heads=1, rank=0, world=1):
     """The rows of a micro-batch that a rank trains on: first those of its first head, and so on.
-    Row j belongs to head j % (heads world), numbered as in `in_global_order`. ValueError: heads
-    world does not divide batch_size."""
-    step = heads * world
-    if batch_size % step:
-        raise ValueError(f'{batch_size=} does not split over {heads} heads on each of {world} '
-                         'ranks: set a multiple')
-    return [row for head in range(heads) for row in range(head * world + rank, batch_size, step)]
+    Row j belongs to head j % heads, numbered as in `in_global_order`; without split heads (1) ranks
+    share rows as if each had one. ValueError: heads are no multiple of the ranks, or do not divide
+    batch_size."""
+    if heads == 1:
+        heads = world
+    if heads % world:
+        raise ValueError(f'{heads=} do not split over {world} ranks: set a multiple')
+    if batch_size % heads:
+        raise ValueError(f'{batch_size=} does not split over {heads // world} heads on each of '
+                         f'{world} ranks: set a multiple of {heads}')
+    return [row for first in range(rank, heads, world)
+            for row in range(first, batch_size, heads)]
 
 
 def per_rank_tensors(layers):

@@ -228,7 +228,7 @@ def main(settings):
         refuse_other_data(train_data.fingerprint, settings, process, checkpoint)
         # the rows of a micro-batch that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
-        rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
+        rows = rows_of(s.batch_size, heads, process.rank, process.ranks)
         run = build(settings, process, train_data.vocab_size, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_loss = checkpoint['best_val_loss'] if checkpoint else float('inf')

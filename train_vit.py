@@ -254,6 +254,10 @@ def build(settings, process, classes, checkpoint=None):
         raise ValueError(f"init_from={s.init_from!r} is no file: set 'scratch', 'resume', "
                          "'pretrained', or the path of a best.pt or of weights of timm")
     model = create_vit(shape, len(classes), weights, path)
+    (height, width), (tall, wide) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if (height % tall or width % wide) and process.rank == 0:
+        print(f'the last {height % tall} rows and {width % wide} columns of images are in no patch '
+              f'of {tall} x {wide} pixels')
     look = look_of(model, shape, process.device)
     shape.update({key: getattr(look, key) for key in LOOK})
     model.to('cpu' if s.shard else process.device, getattr(torch, s.param_dtype))
@@ -400,7 +404,7 @@ def main(settings):
         steps = settings['max_iters']
         # the rows of a micro-batch that this rank trains on; each split head has its part of them
         heads = s.heads if s.lowrank and s.split else 1
-        rows = rows_of(s.batch_size, max(1, heads // process.ranks), process.rank, process.ranks)
+        rows = rows_of(s.batch_size, heads, process.rank, process.ranks)
         run = build(settings, process, classes, checkpoint)
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0

@@ -294,7 +294,11 @@ def read_jsonl(path, size, tokenizer=None):
                      "'completion', nor 'messages'", 'give one JSON object a line'):
             found = json.loads(line)
             is_chat = any(isinstance(found.get(key), list) for key in ('messages', 'prompt'))
-            keys = ['text'] if 'text' in found else ['completion', 'prompt']
+            kinds = [key for key in ('text', 'completion', 'messages') if key in found]
+            if len(kinds) > 1:
+                raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, and only "
+                                'one of them can be what is learned: leave out the others')
+            keys = ['text'] if kinds == ['text'] else ['completion', 'prompt']
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
         if is_chat:
@@ -660,16 +664,17 @@ def picture_images(found, size):
         label, path = entry
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
-            picture = Image.open(io.BytesIO(content))
+            picture = Image.open(io.BytesIO(content))  # its header alone
             if picture.width * picture.height > MOST_PIXELS:  # before they are decoded
                 raise DataError(f"'{path}' has {picture.width} x {picture.height} pixels: make it "
                                 f'smaller, {MOST_PIXELS:,} at most are read')
             if picture.mode[0] in 'IF':  # Pillow would clip them
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
+            picture = ImageOps.exif_transpose(picture)
             if picture.has_transparency_data:  # on white, as browsers show it
                 ground = Image.new('RGBA', picture.size, 'white')
                 picture = Image.alpha_composite(ground, picture.convert('RGBA'))
-            picture = ImageOps.exif_transpose(picture.convert('RGB'))
+            picture = picture.convert('RGB')
         # resized and cropped
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(picture)  # (size, size, 3)
@@ -928,7 +933,8 @@ def write_tokens(writer, documents, encoding, val_share):
     counts = writer.meta['tokens']
     if not all(counts.values()):
         raise DataError(f'there is too little text to train and to validate on ({counts}): add '
-                        'some')
+                        'some that has another prompt, as what has the same goes into one split '
+                        '(without prompts: another text)')
     if encoding.folder:  # a model that is trained on these tokens needs it
         carry([encoding.folder], writer.folder / 'tokenizer')
 
@@ -1038,7 +1044,8 @@ def write(folder, settings, fill, overwrite):
                 raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
                                 f'{settings[key]!r}: choose another --name, or --overwrite it')
         open_shards(folder, found, found['shards'])
-        print(f"'{folder}' is already there: nothing to do (--overwrite prepares it anew)")
+        print(f"'{folder}' is already there, as far as names and sizes of files tell: nothing to "
+              'do (--overwrite prepares it anew)')
         return
     from tqdm import tqdm
     kind = kind_of(settings)
@@ -1056,14 +1063,17 @@ def write(folder, settings, fill, overwrite):
 # -----------------------------------------------------------------------------
 # reading
 
-def ensure(name, data_dir='data'):
+def ensure(name, data_dir='data', kind='tokens'):
     """Prepares a missing data set, if it is stdlib, digits or digits_shifted; DataError: another is
-    missing. On each machine the first process of a run does it, and the others wait."""
+    missing (kind: what it should hold). On each machine the first process of a run does it, and the
+    others wait."""
     path = Path(data_dir, name, 'meta.json')
     if path.exists():
         return
     if name not in ('stdlib', *DIGITS):
         arguments = f'text --input FILE --name {name}'
+        if kind == 'images':
+            arguments = f'images --input FOLDER --name {name}'
         if name in SOURCES:
             arguments = name
         # as `from_images` names them
@@ -1091,7 +1101,7 @@ class Split:
     learned = None  # (num_windows,), targets in each window, where not all tokens are targets
 
     def __init__(self, name, split, kind, data_dir):
-        ensure(name, data_dir)
+        ensure(name, data_dir, kind)
         self.folder = Path(data_dir, name)
         self.meta = read_meta(self.folder / 'meta.json')
         if kind_of(self.meta) != kind:

@@ -298,13 +298,12 @@ class MHLoRALinear(FrozenLinear):
     A linear layer with a frozen weight, and with H low-rank heads, or a basis and a factor in it.
 
     linear, bits: see FrozenLinear; 4 bits are for heads that are never merged, 8 for weights that
-    train in a basis (one that was frozen before stays so). heads, rank: H, r. alpha: s = alpha / r
-    (None: s = 1). factors, split: see the top of this file. merge_every: T; the training loop calls
-    lowrank.merge every T steps (0: never, or at the end; GaLore, 1 in a basis, needs no call).
-    merge_reset: a merge draws A anew and sets B to zero; merge_every=0 implies it. Else heads train
-    on (LTE), and the layer subtracts the part of them that W already has. workers: how many ranks
-    share split heads; worker: this rank, which holds the heads worker::workers. zeros: the model's
-    `Zeros`; None for a layer alone.
+    train in a basis. heads, rank: H, r. alpha: s = alpha / r (None: s = 1). factors, split: see the
+    top of this file. merge_every: T; the training loop calls lowrank.merge every T steps (0: never,
+    or at the end; GaLore, 1 in a basis, needs no call). merge_reset: a merge draws A anew and sets
+    B to zero; merge_every=0 implies it. Else heads train on (LTE), and the layer subtracts the part
+    of them that W already has. workers: how many ranks share split heads; worker: this rank, which
+    holds the heads worker::workers. zeros: the model's `Zeros`; None for a layer alone.
 
     Attributes: weight (m, n), bias (m,) or None; A (H / workers, r, n), B (H / workers, m, r); or
     basis (short, r), factor (H / workers, long, r). In GaLore factor is (long, r) and always zero:
@@ -318,7 +317,9 @@ class MHLoRALinear(FrozenLinear):
         m, n = linear.weight.shape
         refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
                          dropout)
-        was_trained = linear.weight.requires_grad
+        if factors == 'basis' and not linear.weight.requires_grad:
+            raise ValueError('the weight is frozen, and in a basis it would train: unfreeze it, or '
+                             'leave the layer as it is')
         super().__init__(linear, bits)
         new = linear.weight.new_empty
         self.heads, self.rank, self.factors = heads, min(rank, m, n), factors
@@ -347,7 +348,6 @@ class MHLoRALinear(FrozenLinear):
                 self.factor = nn.Parameter(self.zeros.view(shape, self.basis))
             else:
                 self.factor = nn.Parameter(new(self.heads_here, *shape))
-            self.factor.requires_grad_(was_trained)
         else:
             self.A = nn.Parameter(new(self.heads_here, self.rank, n))
             self.A.requires_grad_(factors == 'both')
@@ -656,9 +656,10 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
 
     targets: kinds ('attn', 'mlp', 'logit') or names of modules ('c_attn'); every nn.Linear with one
     of them in its dotted name is replaced. Others: see MHLoRALinear; in a basis a rank above a
-    layer's smaller side is clamped. Linears that share their weight share one layer. An output
-    layer whose weight is tied to an embedding gets its own frozen copy, and the embedding stays
-    trainable: the count of parameters rises.
+    layer's smaller side is clamped, and a frozen weight, which a basis would train, stays as it is
+    and frozen. Linears that share their weight share one layer. An output layer whose weight is
+    tied to an embedding gets its own frozen copy, and the embedding stays trainable: the count of
+    parameters rises.
 
     frozen_bits=4: the weights of all linears of attention and MLP, with heads or without
     (FrozenLinear), and of all other targets except output layers, become codes; this changes the
@@ -678,6 +679,12 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     also = ('attn', 'mlp') if frozen_bits else ()
     refuse_what_bypasses(model, [*targets, *also])
     chosen, plain, how_many = find_linears(model, targets, also)
+    frozen = [name for name, linear in chosen.items() if not linear.weight.requires_grad]
+    if factors == 'basis' and frozen:
+        chosen = {name: linear for name, linear in chosen.items() if name not in frozen}
+        if not chosen:
+            raise ValueError(f"all weights of {', '.join(targets)} are frozen, and in a basis they "
+                             'would train: unfreeze them before')
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
     zeros = Zeros(rank * max(max(linear.weight.shape) for linear in chosen.values()))
@@ -709,6 +716,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         passed = [name for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and type(module) is not nn.Linear
                   and is_wanted(name, targets)]
+        if factors == 'basis' and frozen:
+            said += f'; {len(frozen)} stay as they are, being frozen, such as {frozen[0]}'
         if passed:
             said += f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}"
         time_first = [name for name, module in model.named_modules()
@@ -982,7 +991,8 @@ def freeze_rest(model, kinds=()):
     it would freeze what GaLore trains."""
     heads = heads_of(model)
     for name, layer in named_layers(model).items():
-        if layer.moves_weight and not is_wanted(name, kinds):
+        trains = layer.moves_weight and layer.factor.requires_grad
+        if trains and not is_wanted(name, kinds):
             raise ValueError(f"'{name}' trains its weight in a basis, and freeze_rest would freeze "
                              'that: freeze other parameters one by one, by requires_grad_(False)')
     for name, p in model.named_parameters():

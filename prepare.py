@@ -294,10 +294,11 @@ def read_jsonl(path, size, tokenizer=None):
                      "'completion', nor 'messages'", 'give one JSON object a line'):
             found = json.loads(line)
             is_chat = any(isinstance(found.get(key), list) for key in ('messages', 'prompt'))
-            kinds = [key for key in ('text', 'completion', 'messages') if key in found]
-            if len(kinds) > 1:
-                raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, and only "
-                                'one of them can be what is learned: leave out the others')
+            kinds = [key for key in ('text', 'completion', 'prompt', 'messages')
+                     if found.get(key) is not None]
+            if len(kinds) > 1 and kinds != ['completion', 'prompt']:
+                raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, which do not "
+                                'go together: leave out what is not to be learned')
             keys = ['text'] if kinds == ['text'] else ['completion', 'prompt']
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
@@ -933,8 +934,8 @@ def write_tokens(writer, documents, encoding, val_share):
     counts = writer.meta['tokens']
     if not all(counts.values()):
         raise DataError(f'there is too little text to train and to validate on ({counts}): add '
-                        'some that has another prompt, as what has the same goes into one split '
-                        '(without prompts: another text)')
+                        'documents with other prompts (or, without prompts, other texts), as equal '
+                        'ones go into one split')
     if encoding.folder:  # a model that is trained on these tokens needs it
         carry([encoding.folder], writer.folder / 'tokenizer')
 
@@ -1044,8 +1045,8 @@ def write(folder, settings, fill, overwrite):
                 raise DataError(f"'{folder}' holds a data set with {key} {found.get(key)!r}, not "
                                 f'{settings[key]!r}: choose another --name, or --overwrite it')
         open_shards(folder, found, found['shards'])
-        print(f"'{folder}' is already there, as far as names and sizes of files tell: nothing to "
-              'do (--overwrite prepares it anew)')
+        print(f"'{folder}' is already there, of sources with these names and sizes: nothing to do "
+              '(--overwrite prepares it anew)')
         return
     from tqdm import tqdm
     kind = kind_of(settings)

@@ -789,7 +789,7 @@ class Meter:
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
             print(f'step {step} of {s.max_iters}: nothing to train, raise {longer} to go on')
         elif self.run.rank == 0 and not s.eval_only:
-            print(f'stopped at step {step}, before another step: nothing to save')
+            print(f'stopped before step {step} was trained: nothing new to save')
         unlock()
         if dist.is_initialized():
             # gloo's threads free a collective's tensors some time after it, and need Python's lock

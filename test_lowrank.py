@@ -391,7 +391,7 @@ MISTAKES = [  # script, words, ranks, what is said
     *(('gpt', f'{FILES["lte"]} --sync_bits=2 --sync={sync}', 2, 'galolte_2bit.py or local_muon.py')
       for sync in ('step', 'merge')),
     ('gpt', '--train=classifier', 1, 'for images'),
-    ('vit', f'{BASIS}--merge_every=1 --train=classifier', 1, 'what trains in a basis'),
+    ('vit', f'{BASIS}--merge_every=1 --train=classifier', 1, 'in a basis weights train'),
     ('gpt', '--train=factors', 1, 'nothing to train'),
     ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
@@ -1667,10 +1667,11 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path):
 
 
 @pytest.mark.parametrize('merge_every', [1, 2])
-def test_a_weight_that_was_frozen_before_it_got_a_basis_stays_so(merge_every):
+def test_a_frozen_weight_gets_no_basis(capsys, merge_every):
     net = linears(attn=nn.Linear(8, 8), mlp=nn.Linear(8, 8))
     net['attn'].weight.requires_grad_(False)
     put(net, ('attn', 'mlp'), rank=2, factors='basis', merge_every=merge_every)
+    assert '; 1 stay as they are, being frozen, such as attn' in capsys.readouterr().out
     before = [net[name].weight.clone() for name in ('attn', 'mlp')]
     optimizer = galore.LowRankAdamW(net, basis_every=2)
     for step in range(2):
@@ -1850,6 +1851,10 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
      'attn.weight and 1 more'),
     (lambda: lowrank.freeze_rest(put(linears(), factors='basis', merge_every=1), ('logit',)),
      "'attn' trains its weight in a basis, and freeze_rest would"),
+    (lambda: put(linears().requires_grad_(False), factors='basis', merge_every=1),
+     'all weights of attn are frozen, and in a basis'),
+    (lambda: lowrank.MHLoRALinear(nn.Linear(8, 8).requires_grad_(False), factors='basis',
+                                  merge_every=1), 'the weight is frozen'),
     (lambda: in_basis(basis='svd'), "basis='svd' .* set basis='sketch'"),
     (lambda: in_basis(state_bits=4), 'state_bits=4'),
     (lambda: in_basis(2, 4, basis_every=6), 'no multiple of merge_every=4'), (in_basis, 'begin'),
@@ -2796,7 +2801,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_saved(root, tmp_pat
     words = ['train_gpt.py', *tiny('gpt', root, tmp_path)]
     with mock.patch.object(sys, 'argv', words), signal_in_batch(0, training=False):
         runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')
-    assert 'before another step: nothing to save' in capsys.readouterr().out
+    assert 'before step 0 was trained: nothing new to save' in capsys.readouterr().out
     assert not (tmp_path / 'ckpt.pt').exists()
 
 
@@ -3002,7 +3007,7 @@ def test_validation_is_not_the_tail_and_nothing_is_lost(root, tmp_path):
     same = [json.dumps({'prompt': 'a story?', 'completion': f'{i}'}) for i in range(99)]
     (tmp_path / 'same.jsonl').write_text('\n'.join(same))
     for name in ('one.txt', 'same.jsonl'):
-        with pytest.raises(prepare.DataError, match='too little text.* another prompt'):
+        with pytest.raises(prepare.DataError, match='too little text.* other prompts'):
             prepare_text(tmp_path, tmp_path / name)
 
 
@@ -4677,7 +4682,9 @@ BAD_CHATS = [
      'line 2 .*content of type image'),
     ({'messages': [{'role': 'user', 'content': 'a' * 10**7}]}, 'line 2 .*characters'),
     ({'messages': 3}, "line 2 .*has no string 'text'"),
-    ({'text': '', 'completion': ''}, 'line 2 .*has text and completion, and only one'),
+    ({'text': '', 'completion': ''}, 'line 2 .*has text and completion, which do not go'),
+    ({'text': '', 'prompt': ''}, 'line 2 .*has text and prompt, which do not go'),
+    ({'text': None, 'messages': 3}, "line 2 .*has no string 'text'"),
     ({'prompt': [{'role': 'user', 'content': 'a'}], 'completion': 'b'},
      'line 2 .*prompt is a list of messages, and completion is not')]
 

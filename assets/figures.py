@@ -505,7 +505,7 @@ def twenty_rows():
             continue
         name = label(cell, 'learning_rate', 'weight_decay', *lasting(20))
         batch = run['batch_size'] * run['block_size']
-        times = round(run['max_iters'] * batch / PARAMETERS)
+        times = round(run['max_iters'] * batch / PARAMETERS[run['n_embd']])
         row = name, times, f'{batch:,}', f"{cell['settings']['weight_decay']:g}"
         loss = math.inf if cell['val_loss'] is None else cell['val_loss']
         rows.setdefault(row, []).append((run['learning_rate'], loss))
@@ -599,7 +599,7 @@ def renew_tables():
              for cell in kept('memory', of='screening')}
     renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
           rival_rows('screening', times, peaks))
-    for name in ('english', 'longer', 'smaller'):
+    for name in ('english', 'longer', 'smaller', 'larger'):
         renew('README.md', name, head, rival_rows(name))
     head = 'method', 'weights', 'losses', 'in float32', 'difference', 'its error'
     renew('README.md', 'sixteen', head, sixteen_rows())

@@ -30,6 +30,7 @@ BENCHES = {
     'longer': 'loss of some methods on the small GPT after four times as many steps',
     'smaller': 'loss of some methods on a GPT of a third of its size',
     'twenty': 'loss of some methods on a GPT of 0.5M after 20 bytes a parameter, tuned one by one',
+    'larger': 'the same of a GPT of 1.1M: AdamW and the best of those',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
     'costs': 'time, memory of screening and twenty; bytes sent of screening, quality and english'}
@@ -75,19 +76,21 @@ LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 
 
-PARAMETERS, BATCH = 496_800, 8192  # embeddings included; bytes a step
+PARAMETERS = {96: 496_800, 144: 1_076_976}  # of a GPT so wide, embeddings included
+BATCH = 8192  # bytes a step
 
 
-def lasting(times, batch=BATCH):
-    """Settings of a GPT of PARAMETERS that trains on `times` bytes a parameter, `batch` a step. The
-    rate climbs for a tenth of the steps and ends at 0; 256 KiB are evaluated after each quarter."""
-    steps, rows = times * PARAMETERS // batch, batch // SMALL['block_size']
-    return dict(n_embd=96, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
+def lasting(times, batch=BATCH, width=96):
+    """Settings of a GPT so wide that trains on `times` bytes a parameter, `batch` a step. The rate
+    climbs for a tenth of the steps and ends at 0; 256 KiB are evaluated after each quarter."""
+    steps, rows = times * PARAMETERS[width] // batch, batch // SMALL['block_size']
+    return dict(n_embd=width, batch_size=rows, max_iters=steps, warmup_iters=steps // 10,
                 min_lr=0.0, eval_interval=-(-steps // 4), eval_iters=1024 // rows,
                 log_interval=-(-steps // 20))
 
 
 TWENTY = {**SCREEN, 'dataset': 'texts', **lasting(20)}
+LARGER = {**TWENTY, **lasting(20, width=144)}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -252,7 +255,7 @@ OWN = {  # settings where they are not those of methods with a basis, of a quart
     'local_adamw': dict(ranks=4)}
 # Controls: AdamW with other averages (beta2); GaLore with a basis of all directions, at AdamW's
 # rate, and with Muon inside, at Muon's rate; scale=1, so that the embeddings have the rate of the
-# basis; other bases; twice as many directions
+# basis; other bases; twice as many directions; merges less often
 CONTROLS = {
     'full': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=beta2) for beta2 in (0.95, 0.999)],
     'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0),
@@ -262,20 +265,23 @@ CONTROLS = {
                *(dict(weight_decay=0.1, learning_rate=rate, rank=48) for rate in (4e-2, 8e-2))],
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
-                      for rate in (1.6e-2, 3.2e-2))]}
+                      for rate in (1.6e-2, 3.2e-2))],
+    'galolte_2bit': [dict(weight_decay=0.1, learning_rate=3.2e-2, merge_every=T)
+                     for T in (20, 50)]}
 # Two are tuned at 80 bytes a parameter, too: (rate, decay)
 TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
                'muon': [(1.6e-2, 0.1), (8e-3, 0.1), (3.2e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
-# best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
-# luck of a seed, so its second best and a lower one are judged, too
+# best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)), muon_lean at the second
+# best, 0.006 higher. AdamW's best rate is the luck of a seed, so its second best and a lower one
+# are judged, too
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80), (8e-3, 0.1, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore, rank=48': [(8e-2, 0.1, 5, 20, 80)],
-    'muon_lean': [(6.4e-2, 0.1, 5, 20)]}
+    'muon_lean': [(6.4e-2, 0.1, 5, 20, 80)]}
 
 
 def at_twenty(name):
@@ -303,6 +309,17 @@ def at_twenty(name):
 
 
 AT_TWENTY = {name: at_twenty(name) for name in {**TUNED, **JUDGED}}
+# A GPT of 1.1M at 20 bytes a parameter, ranks half of the width; rates near those of 0.5M
+LARGE = {
+    name: (OFTEN if 'basis' in method(name) else {},
+           [dict(weight_decay=0.1, learning_rate=rate) for rate in those])
+    for name, those in {
+        'full': (4e-3, 8e-3, 1.6e-2),
+        'muon': (1.6e-2, 3.2e-2),
+        'galore_muon, rank=72': (1.6e-2, 3.2e-2),
+        'galore, rank=72': (4e-2, 8e-2),
+        'muon_lean': (3.2e-2, 6.4e-2)}.items()}
+LARGE['full'][1].append(dict(weight_decay=0.0, learning_rate=8e-3))
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),
@@ -332,8 +349,8 @@ TRAININGS = {name: list(cells_of(name, base, methods)) for name, base, methods i
     ('screening', SCREEN, SCREENING), ('quality', FINAL, FINALISTS), ('sixteen', FINAL, SIXTEEN),
     ('eight', SCREEN, EIGHT),
     ('english', ENGLISH, ON_ENGLISH), ('longer', LONGER, FOR_LONGER),
-    ('smaller', SMALLER, FOR_SMALLER), ('twenty', TWENTY, AT_TWENTY), ('convergence', ADAPT, ADAPTING),
-    ('layers', LAYERS, HEADS_ON))}
+    ('smaller', SMALLER, FOR_SMALLER), ('twenty', TWENTY, AT_TWENTY), ('larger', LARGER, LARGE),
+    ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 
 def by_method(name, **about):

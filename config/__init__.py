@@ -378,8 +378,9 @@ CHECKS = (
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
     (lambda s: s.train == 'classifier' and s.lowrank and s.factors == 'basis'
-     and s.merge_every == 1,
-     "train='classifier' would freeze what trains in a basis: set train='all', or lowrank=''"),
+     and s.merge_every == 1 and s.lowrank != 'logit',
+     "train='classifier' freezes all else, and in a basis weights train: set train='all', or "
+     "lowrank=''"),
     (lambda s: s.train == 'factors'
      and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
      "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or "

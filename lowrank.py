@@ -679,8 +679,9 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     also = ('attn', 'mlp') if frozen_bits else ()
     refuse_what_bypasses(model, [*targets, *also])
     chosen, plain, how_many = find_linears(model, targets, also)
-    frozen = [name for name, linear in chosen.items() if not linear.weight.requires_grad]
-    if factors == 'basis' and frozen:
+    frozen = []  # in a basis they would train
+    if factors == 'basis':
+        frozen = [name for name, linear in chosen.items() if not linear.weight.requires_grad]
         chosen = {name: linear for name, linear in chosen.items() if name not in frozen}
         if not chosen:
             raise ValueError(f"all weights of {', '.join(targets)} are frozen, and in a basis they "
@@ -716,7 +717,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
         passed = [name for name, module in model.named_modules()
                   if isinstance(module, nn.Linear) and type(module) is not nn.Linear
                   and is_wanted(name, targets)]
-        if factors == 'basis' and frozen:
+        if frozen:
             said += f'; {len(frozen)} stay as they are, being frozen, such as {frozen[0]}'
         if passed:
             said += f"; passed over, being subclasses of nn.Linear: {', '.join(passed[:3])}"

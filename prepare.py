@@ -286,7 +286,7 @@ def whole_characters(text):
 def read_jsonl(path, size, tokenizer=None):
     """Yields a document a line: its field 'text', or 'prompt' and 'completion', or 'messages',
     spelled by the template of a tokenizer's folder."""
-    template, last_alone = None, 0
+    template, last_alone, beside = None, 0, set()
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():  # as the last one often is
             continue
@@ -296,9 +296,11 @@ def read_jsonl(path, size, tokenizer=None):
             is_chat = any(isinstance(found.get(key), list) for key in ('messages', 'prompt'))
             kinds = [key for key in ('text', 'completion', 'prompt', 'messages')
                      if found.get(key) is not None]
-            if len(kinds) > 1 and kinds != ['completion', 'prompt']:
-                raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, which do not "
-                                'go together: leave out what is not to be learned')
+            if isinstance(found.get('messages'), list):
+                beside.update(kinds[:-1])  # as chats of the hub have a prompt, too
+            elif len(kinds) > 1 and kinds != ['completion', 'prompt']:
+                raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, which do "
+                                'not go together: leave out what is not to be learned')
             keys = ['text'] if kinds == ['text'] else ['completion', 'prompt']
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
@@ -318,6 +320,8 @@ def read_jsonl(path, size, tokenizer=None):
     if last_alone:
         print(f'{last_alone} chats of which the last answer alone is learned: the template spells '
               'earlier ones otherwise')
+    if beside:
+        print(f"'{path}': {', '.join(sorted(beside))} passed over, beside messages")
 
 
 def read_parquet(path, size, tokenizer=None):
@@ -665,7 +669,7 @@ def picture_images(found, size):
         label, path = entry
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
-            picture = Image.open(io.BytesIO(content))  # its header alone
+            picture = Image.open(io.BytesIO(content))
             if picture.width * picture.height > MOST_PIXELS:  # before they are decoded
                 raise DataError(f"'{path}' has {picture.width} x {picture.height} pixels: make it "
                                 f'smaller, {MOST_PIXELS:,} at most are read')

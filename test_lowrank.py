@@ -4697,6 +4697,20 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_line(tmp_path, line, sa
     assert '\n' not in str(refusal.value) and not os.path.exists(tmp_path / 'data')
 
 
+def test_what_stands_beside_messages_is_named_and_passed_over(tmp_path, capsys):
+    folder = talker(tmp_path / 'm', 'chatml')
+    chats = [chat['messages'] for chat in WRITTEN if chat['template'] == 'chatml']
+    alone = prepared(tmp_path, 'alone', [{'messages': chat} for chat in chats],
+                     '--tokenizer', folder)
+    assert 'passed over' not in capsys.readouterr().out
+    for number, more in enumerate(({'prompt': 'Hi', 'completion': None}, {'text': 'x'})):
+        lines = [{'messages': chat, **more} for chat in chats]
+        held = prepared(tmp_path, f'{number}', lines, '--tokenizer', folder)
+        assert all(map(np.array_equal, alone, held))
+        name = [*more][0]
+        assert f"{number}.jsonl': {name} passed over, beside messages" in capsys.readouterr().out
+
+
 def test_chats_are_encoded_as_a_whole(tmp_path):
     from tokenizers import Tokenizer, models as kinds, normalizers, pre_tokenizers
     letters = [*'\u2581[INST]/Hiyou. ', '</s>']

@@ -291,6 +291,8 @@ def draw_trainings():
         *((words, x_of, key, None) for key in ('val_loss', 'val_acc') for words, x_of in (
             ('epochs', lambda cell: 1 / epoch),
             ('seconds of one CPU thread', lambda cell: seconds[cell['method']][0]))))
+
+
 def draw_frontier():
     """Validation loss of the screening against bytes on the wire, of methods that send at merges:
     the best training by T and bits, first seed. Lines for some that send after every step."""

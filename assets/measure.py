@@ -238,17 +238,22 @@ TUNED = {
     'muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'galore': (2e-2, 4e-2, 8e-2, 1.6e-1),
     'galore_muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-    'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1),
-    'GaLore drop-in': (8e-2,),
-    'fira': (1e-2, 2e-2, 4e-2),
-    'apollo_mini': (1e-2, 2e-2, 4e-2),
-    'relora': (4e-3, 8e-3, 1.6e-2),
+    'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)}
+# The others are tuned with decay 0.1 only: with it each of those ended lowest
+TUNED_WITH_DECAY = {
+    'fira, rank=48': (2e-2, 4e-2, 8e-2),
+    'apollo_mini': (5e-3, 1e-2, 2e-2),
+    'apollo, rank=48': (4e-2,),
+    'scale': (2e-3,),
+    'muon, state_bits=8': (3.2e-2,),
+    'GaLore drop-in, rank=48': (8e-2,),
+    'relora, rank=48': (4e-3, 8e-3, 1.6e-2),
     'galolte_2bit': (1.6e-2, 3.2e-2, 6.4e-2),
     'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
     'lte': (4e-3, 8e-3, 1.6e-2),
     'local_adamw': (4e-3, 8e-3, 1.6e-2)}
 OWN = {  # settings where they are not those of methods with a basis, of a quarter of the width
-    'relora': dict(rank=24, alpha=24.0),
+    'relora, rank=48': dict(alpha=48.0),
     'galolte_2bit': dict(rank=48, beta2=0.999, ranks=4),
     'local_muon': dict(ranks=4),
     'lte': dict(rank=24, alpha=24.0, ranks=4),
@@ -268,16 +273,18 @@ CONTROLS = {
                       for rate in (1.6e-2, 3.2e-2))],
     'galolte_2bit': [dict(weight_decay=0.1, learning_rate=3.2e-2, merge_every=T)
                      for T in (20, 50)]}
-# Two are tuned at 80 bytes a parameter, too: (rate, decay)
+# AdamW is tuned at 80 bytes a parameter, too; others are tried at half of their rate: (rate, decay)
 TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
-               'muon': [(1.6e-2, 0.1), (8e-3, 0.1), (3.2e-2, 0.1)]}
+               'muon': [(1.6e-2, 0.1)],
+               'muon_lean': [(3.2e-2, 0.1)],
+               'galore_muon, rank=48': [(1.6e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)), muon_lean at the second
 # best, 0.006 higher. AdamW's best rate is the luck of a seed, so its second best and a lower one
 # are judged, too
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
-    'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80), (8e-3, 0.1, 80)],
+    'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore, rank=48': [(8e-2, 0.1, 5, 20, 80)],
@@ -293,6 +300,8 @@ def at_twenty(name):
             shared = dict(OFTEN, rank=24)
     changes = [dict(weight_decay=decay, learning_rate=rate)
                for rate in TUNED.get(name, ()) for decay in (0.1, 0.0)]
+    changes += [dict(weight_decay=0.1, learning_rate=rate)
+                for rate in TUNED_WITH_DECAY.get(name, ())]
     for batch, those in BATCHES.get(name, {}).items():
         how = {} if batch == BATCH else lasting(20, batch)
         of_batch = [dict(weight_decay=0.1, learning_rate=rate, **how) for rate in those]
@@ -308,7 +317,7 @@ def at_twenty(name):
     return shared, changes
 
 
-AT_TWENTY = {name: at_twenty(name) for name in {**TUNED, **JUDGED}}
+AT_TWENTY = {name: at_twenty(name) for name in {**TUNED, **TUNED_WITH_DECAY, **JUDGED}}
 # A GPT of 1.1M at 20 bytes a parameter, ranks half of the width; (rate, decay) near those of
 # 0.5M
 LARGE = {

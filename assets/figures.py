@@ -9,6 +9,7 @@ $ python assets/figures.py out/vit_quickstart
 import contextlib
 import functools
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -383,10 +384,10 @@ def renew(page, mark, head, rows, end=''):
 
 def method_rows():
     """What the first lines of config/methods say, and what a method brought at 20 bytes a
-    parameter, at the file's own bits of moments."""
+    parameter, with no setting but the rank in its name."""
     judged, tuned = judges()[20], best_of(tuning())
     by_file = {name.split(', ')[0]: mine for name, mine in {**tuned, **judged}.items()
-               if 'state_bits' not in name}
+               if re.fullmatch(r'\w+(, rank=\d+)?', name)}
     state = tuned['full'][0]['optimizer_state_bytes']
     for path in sorted(HERE.parent.glob('config/methods/*.py')):
         first = path.read_text('utf-8').partition('\n')[0]

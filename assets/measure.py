@@ -239,7 +239,7 @@ TUNED = {
     'galore': (2e-2, 4e-2, 8e-2, 1.6e-1),
     'galore_muon': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'muon_lean': (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1)}
-# The others are tuned with decay 0.1 only: with it each of those ended lowest
+# The others are tuned with decay 0.1 only, which the best trial of each of those had
 TUNED_WITH_DECAY = {
     'fira, rank=48': (2e-2, 4e-2, 8e-2),
     'apollo_mini': (5e-3, 1e-2, 2e-2),

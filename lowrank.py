@@ -483,14 +483,15 @@ class MHLoRALinear(FrozenLinear):
         if self.bits == 4:
             raise ValueError('weights in 4 bits stay as they are: take merged_state_dict(model) '
                              'for those of a model without heads')
+        is_coded = bits < 32 and self.split
+        if is_coded and self.factors != 'basis':
+            raise ValueError(f"{bits=} are for merges of heads in a basis (factors='basis') and of "
+                             'whole weights: set 32')
         factor = None  # the average as it is
-        if bits < 32 and self.split and self.factors == 'basis':
+        if is_coded and self.factor.requires_grad:  # a frozen one has no state for what is left
             error = error_of(self.factor, state[self.factor])
             # (heads here, r, long): blocks of 64 numbers are of one direction
             factor = coded_mean(self.factor.mT, bits, self.workers, error.mT).mT
-        elif bits < 32 and self.split:
-            raise ValueError(f"{bits=} are for merges of heads in a basis (factors='basis') and of "
-                             'whole weights: set 32')
         self.write_weight(self.merged_weight(factor), key)
         if self.factors == 'basis':
             local(self.factor).zero_()

@@ -205,12 +205,13 @@ def refuse_values(group):
 
 
 def refuse_shapes(group, names):
-    """ValueError: a parameter is no matrix where its rule wants one, or is sharded where dim=0."""
+    """ValueError: a parameter is no matrix where its rule wants one, or is sharded where dim=0 or
+    a rank is given."""
     wants_matrices = 'rank' in group or group.get('rule') in FULL
     for name, p in zip(names, group['params']):
-        if is_sharded(p) and group.get('dim') == 0:
+        if is_sharded(p) and ('rank' in group or group.get('dim') == 0):
             raise ValueError(f'{name}: columns of a gradient are wanted, of which ranks hold rows: '
-                             "take rule='adamw' or 'muon'")
+                             "take rule='adamw' or 'muon' and no rank")
         if wants_matrices and p.dim() != 2:
             raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
                              'without rank and rule')
@@ -307,6 +308,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
             if any(isinstance(owner, GaLoreAdamW) for owner in owners):
                 raise ValueError(f'{name} is stepped in the backward pass by an earlier optimizer '
                                  '(per_layer=True), which would go on: build the model anew')
+            if self.per_layer and not p.requires_grad:
+                raise ValueError(f'{name} is frozen, and per_layer=True steps when a gradient '
+                                 'comes: leave it out')
             if self.per_layer:
                 p.register_post_accumulate_grad_hook(self._complete)
 
@@ -354,7 +358,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                              'per_layer=True has stepped on the first: call begin before each '
                              'backward pass, and ranks.keep_out_of_ddp(model, '
                              'optimizer.outside_ddp) before DistributedDataParallel wraps the '
-                             'model')
+                             'model, or leave DDP out if nothing else trains')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -486,7 +490,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
                    if torch.is_tensor(x))
 
     def load_state_dict(self, state_dict):
-        """Loads as torch does, but tensors of the state keep the dtype that they were saved in."""
+        """Loads as torch does, but tensors of the state keep the dtype that they were saved in.
+        ValueError: it is the state of galore-torch's class, which keeps objects for bases."""
+        if any('projector' in state for state in state_dict['state'].values()):
+            raise ValueError("this is the state of galore-torch's class, which keeps its bases in "
+                             'objects of its own: begin with a new state')
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group['params']]
         for group in self.param_groups:
@@ -545,7 +553,8 @@ class LowRankAdamW(GaLoreAdamW):
     basis='random'  drawn anew, as the first bases of 'sketch' are.
 
     The loop calls `begin` before each forward pass, and for T > 1 lowrank.merge every T steps: a
-    new basis would rotate what is not merged.
+    new basis would rotate what is not merged. After a step .grad of a layer's leaf holds Adam's
+    move: measure gradients before it.
     """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=None,
@@ -567,7 +576,10 @@ class LowRankAdamW(GaLoreAdamW):
         if scale is None:
             scale = 1.0 if rule in ORTHOGONAL else 0.25
         found = {name: layer for name, layer in in_basis.items() if layer.factor.requires_grad}
-        for layer in found.values():
+        for name, layer in found.items():
+            if layer.moves_weight and is_sharded(layer.weight) and layer.factor_rows is None:
+                raise ValueError(f"'{name}' is in shards, and its basis is not: shard the model by "
+                                 'ranks.shard')
             if basis_every % layer.merge_every:
                 raise ValueError(f'{basis_every=} is no multiple of merge_every='
                                  f'{layer.merge_every}: bases are taken at merges, set one')
@@ -579,6 +591,7 @@ class LowRankAdamW(GaLoreAdamW):
         self.is_loaded = True  # the state is new or loaded, and no step has begun since
         self.is_fresh = False  # `begin` was called since the last step
         self.is_warned = False
+        self.unmerged = {}  # {parameter: how often its layer was merged before its last step}
         names = leaf_names(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
@@ -594,8 +607,17 @@ class LowRankAdamW(GaLoreAdamW):
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
-        """See GaLoreAdamW. In micro-batch 0 it drops a sum that a failed pass left running,
-        averages first moments after a merge, takes due bases, and opens or closes windows."""
+        """
+        See GaLoreAdamW. In micro-batch 0 it drops a sum that a failed pass left running, averages
+        first moments after a merge, takes due bases, and opens or closes windows.
+
+        ValueError: the number of the step is below that of the last call, or a new basis is due and
+        a layer was not merged since its last step.
+        """
+        if self.begun is not None and step < self.begun:
+            raise ValueError(f'begin({step}) after begin({self.begun}): new bases are due by the '
+                             'number of the step, so count steps over all epochs')
+        is_again = step == self.begun
         super().begin(step, micro_step, micro_steps)
         self.is_fresh = True
         if micro_step:
@@ -608,7 +630,11 @@ class LowRankAdamW(GaLoreAdamW):
             if self.sync_moments and T > 1 and step % T == 0 and 'exp_avg' in state:
                 self._average_moments(p, layer, state)
             wait = steps_to_refresh(step, self.basis_every, T, self.block_of[p], self.blocks)
-            if wait == 0 or not state['bases']:
+            if (wait == 0 and not is_again) or not state['bases']:
+                if self.unmerged.get(p) == layer.merges:
+                    raise ValueError(f'begin({step}) takes new bases, and a layer was not merged '
+                                     'since its last step: call lowrank.merge after every step '
+                                     f'whose number plus 1 is a multiple of merge_every={T}')
                 self._refresh(p, layer, state)
             self._open_window(layer, state, wait)
         self.is_loaded = False
@@ -712,6 +738,7 @@ class LowRankAdamW(GaLoreAdamW):
         """Windows that were open go on."""
         super().state_is_loaded()
         self.is_loaded = True
+        self.unmerged.clear()
         for p, layer in self.layers.items():
             layer.sketch = None
             if 'sketch' in self.state[p]:
@@ -745,6 +772,7 @@ class LowRankAdamW(GaLoreAdamW):
                         move_(local(layer.weight), None, 0.0, keep, key + 1,
                               first_here(layer.weight), layer.scales_here, compile)
                     move_(local(p), move, lr * size, keep, key + 2, first_here(p), None, compile)
+                    self.unmerged[p] = layer.merges
 
     def _apply(self, layer, U, lr, keep, key, compile):
         """W <- keep W - lr U Q^T, for this rank's rows of W, from its rows of U."""
@@ -775,10 +803,15 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     embeddings do, too. It prints how many of all matrices follow it. Others follow AdamW: matrices
     get weight_decay; vectors, and names in the model's own no_weight_decay() (timm), get none. Each
     group has `param_names`. leave: parameters to leave out. ValueError: the rule is unknown or has
-    no matrix; or factors are always zero, on which only LowRankAdamW steps.
+    no matrix, or no rank, or a rank that it does not use; or factors are always zero, on which only
+    LowRankAdamW steps.
     """
     if rule not in PROJECTED | FULL:
         raise ValueError(f"{rule=} is not one of {', '.join(map(repr, PROJECTED | FULL))}")
+    if rule in FULL and rank:
+        raise ValueError(f'{rule=} is for whole gradients, and {rank=}: leave the rank out')
+    if rule in PROJECTED and rule != 'galore' and not rank:
+        raise ValueError(f'{rule=} is for gradients in a basis: set its rank')
     zeros = {layer.factor for layer in lowrank_layers(model) if layer.moves_weight}
     if any(p.requires_grad and p not in leave for p in zeros):
         raise ValueError("layers with factors='basis' that are merged every step are no ordinary "

@@ -198,8 +198,8 @@ def from_digits(digits):
     return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
 
-def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
-                     dropout):
+def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merge_reset, workers,
+                     bits, dropout):
     """ValueError: arguments of a MHLoRALinear (m, n) make no sense together."""
     if factors not in ('both', 'B', 'basis'):
         raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
@@ -207,11 +207,14 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, work
     if not are_integers or rank < 1 or heads < 1 or merge_every < 0:
         raise ValueError(f'{rank=}, {heads=} must be integers of at least 1, {merge_every=} '
                          'one of at least 0')
-    if factors != 'basis' and alpha is not None and not alpha > 0:
+    if alpha is not None and not alpha > 0:
         raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
     if factors != 'basis' and rank > min(m, n):
         raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
                          f'outputs: set a rank between 1 and {min(m, n)}')
+    if factors == 'basis' and (alpha is not None or merge_reset):
+        raise ValueError(f'{alpha=}, {merge_reset=} are for heads, and in a basis a merge ends '
+                         "with a zero factor: leave them out, or set factors='both' or 'B'")
     if factors == 'basis' and not merge_every:
         raise ValueError("factors='basis' trains a factor that merges into W: set "
                          'merge_every=1 (GaLore) or more')
@@ -315,8 +318,8 @@ class MHLoRALinear(FrozenLinear):
                  merge_every=0, merge_reset=False, worker=0, workers=1, zeros=None, bits=None,
                  dropout=0.0):
         m, n = linear.weight.shape
-        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, workers, bits,
-                         dropout)
+        refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merge_reset,
+                         workers, bits, dropout)
         if factors == 'basis' and not linear.weight.requires_grad:
             raise ValueError('the weight is frozen, and in a basis it would train: unfreeze it, or '
                              'leave the layer as it is')
@@ -326,7 +329,7 @@ class MHLoRALinear(FrozenLinear):
         self.dropout = dropout
         self.split = split and heads > 1  # one head sees all of the batch
         self.scale = 1.0  # s
-        if factors != 'basis' and alpha is not None:
+        if alpha is not None:
             self.scale = float(alpha) / rank
         self.merge_every = merge_every
         self.worker, self.workers = 0, 1
@@ -389,7 +392,7 @@ class MHLoRALinear(FrozenLinear):
         here = range(self.worker, self.heads, self.workers)[rows_here(self.A)]  # their numbers
         gain = math.sqrt(self.in_features / self.rank)
         for head in range(self.heads):  # every rank draws all: the same on any number of ranks
-            drawn = torch.empty(A.shape[1:], dtype=sum_dtype(A))  # QR needs it
+            drawn = torch.empty(A.shape[1:], dtype=sum_dtype(A), device='cpu')  # QR needs it
             nn.init.orthogonal_(drawn, gain, generator=generator)
             if head in here:
                 A[here.index(head)].copy_(drawn)
@@ -445,7 +448,10 @@ class MHLoRALinear(FrozenLinear):
             if x.shape[0] % groups:
                 raise ValueError(f'a batch of {x.shape[0]} does not split over {groups} heads: set '
                                  'batch_size to a multiple of heads times the number of ranks')
-        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, into, out, self.sketch,
+        sketch = self.sketch
+        if sketch is not None and not self.factor.requires_grad:  # frozen since it was asked for
+            sketch = None
+        return LowRankProduct.apply(x, self.weight, self.scales, self.bias, into, out, sketch,
                                     groups, scale, self.moves_weight)
 
     @torch.no_grad()
@@ -799,6 +805,9 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     merges = layers[0].merges if layers else 0
     if merges == 0:
         refuse_equal_heads(layers)
+    if generator is None and not layers and replicas:
+        raise ValueError('without low-rank layers nothing counts merges: give a generator, seeded '
+                         'with the step')
     if generator is None:
         generator = torch.Generator().manual_seed(merges)
     seed = generator.initial_seed()
@@ -909,6 +918,9 @@ def clip_gradients(model, max_norm):
     if heads:
         of_heads = [torch.linalg.vector_norm(p.grad, dim=(1, 2), dtype=sum_dtype(p.grad))
                     for p in heads]
+        if len({*map(len, of_heads)}) > 1:
+            raise ValueError('layers have different numbers of split heads, and each head is '
+                             'clipped over all layers: give all as many')
         of_heads = torch.stack(of_heads).norm(dim=0)  # (heads here,)
         norms = torch.cat([norms.to(of_heads), of_heads])  # (1 + heads here,)
     if max_norm:
@@ -922,8 +934,9 @@ def clip_gradients(model, max_norm):
 
 def check_training(model, *optimizers):
     """Raises ValueError for what would train wrongly in silence: a trainable parameter that no
-    optimizer holds, or a layer with a basis that no galore.LowRankAdamW holds. Layers that are not
-    merged show only later: a hook warns of them (`merge_watch`). Call it before the first step."""
+    optimizer holds, a layer whose weight was unfrozen, or one with a basis that no
+    galore.LowRankAdamW holds. Layers that are not merged show only later: a hook warns of them
+    (`merge_watch`). Call it before the first step."""
     held = {p for optimizer in optimizers for group in optimizer.param_groups
             for p in group['params']}
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
@@ -933,6 +946,9 @@ def check_training(model, *optimizers):
                          'optimizer after apply_mhlora, or freeze it')
     in_basis = {p for optimizer in optimizers for p in getattr(optimizer, 'layers', ())}
     for name, layer in named_layers(model).items():
+        if layer.weight.requires_grad:
+            raise ValueError(f"the weight of '{name}' is to stay frozen, as it gets no gradient: "
+                             'set its requires_grad to False again')
         if layer.factors == 'basis' and layer.factor.requires_grad and layer.leaf not in in_basis:
             raise ValueError(f"no galore.LowRankAdamW holds '{name}', which has factors='basis': "
                              'another optimizer takes no bases, and nothing there would train')

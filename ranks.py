@@ -144,7 +144,8 @@ def per_rank_tensors(layers):
 
 def keep_out_of_ddp(net, tensors):
     """Tells DistributedDataParallel, before it wraps `net`, which tensors to leave alone."""
-    named = (*net.named_parameters(), *net.named_buffers())
+    named = (*net.named_parameters(remove_duplicate=False),  # DDP goes by all names of a tied one
+             *net.named_buffers(remove_duplicate=False))
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(  # it has no public name
         net, [name for name, x in named if x in tensors])

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import (fail, locked, read_json, refuse_foreign, remove_leftovers, replacing, said,
-                    write_json)
+from config import (USES, fail, locked, read_json, refuse_foreign, remove_leftovers, replacing,
+                    said, write_json)
 from galore import GaLoreAdamW, LowRankAdamW, param_groups
 from lowrank import (FrozenLinear, MHLoRALinear, apply_mhlora, check_training, count_parameters,
                      freeze_rest, leaf_names, named_layers, replica_parameters)
@@ -167,8 +167,11 @@ def put_layers(model, settings, worker=0, workers=1):
         return []
     keys = ('heads', 'rank', 'alpha', 'factors', 'split', 'merge_every', 'merge_reset',
             'frozen_bits', 'param_bits', 'lora_dropout')
+    own = {key: settings[key] for key in keys}
+    if own['factors'] == 'basis':
+        own['alpha'] = None  # it is of heads
     names = apply_mhlora(model, settings['lowrank'].split(','), worker=worker, workers=workers,
-                         **{key: settings[key] for key in keys})
+                         **own)
     return list(dict.fromkeys(map(model.get_submodule, names)))
 
 
@@ -199,7 +202,8 @@ def make_optimizer(model, settings):
             basis_every=s.basis_every, state_bits=s.state_bits, sync_bits=s.sync_bits,
             rule='galore' if s.optimizer == 'adamw' else s.optimizer,
             sync_moments=s.sync_moments, momentum=s.momentum, **common)
-    groups = param_groups(model, s.weight_decay, s.rank, s.basis_every, s.scale, s.basis,
+    rank = s.rank if 'rank' in USES[s.optimizer] else 0
+    groups = param_groups(model, s.weight_decay, rank, s.basis_every, s.scale, s.basis,
                           rule=s.optimizer, state_bits=s.state_bits, momentum=s.momentum)
     return GaLoreAdamW(groups, **common)
 

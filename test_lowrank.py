@@ -1425,7 +1425,7 @@ def test_a_merge_in_full_forgets_what_few_bits_left():
     p = nn.Parameter(normal(64, 64))
     state = {p: {'step': 1}}
     for bits in (2, 2, 32):
-        lowrank.merge(nn.Module(), replicas={'p': p}, bits=bits, state=state)
+        lowrank.merge(nn.Module(), torch.Generator(), {'p': p}, bits, state)
         assert ('common' in state[p]) == (bits == 2)
         with torch.no_grad():
             p += 1
@@ -1505,10 +1505,10 @@ def test_a_rank_is_clamped_and_said_once():
 def test_param_groups_partition_the_model(make):
     net = make()
     next(p for p in net.parameters() if p.dim() == 1).requires_grad_(False)
-    kwargs = dict(scale=2.0, basis='power', rule='fira', proj_type='reverse_std', weight_decay=0.1)
+    kwargs = dict(scale=2.0, basis='power', proj_type='reverse_std', weight_decay=0.1)
     wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}  # a tied one once
-    for rank in (0, 2):
-        groups = galore.param_groups(net, gap=7, rank=rank, **kwargs)
+    for rank, rule in ((0, 'galore'), (2, 'fira')):
+        groups = galore.param_groups(net, gap=7, rank=rank, rule=rule, **kwargs)
         place = {name: (group, p) for group in groups
                  for name, p in zip(group['param_names'], group['params'])}
         assert (place.keys() == wanted.keys()
@@ -1519,7 +1519,8 @@ def test_param_groups_partition_the_model(make):
             assert p is wanted[name] and group['weight_decay'] == 0.1 * matrix
             assert ('rank' in group) == inside, name
             assert (not inside
-                    or {**kwargs, 'rank': 2, 'update_proj_gap': 7}.items() <= group.items())
+                    or {**kwargs, 'rank': 2, 'rule': 'fira', 'update_proj_gap': 7}.items()
+                    <= group.items())
     torch.optim.AdamW(galore.param_groups(net, 0.1))
 
 
@@ -1662,11 +1663,17 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
     before = [layer.weight.clone() for layer in (first, second)]
     first.factor.requires_grad_(False)
     run.optimizer = make_optimizer(run.model, run.settings)
-    for step in range(4):
+    for step in range(6):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
     assert torch.equal(first.weight, before[0]) and not torch.equal(second.weight, before[1])
     lowrank.check_training(run.model, run.optimizer)
-    save(run, 'ckpt.pt', {'step': 4}, resumable=True)  # few bits have left no state of it
+    save(run, 'ckpt.pt', {'step': 6}, resumable=True)  # few bits have left no state of it
+    second.factor.requires_grad_(False)  # while sketches are added up
+    assert second.sketch is not None
+    before = second.weight.clone()
+    for step in range(6, 9):
+        train_llama.train_step(run, step, lambda _: data.batch(8, step))
+    assert torch.equal(second.weight, before)
 
 
 @pytest.mark.parametrize('merge_every', [1, 2])
@@ -1810,6 +1817,37 @@ def in_basis(heads=1, merge_every=1, **settings):
     optimizer.step()
 
 
+def merged_late():
+    net = put(linears(), rank=2, factors='basis', merge_every=2)
+    optimizer = galore.LowRankAdamW(net, basis_every=4)
+    for step in range(5):
+        optimizer.begin(step)
+        net['attn'](torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        if step % 2 == 0:
+            lowrank.merge(net)
+
+
+def epochs():
+    net = put(linears(), rank=2, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(net)
+    for step in (0, 1, 0):
+        optimizer.begin(step)
+
+
+def unfrozen():
+    net = put(linears()).requires_grad_(True)
+    lowrank.check_training(net, torch.optim.AdamW(net.parameters()))
+
+
+def heads_in_different_numbers():
+    net = linears(mlp=nn.Linear(16, 8))
+    for target, heads in (('attn', 4), ('mlp', 2)):
+        put(net, (target,), heads=heads, split=True, merge_every=2)
+    net['mlp'](net['attn'](torch.ones(4, 8))).sum().backward()
+    lowrank.clip_gradients(net, 1.0)
+
+
 def dropin(**group):
     return galore.GaLoreAdamW([{'params': [nn.Parameter(torch.zeros(6, 9))], 'rank': 2, **group}])
 
@@ -1875,6 +1913,19 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0),
          'momentum=1.0'))),
+    (epochs, r'begin\(0\) after begin\(1\).* over all epochs'),
+    (merged_late, r'begin\(4\) takes new bases, and a layer was not merged'),
+    (unfrozen, "the weight of 'attn' is to stay frozen"),
+    (heads_in_different_numbers, 'different numbers of split heads'),
+    (lambda: lowrank.merge(linears(), replicas={'p': nn.Parameter(torch.ones(1))}),
+     'give a generator'),
+    (lambda: put(linears(), factors='basis', merge_every=1, alpha=8.0), 'alpha=8.0, merge_reset='),
+    (lambda: galore.GaLoreAdamW(linears().requires_grad_(False).parameters(), per_layer=True),
+     'parameter 0 is frozen, and per_layer'),
+    (lambda: dropin().load_state_dict({'state': {0: {'step': 1, 'projector': None}},
+                                       'param_groups': []}), "galore-torch's class"),
+    (lambda: galore.param_groups(linears(), rank=4, rule='muon'), 'for whole gradients, and rank=4'),
+    (lambda: galore.param_groups(linears(), rule='fira'), "rule='fira' .* set its rank"),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4'),
     (lambda: galore.param_groups(linears(attn=type('Conv1D', (nn.Module,), {})()), rank=4),
      "Conv1D is no nn.Linear"),
@@ -5449,6 +5500,13 @@ def plain_ddp_is_refused():
     # as galore-torch's loops are
     with pytest.raises(ValueError, match='two gradients in one step'):
         stepping.step()
+    net = Squares()
+    net.mlp.weight = net.attn.weight
+    stepping = galore.GaLoreAdamW([net.attn.weight], per_layer=True)
+    processes.keep_out_of_ddp(net, stepping.outside_ddp)  # by both names
+    stepping.begin(0)
+    ddp(net)(torch.randn(4, 8)).backward()
+    stepping.step()
     for apart, how in itertools.product((False, True), (dict(), dict(factors='basis'))):
         torch.manual_seed(0)
         net, rank, world = Squares(), *processes.rank_and_world()
@@ -5502,6 +5560,15 @@ def shards_of_a_block_that_is_called_twice():
     for name, x in two.state_dict().items():
         close(processes.all_rows(x), one.state_dict()[name], 1e-12)
     lowrank.check_training(two, optimizers[1])
+    three = Twice()
+    lowrank.apply_mhlora(three, ('mlp',), rank=3, factors='basis', merge_every=1)
+    torch.distributed.fsdp.fully_shard(three)
+    with pytest.raises(ValueError, match="'blocks.0.mlp' is in shards, and its basis is not"):
+        galore.LowRankAdamW(three)
+    plain = Twice()
+    torch.distributed.fsdp.fully_shard(plain)
+    with pytest.raises(ValueError, match='columns of a gradient are wanted'):
+        galore.GaLoreAdamW([{'params': [plain.out.weight], 'rank': 2}])
     for place in ('blocks.1.mlp', 'out'):
         tied = Twice()
         tied.blocks.append(nn.Sequential(OrderedDict(mlp=nn.Linear(9, 9))))

@@ -12,7 +12,6 @@ import argparse
 import ast
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import gc
 import io
@@ -34,6 +33,7 @@ import traceback
 import warnings
 import weakref
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -65,6 +65,11 @@ def options_of(argv):
         config.fail(f"'{options.bench}' is no bench: take one of {', '.join(BENCHES)}")
     if options.words and options.bench != 'memory':
         config.fail(f"bench.py {options.bench} does not know '{options.words[0]}': see --help")
+    idle = {'dry': options.bench != 'card', 'only': options.words, 'budget': not options.words,
+            'ranks': not options.words}
+    for name, is_idle in idle.items():
+        if is_idle and getattr(options, name) != parser.get_default(name):
+            config.fail(f'--{name} does nothing here: see --help')
     return options
 
 
@@ -93,9 +98,9 @@ import rules
 import train_gpt
 import train_llama
 import train_vit
-from hub import read_config
+from hub import shape_of
 from model import SIZES
-from prepare import ensure, hub_folder, read_meta
+from prepare import ensure, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
 from run import (Meter, freeze_as_set, join, not_finite, operations_of, peak_memory_bytes, peak_of,
                  set_learning_rate)
@@ -340,19 +345,21 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
     Returns (run, step) of a script from scratch: run is what its build makes, and each call of step
     does the next train_step, on random data.
 
-    settings: all that the script has; ranks: this process acts as `rank` of so many on `device`,
+    settings: all that the script has, and as `shape`, if it is there, the configuration of loaded
+    weights, whose depth n_layer sets. ranks: this process acts as `rank` of so many on `device`,
     and joins no others; None: it joins those of torchrun, if any.
     """
     s, script, numbers = dict(settings), script_of(settings), itertools.count()
     of_images = script is train_vit
-    planned = {} if of_images else {'planned': shape_of_loaded(s)}
+    shape = s.pop('shape', None)
+    planned = {'planned': replace(shape, n_layer=s['n_layer'])} if shape else {}
     # what trains depends on init_from (train='auto')
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch')
     process = join(s) if ranks is None else SimpleNamespace(
         rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=s['dtype'])
     with contextlib.redirect_stdout(None):
-        names = ['a class'] * Drawn.num_classes if of_images else vocabulary(s)
+        names = ['a class'] * Drawn.num_classes if of_images else vocabulary(s, shape)
         run = script.build(s, process, names, **planned)
     data = Drawn(run)
 
@@ -367,22 +374,16 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
     return run, step
 
 
-def shape_of_loaded(s):
-    """Returns the configuration of the weights that init_from names, read from config.json alone,
-    with n_layer of the settings if it is set. None: init_from names a file, or no weights."""
-    if s['init_from'] in ('scratch', 'auto', 'resume') or os.path.isfile(s['init_from']):
-        return None
-    shape = read_config(hub_folder(s['init_from'], 'config.json'))
-    return dataclasses.replace(shape, n_layer=s['n_layer'] or shape.n_layer)
-
-
-def vocabulary(s):
-    """The vocabulary size: as set, or of the run's data, or of the data that the script is for."""
+def vocabulary(s, shape=None):
+    """The vocabulary size: as set, or of the run's data, or of loaded weights of that shape, or of
+    the data that the script is for."""
     if s['vocab_size']:
         return s['vocab_size']
     with contextlib.suppress(ValueError, OSError):
         ensure(s['dataset'], s['data_dir'])
         return read_meta(Path(s['data_dir'], s['dataset'], 'meta.json'))['vocab_size']
+    if shape:
+        return shape.vocab_size
     return 32000 if 'size' in s else 50257
 
 
@@ -667,17 +668,36 @@ def largest_batch(settings, free, ranks):
     one = at(parts)
     fits, total = 0, one['total']
     if total <= free:
-        # the optimizer's step makes the peak of small batches; then it grows along a line
-        rows = -(-8192 // settings.get('block_size', 256) // parts) * parts
+        # from 8,192 tokens a card on it grows along a line
+        rows = -(-8192 * ranks // settings.get('block_size', 256) // parts) * parts
         low, high = at(rows)['total'], at(2 * rows)['total']
         slope = (high - low) / rows
         fits = max(int(rows + (free - low) // slope) // parts, 1) * parts
-        total = max(total, low + (fits - rows) * slope)
+        if fits >= rows:
+            total = low + (fits - rows) * slope
+        else:  # the optimizer's step may make the peak, and the loss works on pieces or not
+            fits, total = bisected(at, free, parts, fits + parts, total, fits)
     return fits, total, *(one[key] for key in COLUMNS)
 
 
-def print_head(settings, model, cards):
+def bisected(at, free, fits, too_many, total, guess):
+    """Returns (rows that fit into `free` bytes, the bytes of them), next to what does not fit; total:
+    the bytes of `fits` rows; guess: is tried first."""
+    parts, rows = fits, guess
+    while too_many - fits > parts:
+        bytes_of_rows = at(rows)['total']
+        if bytes_of_rows <= free:
+            fits, total = rows, bytes_of_rows
+        else:
+            too_many = rows
+        rows = (fits + too_many) // 2 // parts * parts
+    return fits, total
+
+
+def print_head(settings, model, cards, compute):
     """Prints what the columns of `plan` are."""
+    if compute == 'float32':
+        cards += ', computed in float32 (weights in bfloat16: in bfloat16)'
     what = f"sequences of {settings['block_size']}" if 'block_size' in settings else 'images'
     total = lowrank.count_parameters(model)['total']
     print(f'{total / 1e6:,.0f}M parameters, {what}, {cards}: the largest micro-batch that fits,\n'
@@ -728,17 +748,23 @@ def plan(words, budget, ranks=1):
             with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
                 with contextlib.redirect_stdout(None):  # a table is printed
                     settings = config.load({}, known, [*words, path, '--learning_rate=1'])
+                    source, of_text = settings['init_from'], 'block_size' in settings
+                    if of_text and source not in ('scratch', 'auto', 'resume'):
+                        settings['shape'] = shape_of(source)
+                        settings['n_layer'] = settings['shape'].n_layer
+                compute = 'float32' if settings['dtype'] == 'float32' else 'bfloat16'
                 settings.update(device='cpu', dtype='bfloat16', compile=False)
                 with watched():
                     full = {**settings, 'lowrank': '', 'optimizer': 'adamw'}
                     model = stepper(full, ranks=1)[0].model
                 settings['n_layer'] = len(model.blocks)
                 if number == 0:
-                    print_head(settings, model, f'{ranks} x {budget}')
+                    print_head(settings, model, f'{ranks} x {budget}', compute)
                 for part, dtype in enumerate(dtypes):
                     tell = functools.partial(say, len(dtypes) * number + part)
                     tell(f'{name}, weights in {dtype}')
-                    fits, *sizes = largest_batch({**settings, 'param_dtype': dtype}, free, ranks)
+                    own = dict(param_dtype=dtype, dtype=compute if dtype == 'float32' else dtype)
+                    fits, *sizes = largest_batch({**settings, **own}, free, ranks)
                     tell(name, 1)
                     sizes = ''.join(f'{size / 1e9:11.3f}' for size in sizes)
                     print(f"{name:16}{dtype:>11}{fits or 'none':>11}{sizes}", flush=True)

@@ -72,16 +72,18 @@ def write_transformers(run, checkpoint, folder, dtype):
     write_tensors(folder, tensors_for_transformers(shape, state), dtype)
     prepare.carry([run], Path(folder))
     tokens = prepare.tokenizer(checkpoint['tokenizer'], run)
-    if tokens.name == 'gpt2':
-        print("no tokenizer.json is written: that of gpt2 lies on the hub, as 'gpt2'")
-    elif not isinstance(tokens, prepare.HubTokenizer):
-        print('no tokenizer.json is written: bytes have none')
-    said_of_tokens = {} if isinstance(tokens, prepare.HubTokenizer) else {OUR_TOKENS: tokens.name}
+    said_of_tokens = {}
+    if not isinstance(tokens, prepare.HubTokenizer):
+        said_of_tokens = {OUR_TOKENS: tokens.name}
+        is_gpt2 = tokens.name == 'gpt2'
+        why = "that of gpt2 lies on the hub, as 'gpt2'" if is_gpt2 else 'bytes have none'
+        print(f'no tokenizer.json is written: {why}')
     if (run / 'config.json').is_file():
         said = read_json(run / 'config.json')
     else:
         said = config_json(shape)
-        said.update(bos_token_id=tokens.eot_token, eos_token_id=tokens.eot_token)
+        begin = [*tokens.begin, tokens.eot_token][0]
+        said.update(bos_token_id=begin, eos_token_id=tokens.eot_token)
     name = str(dtype).removeprefix('torch.')
     # transformers 4 and 5
     said.update(tie_word_embeddings=shape.tied, torch_dtype=name, dtype=name)

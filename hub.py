@@ -253,6 +253,8 @@ def from_nanogpt(checkpoint, path):
     state = {name.removeprefix('_orig_mod.'): x for name, x in checkpoint['model'].items()}
     state = {name: x for name, x in state.items() if not name.endswith('.attn.bias')}
     state.pop('lm_head.weight', None)  # it is the embedding
+    print(f"'{path}': nanoGPT's GELU is the exact one, and here it is the tanh form of GPT-2: "
+          'logits differ by about a thousandth')
     return GPTConfig(**{key: found[key] for key in wanted}), state
 
 
@@ -416,6 +418,21 @@ def load_heads(model, settings, adapter):
             local(p).copy_(take(x, p, per_rank))
 
 
+def shape_of(source):
+    """The configuration of what `read_weights` would read, without tensors of the hub."""
+    if os.path.isfile(source) or source.endswith('.pt'):
+        loaded = load_tensors(source)
+        if isinstance(loaded, dict) and 'model_args' in loaded:
+            return from_nanogpt(loaded, source)[0]
+        with torch.device('meta'):
+            return make_model(as_checkpoint(loaded, source)['model_config']).config
+    folder = prepare.hub_folder(source, 'config.json', 'adapter_config.json')
+    about = os.path.join(folder, 'adapter_config.json')
+    if os.path.isfile(about):
+        return shape_of(read_json(about).get('base_model_name_or_path') or '')
+    return read_config(folder)
+
+
 def read_weights(source, frozen_bits=None):
     """
     Returns what init_from names: (configuration, iterable of (name, tensor), the name of its tokens
@@ -496,8 +513,9 @@ def read_for(settings, kind):
 
 
 def carry_along(settings):
-    """Copies the tokenizer's files and the config.json of loaded weights into tokenizer/ of a run
-    that begins, and writes into its base.json what these weights are read from."""
+    """Copies the tokenizer's files (the data's, or else those of loaded weights) and the config.json
+    of loaded weights into tokenizer/ of a run that begins, and writes into its base.json what these
+    weights are read from."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
     sources, base = [], settings['init_from']
@@ -508,7 +526,9 @@ def carry_along(settings):
     adapted = base != 'scratch' and len(folders_of(base)) > 1
     about = {'init_from': base, 'adapted': adapted}
     with config.written_beside(Path(settings['out_dir'], 'tokenizer'), TOKENIZER) as folder:
-        prepare.carry([*sources, of_data], folder, (*prepare.TOKENIZER, 'config.json'))
+        # one set: with the same tokens a model may have no chat template, and its data one
+        prepare.carry([of_data] if (of_data / 'tokenizer.json').is_file() else sources, folder)
+        prepare.carry(sources, folder, ['config.json'])
         config.write_json(folder / 'base.json', about)
 
 

@@ -553,16 +553,15 @@ class Template:
         ValueError: the template fails, takes too long, or writes too much."""
         return self.ask(messages, add_generation_prompt)
 
-    def turns(self, messages, first=0):
-        """Returns ([(prompt, answer)] of the assistant's turns from message `first` on, whether all
-        are there). Joined, they are the text up to the last answer. A prompt ends where the
-        template asks for an answer. If it changes earlier turns later (some drop thoughts), there
-        is only the last pair. ValueError: the text does not begin with the last prompt."""
+    def turns(self, messages, learned):
+        """Returns ([(prompt, answer)] of the answers with indices `learned`, whether all are there).
+        Joined, they are the text up to the last answer. A prompt ends where the template asks for
+        an answer. If it changes earlier turns later (some drop thoughts), there is only the last
+        pair. ValueError: the text does not begin with the last prompt."""
         texts = ['']  # up to a question, up to its answer, ...: each has to begin as the one before
-        for i, message in enumerate(messages):
-            if message['role'] == 'assistant' and i >= first:
-                texts.append(self.render(messages[:i], True))
-                texts.append(self.render(messages[:i + 1]))
+        for i in learned:
+            texts.append(self.render(messages[:i], True))
+            texts.append(self.render(messages[:i + 1]))
         prompt, whole = texts[-2:]
         if not whole.startswith(prompt):
             raise ValueError('its template asks for an answer otherwise than it spells one')
@@ -573,8 +572,9 @@ class Template:
 
 
 def messages_of(found):
-    """Returns (messages, the index of the first that may be learned) of a line of .jsonl, which has
-    messages, or lists of them as prompt and completion. ValueError: it is not supported."""
+    """Returns (messages, the indices of answers to learn: those of weight 0 are only read) of a line
+    of .jsonl, which has messages, or lists of them as prompt and completion. ValueError: it is not
+    supported."""
     messages, first = found.get('messages'), 0
     if not isinstance(messages, list):
         if not isinstance(found.get('completion'), list):
@@ -583,8 +583,8 @@ def messages_of(found):
     for key in ('tools', 'functions', 'images', 'image', 'videos', 'audio'):
         if found.get(key):
             raise ValueError(f'it has {key}')
-    plain = []
-    for message in messages:
+    plain, learned = [], []
+    for i, message in enumerate(messages):
         role, content = message.get('role'), message.get('content')
         if role not in ROLES:
             raise ValueError(f'a role is {role!r}, and not one of {", ".join(ROLES)}')
@@ -598,10 +598,14 @@ def messages_of(found):
             content = ''.join(part['text'] for part in content)
         if not isinstance(content, str) or not content.strip():
             raise ValueError(f'the {role} says nothing')
+        if message.get('weight') not in (None, 0, 1):
+            raise ValueError(f"a message has weight={message['weight']!r}, and not 0 or 1")
+        if role == 'assistant' and i >= first and message.get('weight') != 0:
+            learned.append(i)
         plain.append({'role': role, 'content': whole_characters(content)})
-    if 'assistant' not in [message['role'] for message in plain[first:]]:
-        raise ValueError('no assistant answers')
-    return plain, first
+    if not learned:
+        raise ValueError('no assistant answers, or each answer has weight 0')
+    return plain, learned
 
 
 # -----------------------------------------------------------------------------
@@ -812,7 +816,9 @@ class HubTokenizer:
 
     @cached_property
     def eot_token(self):
-        token = about_tokens(self.folder).get('eos_token')
+        # the hub's GPT-2 does not say it
+        usual = '<|endoftext|>' if self.name == 'gpt2' else None
+        token = about_tokens(self.folder).get('eos_token', usual)
         if isinstance(token, str) and self.inner.token_to_id(token) is not None:
             return self.inner.token_to_id(token)
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token "

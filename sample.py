@@ -52,9 +52,10 @@ def read(source):
     if tokens is None:
         raise ValueError(f"'{source}' does not say what its tokens are: give a folder with a "
                          'tokenizer.json')
-    folders = folders_of(source)[::-1]
-    known = (folder for folder in folders if os.path.isfile(f'{folder}/tokenizer.json'))
-    return model, prepare.tokenizer(tokens, next(known, folders[0]))
+    folders = folders_of(source)  # an adapter's own comes first: it may have another chat template
+    same = (folder for folder in folders if os.path.isfile(f'{folder}/tokenizer.json')
+            and prepare.HubTokenizer(folder).name == tokens)
+    return model, prepare.tokenizer(tokens, next(same, folders[-1]))
 
 
 def tokens_that_end(tokens):

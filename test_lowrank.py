@@ -3366,9 +3366,41 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (tmp_path / 'no.py', '12GB', 'is not there'),
                                  (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
+    for words, name in ((['speed', '--dry'], 'dry'), (['memory', 'a.py', '--only=b'], 'only'),
+                        (['memory', '--ranks=2'], 'ranks'), (['speed', '--budget=9GB'], 'budget')):
+        refused(capsys, lambda: bench.options_of(words), f'--{name} does nothing here')
     refused(capsys, lambda: bench.options_of(['spead']), "'spead' is no bench", 'speed, memory')
     refused(capsys, lambda: bench.options_of(['speed', '--what=1']),
             "speed does not know '--what=1'")
+
+
+def test_the_batch_that_a_plan_names_fits_and_the_next_one_does_not():
+    settings = {**train_gpt.defaults, 'n_layer': 1, 'n_embd': 32, 'n_head': 2, 'vocab_size': 64,
+                'block_size': 16, 'dtype': 'float32'}
+
+    def total(rows):
+        return bench.planned({**settings, 'batch_size': rows})['total']
+    for rows in (3, 40, 700):  # of 16 tokens; where the step makes the peak, below and on the line
+        free = total(rows)
+        fits, said, *_ = bench.largest_batch(settings, free, 1)
+        assert fits >= rows and said == pytest.approx(total(fits), rel=1e-3)
+        assert total(fits) <= 1.001 * free < total(fits + max(fits // 100, 1))
+
+
+def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
+    folder, adapter = tmp_path / 'deep', tmp_path / 'adapter'
+    shape = dict(n_layer=30, n_head=2, n_embd=64, vocab_size=280)  # 1.5M; of 12 layers 0.6M
+    for path, about in ((folder / 'config.json', dict(shape, model_type='gpt2', n_positions=32)),
+                        (adapter / 'adapter_config.json', {'base_model_name_or_path': str(folder)})):
+        path.parent.mkdir()
+        config.write_json(path, about)
+    torch.save({'model': {}, 'model_args': dict(shape, block_size=32, bias=True)},
+               tmp_path / 'nano.pt')
+    for source in (folder, adapter, tmp_path / 'nano.pt'):
+        bench.plan([f'--init_from={source}', '--block_size=16', '--dataset=none', FILES['full'],
+                    '--dtype=float32'], '1e-6GB')
+        said = capsys.readouterr().out
+        assert said.startswith('2M parameters, sequences of 16, 1 x 1e-6GB, computed in float32')
 
 
 def test_a_planner_patches_nothing_of_ours_and_leaves_no_fake_behind():
@@ -4699,7 +4731,7 @@ def test_chats_are_spelled_as_transformers_does(tmp_path, capsys, name):
         messages = chat['messages']
         assert template.render(messages) == chat['text']
         assert template.render(messages[:-1], True) == chat['asked']
-        turns, are_all = template.turns(messages)
+        turns, are_all = template.turns(*prepare.messages_of(chat))
         answers = [message['content'] for message in messages if message['role'] == 'assistant']
         assert are_all == (name != 'thinking' or len(answers) == 1 or '</think>' not in answers[0])
         text = ''.join(itertools.chain(*turns))
@@ -4749,6 +4781,54 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_line(tmp_path, line, sa
     with pytest.raises(prepare.DataError, match=said) as refusal:
         prepared(tmp_path, 'chats', [good, line], '--tokenizer', talker(tmp_path / 'm', 'chatml'))
     assert '\n' not in str(refusal.value) and not os.path.exists(tmp_path / 'data')
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path):
+    template = prepare.Template(talker(tmp_path / 'm', 'chatml'))
+    said = [('user', 'a', None), ('assistant', 'WRONG', 0), ('user', 'b', None),
+            ('assistant', 'right', 1), ('user', 'c', None), ('assistant', 'too', None)]
+    messages = [dict(role=role, content=x, weight=weight) for role, x, weight in said]
+    (first, second), are_all = template.turns(*prepare.messages_of({'messages': messages}))
+    assert are_all and 'WRONG' in first[0] and 'right' in first[1] and 'too' in second[1]
+    assert ''.join(first + second) == template.render([
+        dict(role=role, content=x) for role, x, _ in said])
+
+
+def test_the_chat_template_of_the_data_goes_before_that_of_the_weights(tmp_path):
+    base = talker(out_of(tiny_llama(vocab_size=280).float(), tmp_path / 'base'), '', '</s>',
+                  chat_template=None)
+    config.write_json(base / 'generation_config.json', {'eos_token_id': 2})
+    talker(tmp_path / 'data' / 'chats' / 'tokenizer', 'chatml')
+    settings = dict(init_from=str(base), frozen_bits=None, eval_only=False, dataset='chats',
+                    data_dir=tmp_path / 'data', out_dir=tmp_path / 'out')
+    (tmp_path / 'out').mkdir()
+    hub.carry_along(settings)
+    carried = tmp_path / 'out' / 'tokenizer'
+    assert (carried / 'config.json').read_bytes() == (base / 'config.json').read_bytes()
+    assert prepare.Template(carried).render(WRITTEN[0]['messages'])
+    assert sample.tokens_that_end(prepare.HubTokenizer(carried)) == {259, None}
+    shutil.rmtree(carried)
+    hub.carry_along({**settings, 'dataset': 'bytes'})  # whose tokens have no files
+    assert (carried / 'generation_config.json').exists()
+    # an adapter's folder goes before its base's, if its tokens are the same
+    adapter = talker(tmp_path / 'adapter', 'chatml')
+    config.write_json(adapter / 'adapter_config.json', {
+        'base_model_name_or_path': str(base), 'r': 1, 'lora_alpha': 1.0, 'peft_type': 'LORA',
+        'target_modules': 'none'})
+    safetensors.torch.save_file({}, adapter / 'adapter_model.safetensors')
+    assert sample.read(str(adapter))[1].folder == str(adapter)
+
+
+def test_the_hubs_gpt2_does_not_say_which_token_ends_a_text(tmp_path, monkeypatch):
+    with_tokens(tmp_path, ['<|endoftext|>'])
+    (tmp_path / 'tokenizer_config.json').write_text('{"model_max_length": 1024}')
+    with pytest.raises(prepare.DataError, match='does not say which token ends a text'):
+        prepare.HubTokenizer(tmp_path).eot_token
+    digest = prepare.HubTokenizer(tmp_path).name.split()[1]
+    monkeypatch.setattr(prepare, 'GPT2_TOKENS', digest)
+    found = prepare.HubTokenizer(tmp_path)
+    assert found.name == 'gpt2'
+    assert found.eot_token == found.inner.token_to_id('<|endoftext|>') == 256
 
 
 def test_what_stands_beside_messages_is_named_and_passed_over(tmp_path, capsys):

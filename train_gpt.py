@@ -135,7 +135,8 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
         model, plain = GPT(shape), GPT(shape)
     if vocabulary > shape.vocab_size:
         raise ValueError(f'data set {s.dataset!r} has {vocabulary} tokens, the model '
-                         f'{shape.vocab_size}: set vocab_size={vocabulary}, or choose other data')
+                         f'{shape.vocab_size}: choose other data, or from scratch set '
+                         f'vocab_size={vocabulary}')
     model.to(getattr(torch, s.param_dtype))
     layers = put_layers(model, settings, process.rank, process.ranks)
     freeze_as_set(model, settings)

@@ -614,7 +614,7 @@ class LowRankAdamW(GaLoreAdamW):
         ValueError: the number of the step is below that of the last call, or a new basis is due and
         a layer was not merged since its last step.
         """
-        if self.begun is not None and step < self.begun:
+        if self.layers and self.begun is not None and step < self.begun:
             raise ValueError(f'begin({step}) after begin({self.begun}): new bases are due by the '
                              'number of the step, so count steps over all epochs')
         is_again = step == self.begun

@@ -1158,7 +1158,8 @@ def test_a_merge_keeps_the_function_and_evaluation_changes_no_weight(
     x = normal(4, 3, 28, 28) if make is tiny_vit else tokens_of(4, 16)
     if {'q', 'k'} & {*targets.split(',')}:
         hub.split_qkv(net)
-    names = lowrank.apply_mhlora(net, targets.split(','), 2, 3, 6.0, merge_every=2, **settings)
+    alpha = None if 'factors' in settings else 6.0
+    names = lowrank.apply_mhlora(net, targets.split(','), 2, 3, alpha, merge_every=2, **settings)
     assert len(names) == len(lowrank.lowrank_layers(net)) == layers
     close(net(x), plain(x))
     for step in range(2):  # the second time earlier values are taken off

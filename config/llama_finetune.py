@@ -4,7 +4,7 @@
 # SmolLM2-135M, Vim's manual, 100 steps of 256 tokens: 3.60 to 2.70 (lora at 5e-4) and 2.80 (galore
 # at 1e-3)
 # 7B by lora, planned, --init_from=FOLDER --param_dtype=bfloat16 --checkpointing=True: in 16 GiB
-# --batch_size=3; in 12 GiB, with --frozen_bits=4: --batch_size=29
+# --batch_size=9; in 12 GiB, with --frozen_bits=4: --batch_size=29
 out_dir, init_from = 'out/llama_finetune', 'HuggingFaceTB/SmolLM2-135M'
 block_size, batch_size, gradient_accumulation_steps = 512, 4, 4
 max_iters, eval_interval, eval_iters, log_interval, warmup_iters = 500, 100, 20, 10, 20

@@ -299,14 +299,19 @@ PEFT_NONE = """
     """.split()  # what is refused where an adapter sets it
 
 
-def of_a_run(checkpoint, path, dtype=None):
-    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or
-    LLaMA."""
+def without_values(checkpoint, path):
+    """The GPT or Llama of a checkpoint on the meta device, without heads."""
     if 'tokenizer' not in checkpoint:
         raise ValueError(f"'{path}' is the checkpoint of a ViT, which knows no text: give one of a "
                          'GPT or a LLaMA')
     with torch.device('meta'):
-        model = make_model(checkpoint['model_config'])
+        return make_model(checkpoint['model_config'])
+
+
+def of_a_run(checkpoint, path, dtype=None):
+    """(configuration, state dict with heads merged, those in `dtype`) of a checkpoint of a GPT or
+    LLaMA."""
+    model = without_values(checkpoint, path)
     model.to(getattr(torch, checkpoint['settings']['param_dtype']))
     put_layers(model, checkpoint['settings'])
     # tensors stay mapped to the file: only merged weights take memory
@@ -424,8 +429,7 @@ def shape_of(source):
         loaded = load_tensors(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
             return from_nanogpt(loaded, source)[0]
-        with torch.device('meta'):
-            return make_model(as_checkpoint(loaded, source)['model_config']).config
+        return without_values(as_checkpoint(loaded, source), source).config
     folder = prepare.hub_folder(source, 'config.json', 'adapter_config.json')
     about = os.path.join(folder, 'adapter_config.json')
     if os.path.isfile(about):

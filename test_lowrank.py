@@ -4326,6 +4326,8 @@ def test_an_export_of_bytes_says_what_its_tokens_are(runs, tmp_path):
                             '--num_samples=1'])
              for source in (f'{tmp_path}/hf', f'{out}/best.pt')]
     assert texts[0] == texts[1]
+    shapes = [hub.shape_of(source) for source in (f'{tmp_path}/hf', f'{out}/best.pt')]
+    assert shapes[0] == shapes[1] and shapes[0].n_layer == 2
     assert (os.stat(tmp_path / 'hf' / 'model.safetensors').st_mode
             == os.stat(tmp_path / 'hf' / 'config.json').st_mode)
 

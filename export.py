@@ -125,9 +125,11 @@ def write_peft(run, checkpoint, folder, dtype):
     """
     s, state, text = checkpoint['settings'], checkpoint['model'], 'tokenizer' in checkpoint
     about = read_json(run / 'base.json') if (run / 'base.json').is_file() else {}
-    base = about.get('init_from') if text else s['init_from']
+    base = about.get('init_from') if text else checkpoint.get('base', s['init_from'])
     layers = layers_with_heads(state, text)
     refuse_peft(s, layers, base, about.get('adapted'), text)
+    if base == 'pretrained':
+        base = checkpoint['model_config']['model']
     pairs = {}
     for name, ours in layers.items():
         n = next(state[f'{part}.A'].shape[2] for part in ours if f'{part}.A' in state)

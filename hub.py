@@ -577,6 +577,9 @@ def create_vit(shape, num_classes, weights=False, path=''):
     if not isinstance(vit, timm.models.VisionTransformer):  # others compute around their linears
         raise ValueError(f'model={name!r} is no VisionTransformer of timm: set one like '
                          'vit_base_patch16_224')
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in vit.modules()):
+        raise ValueError(f'model={name!r} has BatchNorm, whose averages would move while it is '
+                         'frozen: set one like vit_base_patch16_224')
     if 0 in vit.patch_embed.grid_size:
         embed = vit.patch_embed
         raise ValueError(f'an image of {embed.img_size} has no patch of {embed.patch_size} pixels: '
@@ -668,7 +671,10 @@ def read_vit(path, shape, classes, keep=False, frozen_bits=None):
         raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
                          f'{len(classes)} of the data: evaluate it on its own data, or train first')
     if not same:  # as timm draws it
-        width = next((x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')), 1)
-        weights['head.weight'] = nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
-        weights['head.bias'] = torch.zeros(len(classes))
+        norms = [x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')]
+        width = (norms or [1])[-1]  # the first may be a stem's
+        # those that were distilled have two
+        for head in ['head', *({'head_dist'} & {name.split('.')[0] for name in weights})]:
+            drawn = nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)
+            weights.update({f'{head}.weight': drawn, f'{head}.bias': torch.zeros(len(classes))})
     return shape, weights

@@ -577,7 +577,7 @@ class MHLoRALinear(FrozenLinear):
 # putting it into a model
 
 # what a kind of layer is called in GPT-2, LLaMA, timm's ViT; other targets are names of modules
-KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head')}
+KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head', 'head_dist')}
 # They read their linear layers' weights and do not call the layers (the first: in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
           'timm.models.eva.EvaAttention')

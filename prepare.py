@@ -650,7 +650,10 @@ def pictures_of(folder):
         others |= {path.suffix for path in {*files} - {*found[name]}}
     if others:
         print(f"files that end in {', '.join(sorted(others))} are passed over")
-    if found and {*found} <= {'train', 'val', 'valid', 'validation', 'test'}:
+    if loose := sum(path.is_file() for path in Path(folder).glob('[!.]*')):
+        print(f'{loose} files beside the folders of classes are passed over')
+    splits = {'train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing'}
+    if found and {name.lower() for name in found} <= splits:
         raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class "
                         'into one FOLDER/class/, of which a tenth each is taken for validation and '
                         'test')

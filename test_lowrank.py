@@ -4382,7 +4382,8 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(
         root, runs, tmp_path, capsys, words, wanted):
     base = runs('vit_full', 4) / 'best.pt'
     heads = ['--heads=2', '--rank=2', '--alpha=6', *words]
-    state = train('vit', root, tmp_path / 'a', f'--init_from={base}', *heads)
+    train('vit', root, tmp_path / 'a', f'--init_from={base}', '--max_iters=2', *heads)
+    state = train('vit', root, tmp_path / 'a', '--init_from=resume', *heads)
     assert state['settings']['train'] == 'classifier'  # 'auto', on loaded weights
     more = [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft',
             '--adapter=True']
@@ -4403,6 +4404,33 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(
         # timm loads it in float32
         close(parts.pop(f'base_model.model.{name}', x), merged[name], 1e-6)
     assert not parts
+
+
+def test_a_vit_names_its_base_and_trains_both_of_its_classifiers(root, runs, tmp_path, monkeypatch):
+    state = saved(runs('vit_full', 4))
+    heads = train('vit', root, tmp_path / 'a', f"--init_from={runs('vit_full', 4)}/best.pt",
+                  '--lowrank=attn')
+    (tmp_path / 'peft').mkdir()
+    export.write_peft(tmp_path / 'a', {**heads, 'base': 'pretrained'}, tmp_path / 'peft',
+                      torch.float32)
+    about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
+    assert about['base_model_name_or_path'] == 'vit_tiny_patch16_224'
+    shape = {**state['model_config'], 'model': 'deit_tiny_distilled_patch16_224'}
+    net = hub.create_vit(shape, 3)
+    lowrank.freeze_rest(put(net, ('attn',)), ['logit'])
+    assert net.head.weight.requires_grad and net.head_dist.weight.requires_grad
+    path = f'{tmp_path}/two.safetensors'
+    safetensors.torch.save_file(hub.create_vit(shape, 3).state_dict(), path)
+    for count in (3, 5):  # of others both are drawn
+        classes = [*map(str, range(count))]
+        weights = hub.read_vit(path, dict(shape), classes)[1]
+        assert len(hub.create_vit(shape, count, weights, path).head_dist.weight) == count
+    with torch.device('meta'), pytest.raises(ValueError, match='has BatchNorm'):
+        hub.create_vit(dict.fromkeys(shape) | {'model': 'vit_base_mci_224', 'n_layer': 1}, 5)
+    create = hub.create_vit  # as if the weights were there
+    monkeypatch.setattr(train_vit, 'create_vit', lambda shape, count, *_: create(shape, count))
+    with pytest.raises(ValueError, match='knows 1000 classes, and not the .* of the data'):
+        built('vit', root, tmp_path / 'b', '--init_from=pretrained', '--eval_only=True')
 
 
 def test_evaluating_tells_bits_a_byte(root, tmp_path):
@@ -4447,10 +4475,11 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
         (tmp_path / 'mine' / name).mkdir()
         with pytest.raises(prepare.DataError, match=said):
             prepare.main([*words, '--overwrite'])
-    for name in ('train', 'test'):
-        (tmp_path / 'splits' / name / 'cat').mkdir(parents=True)
-    with pytest.raises(prepare.DataError, match='holds splits'):
-        prepare.main(['images', '--input', f'{tmp_path}/splits'])
+    for place, names in (('splits', ('train', 'test')), ('others', ('Training', 'Testing'))):
+        for name in names:
+            (tmp_path / place / name / 'cat').mkdir(parents=True)
+        with pytest.raises(prepare.DataError, match='holds splits'):
+            prepare.main(['images', '--input', f'{tmp_path}/{place}'])
 
 
 def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(tmp_path, capsys):
@@ -4462,9 +4491,11 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(ink).save(folder / f'{i}.png')
     (tmp_path / 'mine' / 'a' / 'notes.txt').write_text('of the photographer')
+    (tmp_path / 'mine' / 'labels.csv').write_text('0,a')
     prepare.main(['images', '--input', f'{tmp_path}/mine', '--size=8', f'--data_dir={tmp_path}'])
     said = capsys.readouterr()
     assert 'images of rare' in said.err and 'end in .txt are passed over' in said.out
+    assert '1 files beside the folders of classes are passed over' in said.out
     for split in ('train', 'val', 'test'):
         data = prepare.Images('images', split, tmp_path)
         for image in data.items(np.arange(len(data)))[0]:

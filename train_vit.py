@@ -254,6 +254,10 @@ def build(settings, process, classes, checkpoint=None):
         raise ValueError(f"init_from={s.init_from!r} is no file: set 'scratch', 'resume', "
                          "'pretrained', or the path of a best.pt or of weights of timm")
     model = create_vit(shape, len(classes), weights, path)
+    known = model.pretrained_cfg.get('num_classes')
+    if s.eval_only and weights is True and known != len(classes):
+        raise ValueError(f"the classifier of timm's weights knows {known} classes, and not the "
+                         f'{len(classes)} of the data: set init_from to the best.pt of a run')
     (height, width), (tall, wide) = model.patch_embed.img_size, model.patch_embed.patch_size
     if (height % tall or width % wide) and process.rank == 0:
         print(f'the last {height % tall} rows and {width % wide} columns of images are in no patch '
@@ -386,7 +390,8 @@ def test(run, data, meter, step):
     if run.rank == 0:
         shares = ('no images' if x is None else f'{x:.3f}' for x in record['test_acc_by_class'])
         print('accuracy by class: ' + ', '.join(map(' '.join, zip(data.classes, shares))))
-        if matrix is not None:
+        drawn_from_log = run.s.eval_only and os.path.exists(f'{run.s.out_dir}/log.jsonl')
+        if matrix is not None and not drawn_from_log:
             print(f'python assets/figures.py {run.s.out_dir} draws the confusion matrix')
 
 
@@ -412,6 +417,9 @@ def main(settings):
         if run.rank == 0:  # a fresh run removes the files of an older one here
             start_run(settings, step)
         meter = Meter(run, step, images, 'images', epochs, operations_of_image(run.model))
+    base = s.init_from  # what adapters belong to
+    if checkpoint:
+        base = checkpoint.get('base', checkpoint['settings']['init_from'])
     del checkpoint
 
     def batch(micro_step):
@@ -435,7 +443,7 @@ def main(settings):
                 better = not s.eval_only and step > 0 and not auc < best_val_auc
                 best_val_auc = auc if better else best_val_auc
             about = dict(step=step, best_val_auc=best_val_auc, data=train_data.fingerprint,
-                         classes=classes)
+                         classes=classes, base=base)
             if step > start:
                 save(run, 'ckpt.pt', about, resumable=True)
             if better:

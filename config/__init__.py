@@ -247,7 +247,7 @@ def checked(known, key, value, where):
     if known[key] is None and value is None:
         return None
     if wanted is float and seen is int:
-        value, seen = float(value), float
+        value, seen = float(str(value)), float  # inf, and not an error, where it is too large
     if wanted is not seen:
         example = wanted(1) if known[key] is None else known[key]
         fail(f'setting {key}={repr(value)[:80]} {where} is of type {seen.__name__}, but '

@@ -319,17 +319,17 @@ def at_twenty(name):
 
 
 AT_TWENTY = {name: at_twenty(name) for name in {**TUNED, **TUNED_WITH_DECAY, **JUDGED}}
-# A GPT of 1.1M at 20 bytes a parameter, ranks half of the width; (rate, decay) near those of
-# 0.5M
+# A GPT of 1.1M at 20 bytes a parameter, ranks half of the width: (rate, decay, *seeds that judge)
 LARGE = {
     name: (OFTEN if 'basis' in method(name) else {},
-           [dict(weight_decay=decay, learning_rate=rate) for rate, decay in those])
+           [dict(weight_decay=decay, learning_rate=rate, **seed) for rate, decay, *fresh in those
+            for seed in ({}, *each(seed=fresh))])
     for name, those in {
-        'full': [(4e-3, 0.1), (8e-3, 0.1), (1.6e-2, 0.1), (8e-3, 0.0)],
-        'muon': [(1.6e-2, 0.1), (3.2e-2, 0.1)],
-        'galore_muon, rank=72': [(1.6e-2, 0.1), (3.2e-2, 0.1)],
-        'galore, rank=72': [(4e-2, 0.1), (8e-2, 0.1)],
-        'muon_lean': [(3.2e-2, 0.1), (6.4e-2, 0.1)]}.items()}
+        'full': [(4e-3, 0.1), (8e-3, 0.1, 1, 2), (1.6e-2, 0.1)],
+        'muon': [(1.6e-2, 0.1, 1, 2), (3.2e-2, 0.1)],
+        'galore_muon, rank=72': [(3.2e-2, 0.1, 1)],
+        'galore, rank=72': [(8e-2, 0.1)],
+        'muon_lean': [(6.4e-2, 0.1, 1)]}.items()}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),

@@ -676,18 +676,18 @@ def largest_batch(settings, free, ranks):
         if fits >= rows:
             total = low + (fits - rows) * slope
         else:  # the optimizer's step may make the peak, and the loss works on pieces or not
-            fits, total = bisected(at, free, parts, fits + parts, total, fits)
+            fits, total = bisected(at, free, parts, total, fits)
     return fits, total, *(one[key] for key in COLUMNS)
 
 
-def bisected(at, free, fits, too_many, total, guess):
-    """Returns (rows that fit into `free` bytes, the bytes of them), next to what does not fit; total:
-    the bytes of `fits` rows; guess: is tried first."""
-    parts, rows = fits, guess
+def bisected(at, free, parts, total, most):
+    """Returns (rows, their bytes) that fit into `free` bytes: `most`, which is tried first, or
+    fewer, where `parts` rows more do not fit. total: the bytes of `parts` rows, which fit."""
+    fits, too_many, rows = parts, most + parts, most
     while too_many - fits > parts:
-        bytes_of_rows = at(rows)['total']
-        if bytes_of_rows <= free:
-            fits, total = rows, bytes_of_rows
+        size = at(rows)['total']
+        if size <= free:
+            fits, total = rows, size
         else:
             too_many = rows
         rows = (fits + too_many) // 2 // parts * parts

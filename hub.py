@@ -517,9 +517,9 @@ def read_for(settings, kind):
 
 
 def carry_along(settings):
-    """Copies the tokenizer's files (the data's, or else those of loaded weights) and the config.json
-    of loaded weights into tokenizer/ of a run that begins, and writes into its base.json what these
-    weights are read from."""
+    """Copies the files of the data's tokenizer, or else of loaded weights', and the config.json of
+    the weights into tokenizer/ of a run that begins, and writes into its base.json what the weights
+    are read from."""
     if settings['init_from'] == 'resume' or settings['eval_only']:
         return
     sources, base = [], settings['init_from']

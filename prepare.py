@@ -554,7 +554,7 @@ class Template:
         return self.ask(messages, add_generation_prompt)
 
     def turns(self, messages, learned):
-        """Returns ([(prompt, answer)] of the answers with indices `learned`, whether all are there).
+        """Returns ([(prompt, answer)] of answers, whether all are there); learned: their indices.
         Joined, they are the text up to the last answer. A prompt ends where the template asks for
         an answer. If it changes earlier turns later (some drop thoughts), there is only the last
         pair. ValueError: the text does not begin with the last prompt."""
@@ -572,9 +572,9 @@ class Template:
 
 
 def messages_of(found):
-    """Returns (messages, the indices of answers to learn: those of weight 0 are only read) of a line
-    of .jsonl, which has messages, or lists of them as prompt and completion. ValueError: it is not
-    supported."""
+    """Returns (messages, the indices of answers to learn) of a line of .jsonl, which has messages,
+    or lists of them as prompt and completion; answers of weight 0 are only read. ValueError: it is
+    not supported."""
     messages, first = found.get('messages'), 0
     if not isinstance(messages, list):
         if not isinstance(found.get('completion'), list):
@@ -821,7 +821,7 @@ class HubTokenizer:
     def eot_token(self):
         # the hub's GPT-2 does not say it
         usual = '<|endoftext|>' if self.name == 'gpt2' else None
-        token = about_tokens(self.folder).get('eos_token', usual)
+        token = about_tokens(self.folder).get('eos_token') or usual
         if isinstance(token, str) and self.inner.token_to_id(token) is not None:
             return self.inner.token_to_id(token)
         raise DataError(f"'{self.folder}' does not say which token ends a text: add an eos_token "

@@ -423,6 +423,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--overwrite config/nowhere.py', 1, "config/nowhere.py' is not there"),
     ('gpt', '--learning_rate=1e400', 1,
      'learning_rate=inf on the command line is no number to compute with'),
+    ('gpt', f'--learning_rate={10**400}', 1, 'learning_rate=inf on the command line'),
     ('gpt', '--data_dir=', 1, "data_dir='' names nothing: set --data_dir=data"),
     ('gpt', f'--n_layer={"x" * 5000}', 1,
      f"n_layer='{'x' * 79} on the command line is of type str"),
@@ -1657,7 +1658,8 @@ def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, ti
 
 
 @pytest.mark.parametrize('words', [
-    method('galore', '--basis_every=3'), method('galolte', '--sync_bits=2')], ids=['galore', 'bits'])
+    method('galore', '--basis_every=3'), method('galolte', '--sync_bits=2')],
+    ids=['galore', 'bits'])
 def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
     run, data = built('llama', root, tmp_path, *words)
     first, second, *_ = lowrank.lowrank_layers(run.model)
@@ -1675,6 +1677,23 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
     for step in range(6, 9):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
     assert torch.equal(second.weight, before)
+
+
+def test_begin_again_takes_no_other_basis():
+    net = put(linears(), rank=2, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(net, basis='random', basis_every=1)
+    bases = []
+    for step in (0, 0, 1, 1):  # of micro-batches without their numbers, or after a failed pass
+        optimizer.begin(step)
+        bases.append(net['attn'].basis.clone())
+    assert torch.equal(*bases[:2]) and torch.equal(*bases[2:]) and not torch.equal(*bases[1:3])
+
+
+def test_heads_are_drawn_on_the_cpu_whatever_the_default_device():
+    layer = lowrank.MHLoRALinear(nn.Linear(8, 8))
+    with torch.device('meta'):
+        layer.draw_heads()
+    assert layer.A.any()
 
 
 @pytest.mark.parametrize('merge_every', [1, 2])
@@ -1925,7 +1944,8 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
      'parameter 0 is frozen, and per_layer'),
     (lambda: dropin().load_state_dict({'state': {0: {'step': 1, 'projector': None}},
                                        'param_groups': []}), "galore-torch's class"),
-    (lambda: galore.param_groups(linears(), rank=4, rule='muon'), 'for whole gradients, and rank=4'),
+    (lambda: galore.param_groups(linears(), rank=4, rule='muon'),
+     'for whole gradients, and rank=4'),
     (lambda: galore.param_groups(linears(), rule='fira'), "rule='fira' .* set its rank"),
     (lambda: galore.param_groups(nn.Linear(3, 3), rank=4), 'rank=4'),
     (lambda: galore.param_groups(linears(attn=type('Conv1D', (nn.Module,), {})()), rank=4),
@@ -2706,8 +2726,14 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
                 and log[-1]['classes'] == whole['classes'])
 
 
-def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(runs):
+def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(root, runs, tmp_path, capsys):
     out = runs('vit_full', 8)
+    shutil.copytree(out, tmp_path / 'again')
+    capsys.readouterr()  # of the training
+    for place, is_said in (('again', False), ('new', True)):  # a log of training is drawn first
+        start(train_vit, tiny('vit', root, tmp_path / place, '--eval_only=True',
+                              f'--init_from={out}/best.pt'))
+        assert ('draws the confusion matrix' in capsys.readouterr().out) == is_said
     with mock.patch.object(sys, 'path', [f'{HERE}/assets', *sys.path]):
         draw = runpy.run_path(f'{HERE}/assets/figures.py')['draw_confusion']
     draw(out)
@@ -3391,10 +3417,11 @@ def test_the_batch_that_a_plan_names_fits_and_the_next_one_does_not():
 def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
     folder, adapter = tmp_path / 'deep', tmp_path / 'adapter'
     shape = dict(n_layer=30, n_head=2, n_embd=64, vocab_size=280)  # 1.5M; of 12 layers 0.6M
-    for path, about in ((folder / 'config.json', dict(shape, model_type='gpt2', n_positions=32)),
-                        (adapter / 'adapter_config.json', {'base_model_name_or_path': str(folder)})):
-        path.parent.mkdir()
-        config.write_json(path, about)
+    for place, name, about in (
+            (folder, 'config.json', dict(shape, model_type='gpt2', n_positions=32)),
+            (adapter, 'adapter_config.json', {'base_model_name_or_path': str(folder)})):
+        place.mkdir()
+        config.write_json(place / name, about)
     torch.save({'model': {}, 'model_args': dict(shape, block_size=32, bias=True)},
                tmp_path / 'nano.pt')
     for source in (folder, adapter, tmp_path / 'nano.pt'):
@@ -4185,6 +4212,10 @@ def test_tokens_are_those_of_the_folder_and_its_files_travel(root, bases, tmp_pa
                   '--input', str(root / 'tiny.jsonl'), '--name', 'begun'])
     for tokens in documents(all_tokens(tmp_path, 'begun', 'val').tolist(), 257):
         assert tokens[0] == 256 and 256 not in tokens[1:]
+    train('llama', tmp_path, tmp_path / 'run', '--dataset=begun', '--vocab_size=258')
+    start(export, [f"--out_dir={tmp_path / 'run'}", f'--to={tmp_path}/hf'])
+    said = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+    assert (said['bos_token_id'], said['eos_token_id']) == (256, 257)
     with_tokens(tmp_path / 'begins', eos_token='<end>')
     for name, said in (('begins', 'eos_token'), ('nothing', 'there is no folder')):
         with pytest.raises(prepare.DataError, match=said):

@@ -295,7 +295,7 @@ class GPT(LanguageModel):
 # -----------------------------------------------------------------------------
 # LLaMA
 
-# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.2; published
+# width, layers, heads, MLP width, as trained by GaLore (arXiv 2403.03507, appendix C.1; published
 # configs)
 SIZES = {'9m': (128, 4, 4, 352), '60m': (512, 8, 8, 1376), '130m': (768, 12, 12, 2048),
          '350m': (1024, 24, 16, 2736), '1b': (2048, 24, 32, 5461), '7b': (4096, 32, 32, 11008)}

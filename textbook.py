@@ -77,7 +77,8 @@ def orthonormal(Y):
 
 def lora(A, B, s):
     """LoRA (2106.09685, equation 3): the change alpha / r B A of a W that itself stays.
-    Multi-head LoRA (2402.16828, section 3): the mean over H heads, A (H, r, n), B (H, m, r)."""
+    Multi-head LoRA (2402.16828, section 3): the mean over H heads, A (H, r, n), B (H, m, r); LTE's
+    code takes the sum: H times its alpha is the same."""
     return s.alpha / s.rank * (B @ A).mean(0)
 
 def lora_gradients(G, A, B, s):
@@ -87,7 +88,8 @@ def lora_gradients(G, A, B, s):
 
 def new_heads(w, name, t, s):
     """Gives a worker w (part 3) new heads of a weight. B is zero: nothing changes yet. A is
-    orthogonal, as in LTE's code."""
+    orthogonal, as in LTE's code: its numbers are about 1 / sqrt(r); PEFT's and ReLoRA's are
+    about 1 / sqrt(3 n), so that the same rate moves W less there."""
     m, n = w.W[name].shape
     drawn = [s.draw(n, s.rank, name, t, head) for head in w.heads]
     Q = torch.stack([orthonormal(Y) for Y in drawn])  # (H, n, r)
@@ -114,7 +116,7 @@ def mean(tensors):
 def merge(workers, t, s):
     """All workers go on from the mean of what they compute with. ReLoRA (2307.05695) is one worker
     that goes on with new heads (merge_reset), so that ranks add up. Here Adam begins anew with
-    them; in the paper it keeps a little."""
+    them; in the paper it keeps a little, and W trains at full rank before the first heads."""
     weights = [full(w, s) for w in workers]
     for name in s.apart:  # the weights of which each worker has its own
         W = mean([each[name] for each in weights])
@@ -246,7 +248,7 @@ def stretched(X, R, N, state, s, dim=1):
     size = X.norm() / correction
     old = state.get('size', size)
     growth = size / (old + 1e-8)
-    shrink = max(growth, 1.01) / 1.01
+    shrink = max(growth, 1.01) / 1.01  # rules.py sets no limit after a size of 0
     state['size'] = size / shrink
     return X / shrink
 

@@ -17,4 +17,4 @@ rewarm_iters = {'relora': 50}
 # searched here
 learning_rate = {'full': 1e-3, 'galore': 0.01, 'galore_lean': 0.01, 'galore_int8': 0.01,
                  'galore_muon': 4e-3, 'fira': 0.01, 'lora': 1e-3, 'relora': 1e-3, 'muon': 2e-3,
-                 'muon_lean': 4e-3, 'apollo': 0.01, 'apollo_mini': 0.02, 'scale': 1e-3}
+                 'muon_lean': 4e-3, 'apollo': 0.01, 'apollo_mini': 0.01, 'scale': 1e-3}

@@ -1,4 +1,5 @@
-# LLaMA 7B, the paper's run on one card of 24 GB: lean GaLore of rank 1024.
+# LLaMA 7B on one card of 24 GB: lean GaLore, rank and rate of the paper's run (which took 512
+# sequences a step, 150,000 steps, bases for 500 of them).
 # python prepare.py c4 --tokens 1_000_000_000
 # python train_llama.py config/llama_7b.py config/methods/galore_lean.py
 # One GPU of 24 GB (muon_lean.py --batch_size=8: 16 GB): not yet run. More micro-batches a step

@@ -802,8 +802,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     below a module of lowrank.KINDS) follow the rule; with rule='scale' the output layer and
     embeddings do, too. It prints how many of all matrices follow it. Others follow AdamW: matrices
     get weight_decay; vectors, and names in the model's own no_weight_decay() (timm), get none. Each
-    group has `param_names`. leave: parameters to leave out. ValueError: the rule is unknown or has
-    no matrix, or no rank, or a rank that it does not use; or factors are always zero, on which only
+    group has `param_names`; one with a rank has the eps of galore-torch, 1e-6. A tied embedding is
+    an output layer. leave: parameters to leave out. ValueError: the rule is unknown or has no
+    matrix, or no rank, or a rank that it does not use; or factors are always zero, on which only
     LowRankAdamW steps.
     """
     if rule not in PROJECTED | FULL:
@@ -856,7 +857,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         keys = dict(rule=rule, momentum=0.0 if rule == 'scale' else momentum)
     else:
         keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
-                    rule=rule)
+                    rule=rule, eps=1e-6)
     keys_of = dict(ruled=keys, output=dict(keys, momentum=0.9), embeddings=dict(keys, dim=0),
                    matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
     groups = []

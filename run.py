@@ -205,7 +205,7 @@ def make_optimizer(model, settings):
     rank = s.rank if 'rank' in USES[s.optimizer] else 0
     groups = param_groups(model, s.weight_decay, rank, s.basis_every, s.scale, s.basis,
                           rule=s.optimizer, state_bits=s.state_bits, momentum=s.momentum)
-    return GaLoreAdamW(groups, **common)
+    return GaLoreAdamW(groups, eps=1e-8, **common)  # outside of bases; inside it is 1e-6
 
 
 @dataclass

@@ -22,6 +22,7 @@ import runpy
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -61,8 +62,8 @@ import train_gpt
 import train_llama
 import train_vit
 from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of,
-                 peak_of, put_layers, refuse_other_settings, save, save_checkpoint,
-                 set_learning_rate, start_run, unlock, unscale)
+                 peak_of, put_layers, refuse_other_data, refuse_other_settings, save,
+                 save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [
     # of vmap
@@ -361,6 +362,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--merge_reset=True', 1, 'merge_reset=True'),
     ('gpt', '--merge_every=5', 1, 'no heads to merge'),
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
+    ('gpt', '--eval_only=True --wandb_log=True', 1, 'set wandb_log=False'),
     ('gpt', '--beta2=1', 1, 'below 1'), ('vit', f'--seed={2**62}', 1, 'below 2**62'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
@@ -533,6 +535,12 @@ def test_a_log_for_wandb_wants_the_package_and_not_a_folder_of_that_name(
         refused(capsys, lambda: settings_of(script, '--wandb_log=True'), 'pip install wandb')
 
 
+def test_every_number_of_a_script_has_a_least_value():
+    numbers = {key for script in (*SCRIPTS.values(), sample)
+               for key, value in script.defaults.items() if type(value) in (int, float)}
+    assert numbers - config.LEAST.keys() - config.CHOICES.keys() == {'alpha'}  # see the layer
+
+
 @pytest.mark.parametrize('rule, scale', [('galore', 0.25), ('muon', 1.0)])
 def test_a_scale_that_is_not_given_is_that_of_the_rule(rule, scale):
     optimizer = galore.LowRankAdamW(
@@ -545,14 +553,31 @@ def test_a_mistake_in_code_is_no_refusal(capsys):
         raise ValueError(
             'a sentence')
     assert capsys.readouterr().err == 'error: a sentence\n'
-    for mistake in ("int('x')", 'a, b = (1,)'):
+
+    def of_text():
+        int('x')
+
+    def of_count():
+        a, b = (1,)
+    for mistake in (of_text, of_count):
         with pytest.raises(ValueError), config.refusals():
-            exec(mistake)
+            mistake()
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with():
+    alone = SimpleNamespace(ranks=1)
+    refuse_other_data('a', {}, alone, {'data': 'a'})
+    with pytest.raises(ValueError, match="data set 'mine' is not the one that this run began"):
+        refuse_other_data('b', {'dataset': 'mine'}, alone, {'data': 'a'})
 
 
 def test_what_may_not_change_has_to_be_the_same_on_resume():
     checkpoint = {'settings': {**train_gpt.defaults, 'train': 'all'}, 'optimizer': {}}
     assert MAY_CHANGE <= {*train_gpt.defaults, *train_vit.defaults}
+    assert MAY_CHANGE.isdisjoint(  # other batches, or another function of the same tensors
+        'seed dataset documents block_size augment alpha rank heads factors split lowrank '
+        'merge_every merge_reset sync optimizer param_dtype frozen_bits param_bits state_bits '
+        'model n_layer n_head n_embd vocab_size img_size patch_size'.split())
     for key in train_gpt.defaults:
         settings = {**train_gpt.defaults, key: 'something else'}
         if key in ('batch_size', 'gradient_accumulation_steps'):  # both, to the same number of rows
@@ -694,7 +719,9 @@ def test_a_shard_is_a_header_and_items_with_a_checksum(data, root):
 
 
 def test_shifted_digits_are_the_digits_under_another_look(root):
-    counts = 0
+    from scipy.ndimage import rotate
+    from sklearn.datasets import load_digits
+    counts, theirs = 0, load_digits()
     for split in COUNTS:
         digits, shifted = (prepare.Images(name, split, root) for name in prepare.DIGITS)
         (x, y), (x2, y2) = digits.fixed_batch(0, 2000), shifted.fixed_batch(0, 2000)
@@ -702,8 +729,15 @@ def test_shifted_digits_are_the_digits_under_another_look(root):
                 and x.shape == x2.shape == (len(y), 3, 32, 32))
         # coloured
         assert torch.equal(x[:, 0], x[:, 1]) and (x2.amax(1) != x2.amin(1)).any((1, 2)).all()
-        # inverted
-        assert (x.float().mean((1, 2, 3)) < x2.float().mean((1, 2, 3))).float().mean() > 0.9
+        # inverted, and turned by 30 degrees
+        channel = x2[:, 0].float()
+        ink = 1 - channel / channel.amax((1, 2), keepdim=True)
+        turned = rotate(x[:, 0].numpy() / 255, 30, (2, 1), reshape=False, order=1)
+        assert abs(ink.numpy() - turned).max() < 0.03
+        # scikit-learn's pixels with its labels: a pixel is about the middle of 4 x 4 of ours
+        small = F.avg_pool2d(x[:, :1, 1:, 1:].float(), 2, 4).flatten(1) / 255 * 16
+        nearest = torch.cdist(small, torch.from_numpy(theirs.data).float()).argmin(1)
+        assert (theirs.target[nearest] == y.numpy()).mean() > 0.99
         counts += len(y)
     assert counts == 1797 and digits.task == 'multi-class' and digits.classes == list('0123456789')
 
@@ -895,6 +929,19 @@ def test_a_model_may_recompute_what_its_backward_pass_needs(make):
         assert torch.equal(a.grad, b.grad) if a.requires_grad else b.grad is None
 
 
+def test_a_vit_may_recompute_what_its_backward_pass_needs(root, tmp_path):
+    kept = []
+    for checkpointing in (False, True):
+        run, data = built('vit', root, tmp_path, f'--checkpointing={checkpointing}')
+        images, _ = batch_of(run, data, 0)
+        saved_ones = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: saved_ones.append(x) or x, lambda x: x):
+            train_vit.logits_of(run, images)
+        kept.append(len(saved_ones))
+    assert kept[1] < kept[0] / 2
+
+
 @pytest.mark.parametrize('make', [tiny_gpt, tiny_llama])
 def test_a_model_starts_at_the_loss_of_guessing_with_the_papers_deviations(make):
     net = make(vocab_size=97, n_embd=64, n_layer=8)
@@ -972,6 +1019,11 @@ def test_text_continues_inside_the_block_the_vocabulary_and_the_k_most_likely():
     def drawn(**options):
         return continued(net, idx, 5, generator=torch.Generator().manual_seed(1), **options)
     assert torch.equal(drawn(top_k=1), best) and torch.equal(drawn(temperature=1e-6), best)
+    three = drawn(top_k=3, temperature=9.0)
+    for t in range(14, 19):
+        likely = net(three[:, max(0, t - 16):t])[:, -1].topk(3).indices
+        assert (three[:, t, None] == likely).any(1).all()
+    assert not torch.equal(three, best)
     few = drawn(vocab_size=7, temperature=9.0)
     assert (torch.equal(few[:, :14], idx) and few[:, 14:].max() < 7
             and not torch.equal(drawn(), best))
@@ -1095,8 +1147,7 @@ def book_of(plain, model, optimizer, settings, ranks=1):
     method = {key: settings[key] for key in textbook.DEFAULTS.keys() & settings} | dict(
         factors=s.factors if layers else '', split=bool(layers) and s.split and s.heads > 1,
         workers=ranks if s.sync == 'merge' else 1, learning_rate=rate, draw=draw, due=due,
-        rules=rules, eps=1e-8 if layers or s.optimizer == 'adamw' else 1e-6,
-        no_decay=('pos_embed', 'cls_token'))
+        rules=rules, no_decay=('pos_embed', 'cls_token'))
     return forward, trains, [*layers] or inside, method
 
 
@@ -1192,6 +1243,50 @@ def test_with_one_factor_trained_inputs_are_not_kept():
                 lambda x: kept.append(x.shape) or x, lambda x: x):
             layer(torch.ones(50, 64))
         assert ((50, 64) in kept) == (factors == 'both')
+
+
+def test_four_files_and_torch_are_enough_for_a_loop_of_ones_own(tmp_path):
+    for name in ('rules', 'ranks', 'lowrank', 'galore'):
+        shutil.copy(f'{HERE}/{name}.py', tmp_path)
+    code = '''import sys, torch
+import galore, lowrank
+net = torch.nn.ModuleDict({'attn': torch.nn.Linear(8, 8)})
+lowrank.apply_mhlora(net, ('attn',), rank=2, factors='basis', merge_every=1)
+optimizer = galore.LowRankAdamW(net)
+optimizer.begin(0)
+net['attn'](torch.ones(4, 8)).sum().backward()
+optimizer.step()
+assert sys.modules.keys().isdisjoint(('timm', 'tiktoken', 'datasets', 'tokenizers', 'safetensors'))
+'''
+    alone = {key: x for key, x in os.environ.items() if key != 'PYTHONPATH'}
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=alone, check=True)
+
+
+class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the shapes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        found = call(*args, **(kwargs or {}))
+        self.seen |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(found)
+                      if isinstance(x, torch.Tensor) and not x._is_view()}
+        return found
+
+
+@pytest.mark.parametrize('m, n', [(40, 24), (24, 40)])
+def test_a_layer_with_a_basis_never_forms_the_gradient(m, n):
+    for heads in (False, True):  # of plain linears the gradient is seen
+        net = linears(attn=nn.Linear(n, m, bias=False))
+        if heads:
+            put(net, rank=4, factors='basis', merge_every=1)
+        loss = net['attn'](torch.ones(3, 7, n, requires_grad=True)).square().sum()
+        with Shapes() as shapes:
+            loss.backward()
+        assert ({(m, n), (n, m)}.isdisjoint(shapes.seen)) == heads, shapes.seen
+        assert ((max(m, n), 4) in shapes.seen) == heads
 
 
 # -----------------------------------------------------------------------------
@@ -1368,12 +1463,19 @@ def test_a_window_of_sketches_resumes_bit_for_bit_from_torchs_state_dict(dtype):
     assert same_state(dict(straight[0].state_dict()), dict(again[0].state_dict()))
 
 
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-4), (torch.bfloat16, 0.03)])
+def test_random_bases_are_standard_normal():
+    drawn = [galore.gaussian(200, 300, torch.ones(1, dtype=double), seed) for seed in (1, 1, 2)]
+    assert torch.equal(*drawn[:2]) and not torch.equal(*drawn[1:])
+    assert drawn[0].std().item() == pytest.approx(1, abs=0.02) and abs(drawn[0].mean()) < 0.02
+
+
+@pytest.mark.parametrize('dtype, begin, tolerance', [  # around 0 bfloat16 holds small moves
+    (torch.float32, 1.0, 2e-4), (torch.bfloat16, 0.0, 2e-3)])
 @pytest.mark.parametrize('momentum', [None, 0.8, 0.0])
-def test_muon_is_torchs(dtype, tolerance, momentum):
+def test_muon_is_torchs(dtype, begin, tolerance, momentum):
     own = {} if momentum is None else {'momentum': momentum}
     for shape in SHAPES:
-        W, theirs = (nn.Parameter(torch.ones(shape, dtype=kind, device=DEVICE))
+        W, theirs = (nn.Parameter(torch.full(shape, begin, dtype=kind, device=DEVICE))
                      for kind in (dtype, torch.float32))
         grads, hyper = normal(6, 1, *shape, dtype=dtype), dict(lr=0.01, weight_decay=0.1)
         optimizer = galore.GaLoreAdamW([dict(params=[W], rule='muon', **own)], **hyper)
@@ -1691,6 +1793,7 @@ def test_begin_again_takes_no_other_basis():
 
 def test_heads_are_drawn_on_the_cpu_whatever_the_default_device():
     layer = lowrank.MHLoRALinear(nn.Linear(8, 8))
+    layer.A.data.zero_()
     with torch.device('meta'):
         layer.draw_heads()
     assert layer.A.any()
@@ -1873,6 +1976,10 @@ def dropin(**group):
 
 
 LIBRARY = [  # a call that would go wrong in silence, what is said
+    (lambda: put(linears(), lora_dropout=1.0), 'lora_dropout=1.0 has to be in'),
+    (lambda: put(linears(), lora_dropout=0.1, heads=2, split=True, merge_every=2),
+     'see all tokens'),
+    (lambda: put(linears(), lora_dropout=0.1, factors='basis', merge_every=1), 'lora_dropout=0.1'),
     (lambda: put(tiny_gpt(), ('q_proj',)), 'c_attn, c_fc, c_proj, lm_head'),
     (lambda: put(tiny_gpt(), rank=17), 'between 1 and 16'),
     (lambda: galore.LowRankAdamW(put(linears()), rule='muon'), 'the model has none'),
@@ -2178,8 +2285,9 @@ def test_augmentation_is_a_function_of_key_and_row():
     pair = train_vit.augmented(pair, 'flip', (0,), count=4000, rows=np.arange(4000))
     assert pair[..., 0].double().mean().item() == pytest.approx(0.5, abs=0.03)  # every second one
     wide = F.pad(images.float(), (2, 2, 2, 2), mode='replicate').byte()
-    for a, b in zip(augmented('crop', (0,)), wide):
-        assert any(torch.equal(a, b[:, i:i + 16, j:j + 16]) for i in range(5) for j in range(5))
+    places = [(i, j) for a, b in zip(augmented('crop', (0,)), wide)
+              for i in range(5) for j in range(5) if torch.equal(a, b[:, i:i + 16, j:j + 16])]
+    assert len(places) == 8 and {0, 2, 4} <= {*itertools.chain(*places)}  # by up to an eighth
 
 
 @pytest.mark.parametrize('side, size, crop_pct, interpolation', [
@@ -2475,9 +2583,8 @@ def seen(script, data, step, settings):
 
 
 WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing is rounded away
-    *(f'{script} {name}' + ' --state_bits=None' * name.endswith(('lean', 'int8'))
-      + ' --param_bits=None' * name.endswith('int8')
-      for script in SCRIPTS for name in ALONE),
+    *(f'{script} {name}' + ' --state_bits=None' * name.endswith('lean')
+      for script in SCRIPTS for name in ALONE if name != 'galore_int8'),  # it is galore_lean then
     *(f'{words} --dataset=answers --documents=False'
       for words in ('gpt lte', 'llama galore', 'llama galolte')),
     'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'gpt lte --factors=B',
@@ -2576,8 +2683,8 @@ def test_a_parameter_may_lie_otherwise_than_its_moments(view):
     assert torch.equal(around[:, 4:], weights[:, 4:])
 
 
-@pytest.mark.parametrize('rule', ['fira', 'apollo'])
-def test_a_gradient_of_zero_does_not_stop_what_follows(rule):
+@pytest.mark.parametrize('rule, least', [('fira', 1), ('apollo', 0.8)])
+def test_a_gradient_of_zero_does_not_stop_what_follows(rule, least):
     ends = []
     for zeros in (False, True):
         p = nn.Parameter(torch.ones(6, 8, dtype=double))
@@ -2585,7 +2692,7 @@ def test_a_gradient_of_zero_does_not_stop_what_follows(rule):
         grads = [[normal(6, 8, seed=step)] for step in range(6)]
         follow(optimizer, [p], [[torch.zeros(6, 8, dtype=double)]] * zeros + grads)
         ends.append((p - 1).norm().item())
-    assert ends[1] > ends[0] / 3
+    assert ends[1] > least * ends[0]
 
 
 def test_layers_keep_what_the_linears_were_and_what_follows_may_change_their_output():
@@ -2742,6 +2849,29 @@ def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(root, runs, tmp_path, c
         draw(runs('gpt_full', 8))
 
 
+def test_a_line_of_the_log_has_the_mean_loss_since_the_last_one_and_the_last_norm(root, tmp_path):
+    for every in (1, 3):
+        train('gpt', root, tmp_path / str(every), f'--log_interval={every}', '--eval_interval=3',
+              '--max_iters=3')
+    for key, take in (('train_loss', statistics.mean), ('gradient_norm', lambda x: [*x][-1])):
+        each, line = (logged(tmp_path / name, key) for name in '13')
+        assert [*each] == [1, 2, 3] and [*line] == [3]
+        assert line[3] == pytest.approx(take(each.values()), abs=1e-6)
+    for record in records(tmp_path / '1')[1:4]:
+        tokens = record['tokens_per_s'] * record['dt_ms'] / 1000
+        assert tokens == pytest.approx(8 * 16)
+
+
+def test_wandb_is_told_each_line_of_the_log(root, tmp_path, monkeypatch):
+    wandb = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    monkeypatch.setattr(config, 'is_installed', lambda package: True)
+    train('gpt', root, tmp_path, '--max_iters=2', '--wandb_log=True')
+    assert wandb.init.call_args.kwargs['config']['max_iters'] == 2
+    told = [dict(call.args[0], step=call.kwargs['step']) for call in wandb.log.call_args_list]
+    assert told == records(tmp_path)
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, tmp_path, script):
     out, vit = (tmp_path / 'a',
@@ -2855,15 +2985,28 @@ def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, wor
     assert 1 <= graphs <= 2 + (script != 'vit')  # and the loss's
 
 
+@pytest.mark.parametrize('key, value', [
+    ('use_dora', True), ('use_rslora', True), ('modules_to_save', ['lm_head']),
+    ('rank_pattern', {'q_proj': 4}), ('alpha_pattern', {'q_proj': 4}), ('lora_bias', True),
+    ('layer_replication', [[0, 2]]), ('trainable_token_indices', [1]), ('target_parameters', ['w']),
+    ('bias', 'all'), ('peft_type', 'LOHA'), ('init_lora_weights', 'pissa'), ('r', 0),
+    ('lora_alpha', 0.0)])
+def test_what_peft_can_do_and_we_do_not_read_is_refused_by_its_key(tmp_path, key, value):
+    about = {'r': 2, 'lora_alpha': 4.0, 'peft_type': 'LORA', 'bias': 'none', key: value}
+    config.write_json(tmp_path / 'adapter_config.json', about)
+    with pytest.raises(ValueError, match=f'says {key}=.*merge it by PEFT first'):
+        hub.read_adapter(str(tmp_path))
+
+
 @contextlib.contextmanager
-def signal_in_batch(number, training=True):
+def signal_in_batch(number, training=True, kind=signal.SIGTERM):
     """A signal when a model is given so manieth a micro-batch to train on, or to evaluate,
     from 0."""
     batches, kinds = itertools.count(), (models.GPT, models.Llama, timm.models.VisionTransformer)
 
     def sees(module, inputs):
         if isinstance(module, kinds) and module.training == training and next(batches) == number:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(kind)
     hook = nn.modules.module.register_module_forward_pre_hook(sees)
     try:
         yield
@@ -2871,11 +3014,13 @@ def signal_in_batch(number, training=True):
         hook.remove()
 
 
-def test_a_signal_saves_and_ends_with_zero(root, tmp_path):
+@pytest.mark.parametrize('kind', [signal.SIGTERM, signal.SIGINT])  # SIGINT: Ctrl-C
+def test_a_signal_saves_and_ends_with_zero(root, tmp_path, kind):
     words = ['train_gpt.py', *tiny('gpt', root, tmp_path, '--max_iters=8')]
-    with mock.patch.object(sys, 'argv', words), signal_in_batch(1):
+    with mock.patch.object(sys, 'argv', words), signal_in_batch(1, kind=kind):
         runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')  # no SystemExit
     assert saved(tmp_path)['step'] == 2
+    assert signal.getsignal(kind) == signal.SIG_DFL  # a second one ends the process at once
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(root, tmp_path, capsys):
@@ -2943,14 +3088,6 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', '--lowrank=nowhere', 'c_attn'), ('gpt', '--device=foo', "'cuda:N'"),
             ('gpt', '--lowrank=attn --alpha=0', 'alpha=0.0', 'above 0'),
             ('gpt', BASIS, 'merge_every=1'),
-            ('gpt', f'{BASIS}--merge_every=1 --heads=2', 'are one head'),
-            ('gpt', f'{BASIS}--merge_every=3 --basis_every=10', 'basis_every=10', 'merge_every=3'),
-            ('gpt', f'{BASIS}--merge_every=1 --basis=svd', "set basis='sketch'",
-             "optimizer='galore'"),
-            ('gpt', f'{SPLIT}--heads=5 --merge_every=2', 'batch_size=8', 'over 5 heads'),
-            ('gpt', '--optimizer=fira', "basis='sketch'", "one of 'svd', 'power'"),
-            ('gpt', '--optimizer=apollo', "set basis='random'"),
-            ('gpt', '--eval_only=True --wandb_log=True', 'wandb_log=False'),
             ('gpt', f'{resume} --batch_size=4', '16 rows a step', 'is 4: set'),
             ('vit', '--patch_size=56', 'no patch of (56, 56) pixels'),
             ('gpt', f'{resume} --n_layer=3', 'n_layer=2', '3'), ('llama', '--size=3b', '60m'),
@@ -2958,7 +3095,6 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', f'{resume} --out_dir={tmp_path}/none', 'ckpt.pt'),
             ('gpt', f'{resume} --out_dir={held["best"]}', 'weights alone'),
             ('gpt', f'{resume} --out_dir={held["damaged"]}', 'damaged'),
-            ('gpt', '--lowrank=q', 'c_attn, c_fc'),
             ('vit', '--model=vit_tiny_patch16_244', "did you mean 'vit_tiny_patch16_224'"),
             ('vit', '--dataset=bloodmnist', 'prepare.py'),
             ('vit', '--n_head=3', 'num_heads', 'n_embd'),
@@ -3035,6 +3171,14 @@ def texts_of(root, name):
 def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.glob('*.*'))
             if not path.name.endswith('_of_nanolowrank')}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path):
+    done, replace = [], os.replace
+    with mock.patch.object(os, 'fsync', lambda file: done.append('fsync')), \
+            mock.patch.object(os, 'replace', lambda *a: done.append('replace') or replace(*a)):
+        config.write_json(tmp_path / 'a.json', {})
+    assert done == ['fsync', 'replace', 'fsync']  # the last one of the folder
 
 
 def interrupt(what, times, call, kill):
@@ -3431,6 +3575,15 @@ def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
         assert said.startswith('2M parameters, sequences of 16, 1 x 1e-6GB, computed in float32')
 
 
+def test_a_deep_model_is_planned_by_two_shallow_ones():
+    settings = {**train_gpt.defaults, **bench.method('galore'), 'n_layer': 9, 'n_embd': 32,
+                'n_head': 2, 'vocab_size': 64, 'block_size': 16, 'batch_size': 4, 'rank': 8,
+                'dtype': 'float32'}
+    found = bench.planned(settings)
+    with mock.patch.object(bench, 'of_depth', lambda measure, settings: measure(settings)):
+        assert found == bench.planned(settings)
+
+
 def test_a_planner_patches_nothing_of_ours_and_leaves_no_fake_behind():
     before = [dict(vars(module)) for module in (rules, lowrank, galore)]
     with bench.watched() as watch:
@@ -3806,21 +3959,18 @@ def test_rounding_is_right_on_average_and_independent_from_place_to_place_and_ti
     share = torch.where(x.flatten() < 0, 1 - share, share)
     error = (ups.mean(0) - share) / (share * (1 - share) / len(keys)).sqrt()
     assert error.abs().max() < 5 and abs(error.mean()) < 0.1 and 0.9 < error.std() < 1.1
-    assert (rounded(x, 5) - low).abs().max() <= 2.0**-7 * x.abs().max()
+    assert ((rounded(x, 5) - low).abs() <= 2.0**-7 * x.abs()).all()
     noise = (ups - share) / (share * (1 - share)).sqrt()  # of mean zero and variance one
     rolled = [noise.roll(*by) for by in ((1, 0), (1, 1), (50, 1), ((1, 1), (0, 1)))]
     for other in (*rolled, noise.flip(1)):
         assert abs((noise * other).mean()) < 5 / math.sqrt(noise.numel())
 
 
-def test_rounding_drifts_nowhere_and_blocks_have_nothing_to_do_with_each_other():
+def test_rounding_drifts_nowhere():
     x = normal(2**20, dtype=torch.float32)
     spacing = 2.0 ** (x.abs().log2().floor() - 7)
     drift = sum(((rounded(x, key) - x) / spacing).mean().item() for key in range(400)) / 400
     assert abs(drift) < 1e-4  # its standard error is 2e-5
-    # a quarter of the way: a quarter goes up
-    some = torch.full((2**20,), 1 + 2.0**-7 / 4, device=DEVICE)
-    assert abs((rounded(some, 5) > some).sum().item() - 2**18) < 5 * (2**20 * 3 / 16) ** 0.5
 
 
 def test_random_bits_are_even_and_independent_of_neighbours_other_keys_and_each_other():
@@ -4535,20 +4685,20 @@ def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(
 
 def test_pictures_are_turned_as_their_cameras_say_transparent_ones_too(tmp_path):
     from PIL import Image
-    half = np.full((8, 8, 4), 255, np.uint8)
-    half[:4, :, :3] = 0  # dark above, and taken upside down
+    half = np.full((24, 24, 4), 255, np.uint8)  # it becomes a third of that
+    half[:9, :, :3] = 0  # dark above, and taken upside down
     exif = Image.Exif()
     exif[274] = 3
     for i in range(40):
         folder = tmp_path / 'mine' / 'ab'[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
-        half[7, 7] = i  # all are different
+        half[21:, 21:] = 5 * i  # all are different
         picture = Image.fromarray(half if i % 4 > 1 else half[..., :3])
         picture.save(folder / f'{i}.png', exif=exif)
     prepare.main(['images', '--input', f'{tmp_path}/mine', '--size=8', f'--data_dir={tmp_path}'])
     images = prepare.Images('images', 'train', tmp_path)
     found = images.items(np.arange(len(images)))[0]  # (images, 3, 8, 8)
-    assert (found[:, :, 4:] == 0).all() and (found[:, :, :4, 1:] == 255).all()
+    assert (found[:, :, 6:] < 9).all() and (found[:, :, :4, 3:] > 240).all()
 
 
 def test_pixels_that_are_in_no_patch_are_named(root, tmp_path, capsys):
@@ -4633,9 +4783,8 @@ def test_8_bits_are_right_on_average_and_stay_where_nothing_moves():
     assert not rules.dense(codes, scales, torch.float32)[0].isfinite().any()
 
 
-@pytest.mark.parametrize('lowrank_on, out', [
-    ('attn', ['mlp']), ('v_proj,logit', ['q_proj', 'mlp'])])
-def test_4_bits_are_of_all_linears_of_attention_and_mlp(capsys, lowrank_on, out):
+@pytest.mark.parametrize('lowrank_on', ['attn', 'v_proj,logit'])
+def test_4_bits_are_of_all_linears_of_attention_and_mlp(capsys, lowrank_on):
     net, idx = tiny_llama(n_embd=64, n_mlp=96).float(), tokens_of(2, 8)
     before, plain = net(idx), copy.deepcopy(net)
     parameters = lowrank.count_parameters(net)['total']
@@ -4732,7 +4881,7 @@ def test_a_vit_and_a_gpt_adapt_in_4_bits(root, tmp_path, capsys):
                           '--learning_rate=0', '--min_lr=0', *more])
         looks.append(records(
             tmp_path / 'more', 'eval.jsonl' if more else 'log.jsonl')[0]['val_loss'])
-    assert looks[1] == pytest.approx(records(tmp_path / 'on')[-2]['val_loss'], abs=1e-4)
+    assert looks == pytest.approx(2 * [records(tmp_path / 'on')[-2]['val_loss']], abs=1e-4)
     refused(capsys, lambda: start(train_vit, [*words, f'--init_from={again}',
                                               f'--out_dir={tmp_path}/no']),
             'coded again together would be others')
@@ -4799,8 +4948,7 @@ def test_chats_are_spelled_as_transformers_does(tmp_path, capsys, name):
         turns, are_all = template.turns(*prepare.messages_of(chat))
         answers = [message['content'] for message in messages if message['role'] == 'assistant']
         assert are_all == (name != 'thinking' or len(answers) == 1 or '</think>' not in answers[0])
-        text = ''.join(itertools.chain(*turns))
-        assert text == (chat['text'] if are_all else text) and text.endswith(turns[-1][1])
+        assert ''.join(itertools.chain(*turns)) == chat['text']
         assert len(turns) == (len(answers) if are_all else 1)
         for (prompt, learned), said in zip(turns[::-1], answers[::-1]):
             assert (said.strip() in learned and not prompt.endswith(said)
@@ -4845,7 +4993,7 @@ def test_a_chat_that_cannot_be_learned_is_refused_by_its_line(tmp_path, line, sa
     good = {'messages': WRITTEN[0]['messages']}
     with pytest.raises(prepare.DataError, match=said) as refusal:
         prepared(tmp_path, 'chats', [good, line], '--tokenizer', talker(tmp_path / 'm', 'chatml'))
-    assert '\n' not in str(refusal.value) and not os.path.exists(tmp_path / 'data')
+    assert '\n' not in str(refusal.value) and not (tmp_path / 'chats').exists()
 
 
 def test_an_answer_of_weight_0_is_read_and_not_learned(tmp_path):
@@ -4970,7 +5118,8 @@ BAD_TEMPLATES = [
 
 @pytest.mark.parametrize('template, said', BAD_TEMPLATES)
 def test_a_template_is_a_strangers_program(tmp_path, monkeypatch, template, said):
-    monkeypatch.setattr(prepare, 'SECONDS', 1)
+    if '1 s' in said:  # the others may be slow to start on a busy machine
+        monkeypatch.setattr(prepare, 'SECONDS', 1)
     monkeypatch.setattr(prepare, 'MEMORY', 2**28)
     with pytest.raises((ValueError, prepare.DataError), match=said) as refusal:
         prepare.Template(talker(tmp_path / 'm', template)).render(WRITTEN[0]['messages'])
@@ -5294,7 +5443,7 @@ def torchrun(rank, ranks, local_rank):
     (method('galore', '--shard=True'), 'float16', 'bfloat16'),
     (method('lte', '--shard=True'), 'float32', 'bfloat16'),  # no GradScaler goes with these two
     (['--per_layer=True', '--grad_clip=0'], 'float32', 'bfloat16')])
-@pytest.mark.parametrize('capability', [(6, 1), (7, 5), (8, 6), (9, 0)])
+@pytest.mark.parametrize('capability', [(7, 5), (8, 6)])
 def test_a_card_computes_in_what_it_is_good_at(capsys, capability, words, old, new):
     settings = settings_of(train_gpt, *words, '--learning_rate=0.01')
     with cards(capability):
@@ -5785,6 +5934,7 @@ def a_run_in_shards_loses_a_rank(root, out):
             if run.rank and step == 1:
                 os._exit(0)
             train_gpt.train_step(run, step, lambda _: data.batch(8, step, rows=rows_of_rank(run)))
+    assert step
     os._exit(0)  # no end is waited for
 
 
@@ -5856,7 +6006,7 @@ def spawn(request, root, tmp_path_factory):
 def spawned(spawn):
     """The folder of the runs of `several_ranks`, when they are done."""
     ranks, out = spawn
-    end = time.time() + 300
+    end = time.time() + int(os.environ.get('RANKS_SECONDS', 300))  # a busy machine wants more
     while (None in (codes := [rank.exitcode for rank in ranks])
            and not any(codes) and time.time() < end):
         time.sleep(0.1)

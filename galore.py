@@ -21,9 +21,9 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
-from ranks import (all_rows, cards_are_alike, coded_mean, coded_same, finish_sum, first_here,
-                   gather_rows, is_sharded, local, mean, mean_at, orthogonalise_rows,
-                   per_rank_tensors, rank_and_world, rows_here, same)
+from ranks import (all_rows, coded_mean, coded_same, finish_sum, first_here, gather_rows,
+                   is_sharded, local, mean, mean_at, orthogonalise_rows, per_rank_tensors,
+                   rank_and_world, rows_here, same, where_to_draw)
 from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time,
                    fused_adam_, in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
                    orthogonalised, read_moments, rows_of_shape, step_, sum_dtype, write_moments)
@@ -54,9 +54,7 @@ def orthonormal(Y):
 
 def gaussian(rows, rank, like, seed):
     """A random matrix (rows, rank), standard normal, drawn from `seed`: the same on all ranks."""
-    device = like.device
-    if device.type == 'cuda' and not cards_are_alike():  # a card's numbers depend on its kind
-        device = torch.device('cpu')
+    device = where_to_draw(like.device)
     generator = torch.Generator(device).manual_seed(seed)
     drawn = torch.randn(rows, rank, generator=generator, dtype=torch.float32, device=device)
     if device != like.device:

@@ -66,9 +66,12 @@ def chunked_loss(weight, x, targets, reduction):
             return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=options)
         # In 16 bits the operator's own mean would round the loss to three digits, and its gradients
         # would be computed before a GradScaler could scale them. With one loss for each token
-        # neither happens; the mean is taken below, in float32.
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=512, acc_policy='accurate',
-                                               acc_dtype=torch.float32)
+        # neither happens; the mean is taken below, in float32. 'accurate' computes gradients by
+        # products in float32, which are slow on cards and fast on CPUs.
+        is_fast = x.device.type == 'cuda' and x.dtype == torch.bfloat16
+        options = nn.LinearCrossEntropyOptions(
+            batch_chunk_size=1024 if is_fast else 512,
+            acc_policy='compact' if is_fast else 'accurate', acc_dtype=torch.float32)
         losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)
         losses = losses.float()
         return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
@@ -77,22 +80,28 @@ def chunked_loss(weight, x, targets, reduction):
 @dataclass
 class Apart:
     """Documents that lie one after the other in rows of tokens and do not see each other. mask:
-    (batch, 1, time, time), True where a token sees another. spans: for each row the list of (begin,
-    end) of its documents; it is filled on a CPU only."""
+    (batch, 1, time, time), 0 where a token sees another, else -inf: one for all layers, where each
+    would make its own of True and False and keep it. spans: for each row the list of (begin, end)
+    of its documents; it is filled on a CPU only."""
     mask: torch.Tensor
     spans: list
 
 
-def apart(documents):
-    """Returns the `Apart` of documents (batch, time), the number of each token's document."""
+def apart(documents, dtype):
+    """Returns the `Apart` of documents (batch, time), the number of each token's document. dtype:
+    what attention computes in where autocast says nothing."""
+    if torch.is_autocast_enabled(documents.device.type):
+        dtype = torch.get_autocast_dtype(documents.device.type)
     same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    mask = mask.masked_fill(~same.tril(), -torch.inf)
     spans = []
     if documents.device.type == 'cpu':  # a GPU would have to wait for it
         for row in documents:
             lengths = row.unique_consecutive(return_counts=True)[1]
             ends = lengths.cumsum(0).tolist()
             spans.append([*zip([0, *ends], ends)])
-    return Apart(same.tril()[:, None], spans)
+    return Apart(mask[:, None], spans)
 
 
 def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
@@ -120,7 +129,9 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     if 1 < new < all_of_them:
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
-    if mask is not None and grouped:  # few GPU kernels that save memory take both
+    # few GPU kernels that save memory take a mask and shared heads, and in float32 none does
+    is_float32_on_card = q.device.type == 'cuda' and q.dtype == torch.float32
+    if grouped and (mask is not None or is_float32_on_card):
         shares = q.shape[1] // k.shape[1]  # heads of q that share one of k and v
         k, v = (x[:, :, None].expand(-1, -1, shares, -1, -1).flatten(1, 2) for x in (k, v))
         grouped = False
@@ -286,7 +297,8 @@ class GPT(LanguageModel):
         if documents is None:
             position = positions_after(cache, idx)
         else:
-            documents, position = apart(documents), places_in(documents)
+            position = places_in(documents)
+            documents = apart(documents, self.embedding.weight.dtype)
         x = self.embedding(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         return self.transformer.ln_f(self.through_blocks(x, documents, cache=cache))
@@ -442,7 +454,8 @@ class Llama(LanguageModel):
         positions, c = positions_after(cache, idx), self.config
         # once for all layers; documents need no own positions: only distances of tokens count
         cos, sin = rotary(positions, c.head_size, c.rope_base, c.rope_scaling)
-        documents = None if documents is None else apart(documents)
+        if documents is not None:
+            documents = apart(documents, self.embedding.weight.dtype)
         x = self.through_blocks(self.embedding(idx), cos, sin, documents, cache=cache)
         return self.model.norm(x)
 

@@ -47,6 +47,15 @@ def names_of_cards(world):
     return set(names)
 
 
+def where_to_draw(device):
+    """The device on which all ranks draw the same random numbers: `device`, or the CPU where they
+    have several kinds of GPU. Every rank has to ask."""
+    device = torch.device(device)
+    if device.type == 'cuda' and not cards_are_alike():
+        return torch.device('cpu')
+    return device
+
+
 # -----------------------------------------------------------------------------
 # collectives; nccl takes contiguous tensors only
 

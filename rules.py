@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shutil
+import sysconfig
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +62,13 @@ def is_compiled(compile, device):
 
 @functools.cache
 def has_compilers():
-    """Whether torch.compile has triton and a C compiler for GPUs; prints once what is missing."""
+    """Whether torch.compile has triton, a C compiler and Python's headers, as GPUs want it; prints
+    once what is missing."""
     missing = [] if importlib.util.find_spec('triton') else ['triton']
     if not any(map(shutil.which, (os.environ.get('CC', 'gcc'), 'gcc', 'clang'))):
         missing.append('a C compiler')
+    if not os.path.isfile(os.path.join(sysconfig.get_path('include'), 'Python.h')):
+        missing.append('Python.h (of python3-dev)')
     if missing and os.environ.get('RANK', '0') == '0':
         print('steps in 16 and 8 bits are slow here: to compile them torch wants '
               + ' and '.join(missing))

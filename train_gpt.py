@@ -104,7 +104,7 @@ import prepare
 from hub import carry_along, fill, load_heads, read_for
 from lowrank import averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge
 from model import GPT, GPTConfig
-from ranks import mean, rows_of, shard, write
+from ranks import mean, rows_of, shard, where_to_draw, write
 from run import (Meter, assemble, catch_signals, freeze_as_set, in_units, join, make_optimizer,
                  open_run, operations_of, put_layers, refuse_other_data, save, set_learning_rate,
                  start_run, stop_requested, unscale)
@@ -149,7 +149,8 @@ def build(settings, process, vocabulary, checkpoint=None, planned=None):
         # `plain` has the names and shapes that files have. Each tensor, read or drawn, is written
         # into `model` at once (with shards only this rank's rows): no process holds a second model
         if loaded is None:
-            loaded = plain.drawn(device=process.device, dtype=getattr(torch, s.param_dtype))
+            loaded = plain.drawn(device=where_to_draw(process.device),
+                                 dtype=getattr(torch, s.param_dtype))
         fill(plain, loaded, s.init_from, functools.partial(write, model))
         for layer in layers:
             layer.start()
@@ -166,7 +167,7 @@ def loss_of(run, x, y, weights=None, documents=None):
         weights = weights.to(torch.promote_types(getattr(torch, run.s.param_dtype), torch.float32))
     batch = [part for part in (x, y, weights, documents) if part is not None]
     if run.device_type == 'cuda':  # pinned: the copy overlaps with what the GPU still has to do
-        batch = [part.pin_memory() for part in batch]
+        batch = [part.contiguous().pin_memory() for part in batch]
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):
         return run.net(*(part.to(run.device, non_blocking=True) for part in batch))

@@ -5667,6 +5667,10 @@ def several_ranks(root, out, me, port):
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit), unlike:
         run('gpt_full', root, f'{out}/differ')
     assert "rank 0 has dtype='float16' and rank 1 'bfloat16': start all" in said.getvalue()
+    unlike = mock.patch('run.fingerprint_of_code', return_value=str(me))
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit), unlike:
+        run('gpt_full', root, f'{out}/differ')
+    assert "rank 0 has code='0' and rank 1 '1': start all" in said.getvalue()
     # of two nodes, the first one has a checkpoint
     os.mkdir(f'{out}/disk{me}'), os.chdir(f'{out}/disk{me}')
     if me == 0:

@@ -31,6 +31,7 @@ BENCHES = {
     'smaller': 'loss of some methods on a GPT of a third of its size',
     'twenty': 'loss of some methods on a GPT of 0.5M after 20 bytes a parameter, tuned one by one',
     'larger': 'the same of a GPT of 1.1M: AdamW and the best of those',
+    'largest': 'the same of a GPT of 3.3M: AdamW and Muon',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
     'costs': 'time, memory of screening and twenty; bytes sent of screening, quality and english'}
@@ -76,7 +77,7 @@ LONGER = {**SCREEN, 'max_iters': 2400, 'warmup_iters': 240}
 SMALLER = {**SCREEN, 'n_embd': 144}  # 1.1M
 
 
-PARAMETERS = {96: 496_800, 144: 1_076_976}  # of a GPT so wide, embeddings included
+PARAMETERS = {96: 496_800, 144: 1_076_976, 256: 3_290_880}  # of a GPT so wide, embeddings included
 BATCH = 8192  # bytes a step
 
 
@@ -91,6 +92,7 @@ def lasting(times, batch=BATCH, width=96):
 
 TWENTY = {**SCREEN, 'dataset': 'texts', **lasting(20)}
 LARGER = {**TWENTY, **lasting(20, width=144)}
+LARGEST = {**TWENTY, **lasting(20, width=256)}
 LAYERS = {**SCREEN, 'max_iters': 500, 'warmup_iters': 50, 'eval_interval': 500}
 # The finalists: 10.7M, 1,000 steps of 1,024 bytes, all but the rate as the screening found best
 FINAL = {**SCREEN, 'n_layer': 6, 'n_head': 6, 'n_embd': 384, 'block_size': 128, 'max_iters': 1000,
@@ -330,6 +332,9 @@ LARGE = {
         'galore_muon, rank=72': [(3.2e-2, 0.1, 1)],
         'galore, rank=72': [(8e-2, 0.1)],
         'muon_lean': [(6.4e-2, 0.1, 1)]}.items()}
+# One of 3.3M: a training takes hours; rates fall as the width grows
+OF_3M = {'full': ({}, [dict(weight_decay=0.1, learning_rate=rate) for rate in (4e-3, 8e-3)]),
+         'muon': ({}, [dict(weight_decay=0.1, learning_rate=1.6e-2)])}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),
@@ -360,6 +365,7 @@ TRAININGS = {name: list(cells_of(name, base, methods)) for name, base, methods i
     ('eight', SCREEN, EIGHT),
     ('english', ENGLISH, ON_ENGLISH), ('longer', LONGER, FOR_LONGER),
     ('smaller', SMALLER, FOR_SMALLER), ('twenty', TWENTY, AT_TWENTY), ('larger', LARGER, LARGE),
+    ('largest', LARGEST, OF_3M),
     ('convergence', ADAPT, ADAPTING), ('layers', LAYERS, HEADS_ON))}
 
 

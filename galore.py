@@ -29,6 +29,7 @@ from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at
                    orthogonalised, read_moments, rows_of_shape, step_, sum_dtype, write_moments)
 
 WINDOW = 5  # steps before a refresh in which its sketch is added up
+FUSED = 'c_attn.weight', 'qkv.weight'  # (3 n, n): q, k and v, which are three matrices to Muon
 
 # -----------------------------------------------------------------------------
 # bases
@@ -153,9 +154,10 @@ def alike(params, rule):
     return sum(lists.values(), [])
 
 
-def size_of_move(rule, shape):
-    """What a rule's moves of matrices of a shape are multiplied by."""
-    return muon_size(shape) if rule in ORTHOGONAL else 1.0
+def size_of_move(rule, shape, stacked):
+    """What a rule's moves of weights of a shape are multiplied by; `stacked` matrices are one."""
+    m, n = shape[-2:]
+    return muon_size((m // stacked, n)) if rule in ORTHOGONAL else 1.0
 
 
 # -----------------------------------------------------------------------------
@@ -170,7 +172,7 @@ def fill_in(group):
         defaults.update(rule='galore', basis='svd', proj_type='std', update_proj_gap=200,
                         scale=0.25)  # as in galore-torch
     elif rule in FULL:
-        defaults.update(dim=1, momentum=0.0)
+        defaults.update(dim=1, momentum=0.0, stacked=1)
     if rule == 'apollo':
         defaults['basis'] = 'random'
     if rule == 'muon':
@@ -244,7 +246,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
     (see `is_transposed`), as there, and our own `basis` (see `basis_of`) and `rule` (one of
     rules.PROJECTED), all optional. A group without `rank` follows AdamW with the same arithmetic;
     with rule='adamw', AdamW as in torch; with a `rule` of rules.FULL, that rule and its `momentum`
-    (0 keeps no moment). Any group: `state_bits` (see rules.new_moments).
+    (0 keeps no moment); rule='muon' takes each weight as `stacked` matrices, one above the other.
+    Any group: `state_bits` (see rules.new_moments).
 
     per_layer: when a parameter's gradient is complete, the backward pass averages it over ranks
     (not for parameters in `per_rank`, which differ by rank), updates the parameter, and frees the
@@ -459,7 +462,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def _full(self, params, group):
         """W <- (1 - lr decay) W - lr times what a rule of FULL makes of the gradient, in place."""
         keep = 1.0 - group['lr'] * group['weight_decay']
-        lr = group['lr'] * size_of_move(group['rule'], params[0].shape)
+        lr = group['lr'] * size_of_move(group['rule'], params[0].shape, group['stacked'])
         for W, move in zip(params, self._moves(FULL, group['rule'], params, group)):
             key = self._seed(W, self.state[W]['step'], 0)
             move_(local(W), move, lr, keep, key + 1, first_here(W), None, group['compile'])
@@ -479,8 +482,10 @@ class GaLoreAdamW(torch.optim.Optimizer):
         p = params[0]
         moves = torch.stack(moves)  # (matrices, rows here, columns)
         if is_sharded(p) and p.dim() == 2:
-            return orthogonalise_rows(moves, len(p))
-        return orthogonalised(moves)  # of a sharded factor ranks have whole heads
+            return orthogonalise_rows(moves, len(p), group['stacked'])
+        # of a sharded factor ranks have whole heads
+        moves = moves.unflatten(-2, (group['stacked'], -1))  # (matrices, stacked, rows, columns)
+        return orthogonalised(moves).flatten(-3, -2)
 
     def state_bytes(self):
         """Bytes of all tensors in the state, bases included."""
@@ -596,7 +601,7 @@ class LowRankAdamW(GaLoreAdamW):
         if found:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
             groups.append({'params': [*self.layers],
                            'param_names': [names[p] for p in self.layers],
-                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
+                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'stacked': 1,
                            'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
         if not groups:
             raise ValueError('nothing is to train: all parameters are frozen')
@@ -759,7 +764,7 @@ class LowRankAdamW(GaLoreAdamW):
         keep, compile = 1.0 - group['lr'] * group['weight_decay'], group['compile']
         lr = group['lr'] * group['scale'] * keep  # as in GaLoreAdamW: decay after the update
         for some in alike(params, group['inside']):
-            size = size_of_move(group['inside'], some[0].shape)
+            size = size_of_move(group['inside'], some[0].shape, group['stacked'])
             for p, move in zip(some, self._moves(INSIDE, group['inside'], some, group)):
                 layer = self.layers[p]
                 key = self._seed(p, self.state[p]['step'], 0)
@@ -800,10 +805,10 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     below a module of lowrank.KINDS) follow the rule; with rule='scale' the output layer and
     embeddings do, too. It prints how many of all matrices follow it. Others follow AdamW: matrices
     get weight_decay; vectors, and names in the model's own no_weight_decay() (timm), get none. Each
-    group has `param_names`; one with a rank has the eps of galore-torch, 1e-6. A tied embedding is
-    an output layer. leave: parameters to leave out. ValueError: the rule is unknown or has no
-    matrix, or no rank, or a rank that it does not use; or factors are always zero, on which only
-    LowRankAdamW steps.
+    group has `param_names`; one with a rank has the eps of galore-torch, 1e-6; by rule='muon' that
+    of FUSED weights has stacked=3. A tied embedding is an output layer. leave: parameters to leave
+    out. ValueError: the rule is unknown or has no matrix, or no rank, or a rank that it does not
+    use; or factors are always zero, on which only LowRankAdamW steps.
     """
     if rule not in PROJECTED | FULL:
         raise ValueError(f"{rule=} is not one of {', '.join(map(repr, PROJECTED | FULL))}")
@@ -827,7 +832,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
 
     def part_of(name, p):
         if ruled and p in linears and is_wanted(name, ['attn', 'mlp']):
-            return 'ruled'
+            is_fused = name.endswith(FUSED) and len(p) == 3 * p.shape[1]
+            return 'fused' if is_fused and rule in ORTHOGONAL else 'ruled'
         if rule == 'scale' and p in output:
             return 'output'
         if rule == 'scale' and p in embeddings:
@@ -836,11 +842,12 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
             return 'matrices'
         return 'vectors'
 
-    parts = {part: {} for part in ('ruled', 'output', 'embeddings', 'matrices', 'vectors')}
+    kinds = 'ruled', 'fused', 'output', 'embeddings', 'matrices', 'vectors'
+    parts = {part: {} for part in kinds}
     for name, p in model.named_parameters():  # lists tied parameters once
         if p.requires_grad and p not in leave:
             parts[part_of(name, p)][name] = p
-    if ruled and not parts['ruled']:
+    if ruled and not parts['ruled'] | parts['fused']:
         if any(type(module).__name__ == 'Conv1D' for module in named.values()):
             raise ValueError(f"{rule=} and {rank=}, but transformers' Conv1D is no nn.Linear: load "
                              'the weights into model.GPT')
@@ -848,7 +855,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
         raise ValueError(f'{rule=} and {rank=}, but no trainable nn.Linear below {below}: take '
                          'AdamW (rank=0), or name your modules in lowrank.KINDS')
     if ruled and rank_and_world()[0] == 0:
-        found = sum(len(parts[part]) for part in ('ruled', 'output', 'embeddings'))
+        found = sum(len(parts[part]) for part in ('ruled', 'fused', 'output', 'embeddings'))
         others = sum(p.dim() == 2 for p in parts['matrices'].values())
         print(f'{rule} on {found} of {found + others} matrices')
     if rule in FULL:
@@ -856,8 +863,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     else:
         keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
                     rule=rule, eps=1e-6)
-    keys_of = dict(ruled=keys, output=dict(keys, momentum=0.9), embeddings=dict(keys, dim=0),
-                   matrices=dict(rule='adamw'), vectors=dict(rule='adamw', weight_decay=0.0))
+    keys_of = dict(ruled=keys, fused=dict(keys, stacked=3), output=dict(keys, momentum=0.9),
+                   embeddings=dict(keys, dim=0), matrices=dict(rule='adamw'),
+                   vectors=dict(rule='adamw', weight_decay=0.0))
     groups = []
     for part, params in parts.items():
         group = dict(weight_decay=weight_decay, state_bits=state_bits)

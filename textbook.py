@@ -221,19 +221,24 @@ def duality(m=8, n=6, r=4):
 
 # 6. Rules for full gradients ----------------------------------------------------------------------
 
-def muon(G, state, s):
+def muon(G, state, s, stacked=1):
     """Muon (Jordan et al. 2024): the mean gradient, with all its singular values near 1, times what
-    makes it as large as Adam's move (2502.16982, section 2.2). In practice it runs in 16 bits."""
+    makes it as large as Adam's move (2502.16982, section 2.2). In practice it runs in 16 bits.
+    stacked: G holds so many matrices, one above the other, as GPT's c_attn: q, k and v."""
     X = G
     if s.momentum:
         M = average(state, 'M', G, s.momentum)
         X = s.momentum * M + (1 - s.momentum) * G  # Nesterov's: it looks ahead
+    return torch.cat([orthogonal(part) for part in X.chunk(stacked)])
+
+def orthogonal(X):
+    """X with all singular values near 1, times Muon's size."""
+    size = 0.2 * math.sqrt(max(X.shape))
     X = X / X.norm().clamp(1e-7)
     for _ in range(5):  # Newton-Schulz: of X = U S V^T an odd polynomial takes S near 1
         K = X.T @ X
         P = 2.0315 * K @ K - 4.7750 * K
         X = 3.4445 * X + X @ P
-    size = 0.2 * math.sqrt(max(G.shape))
     return size * X
 
 def stretched(X, R, N, state, s, dim=1):

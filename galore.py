@@ -154,6 +154,11 @@ def alike(params, rule):
     return sum(lists.values(), [])
 
 
+def holds_qkv(name, W):
+    """Whether the weight of that name holds q, k and v, see FUSED."""
+    return name.endswith(FUSED) and len(W) == 3 * W.shape[1]
+
+
 def size_of_move(rule, shape, stacked):
     """What a rule's moves of weights of a shape are multiplied by; `stacked` matrices are one."""
     m, n = shape[-2:]
@@ -598,11 +603,16 @@ class LowRankAdamW(GaLoreAdamW):
         names = leaf_names(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
-        if found:  # eps before the correction is larger than torch's 1e-8, as in galore-torch
-            groups.append({'params': [*self.layers],
-                           'param_names': [names[p] for p in self.layers],
-                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'stacked': 1,
-                           'inside': rule, 'state_bits': state_bits, 'momentum': momentum})
+        fused = {layer.leaf for name, layer in found.items()
+                 if rule in ORTHOGONAL and holds_qkv(f'{name}.weight', layer.weight)}
+        for stacked, leaves in (1, self.layers.keys() - fused), (3, fused):
+            leaves = [leaf for leaf in self.layers if leaf in leaves]  # in their order
+            # eps before the correction is larger than torch's 1e-8, as in galore-torch
+            group = {'params': leaves, 'param_names': [names[p] for p in leaves],
+                     'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
+                     'stacked': stacked, 'state_bits': state_bits, 'momentum': momentum}
+            if leaves:
+                groups.append(group)
         if not groups:
             raise ValueError('nothing is to train: all parameters are frozen')
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
@@ -832,8 +842,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
 
     def part_of(name, p):
         if ruled and p in linears and is_wanted(name, ['attn', 'mlp']):
-            is_fused = name.endswith(FUSED) and len(p) == 3 * p.shape[1]
-            return 'fused' if is_fused and rule in ORTHOGONAL else 'ruled'
+            return 'fused' if rule in ORTHOGONAL and holds_qkv(name, p) else 'ruled'
         if rule == 'scale' and p in output:
             return 'output'
         if rule == 'scale' and p in embeddings:

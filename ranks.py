@@ -425,7 +425,7 @@ def orthogonalise_rows(moves, size, stacked=1):
     for some in moves.split(world):
         parts = F.pad(some, (0, 0, 0, each - here, 0, world - len(some)))  # (world, each, n)
         X = exchanged(parts).flatten(0, 1)[:size]  # one matrix, (size, n)
-        X = orthogonalised(X.view(stacked, -1, n)).view(size, n)
+        X = orthogonalised(X.view(stacked, -1, n)).reshape(size, n)
         X = F.pad(X, (0, 0, 0, each * world - size))
         rows = exchanged(X.view(world, each, n))  # of each matrix
         done.append(rows[:len(some), :here])

@@ -1118,9 +1118,10 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         elif 'wpe' in name or 'embed_tokens' in name:
             rules[name] = functools.partial(textbook.scale, dim=0)
     rules = {name: rule for name, rule in rules.items() if trains[name].dim() == 2}
-    for name in inside if s.optimizer == 'muon' and not layers else ():
+    for name in layers or inside if s.optimizer == 'muon' else ():
         if name.endswith(('c_attn.weight', 'qkv.weight')):
-            rules[name] = functools.partial(textbook.muon, stacked=3)
+            rule = textbook.galore if layers else textbook.muon
+            rules[name] = functools.partial(rule, stacked=3)
 
     def forward(W, x):
         """Logits of tokens, or of images in [0, 255], as timm normalises them."""

@@ -138,13 +138,13 @@ def merge(workers, t, s):
 # is on the smaller side of W. From here on that is n; of other matrices `train` hands over the
 # transpose. (In GaLore's paper all is transposed: P^T G in place of G Q.)
 
-def galore(G, state, s):
+def galore(G, state, s, stacked=1):
     """GaLore (2403.03507, algorithm 2): project, Adam inside the basis, project back."""
     Q = state['Q']
     R = G @ Q  # (m, r)
     inside = adam
-    if s.factors == 'basis':  # Adam, or a rule of part 6: that Muon stands here is ours
-        inside = RULES[s.optimizer]
+    if s.factors == 'basis' and s.optimizer == 'muon':  # of part 6: that it stands here is ours
+        inside = functools.partial(muon, stacked=stacked)
     N = inside(R, state, s)
     return s.scale * N @ Q.T
 

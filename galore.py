@@ -551,10 +551,11 @@ class LowRankAdamW(GaLoreAdamW):
     move of R goes straight into W; with a merge every T steps (GaLoLTE) it goes into the factor,
     and sync_moments averages first moments over heads and ranks after a merge, so that heads drift
     apart less. rule: one of rules.INSIDE, 'galore' (Adam) or 'muon', with `momentum` (0 keeps no
-    moment). Groups: see `param_groups`. scale multiplies lr inside a basis (None: 0.25, for Muon
-    1); eps is 1e-6 there, as in galore-torch. state_bits, per_layer: see GaLoreAdamW. sync_bits:
-    below 32, averages of split heads are sent in few bits. A layer takes a new basis every
-    basis_every steps, one block of the model after the other, and its moments are rotated to it:
+    moment), to which FUSED weights are three matrices. Groups: see `param_groups`. scale multiplies
+    lr inside a basis (None: 0.25, for Muon 1); eps is 1e-6 there, as in galore-torch. state_bits,
+    per_layer: see GaLoreAdamW. sync_bits: below 32, averages of split heads are sent in few bits. A
+    layer takes a new basis every basis_every steps, one block of the model after the other, and its
+    moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.

@@ -603,7 +603,7 @@ def renew_tables():
              for cell in kept('memory', of='screening')}
     renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
           rival_rows('screening', times, peaks))
-    for name in ('english', 'longer', 'smaller', 'larger', 'largest'):
+    for name in ('english', 'longer', 'smaller', 'larger'):
         renew('README.md', name, head, rival_rows(name))
     head = 'method', 'weights', 'losses', 'in float32', 'difference', 'its error'
     renew('README.md', 'sixteen', head, sixteen_rows())

@@ -160,7 +160,7 @@ def holds_qkv(name, W):
 
 
 def size_of_move(rule, shape, stacked):
-    """What a rule's moves of weights of a shape are multiplied by; `stacked` matrices are one."""
+    """What a rule's moves are multiplied by, of weights of a shape that hold `stacked` matrices."""
     m, n = shape[-2:]
     return muon_size((m // stacked, n)) if rule in ORTHOGONAL else 1.0
 
@@ -220,6 +220,9 @@ def refuse_shapes(group, names):
         if wants_matrices and p.dim() != 2:
             raise ValueError(f'{name} of shape {tuple(p.shape)} is no matrix: put it into a group '
                              'without rank and rule')
+        if wants_matrices and len(p) % group.get('stacked', 1):
+            raise ValueError(f"{name} of shape {tuple(p.shape)} does not hold stacked="
+                             f"{group['stacked']} matrices, one above the other")
 
 
 def say_what_differs(group, names):

@@ -1988,6 +1988,8 @@ def dropin(**group):
 
 LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(linears(), lora_dropout=1.0), 'lora_dropout=1.0 has to be in'),
+    (lambda: galore.GaLoreAdamW([dict(params=[nn.Parameter(torch.ones(4, 3))], rule='muon',
+                                      stacked=3)]), 'does not hold stacked=3 matrices'),
     (lambda: put(linears(), lora_dropout=0.1, heads=2, split=True, merge_every=2),
      'see all tokens'),
     (lambda: put(linears(), lora_dropout=0.1, factors='basis', merge_every=1), 'lora_dropout=0.1'),

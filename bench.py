@@ -583,7 +583,7 @@ def planned(settings, ranks=1):
 
     If steps have more than two micro-batches, two are run: from the second on gradients are held.
     Not counted: sketches of blocks whose turn comes later, and temporaries, up to 134 MB, of
-    compiled steps on moments of 8 bits. A loss in chunks is counted as on a CPU, which takes more.
+    compiled steps on moments of 8 bits. A loss in chunks is counted as on a CPU.
     """
     found = of_depth(functools.partial(peaks, ranks=ranks), settings)
     # each of the two is linear in the depth, and the larger of them is not

@@ -607,16 +607,16 @@ class LowRankAdamW(GaLoreAdamW):
         names = leaf_names(model)
         groups = param_groups(model, weight_decay, state_bits=state_bits,
                               leave={layer.factor for layer in found.values()})
-        fused = {layer.leaf for name, layer in found.items()
-                 if rule in ORTHOGONAL and holds_qkv(f'{name}.weight', layer.weight)}
-        for stacked, leaves in (1, self.layers.keys() - fused), (3, fused):
-            leaves = [leaf for leaf in self.layers if leaf in leaves]  # in their order
+        leaves = {}  # by how many matrices their weights hold
+        for name, layer in found.items():
+            is_fused_qkv = rule in ORTHOGONAL and holds_qkv(f'{name}.weight', layer.weight)
+            leaves.setdefault(3 if is_fused_qkv else 1, []).append(layer.leaf)
+        for stacked, params in leaves.items():
             # eps before the correction is larger than torch's 1e-8, as in galore-torch
-            group = {'params': leaves, 'param_names': [names[p] for p in leaves],
-                     'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale, 'inside': rule,
-                     'stacked': stacked, 'state_bits': state_bits, 'momentum': momentum}
-            if leaves:
-                groups.append(group)
+            groups.append({'params': params, 'param_names': [names[p] for p in params],
+                           'weight_decay': weight_decay, 'eps': 1e-6, 'scale': scale,
+                           'inside': rule, 'stacked': stacked, 'state_bits': state_bits,
+                           'momentum': momentum})
         if not groups:
             raise ValueError('nothing is to train: all parameters are frozen')
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,

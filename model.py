@@ -94,7 +94,7 @@ def apart(documents, dtype):
         dtype = torch.get_autocast_dtype(documents.device.type)
     same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
     mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
-    mask = mask.masked_fill(~same.tril(), -torch.inf)
+    mask.masked_fill_(~same.tril(), -torch.inf)
     spans = []
     if documents.device.type == 'cpu':  # a GPU would have to wait for it
         for row in documents:

@@ -415,16 +415,16 @@ def shard(model, layers, device):
         layer.shard_gradient()
 
 
-def orthogonalise_rows(moves, size, stacked=1):
-    """Orthogonalises matrices (size, n), or `stacked` ones in each, one above the other.
-    moves (matrices, rows, n): this rank's rows of them. Each rank gets one whole matrix at a time,
+def orthogonalise_rows(moves, size, stacked):
+    """Orthogonalises the `stacked` matrices, one above the other, that each weight (size, n) holds.
+    moves (weights, rows, n): this rank's rows of them. Each rank gets one whole weight at a time,
     and sends every rank its rows of the result."""
     world, each = dist.get_world_size(), rows_each(size)
     _, here, n = moves.shape
     done = []
     for some in moves.split(world):
         parts = F.pad(some, (0, 0, 0, each - here, 0, world - len(some)))  # (world, each, n)
-        X = exchanged(parts).flatten(0, 1)[:size]  # one matrix, (size, n)
+        X = exchanged(parts).flatten(0, 1)[:size]  # of one weight, (size, n)
         X = orthogonalised(X.view(stacked, -1, n)).reshape(size, n)
         X = F.pad(X, (0, 0, 0, each * world - size))
         rows = exchanged(X.view(world, each, n))  # of each matrix

@@ -91,16 +91,15 @@ def write_transformers(run, checkpoint, folder, dtype):
 
 
 @torch.no_grad()
-def compare(checkpoint, folder):
+def compare(checkpoint, folder, data):
     """Prints how far an exported model is from the one that was trained, on four rows of validation
     tokens, spread evenly over its data; computed in float32."""
-    s, (shape, tensors, _) = SimpleNamespace(**checkpoint['settings']), read_weights(folder)
+    shape, tensors, _ = read_weights(folder)
     trained, exported = (make_model(some).float().eval()
                          for some in (checkpoint['model_config'], shape))
     put_layers(trained, checkpoint['settings'])
     trained.load_state_dict(checkpoint['model'])
     fill(exported, tensors, folder)
-    data = prepare.Tokens(s.dataset, 'val', s.block_size, s.data_dir, s.documents)
     x, y, _, documents = (*data.fixed_batch(0, 1, 4), None, None)[:4]
     with averaged_heads(trained):
         before = trained(x, documents=documents)
@@ -231,6 +230,9 @@ def main(settings):
             raise ValueError("to='' names no folder to write: set --to=FOLDER")
         if s.check and (s.adapter or not text):
             raise ValueError('check=True compares a merged model of text: leave out --adapter')
+        if s.check:
+            its = SimpleNamespace(**checkpoint['settings'])
+            data = prepare.Tokens(its.dataset, 'val', its.block_size, its.data_dir, its.documents)
         if os.path.exists(s.to) and not s.overwrite:
             raise ValueError(f"'{s.to}' is already there: choose another --to, or replace it by "
                              '--overwrite=True')
@@ -242,7 +244,7 @@ def main(settings):
             else:
                 write_timm(checkpoint, folder, dtype)
         if s.check:
-            compare(checkpoint, s.to)
+            compare(checkpoint, s.to, data)
     what = 'the heads' if s.adapter else 'the model'
     print(f"'{s.to}' holds {what} of {s.out_dir}/{s.checkpoint}, step {checkpoint['step']}")
 

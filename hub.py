@@ -21,7 +21,7 @@ from config import read_json, typed
 from lowrank import merged_state_dict, named_layers
 from model import GPTConfig, LlamaConfig, make_model
 from ranks import load_weights, local, per_rank_tensors, take
-from run import TOKENIZER, as_checkpoint, load_tensors, put_layers
+from run import TOKENIZER, as_checkpoint, is_run, load_tensors, put_layers
 
 # -----------------------------------------------------------------------------
 # transformers' layout: config.json and safetensors
@@ -101,6 +101,8 @@ def read_config(folder):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{folder}' holds no config.json: give a model's folder in "
                                 "transformers' layout")
+    if is_run(folder):
+        raise ValueError(f"'{folder}' is the folder of a run: give its best.pt or ckpt.pt")
     theirs = read_json(path, {'model_type': str, 'rope_parameters': dict, 'rope_scaling': dict,
                               'layer_types': list, 'sliding_window': int})
     family = theirs.get('model_type')

@@ -635,6 +635,7 @@ def adam_rate(R, N, state, group, dim):
 def limited(phi, size, state):
     """Lowers phi so that `size`, the norm of phi times what phi scales, grows by at most 1% a step.
     A size of zero sets no limit: from 0 the authors' code takes 2,000 steps to grow."""
+    size = size.reshape(1)  # ranks.gather_state gathers what has a dimension
     if 'rest_norm' in state:
         old = state['rest_norm']
         growth = size / (old + 1e-8)

@@ -136,12 +136,15 @@ _stop = {}  # the signal that came, 0 for none; empty where none is caught
 
 
 def catch_signals():
-    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; a second one ends
-    the process at once."""
+    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; one that comes
+    more than a second later ends the process at once. Sooner it is the same: where a supervisor
+    signals all processes, torchrun passes its own on."""
     def raise_flag(number, frame):
-        _stop['signal'] = number
-        for number in (signal.SIGTERM, signal.SIGINT):
+        now = time.monotonic()
+        if now - _stop.setdefault('time', now) > 1:
             signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        _stop['signal'] = number
     _stop['signal'] = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, raise_flag)
@@ -367,7 +370,7 @@ def load_tensors(path):
     if not os.path.isfile(path):
         hint = 'check --out_dir, or train first'
         if os.path.isfile(os.path.join(os.path.dirname(path), 'ckpt.pt')):
-            hint += ', or take --checkpoint=ckpt.pt'
+            hint += ', or take ckpt.pt beside it'
         raise FileNotFoundError(f"there is no checkpoint '{path}': {hint}")
     try:
         with zipfile.ZipFile(path) as file:
@@ -405,11 +408,12 @@ def refuse_non_finite(run, step, what):
     checkpoint."""
     if not what:
         return
-    stands = 'no checkpoint was written yet'
+    stands, mend = 'no checkpoint was written yet', 'lower learning_rate or raise warmup_iters'
     if run.saved is not None:
         stands = f'{run.s.out_dir}/ckpt.pt of step {run.saved} is whole'
-    raise SystemExit(f'{what} at step {step} is not finite: lower learning_rate or raise '
-                     f'warmup_iters; {stands}')
+    if step == 0 or run.s.eval_only:
+        mend = 'so are the weights, or they do not fit dtype'
+    raise SystemExit(f'{what} at step {step} is not finite: {mend}; {stands}')
 
 
 # -----------------------------------------------------------------------------
@@ -453,9 +457,17 @@ def open_run(settings, process):
         return None
     checkpoint = load_checkpoint(path)
     changed = refuse_other_settings(settings, checkpoint)
+    if evaluated_rows(settings) != evaluated_rows(checkpoint['settings']):
+        changed += '; best.pt begins anew, as another part of the text is evaluated'
+        checkpoint['best_val_loss'] = math.inf
     if changed and process.rank == 0:
         print(f'resumed with other settings than before: {changed}')
     return checkpoint
+
+
+def evaluated_rows(settings):
+    """How many rows of text an evaluation takes; None of images, where it takes all."""
+    return settings['eval_iters'] * settings['batch_size'] if 'eval_iters' in settings else None
 
 
 def refuse_other_data(data, settings, process, checkpoint):
@@ -685,6 +697,7 @@ class Meter:
         self.fastest = items * operations / peak / run.ranks if peak else 0
         self.run, self.start, self.items, self.unit = run, step, items, unit
         self.total, self.trainable = counts['total'], counts['trainable']
+        self.has_logged = False
         # losses, the last norm, skipped steps, bases that were not taken
         self.sums = torch.zeros(4, device=run.device)
         if run.rank == 0:
@@ -729,6 +742,8 @@ class Meter:
                   'sync_bytes': round(run.ddp_bytes + sent / self.steps),
                   'parameters': self.total, 'trainable_parameters': self.trainable,
                   'optimizer_state_bytes': run.optimizer.state_bytes()}
+        if run.s.per_layer:  # each layer has stepped already, and dropped its gradient
+            del record['gradient_norm']
         if self.fastest:
             record['mfu'] = self.fastest / seconds
         if kept:  # refreshes since the run began whose sketch was not finite, or zero
@@ -749,6 +764,7 @@ class Meter:
         keys = 'train_loss', 'val_loss', 'test_loss', 'gradient_norm'
         bad = [f'{key} {record[key]}' for key in keys if not math.isfinite(record.get(key, 0))]
         refuse_non_finite(self.run, step, ' and '.join(bad))
+        self.has_logged = True
         if self.run.rank:
             return
         shown = {**record, 'peak_memory_gb': record.get('peak_memory_bytes', 0) / 1e9}
@@ -788,12 +804,15 @@ class Meter:
             if draw_curve(s.out_dir):
                 print(f'{s.out_dir}/curve.png shows the losses')
             if self.unit == 'tokens':
-                print(f'next: python sample.py --out_dir={s.out_dir}, or another file of '
+                which = '' if os.path.exists(f'{s.out_dir}/best.pt') else ' --checkpoint=ckpt.pt'
+                print(f'next: python sample.py --out_dir={s.out_dir}{which}, or another file of '
                       'config/methods and --out_dir')
         elif self.run.rank == 0 and step >= s.max_iters and not s.eval_only:
             print(f'step {step} of {s.max_iters}: nothing to train, raise {longer} to go on')
         elif self.run.rank == 0 and not s.eval_only:
             print(f'stopped before step {step} was trained: nothing new to save')
+        elif self.run.rank == 0 and not self.has_logged:
+            print('stopped before the evaluation ended: nothing is known')
         unlock()
         if dist.is_initialized():
             # gloo's threads free a collective's tensors some time after it, and need Python's lock
@@ -807,9 +826,10 @@ def peak_memory_bytes(device):
     """Peak of the memory allocated on a GPU, or of this process's resident size on a CPU."""
     if device.startswith('cuda'):
         return torch.cuda.max_memory_allocated(device)
-    if os.path.exists('/proc/self/status'):  # getrusage's peak is also that of the parent
-        kilobytes = re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1]
-        return 1024 * int(kilobytes)
+    status = Path('/proc/self/status')  # getrusage's peak is also that of the parent
+    text = status.read_text() if status.exists() else ''
+    if kilobytes := re.search(r'VmHWM:\s*(\d+)', text):  # some sandboxes do not say it
+        return 1024 * int(kilobytes[1])
     import resource  # Windows has none
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else 1024 * peak

@@ -62,8 +62,8 @@ import train_gpt
 import train_llama
 import train_vit
 from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of,
-                 peak_of, put_layers, refuse_other_data, refuse_other_settings, save,
-                 save_checkpoint, set_learning_rate, start_run, unlock, unscale)
+                 peak_memory_bytes, peak_of, put_layers, refuse_other_data, refuse_other_settings,
+                 save, save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [
     # of vmap
@@ -902,7 +902,7 @@ def test_a_checkpoint_that_is_not_written_to_its_end_leaves_the_old_one(tmp_path
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, {'step': 2, 'weights': torch.ones(9), 'more': Interrupts()})
     assert torch.load(path) == {'step': 1}
-    with pytest.raises(FileNotFoundError, match='take --checkpoint=ckpt.pt'):
+    with pytest.raises(FileNotFoundError, match='or take ckpt.pt beside it'):
         load_checkpoint(f'{tmp_path}/best.pt')
 
 
@@ -2440,6 +2440,7 @@ def test_weights_of_timm_and_checkpoints_of_ours_are_gone_on_from(root, tmp_path
 #   written  its ranks, with weights of their own, are workers as they are written down
 RUNS = [line.split('|') for line in '''
 gpt_apollo            | apollo                                           | one
+gpt_apollo_apart      | apollo --sync=merge --merge_every=2              | again
 gpt_fira              | fira                                             | one two
 gpt_fira_8            | fira --state_bits=8                              | one
 gpt_full              | full                                             | one two wander
@@ -2788,6 +2789,7 @@ def test_the_drop_in_projects_either_side(shape, rule, proj_type):
         close(p, W, 1e-9)
     state = optimizer.state[p]
     numbers = m * r + 2 * n * r if left else n * r + 2 * m * r
+    numbers += 'rest_norm' in state
     assert sum(x.numel() for x in state.values() if torch.is_tensor(x) and x.dim()) == numbers
     assert state['basis'].shape == (min(m, n) if 'std' == proj_type else m if left else n, r)
 
@@ -2874,6 +2876,14 @@ def test_a_line_of_the_log_has_the_mean_loss_since_the_last_one_and_the_last_nor
     for record in records(tmp_path / '1')[1:4]:
         tokens = record['tokens_per_s'] * record['dt_ms'] / 1000
         assert tokens == pytest.approx(8 * 16)
+    train('gpt', root, tmp_path / 'lean', *method('muon_lean'), '--max_iters=2')
+    assert not logged(tmp_path / 'lean', 'gradient_norm')  # there is none when the line is written
+
+
+def test_the_peak_of_memory_is_known_where_the_kernel_does_not_say_it(monkeypatch):
+    known = peak_memory_bytes('cpu')
+    monkeypatch.setattr('run.Path.read_text', lambda *_: 'Name: python\nVmRSS: 12 kB\n')
+    assert known <= peak_memory_bytes('cpu') < 16 * known  # getrusage's may be the parent's
 
 
 def test_wandb_is_told_each_line_of_the_log(root, tmp_path, monkeypatch):
@@ -3034,7 +3044,25 @@ def test_a_signal_saves_and_ends_with_zero(root, tmp_path, kind):
     with mock.patch.object(sys, 'argv', words), signal_in_batch(1, kind=kind):
         runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')  # no SystemExit
     assert saved(tmp_path)['step'] == 2
-    assert signal.getsignal(kind) == signal.SIG_DFL  # a second one ends the process at once
+
+
+def test_a_signal_a_second_after_the_first_ends_the_process(monkeypatch):
+    code = """if True:
+        import signal, time, run
+        now = [100.0]
+        time.monotonic = lambda: now[0]
+        run.catch_signals()
+        assert not run.stop_requested()
+        for now[0] in (100.0, 100.9):  # torchrun passes on what its workers have got, too
+            signal.raise_signal(signal.SIGTERM)
+            assert run.stop_requested()
+        print('saves', flush=True)
+        now[0] = 101.1
+        signal.raise_signal(signal.SIGINT)
+        print('saves again')
+        """
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, 'saves\n'), done.stderr
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_is_saved(root, tmp_path, capsys):
@@ -3043,6 +3071,35 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_saved(root, tmp_pat
         runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')
     assert 'before step 0 was trained: nothing new to save' in capsys.readouterr().out
     assert not (tmp_path / 'ckpt.pt').exists()
+    words += ['--eval_only=True']
+    with mock.patch.object(sys, 'argv', words), signal_in_batch(0, training=False):
+        runpy.run_path(f'{HERE}/train_gpt.py', run_name='__main__')
+    assert 'stopped before the evaluation ended: nothing is known' in capsys.readouterr().out
+
+
+def test_what_a_run_says_at_its_end_works(root, tmp_path, capsys):
+    for name, words in (('early', ['--eval_interval=9', '--max_iters=9']), ('late', [])):
+        with signal_in_batch(5 if name == 'late' else 1):
+            train('gpt', root, tmp_path / name, *words)
+        asked = re.search(r'next: python sample.py (.*), or', capsys.readouterr().out)[1].split()
+        assert (asked[1:] == ['--checkpoint=ckpt.pt']) == (name == 'early')
+        start(sample, [*asked, '--max_new_tokens=2'])
+    refused(capsys, lambda: start(sample, [f'--init_from={tmp_path}/late']), 'folder of a run',
+            'best.pt')
+
+
+def test_a_resumed_run_that_evaluates_other_text_chooses_its_best_anew(root, tmp_path, capsys):
+    train('gpt', root, tmp_path, '--max_iters=4', '--eval_interval=2')
+    for words, same in ((['--dropout=0.1'], True), (['--eval_iters=1'], False)):
+        tampered = {**saved(tmp_path), 'best_val_loss': -1.0}  # lower than any
+        save_checkpoint(f'{tmp_path}/ckpt.pt', tampered)
+        steps = saved(tmp_path)['step'] + 2
+        more = ['--init_from=resume', '--eval_interval=2', f'--max_iters={steps}', *words]
+        capsys.readouterr()
+        now = train('gpt', root, tmp_path, *more)
+        assert ('best.pt begins anew' in capsys.readouterr().out) != same
+        assert (now['best_val_loss'] == -1.0) == same
+        assert (saved(tmp_path, 'best.pt')['step'] == steps) != same
 
 
 @pytest.mark.parametrize('name', ['gpt_dropout', 'llama_dropin', 'vit_full', 'llama_galore'])
@@ -4548,6 +4605,10 @@ def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     run = built_again(runs('gpt_full', 4))
     close(model(tokens_of(2, 16)), run(tokens_of(2, 16)))
     refused(capsys, lambda: start(export, words), 'already there', '--overwrite')
+    with mock.patch.object(prepare, 'Tokens', side_effect=FileNotFoundError('no data')):
+        more = [*words[:2], f'--to={tmp_path}/new', '--check']
+        refused(capsys, lambda: start(export, more), 'no data')
+    assert not (tmp_path / 'new').exists()
     begun = runs('gpt_full', 4)  # a run's folder has a config.json too
     for others in (tmp_path, begun):
         refused(capsys, lambda: start(export, [*words[:2], f'--to={others}', '--overwrite=True']),

@@ -76,11 +76,16 @@ FIRST = 'full', 'galore', 'galore_muon', 'muon_lean', 'muon', 'galolte_2bit'  # 
 OTHERS = 'lte', 'galolte', 'galolte_2bit, merge_every=20', 'local_adamw', 'local_muon'
 
 
+def dagger(cell):
+    """A sign for trainings at 20 bytes a parameter in which Muon had q, k and v as one matrix."""
+    return ' †' if 'qkv' in cell else ''
+
+
 def label(cell, *hidden):
     """A training in words: its method and the settings that this has not, but for the seed."""
     settings = {key: x for key, x in cell['settings'].items() if key not in ('seed', *hidden)}
     words = title(dict(method=cell['method'], settings=settings))
-    return words.replace('ranks=4', '4 workers')
+    return words.replace('ranks=4', '4 workers') + dagger(cell)
 
 
 def trained(name):
@@ -397,7 +402,7 @@ def method_rows():
             seeds = 'one seed' if len(mine) == 1 else f'{len(mine)} seeds'
             rank = mine[0]['settings'].get('rank', 1)
             about = seeds if rank == 1 else f'{seeds}, rank {rank}'
-            less = f'{less_than(mine, theirs)[0]} ({about})'
+            less = f'{less_than(mine, theirs)[0]} ({about}){dagger(mine[0])}'
             share = f"{mine[0]['optimizer_state_bytes'] / state:.0%}"
         if path.stem == 'full':
             less = f'{mean_loss(mine):.3f} nats a byte ({seeds})'
@@ -561,7 +566,7 @@ def judged_rows():
             words = ''
             if name in cells and name != 'full':
                 difference, error = less_than(cells[name], cells['full'])
-                words = f"{difference} ({error or 'one seed'})"
+                words = f"{difference} ({error or 'one seed'}){dagger(cells[name][0])}"
             less.append(words)
         sign, theirs = bytes_for(means[name][20], means['full'])
         below, own = bytes_for(means['full'][20], means[name])
@@ -603,7 +608,7 @@ def renew_tables():
              for cell in kept('memory', of='screening')}
     renew('README.md', 'rivals', (*head[:2], 'time of a step', 'peak memory, MB', *head[2:]),
           rival_rows('screening', times, peaks))
-    for name in ('english', 'longer', 'smaller', 'larger'):
+    for name in ('english', 'longer', 'smaller', 'larger', 'largest'):
         renew('README.md', name, head, rival_rows(name))
     head = 'method', 'weights', 'losses', 'in float32', 'difference', 'its error'
     renew('README.md', 'sixteen', head, sixteen_rows())

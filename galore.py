@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensor
 
-from lowrank import KINDS, is_wanted, leaf_names, lowrank_layers, named_layers
+from lowrank import (KINDS, is_wanted, leaf_names, lowrank_layers, named_layers,
+                     refuse_shards)
 from ranks import (all_rows, coded_mean, coded_same, finish_sum, first_here, gather_rows,
                    is_sharded, local, mean, mean_at, orthogonalise_rows, per_rank_tensors,
                    rank_and_world, rows_here, same, where_to_draw)
@@ -276,6 +277,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self.compile = compile
         self.is_last = True  # whether this is the last micro-batch of a step, see `begin`
         self.begun = None  # the step that `begin` was called with
+        self.is_fresh = False  # `begin` was called since the last step
         self.completed = set()  # per_layer: what stepped since `begin`, or, without it, `step`
         self.again = None  # per_layer: a parameter that got a second gradient in one step
         self.most = 0  # per_layer: the largest number of parameters that stepped in one step
@@ -339,6 +341,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                              'micro_steps)')
         self.is_last = micro_step == micro_steps - 1
         self.begun = step
+        self.is_fresh = True
         self.most = max(self.most, len(self.completed))
         self.completed.clear()
 
@@ -383,8 +386,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
+            if self.per_layer:  # its last micro-batch did not come: it is not averaged yet
+                for p in set(params) - self.per_rank:
+                    mean(p.grad)
             if params:
                 self._update(params, group)
+        self.is_fresh = False
         if self.begun is None:
             self.completed.clear()
         return loss
@@ -443,7 +450,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if since == 0:
             state['basis'] = basis_of(W.grad, rank, transposed, group['basis'], state.get('basis'),
                                       self._seed(W, state['step']))
-        return state['basis']
+        return state['basis'].to(W.grad.dtype)  # the state may be of a model in another dtype
 
     def _projected(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale rho(R) Q^T), or as the group's rule says, in place."""
@@ -580,6 +587,7 @@ class LowRankAdamW(GaLoreAdamW):
             raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' "
                              "never form: set basis='sketch' or 'random', or train without such "
                              "layers by GaLoreAdamW (optimizer='galore')")
+        refuse_shards(model)
         in_basis = {name: layer for name, layer in named_layers(model).items()
                     if layer.factors == 'basis'}
         if rule != 'galore' and not in_basis:
@@ -601,7 +609,6 @@ class LowRankAdamW(GaLoreAdamW):
         self.basis, self.basis_every = basis, basis_every
         self.sync_bits, self.sync_moments = sync_bits, sync_moments
         self.is_loaded = True  # the state is new or loaded, and no step has begun since
-        self.is_fresh = False  # `begin` was called since the last step
         self.is_warned = False
         self.unmerged = {}  # {parameter: how often its layer was merged before its last step}
         names = leaf_names(model)
@@ -636,7 +643,6 @@ class LowRankAdamW(GaLoreAdamW):
                              'number of the step, so count steps over all epochs')
         is_again = step == self.begun
         super().begin(step, micro_step, micro_steps)
-        self.is_fresh = True
         if micro_step:
             return
         finish_sum(drop=True)
@@ -774,7 +780,6 @@ class LowRankAdamW(GaLoreAdamW):
             warnings.warn('LowRankAdamW.step without begin(step) before it: bases, and moments '
                           'after merges, stay as they are')
             self.is_warned = True
-        self.is_fresh = False
         keep, compile = 1.0 - group['lr'] * group['weight_decay'], group['compile']
         lr = group['lr'] * group['scale'] * keep  # as in GaLoreAdamW: decay after the update
         for some in alike(params, group['inside']):
@@ -824,6 +829,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     out. ValueError: the rule is unknown or has no matrix, or no rank, or a rank that it does not
     use; or factors are always zero, on which only LowRankAdamW steps.
     """
+    leave = set(leave)  # `in` would compare the numbers of tensors in a list
     if rule not in PROJECTED | FULL:
         raise ValueError(f"{rule=} is not one of {', '.join(map(repr, PROJECTED | FULL))}")
     if rule in FULL and rank:
@@ -841,7 +847,9 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     linears = {*linears.values()}
     embeddings = {module.weight for module in named.values()
                   if isinstance(module, nn.Embedding)}
-    spared = getattr(model, 'no_weight_decay', set)()  # of a ViT: of places, and the class token
+    # of a ViT, whatever wraps it: of places, and the class token
+    spared = {f'{inside}.{name}'.lstrip('.') for inside, module in named.items()
+              for name in getattr(module, 'no_weight_decay', set)()}
     ruled = rank > 0 or rule in FULL
 
     def part_of(name, p):

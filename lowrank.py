@@ -32,8 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ranks import (all_rows, average_replica, averaged_copy, coded_mean, error_of, first_here,
-                   gather, gather_rows, in_global_order, is_sharded, local, mean, rank_and_world,
-                   rows_here, scatter_gradient)
+                   gather, gather_rows, in_global_order, is_sharded, local, mean, per_rank_tensors,
+                   rank_and_world, rows_here, scatter_gradient)
 from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, sum_dtype
 
 
@@ -580,7 +580,9 @@ class MHLoRALinear(FrozenLinear):
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head', 'head_dist')}
 # They read their linear layers' weights and do not call the layers (the first: in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
-          'timm.models.eva.EvaAttention')
+          'timm.models.eva.EvaAttention', 'timm.models.swin_transformer_v2.WindowAttention',
+          'torchvision.models.swin_transformer.ShiftedWindowAttention',
+          'torchvision.models.video.swin_transformer.ShiftedWindowAttention3d')
 
 
 def is_wanted(name, targets):
@@ -932,11 +934,26 @@ def clip_gradients(model, max_norm):
     return torch.linalg.vector_norm(norms)
 
 
+def refuse_shards(model):
+    """ValueError: a tensor in shards is not cut into rows over all ranks, or each rank has its own
+    (split heads). `ranks.shard` does the one, and leaves out the other."""
+    per_rank, world = per_rank_tensors(lowrank_layers(model)), rank_and_world()[1]
+    for name, p in model.named_parameters():
+        if not is_sharded(p):
+            continue
+        is_in_rows = len(p.placements) == 1 and p.placements[0].is_shard(0)
+        if p in per_rank or not is_in_rows or p.device_mesh.size() != world:
+            raise ValueError(f"'{name}' is in shards ({p.placements} of {p.device_mesh.size()} of "
+                             f'{world} ranks), and here only rows over all ranks are, and no split '
+                             'heads: shard the model by ranks.shard')
+
+
 def check_training(model, *optimizers):
     """Raises ValueError for what would train wrongly in silence: a trainable parameter that no
-    optimizer holds, a layer whose weight was unfrozen, or one with a basis that no
-    galore.LowRankAdamW holds. Layers that are not merged show only later: a hook warns of them
-    (`merge_watch`). Call it before the first step."""
+    optimizer holds, a layer whose weight was unfrozen, one with a basis that no galore.LowRankAdamW
+    holds, or shards of another kind. What shows only later (layers without gradients, or that are
+    not merged) is warned of by hooks. Call it before the first step."""
+    refuse_shards(model)
     held = {p for optimizer in optimizers for group in optimizer.param_groups
             for p in group['params']}
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
@@ -954,12 +971,33 @@ def check_training(model, *optimizers):
                              'another optimizer takes no bases, and nothing there would train')
     layers = [layer for layer in lowrank_layers(model)
               if layer.merge_every and not layer.moves_weight]
-    if layers and optimizers and _watched.isdisjoint(optimizers):
+    if optimizers and _watched.isdisjoint(optimizers):
         _watched.add(optimizers[0])
-        optimizers[0].register_step_post_hook(merge_watch(layers[0]))
+        if not any(getattr(optimizer, 'per_layer', False) for optimizer in optimizers):
+            optimizers[0].register_step_post_hook(gradient_watch(model))
+        if layers:
+            optimizers[0].register_step_post_hook(merge_watch(layers[0]))
 
 
 _watched = weakref.WeakSet()  # optimizers whose steps are counted
+
+
+def gradient_watch(model):
+    """Returns a hook for an optimizer's steps. At the first one it warns of layers without a
+    gradient."""
+    names, is_first = leaf_names(model), True
+    leaves = heads_of(model)
+    leaves |= {layer.leaf for layer in lowrank_layers(model) if layer.factors == 'basis'}
+
+    def hook(*_):
+        nonlocal is_first
+        silent = [names[p] for p in leaves if p.requires_grad and p.grad is None]
+        if is_first and silent:
+            warnings.warn(f'{min(silent)} (of {len(silent)}) got no gradient in the first step: '
+                          "where a module reads its linear layers' weights and does not call the "
+                          'layers, low-rank weights act and train nowhere')
+        is_first = False
+    return hook
 
 
 def merge_watch(layer):
@@ -1006,13 +1044,17 @@ def count_parameters(model):
 
 def freeze_rest(model, kinds=()):
     """Freezes all but `heads_of` a model and some kinds of layers, such as ('logit',). ValueError:
-    it would freeze what GaLore trains."""
+    it would freeze what GaLore trains, or kinds is a word."""
+    if isinstance(kinds, str):
+        raise ValueError(f"{kinds=} is one word: give several, such as ('logit',)")
     heads = heads_of(model)
+    kept = {p for name, p in model.named_parameters(remove_duplicate=False)
+            if is_wanted(name, kinds)}  # a tied weight is kept under any of its names
     for name, layer in named_layers(model).items():
         trains = layer.moves_weight and layer.factor.requires_grad
         if trains and not is_wanted(name, kinds):
             raise ValueError(f"'{name}' trains its weight in a basis, and freeze_rest would freeze "
                              'that: freeze other parameters one by one, by requires_grad_(False)')
-    for name, p in model.named_parameters():
-        if p not in heads and not is_wanted(name, kinds):
+    for p in model.parameters():
+        if p not in heads | kept:
             p.requires_grad_(False)

@@ -153,6 +153,7 @@ def per_rank_tensors(layers):
 
 def keep_out_of_ddp(net, tensors):
     """Tells DistributedDataParallel, before it wraps `net`, which tensors to leave alone."""
+    tensors = set(tensors)
     named = (*net.named_parameters(remove_duplicate=False),  # DDP goes by all names of a tied one
              *net.named_buffers(remove_duplicate=False))
     ddp = nn.parallel.DistributedDataParallel

@@ -217,6 +217,7 @@ def write_timm(checkpoint, folder, dtype):
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
     timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
+    open_to_others(folder, 'model.safetensors')
 
 
 def main(settings):

@@ -561,8 +561,8 @@ def create_vit(shape, num_classes, weights=False, path=''):
                          f"'{near}'?")
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     overlay = {key: shape[key] for key in LOOK if key in shape}
-    if path:  # with as many classes as the model nothing is dropped
-        overlay.update(state_dict=weights, num_classes=num_classes)
+    if path:  # with as many classes as the model nothing is dropped; a source would come first
+        overlay.update(state_dict=weights, num_classes=num_classes, source='')
     try:
         vit = timm.create_model(name, pretrained=bool(weights), num_classes=num_classes,
                                 pretrained_cfg_overlay=overlay, **changes)

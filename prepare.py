@@ -268,13 +268,17 @@ def read_lines(path, size=-1):
 
 
 def read_txt(path, size, tokenizer=None):
-    """Yields one document, in pieces of `size` characters and up to a line more."""
+    """Yields one document, in pieces of `size` characters and up to a line more. A long line is cut
+    after a space, if it has one."""
     piece = ''
     for line in read_lines(path, size):
         piece += line
         if len(piece) >= size:
-            yield Document(piece, ends=False)
-            piece = ''
+            end = len(piece)
+            if not piece.endswith('\n'):
+                end = piece.rfind(' ') + 1 or end
+            yield Document(piece[:end], ends=False)
+            piece = piece[end:]
     yield Document(piece)
 
 

@@ -68,10 +68,22 @@ def tokens_that_end(tokens):
     return {tokens.eot_token, *named}
 
 
+def end_of_turn(template, tokens):
+    """The special token that a chat template puts after an answer, which is what a chat learns to
+    end with; None: there is none. A base model's end-of-text may be another."""
+    messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    (_, answer), = template.turns(messages, [1])[0]
+    special = {token for token, about in tokens.inner.get_added_tokens_decoder().items()
+               if about.special}
+    found = [token for token in tokens.encode_many([answer])[0].tolist() if token in special]
+    return found[-1] if found else None
+
+
 def talk(model, tokens, s, generator):
     """Answers each line of the terminal until its input ends, and returns the messages. Keys and
     values of the chat so far are kept, not computed again."""
-    template, ends = prepare.Template(tokens.folder), tokens_that_end(tokens)
+    template = prepare.Template(tokens.folder)
+    ends = tokens_that_end(tokens) | {end_of_turn(template, tokens)}
     device = next(model.parameters()).device
     messages, seen, cache = [], [], new_cache(model)
     while True:

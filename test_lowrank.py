@@ -44,6 +44,8 @@ import torch.nn.functional as F
 from torch._inductor import metrics
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.func import functional_call
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torchvision.models.swin_transformer import ShiftedWindowAttention
 from torchvision.transforms.functional import to_pil_image
 
 import bench
@@ -363,6 +365,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--merge_every=5', 1, 'no heads to merge'),
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'set wandb_log=False'),
+    ('vit', '--init_from=pretrained --n_layer=3', 1, "timm's weights have a shape"),
     ('gpt', '--beta2=1', 1, 'below 1'), ('vit', f'--seed={2**62}', 1, 'below 2**62'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
@@ -2005,6 +2008,11 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: put(linears(attn=encoder_layer(type('Sub', (nn.TransformerEncoderLayer,), {})))),
      'Sub'),
     (lambda: put(linears(attn=timm.models.beit.Attention(16, 2))), r"'attn' \(Attention\) reads"),
+    (lambda: put(linears(attn=timm.models.swin_transformer_v2.WindowAttention(16, (4, 4), 2))),
+     r"'attn' \(WindowAttention\) reads"),
+    (lambda: put(linears(attn=ShiftedWindowAttention(16, [4, 4], [0, 0], 2))),
+     r"'attn' \(ShiftedWindowAttention\) reads"),
+    (lambda: lowrank.freeze_rest(linears(), 'logit'), "kinds='logit' is one word"),
     (lambda: put(linears(attn=timm.models.eva.EvaAttention(16, 2, scale_norm=False)), ('qkv',)),
      r"'attn' \(EvaAttention\) reads"),
     (lambda: put(shared_weight_but_not_bias(), ('attn', 'mlp')), 'but not its bias'),
@@ -2110,6 +2118,102 @@ def test_what_only_shows_later_is_warned_of_once():
     optimizer.begin(0)
     optimizer.step()
     assert counted == [1]
+
+
+def test_begin_is_seen_by_all_groups_of_a_step():
+    net = tiny_gpt()
+    lowrank.apply_mhlora(net, rank=2, factors='basis', merge_every=1)
+    optimizer = galore.LowRankAdamW(net, rule='muon')  # q, k and v have a group of their own
+    assert sum('inside' in group for group in optimizer.param_groups) == 2
+    optimizer.begin(0)
+    for begun in (True, False):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            net(tokens_of(2, 16), tokens_of(2, 16, seed=1)).backward()
+            optimizer.step()
+        assert ['without begin(step)' in str(line.message) for line in said] == [True] * (not begun)
+
+
+def test_layers_that_are_read_and_not_called_are_warned_of():
+    class Reads(Squares):
+        def forward(self, x):
+            return self.mlp(F.linear(x, self.attn.weight)).square().mean()
+
+    for kind, settings in itertools.product((Squares, Reads), (
+            {}, dict(factors='B'), dict(factors='basis', merge_every=1))):
+        net = kind()
+        lowrank.apply_mhlora(net, rank=2, **settings)
+        optimizer = galore.LowRankAdamW(net)
+        lowrank.check_training(net, optimizer)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            for step in range(2):
+                optimizer.begin(step)
+                net(torch.ones(2, 8)).backward()
+                optimizer.step()
+        said = [str(line.message) for line in said if 'got no gradient' in str(line.message)]
+        assert len(said) == (kind is Reads) and all(line.startswith('attn.') for line in said)
+
+
+def test_shards_of_another_kind_are_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    torch.distributed.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)
+    try:
+        split = dict(heads=4, split=True, merge_every=2, workers=4)
+        for shape, settings, needle in (((4,), {}, None), ((2, 2), {}, 'only rows over all ranks'),
+                                        ((4,), split, 'no split heads')):
+            net = nn.Sequential(put(Squares(), **settings))
+            names = ('a', 'b')[:len(shape)]
+            fully_shard(net, mesh=init_device_mesh('cpu', shape, mesh_dim_names=names))
+            for check in (lambda: galore.LowRankAdamW(net), lambda: lowrank.check_training(
+                    net, torch.optim.AdamW(net.parameters()))):
+                refuses = pytest.raises(ValueError, match=needle)
+                with refuses if needle else contextlib.nullcontext():
+                    check()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_an_unfinished_accumulation_has_left_is_averaged_over_ranks(monkeypatch):
+    net, averaged = tiny_gpt(), []
+    optimizer = galore.LowRankAdamW(net, per_layer=True)
+    monkeypatch.setattr(galore, 'mean', lambda x: averaged.append(x) or x)
+    for micro_step in range(2):
+        optimizer.begin(0, micro_step, 4)
+        net(tokens_of(2, 16), tokens_of(2, 16, seed=1)).backward()
+    assert not averaged
+    optimizer.step()
+    assert len(averaged) == len([*net.parameters()])
+
+
+def test_parameters_are_found_under_each_of_their_names_and_in_lists():
+    vit = tiny_vit()
+    for net in (vit, nn.ModuleDict({'inside': vit})):
+        groups = galore.param_groups(net, weight_decay=0.1, leave=[vit.head.weight, vit.head.bias])
+        decays = {p: group['weight_decay'] for group in groups for p in group['params']}
+        assert decays[vit.pos_embed] == decays[vit.cls_token] == 0
+        assert decays[vit.blocks[0].attn.qkv.weight] == 0.1 and vit.head.weight not in decays
+    processes.keep_out_of_ddp(vit, [vit.head.weight, vit.head.bias])
+    assert vit._ddp_params_and_buffers_to_ignore == ['head.weight', 'head.bias']
+    gpt = tiny_gpt()
+    assert gpt.lm_head.weight is gpt.embedding.weight
+    lowrank.freeze_rest(gpt, ('logit',))
+    assert [p for p in gpt.parameters() if p.requires_grad] == [gpt.lm_head.weight]
+
+
+def test_the_state_of_a_drop_in_goes_on_in_another_dtype():
+    saved_state = None
+    for dtype in (torch.bfloat16, torch.float32):
+        p = nn.Parameter(torch.ones(6, 8, dtype=dtype))
+        optimizer = galore.GaLoreAdamW([dict(params=[p], rank=2, update_proj_gap=9)], lr=0.1)
+        if saved_state:
+            optimizer.load_state_dict(saved_state)
+        for step in range(3):
+            p.grad = normal(6, 8, seed=step).to(dtype)
+            optimizer.step()
+        saved_state = optimizer.state_dict()
+    assert p.isfinite().all() and (p != 1).any()
 
 
 def test_what_a_run_does_not_reach_is_said(root, tmp_path, capsys):
@@ -4594,6 +4698,15 @@ def test_an_export_of_bytes_says_what_its_tokens_are(runs, tmp_path):
             == os.stat(tmp_path / 'hf' / 'config.json').st_mode)
 
 
+def test_a_long_line_is_cut_between_words(tmp_path):
+    prose = '\n'.join(' '.join(['some', 'words'] * 30) for _ in range(20)) + '\n'
+    for text, word in ((prose, r'\S*\s'), ('x' * 5000, r'x*'), ('\u00e9' * 300 + ' a\n', r'.*\s?')):
+        (tmp_path / 'a.txt').write_text(text)
+        pieces = [document.text for document in prepare.read_txt(tmp_path / 'a.txt', 64)]
+        assert ''.join(pieces) == text and len(pieces) > 3
+        assert all(re.fullmatch(rf'({word})*', piece) for piece in pieces)
+
+
 def test_an_export_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, 'SHARD', 30_000)
     words = [f'--out_dir={runs("gpt_full", 4)}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/hf']
@@ -4637,6 +4750,14 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
     with lowrank.averaged_heads(ours):
         close(theirs(x).double(), ours(x.double()), 1e-5)
     assert theirs.pretrained_cfg['label_names'] == saved(out)['classes']
+    modes = {os.stat(f'{tmp_path}/vit/{file}').st_mode & 0o666
+             for file in ('config.json', 'model.safetensors')}
+    assert len(modes) == 1
+    # a file's weights are taken, not those of the place that gives the model its name
+    shape = {**saved(out)['model_config'], 'model': f'local-dir:{tmp_path}/vit'}
+    others = {name: value + 1 for name, value in theirs.state_dict().items()}
+    made = hub.create_vit(shape, len(saved(out)['classes']), others, 'others.pt')
+    close(made.state_dict()['pos_embed'], others['pos_embed'])
 
 
 @pytest.mark.parametrize('words, wanted', [
@@ -4696,7 +4817,8 @@ def test_a_vit_names_its_base_and_trains_both_of_its_classifiers(root, runs, tmp
     create = hub.create_vit  # as if the weights were there
     monkeypatch.setattr(train_vit, 'create_vit', lambda shape, count, *_: create(shape, count))
     with pytest.raises(ValueError, match='knows 1000 classes, and not the .* of the data'):
-        built('vit', root, tmp_path / 'b', '--init_from=pretrained', '--eval_only=True')
+        built('vit', root, tmp_path / 'b', '--init_from=pretrained', '--eval_only=True',
+              *(f'--{key}=None' for key in ('n_layer', 'n_head', 'n_embd')))
 
 
 def test_evaluating_tells_bits_a_byte(root, tmp_path):
@@ -5026,6 +5148,11 @@ def test_chats_are_spelled_as_transformers_does(tmp_path, capsys, name):
     some = [chat for chat in WRITTEN if chat['template'] == name]
     folder = talker(tmp_path / name, name, some[0]['eos_token'])
     template, tokens = prepare.Template(folder), prepare.HubTokenizer(folder)
+    base, eos = talker(tmp_path / 'base', name, '<s>'), some[0]['eos_token']
+    # the end-of-text of a base model ends a turn only where the template asks for it
+    for source, wanted in ((folder, eos), (base, '<s>' if name == 'inst' else eos)):
+        end = sample.end_of_turn(prepare.Template(source), prepare.HubTokenizer(source))
+        assert tokens.inner.id_to_token(end) == wanted
     for chat in some:
         messages = chat['messages']
         assert template.render(messages) == chat['text']

@@ -331,7 +331,9 @@ EFFECT = (
      'epochs says how many steps there are: set epochs=0'),
     ('size n_layer n_head n_embd n_mlp n_kv_head bias vocab_size',
      lambda s: s.vit or s.init_from in ('auto', 'scratch', 'resume'),
-     "loaded weights have a shape of their own: set init_from='scratch'"))
+     "loaded weights have a shape of their own: set init_from='scratch'"),
+    ('n_layer n_head n_embd', lambda s: not s.vit or s.init_from != 'pretrained',
+     "timm's weights have a shape of their own: set init_from='scratch'"))
 
 # Settings that make no sense together: (test, sentence). EFFECT is checked before: where factors,
 # split or merge_reset are set there are low-rank layers. What a layer, an optimizer or

@@ -590,7 +590,8 @@ def card_rows():
 
 def renew_tables():
     head = ('method', 'what it is, and learning rates that were good',
-            "loss less AdamW's, 20 bytes a parameter", 'state, of one worker')
+            "loss minus AdamW's (20 bytes of text a parameter)",
+            "state of one worker, of AdamW's")
     renew('../README.md', 'methods', head, method_rows())
     dates, machines, torches = (sorted({cell[key] for cell in trained('quality')})
                                 for key in ('date', 'machine', 'torch'))

@@ -21,10 +21,10 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from lowrank import (KINDS, is_wanted, leaf_names, lowrank_layers, named_layers,
-                     refuse_shards)
+                     refuse_sharded_layers)
 from ranks import (all_rows, coded_mean, coded_same, finish_sum, first_here, gather_rows,
                    is_sharded, local, mean, mean_at, orthogonalise_rows, per_rank_tensors,
-                   rank_and_world, rows_here, same, where_to_draw)
+                   rank_and_world, refuse_shards, rows_here, same, where_to_draw)
 from rules import (FULL, INSIDE, MOST, ORTHOGONAL, PROJECTED, SHORTEST, adam, at_a_time,
                    fused_adam_, in_pieces, is_compiled, is_fused, move_rows, muon_size, new_moments,
                    orthogonalised, read_moments, rows_of_shape, step_, sum_dtype, write_moments)
@@ -211,8 +211,9 @@ def refuse_values(group):
 
 
 def refuse_shapes(group, names):
-    """ValueError: a parameter is no matrix where its rule wants one, or is sharded where dim=0 or
-    a rank is given."""
+    """ValueError: a parameter is no matrix where its rule wants one, is sharded where dim=0 or a
+    rank is given, or is in shards of another kind."""
+    refuse_shards(dict(zip(names, group['params'])))
     wants_matrices = 'rank' in group or group.get('rule') in FULL
     for name, p in zip(names, group['params']):
         if is_sharded(p) and ('rank' in group or group.get('dim') == 0):
@@ -387,8 +388,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             if self.per_layer:  # its last micro-batch did not come: it is not averaged yet
-                for p in set(params) - self.per_rank:
-                    mean(p.grad)
+                for p in params:
+                    if p not in self.per_rank:
+                        mean(p.grad)
             if params:
                 self._update(params, group)
         self.is_fresh = False
@@ -443,6 +445,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """The basis (short, r) of a step, a new one where it is due."""
         rank = min(group['rank'], *W.shape)
         period, since = divmod(state['step'], group['update_proj_gap'])
+        if 'basis' in state:  # it may be that of a model in another dtype
+            state['basis'] = state['basis'].to(W.grad.dtype)
         if group['rule'] == 'apollo':  # drawn again in each step: it takes no memory
             short = W.shape[0] if transposed else W.shape[1]
             drawn = gaussian(short, rank, W, self._seed(W, period))
@@ -450,7 +454,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         if since == 0:
             state['basis'] = basis_of(W.grad, rank, transposed, group['basis'], state.get('basis'),
                                       self._seed(W, state['step']))
-        return state['basis'].to(W.grad.dtype)  # the state may be of a model in another dtype
+        return state['basis']
 
     def _projected(self, W, state, group):
         """W <- (1 - lr decay) (W - lr scale rho(R) Q^T), or as the group's rule says, in place."""
@@ -587,7 +591,7 @@ class LowRankAdamW(GaLoreAdamW):
             raise ValueError(f"{basis=} wants the gradient of W, which layers with factors='basis' "
                              "never form: set basis='sketch' or 'random', or train without such "
                              "layers by GaLoreAdamW (optimizer='galore')")
-        refuse_shards(model)
+        refuse_sharded_layers(model)
         in_basis = {name: layer for name, layer in named_layers(model).items()
                     if layer.factors == 'basis'}
         if rule != 'galore' and not in_basis:
@@ -849,7 +853,8 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
                   if isinstance(module, nn.Embedding)}
     # of a ViT, whatever wraps it: of places, and the class token
     spared = {f'{inside}.{name}'.lstrip('.') for inside, module in named.items()
-              for name in getattr(module, 'no_weight_decay', set)()}
+              if callable(getattr(module, 'no_weight_decay', None))
+              for name in module.no_weight_decay()}
     ruled = rank > 0 or rule in FULL
 
     def part_of(name, p):

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from ranks import (all_rows, average_replica, averaged_copy, coded_mean, error_of, first_here,
                    gather, gather_rows, in_global_order, is_sharded, local, mean, per_rank_tensors,
-                   rank_and_world, rows_here, scatter_gradient)
+                   rank_and_world, refuse_shards, rows_here, scatter_gradient)
 from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, sum_dtype
 
 
@@ -578,7 +578,7 @@ class MHLoRALinear(FrozenLinear):
 
 # what a kind of layer is called in GPT-2, LLaMA, timm's ViT; other targets are names of modules
 KINDS = {'attn': ('attn', 'self_attn'), 'mlp': ('mlp',), 'logit': ('lm_head', 'head', 'head_dist')}
-# They read their linear layers' weights and do not call the layers (the first: in eval mode)
+# They may read their linear layers' weights and not call the layers (the first: in eval mode)
 BYPASS = ('torch.nn.modules.transformer.TransformerEncoderLayer', 'timm.models.beit.Attention',
           'timm.models.eva.EvaAttention', 'timm.models.swin_transformer_v2.WindowAttention',
           'torchvision.models.swin_transformer.ShiftedWindowAttention',
@@ -914,7 +914,8 @@ def clip_gradients(model, max_norm):
         widest = functools.reduce(torch.promote_types, (grad.dtype for grad in rest), torch.float32)
         norms = torch._foreach_norm(rest, dtype=widest)  # a few launches; torch clips by it, too
     norms = torch.stack(norms).norm()[None]  # (1,)
-    if any(map(is_sharded, model.parameters())):  # each rank has seen its rows
+    if sharded := {name: p for name, p in model.named_parameters() if is_sharded(p)}:
+        refuse_shards(sharded)  # each rank has seen its rows
         squares = mean(norms.square()).mul_(rank_and_world()[1])
         norms = squares.sqrt()
     if heads:
@@ -934,26 +935,24 @@ def clip_gradients(model, max_norm):
     return torch.linalg.vector_norm(norms)
 
 
-def refuse_shards(model):
-    """ValueError: a tensor in shards is not cut into rows over all ranks, or each rank has its own
-    (split heads). `ranks.shard` does the one, and leaves out the other."""
-    per_rank, world = per_rank_tensors(lowrank_layers(model)), rank_and_world()[1]
-    for name, p in model.named_parameters():
-        if not is_sharded(p):
-            continue
-        is_in_rows = len(p.placements) == 1 and p.placements[0].is_shard(0)
-        if p in per_rank or not is_in_rows or p.device_mesh.size() != world:
-            raise ValueError(f"'{name}' is in shards ({p.placements} of {p.device_mesh.size()} of "
-                             f'{world} ranks), and here only rows over all ranks are, and no split '
-                             'heads: shard the model by ranks.shard')
+def refuse_sharded_layers(model):
+    """ValueError: a layer that merges is in shards of another kind, see `ranks.refuse_shards`, or
+    split heads are in shards, of which each rank has its own."""
+    for name, layer in named_layers(model).items():
+        if layer.workers > 1 and any(map(is_sharded, layer.per_head().values())):
+            raise ValueError(f"'{name}' has heads that differ by rank, and they are in shards: "
+                             'shard the model by ranks.shard, which leaves them whole')
+        if layer.merge_every:
+            refuse_shards({f'{name}.{key}': p
+                           for key, p in layer.named_parameters(recurse=False)})
 
 
 def check_training(model, *optimizers):
     """Raises ValueError for what would train wrongly in silence: a trainable parameter that no
     optimizer holds, a layer whose weight was unfrozen, one with a basis that no galore.LowRankAdamW
-    holds, or shards of another kind. What shows only later (layers without gradients, or that are
-    not merged) is warned of by hooks. Call it before the first step."""
-    refuse_shards(model)
+    holds, or shards that merges do not know. Hooks warn of what shows only later: layers without
+    gradients (not with per_layer), or that are not merged. Call it before the first step."""
+    refuse_sharded_layers(model)
     held = {p for optimizer in optimizers for group in optimizer.param_groups
             for p in group['params']}
     lost = [name for p, name in leaf_names(model).items() if p.requires_grad and p not in held]
@@ -973,10 +972,11 @@ def check_training(model, *optimizers):
               if layer.merge_every and not layer.moves_weight]
     if optimizers and _watched.isdisjoint(optimizers):
         _watched.add(optimizers[0])
+        first = getattr(optimizers[0], 'optimizer', optimizers[0])  # accelerate wraps it
         if not any(getattr(optimizer, 'per_layer', False) for optimizer in optimizers):
-            optimizers[0].register_step_post_hook(gradient_watch(model))
+            first.register_step_post_hook(gradient_watch(model))
         if layers:
-            optimizers[0].register_step_post_hook(merge_watch(layers[0]))
+            first.register_step_post_hook(merge_watch(layers[0]))
 
 
 _watched = weakref.WeakSet()  # optimizers whose steps are counted
@@ -985,18 +985,16 @@ _watched = weakref.WeakSet()  # optimizers whose steps are counted
 def gradient_watch(model):
     """Returns a hook for an optimizer's steps. At the first one it warns of layers without a
     gradient."""
-    names, is_first = leaf_names(model), True
-    leaves = heads_of(model)
-    leaves |= {layer.leaf for layer in lowrank_layers(model) if layer.factors == 'basis'}
+    in_basis = {layer.leaf for layer in lowrank_layers(model) if layer.factors == 'basis'}
+    waiting = {name: p for p, name in leaf_names(model).items() if p in heads_of(model) | in_basis}
 
     def hook(*_):
-        nonlocal is_first
-        silent = [names[p] for p in leaves if p.requires_grad and p.grad is None]
-        if is_first and silent:
+        silent = [name for name, p in waiting.items() if p.requires_grad and p.grad is None]
+        waiting.clear()  # only the first step tells
+        if silent:
             warnings.warn(f'{min(silent)} (of {len(silent)}) got no gradient in the first step: '
                           "where a module reads its linear layers' weights and does not call the "
                           'layers, low-rank weights act and train nowhere')
-        is_first = False
     return hook
 
 
@@ -1048,13 +1046,14 @@ def freeze_rest(model, kinds=()):
     if isinstance(kinds, str):
         raise ValueError(f"{kinds=} is one word: give several, such as ('logit',)")
     heads = heads_of(model)
-    kept = {p for name, p in model.named_parameters(remove_duplicate=False)
-            if is_wanted(name, kinds)}  # a tied weight is kept under any of its names
+    # a tied weight is kept under any of its names
+    kept = heads | {p for name, p in model.named_parameters(remove_duplicate=False)
+                    if is_wanted(name, kinds)}
     for name, layer in named_layers(model).items():
         trains = layer.moves_weight and layer.factor.requires_grad
         if trains and not is_wanted(name, kinds):
             raise ValueError(f"'{name}' trains its weight in a basis, and freeze_rest would freeze "
                              'that: freeze other parameters one by one, by requires_grad_(False)')
     for p in model.parameters():
-        if p not in heads | kept:
+        if p not in kept:
             p.requires_grad_(False)

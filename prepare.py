@@ -268,15 +268,15 @@ def read_lines(path, size=-1):
 
 
 def read_txt(path, size, tokenizer=None):
-    """Yields one document, in pieces of `size` characters and up to a line more. A long line is cut
-    after a space, if it has one."""
+    """Yields one document, in pieces of about `size` characters, up to a line more. A long line is
+    cut before a space, if it has one, so that its words keep their tokens."""
     piece = ''
     for line in read_lines(path, size):
         piece += line
         if len(piece) >= size:
             end = len(piece)
             if not piece.endswith('\n'):
-                end = piece.rfind(' ') + 1 or end
+                end = max(piece.rfind(' '), 0) or end
             yield Document(piece[:end], ends=False)
             piece = piece[end:]
     yield Document(piece)

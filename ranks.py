@@ -263,6 +263,18 @@ def local(x):
     return x.to_local() if is_sharded(x) else x
 
 
+def refuse_shards(named):
+    """ValueError: one of {name: tensor} is in shards of another kind than rows over all ranks, of
+    which alone the code here knows who has which."""
+    world = rank_and_world()[1]
+    for name, x in named.items():
+        if is_sharded(x) and not (len(x.placements) == 1 and x.placements[0].is_shard(0)
+                                  and x.device_mesh.size() == world):
+            raise ValueError(f"'{name}' is in shards {x.placements} over {x.device_mesh.size()} of "
+                             f'{world} ranks, and not in rows over all of them: shard the model by '
+                             'ranks.shard')
+
+
 def rows_each(size):
     """How many of `size` rows of a sharded tensor a rank holds; the last ranks may hold fewer."""
     return -(-size // rank_and_world()[1])

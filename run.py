@@ -136,15 +136,16 @@ _stop = {}  # the signal that came, 0 for none; empty where none is caught
 
 
 def catch_signals():
-    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; one that comes
-    more than a second later ends the process at once. Sooner it is the same: where a supervisor
-    signals all processes, torchrun passes its own on."""
+    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; one more than ten
+    seconds later ends the process at once. Sooner it counts as the same: where a supervisor signals
+    all processes, torchrun passes its own on."""
     def raise_flag(number, frame):
         now = time.monotonic()
-        if now - _stop.setdefault('time', now) > 1:
+        if now - _stop.setdefault('time', now) > 10:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         _stop['signal'] = number
+    _stop.clear()
     _stop['signal'] = 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, raise_flag)
@@ -412,7 +413,7 @@ def refuse_non_finite(run, step, what):
     if run.saved is not None:
         stands = f'{run.s.out_dir}/ckpt.pt of step {run.saved} is whole'
     if step == 0 or run.s.eval_only:
-        mend = 'so are the weights, or they do not fit dtype'
+        mend = 'the weights are finite, so set another dtype'
     raise SystemExit(f'{what} at step {step} is not finite: {mend}; {stands}')
 
 
@@ -457,7 +458,8 @@ def open_run(settings, process):
         return None
     checkpoint = load_checkpoint(path)
     changed = refuse_other_settings(settings, checkpoint)
-    if evaluated_rows(settings) != evaluated_rows(checkpoint['settings']):
+    other_rows = evaluated_rows(settings) != evaluated_rows(checkpoint['settings'])
+    if other_rows and not settings['eval_only']:
         changed += '; best.pt begins anew, as another part of the text is evaluated'
         checkpoint['best_val_loss'] = math.inf
     if changed and process.rank == 0:
@@ -791,13 +793,13 @@ class Meter:
 
     def close(self, step, best):
         """Prints the last lines of a run, draws its curve, and ends what `open_run` and `join`
-        began. best: the best value, in words."""
+        began. best: the best value, in words, '' before a first evaluation."""
         s = self.run.s
         longer = 'epochs' if self.run.settings.get('epochs') else 'max_iters'
         self.progress.close()
         if self.run.rank == 0 and step > self.start:
             words = f'{s.out_dir}/ckpt.pt holds step {self.run.saved}'
-            if os.path.exists(f'{s.out_dir}/best.pt'):  # not before a first evaluation
+            if best and os.path.exists(f'{s.out_dir}/best.pt'):
                 words += f', {best}'
             more = f', with more {longer},' if step >= s.max_iters else ''
             print(f'{words}; --init_from=resume{more} goes on')

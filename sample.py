@@ -71,12 +71,12 @@ def tokens_that_end(tokens):
 def end_of_turn(template, tokens):
     """The special token that a chat template puts after an answer, which is what a chat learns to
     end with; None: there is none. A base model's end-of-text may be another."""
-    messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
-    (_, answer), = template.turns(messages, [1])[0]
+    messages = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'the answer'}]
+    after = template.render(messages).rpartition('the answer')[2]
     special = {token for token, about in tokens.inner.get_added_tokens_decoder().items()
                if about.special}
-    found = [token for token in tokens.encode_many([answer])[0].tolist() if token in special]
-    return found[-1] if found else None
+    following = tokens.encode_many([after])[0].tolist()
+    return next((token for token in following if token in special), None)
 
 
 def talk(model, tokens, s, generator):

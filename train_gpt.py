@@ -5,7 +5,8 @@ $ python train_gpt.py config/quickstart.py config/methods/mhlora.py
 $ python train_gpt.py config/gpt2.py config/methods/lte.py --batch_size=8
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_gpt.py config/gpt2.py config/methods/lte.py
-The variable gives a stopped run time to end its step and save (else it is killed after 30 s).
+The variable gives a stopped run time to end its step and save (else, and before torch 2.13, it is
+killed after 30 s).
 On two nodes run the same line on both, with --nnodes=2 --rdzv_backend=c10d
 --rdzv_endpoint=HOST:PORT in place of --standalone.
 """
@@ -280,7 +281,8 @@ def main(settings):
         if stop or due:
             meter.line(step, lr)
 
-    meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}')
+    has_best = best_val_loss < float('inf')
+    meter.close(step, f'lowest validation loss so far {best_val_loss:.4f}' if has_best else '')
     return best_val_loss
 
 

@@ -8,7 +8,8 @@ $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/be
       --eval_only=True
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
       train_vit.py config/vit_base_pathmnist.py
-The variable gives a stopped run time to end its step and save (else it is killed after 30 s).
+The variable gives a stopped run time to end its step and save (else, and before torch 2.13, it is
+killed after 30 s).
 """
 
 import sys
@@ -35,7 +36,8 @@ batch_size = 32  # images of a micro-batch, over all ranks
 gradient_accumulation_steps = 1  # micro-batches of a step
 augment = ''  # '' or a comma list of 'flip' (left and right) and 'crop' (moved by up to an eighth)
 # model
-model = 'vit_base_patch16_224'  # timm's name; the next five: as it has them, unless they are set
+# timm's name; the next five: as it has them, unless they are set (the last three: from scratch)
+model = 'vit_base_patch16_224'
 img_size = None  # images of another size are resized on the device
 patch_size = None
 n_layer = None

@@ -91,6 +91,7 @@ def reading(what, remedy):
     except Exception as error:
         # in one line, and not a page
         why = ' '.join((str(error) or type(error).__name__).split())
+        why = re.sub(r' \([A-Z][\w -]* ID: [^)]*\)', '', why)  # the hub's, before its reason
         why = textwrap.shorten(why, 120, placeholder=' ...')
         raise DataError(f'{what} ({why}): {remedy}') from error
 
@@ -363,9 +364,10 @@ def hub(repository, columns, files, val_share=0.05, val_rows=None, tokens=None):
         if args.path:
             found = {split: name for split, name in files.items() if lies_in(args.path, name)}
         with reading(f"the files of '{origin}' cannot be reached, are damaged or lack {columns}",
-                     f'connect, or use --path FOLDER with whole files of {repository}'):
+                     f'connect, or, as this begins anew, get files of {repository} by hf download, '
+                     'and use --path FOLDER'):
             if not args.path:  # fails at once, where datasets tries for half a minute
-                huggingface_hub.dataset_info(repository, timeout=10)
+                huggingface_hub.dataset_info(repository, timeout=10, expand=['sha'])
             for split in sorted(found, reverse=True):  # val first, as --tokens ends with train
                 rows = load_dataset(origin, data_files=found, split=split, streaming=True)
                 if split == 'val' and val_rows:
@@ -723,7 +725,8 @@ def medmnist_images(path, size, info):
         url, md5 = info[f'url{suffix}'], info[f'MD5{suffix}']
         with reading(f'{url} cannot be downloaded',
                      f'connect and run it again, or use --path FOLDER with {path.name} in it'):
-            download_url(url, path.parent, path.name, md5)
+            download_url(url, path.parent, f'{path.name}.part', md5)
+            os.replace(f'{path}.part', path)  # whole, or not there
     with reading(f"'{path}' is damaged or no archive of MedMNIST of this size",
                  'move it away and get it again'), np.load(path) as archive:
         for split in SPLITS['images']:
@@ -763,7 +766,8 @@ def hub_folder(source, *patterns):
     copies = ['*/*', 'consolidated*']  # of the weights, for other programs
     with reading(f"there is no folder '{source}', and the hub's of that name is not cached and "
                  'cannot be reached',
-                 "check it, connect, log in by 'hf auth login', or give a folder"):
+                 "check it, connect (cached: HF_HUB_OFFLINE=1), log in by 'hf auth login', ask for "
+                 'access on its page, or give a folder'):
         return huggingface_hub.snapshot_download(
             name, allow_patterns=[*patterns], ignore_patterns=copies)
 
@@ -874,8 +878,8 @@ def tokenizer(name, folder=None):
             special_tokens={'<|endoftext|>': 256}))
     if name == 'gpt2':
         with reading("tiktoken cannot download its 'gpt2' vocabulary",
-                     'connect to the internet once, or set TIKTOKEN_CACHE_DIR to a folder that has '
-                     'it, or take --tokenizer bytes'):
+                     "connect once, or set TIKTOKEN_CACHE_DIR to a copy of another machine's "
+                     '/tmp/data-gym-cache, or take --tokenizer openai-community/gpt2 or bytes'):
             return TiktokenTokenizer(tiktoken.get_encoding('gpt2'))
     return HubTokenizer(hub_folder(name, *TOKENIZER))
 

@@ -4716,6 +4716,27 @@ def test_an_export_of_bytes_says_what_its_tokens_are(runs, tmp_path):
             == os.stat(tmp_path / 'hf' / 'config.json').st_mode)
 
 
+def test_a_download_that_breaks_leaves_no_archive(tmp_path, monkeypatch):
+    path, info = tmp_path / 'a.npz', prepare.medmnist_info()['pathmnist']
+    arrays = {f'{split}_{what}': np.zeros((2, *shape), np.uint8)
+              for split in prepare.SPLITS['images']
+              for what, shape in (('images', (28, 28, 3)), ('labels', (1,)))}
+
+    def fetched(url, root, name, md5, breaks=True):
+        with open(f'{root}/{name}', 'wb') as file:
+            np.savez(file, **arrays)
+            if breaks:
+                file.truncate(100)
+                raise OSError('403. (Request ID: Root=1-2;3-4) It is gated')
+    monkeypatch.setattr('torchvision.datasets.utils.download_url', fetched)
+    with pytest.raises(prepare.DataError, match=r'cannot be downloaded \(403\. It is gated\)'):
+        next(prepare.medmnist_images(path, 28, info))
+    assert not path.exists()
+    monkeypatch.setattr('torchvision.datasets.utils.download_url',
+                        functools.partial(fetched, breaks=False))
+    assert len([*prepare.medmnist_images(path, 28, info)]) == 3 and path.exists()
+
+
 def test_a_long_line_is_cut_between_words(tmp_path):
     prose = '\n'.join(' '.join(['some', 'words'] * 30) for _ in range(20)) + '\n'
     gpt2 = prepare.tokenizer('gpt2')

@@ -1,5 +1,6 @@
 # LLaMA 130M, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
 # python prepare.py c4 --tokens 2_700_000_000
+# (about 5 GB to download, 5.4 on disk; a c4 of more tokens serves, too)
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
 #   train_llama.py config/llama_130m.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run

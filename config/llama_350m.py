@@ -1,5 +1,6 @@
 # LLaMA 350M, sizes and steps as in GaLore's table 2 (other tokens, so other perplexities).
 # python prepare.py c4 --tokens 8_000_000_000
+# (about 15 GB to download, 16 on disk; a c4 of more tokens serves, too)
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
 #   train_llama.py config/llama_350m.py config/methods/galore.py
 # Four GPUs of 12 GB: not yet run

@@ -985,8 +985,9 @@ _watched = weakref.WeakSet()  # optimizers whose steps are counted
 def gradient_watch(model):
     """Returns a hook for an optimizer's steps. At the first one it warns of layers without a
     gradient."""
-    in_basis = {layer.leaf for layer in lowrank_layers(model) if layer.factors == 'basis'}
-    waiting = {name: p for p, name in leaf_names(model).items() if p in heads_of(model) | in_basis}
+    leaves = heads_of(model)
+    leaves |= {layer.leaf for layer in lowrank_layers(model) if layer.factors == 'basis'}
+    waiting = {name: p for p, name in leaf_names(model).items() if p in leaves}
 
     def hook(*_):
         silent = [name for name, p in waiting.items() if p.requires_grad and p.grad is None]

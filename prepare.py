@@ -878,8 +878,9 @@ def tokenizer(name, folder=None):
             special_tokens={'<|endoftext|>': 256}))
     if name == 'gpt2':
         with reading("tiktoken cannot download its 'gpt2' vocabulary",
-                     "connect once, or set TIKTOKEN_CACHE_DIR to a copy of another machine's "
-                     '/tmp/data-gym-cache, or take --tokenizer openai-community/gpt2 or bytes'):
+                     'connect once, or set TIKTOKEN_CACHE_DIR to a copy of the folder '
+                     'data-gym-cache of a machine that has it, or take --tokenizer '
+                     'openai-community/gpt2 or bytes'):
             return TiktokenTokenizer(tiktoken.get_encoding('gpt2'))
     return HubTokenizer(hub_folder(name, *TOKENIZER))
 

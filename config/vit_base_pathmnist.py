@@ -1,6 +1,6 @@
 # ViT-B/16 at 224 pixels on PathMNIST for one epoch: the study's fine-tuning, full or by LoRA.
 # python prepare.py pathmnist --size 224
-# (12.6 GB to download, 16 more on disk; the .npz may go afterwards)
+# (about 12.6 GB to download, 16 more on disk; the .npz may go afterwards)
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \
 #   train_vit.py config/vit_base_pathmnist.py config/methods/lora.py
 # Four GPUs of 12 GB: not yet run

@@ -3753,7 +3753,7 @@ def test_the_batch_that_a_plan_names_fits_and_the_next_one_does_not():
 
 def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
     folder, adapter = tmp_path / 'deep', tmp_path / 'adapter'
-    shape = dict(n_layer=30, n_head=2, n_embd=64, vocab_size=280)  # 1.5M; of 12 layers 0.6M
+    shape = dict(n_layer=1, n_head=2, n_embd=360, vocab_size=280)  # 1.7M; of 12 layers 19M
     for place, name, about in (
             (folder, 'config.json', dict(shape, model_type='gpt2', n_positions=32)),
             (adapter, 'adapter_config.json', {'base_model_name_or_path': str(folder)})):

@@ -92,7 +92,6 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
             R = F.normalize(R, dim=0)  # squares of its columns stay in the range of float16
             new = orthonormal(tall.mT @ R)
     else:
-        seed = seed if transposed else seed + 1
         new = orthonormal(gaussian(tall.shape[1], rank, G, seed))
     if old is not None:
         new = torch.where(finite, new, old.to(new.dtype))
@@ -820,7 +819,7 @@ class LowRankAdamW(GaLoreAdamW):
 
 
 def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='svd', rule='galore',
-                 proj_type='std', state_bits=None, momentum=0.95, leave=()):
+                 state_bits=None, momentum=0.95, leave=()):
     """
     The trainable parameters of a model as groups for GaLoreAdamW, or, with rank 0, torch's AdamW.
 
@@ -887,8 +886,7 @@ def param_groups(model, weight_decay=0.0, rank=0, gap=200, scale=0.25, basis='sv
     if rule in FULL:
         keys = dict(rule=rule, momentum=0.0 if rule == 'scale' else momentum)
     else:
-        keys = dict(rank=rank, update_proj_gap=gap, scale=scale, proj_type=proj_type, basis=basis,
-                    rule=rule, eps=1e-6)
+        keys = dict(rank=rank, update_proj_gap=gap, scale=scale, basis=basis, rule=rule, eps=1e-6)
     keys_of = dict(ruled=keys, fused=dict(keys, stacked=3), output=dict(keys, momentum=0.9),
                    embeddings=dict(keys, dim=0), matrices=dict(rule='adamw'),
                    vectors=dict(rule='adamw', weight_decay=0.0))

@@ -3,11 +3,9 @@ Weights in the formats of transformers, PEFT, nanoGPT and timm. The training scr
 read them with this file; export.py writes such files.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import os
-import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import prepare
 from config import read_json, typed
 from lowrank import merged_state_dict, named_layers
 from model import GPTConfig, LlamaConfig, make_model
-from ranks import load_weights, local, per_rank_tensors, take
+from ranks import load_weights, local, per_rank_tensors, rank_and_world, take
 from run import TOKENIZER, as_checkpoint, is_run, load_tensors, put_layers
 
 # -----------------------------------------------------------------------------
@@ -167,28 +165,21 @@ def transposed(name, x):
 
 
 def read_safetensors(path):
-    """Yields (name, tensor) of a file, see `opened`."""
-    with opened(path) as tensors:
-        for name in tensors.keys():
-            yield name, tensors.get_tensor(name)
-
-
-@contextlib.contextmanager
-def opened(path):
-    """A file of safetensors. ValueError, FileNotFoundError: it is damaged, or missing."""
+    """Yields (name, tensor) of a file. ValueError, FileNotFoundError: it is damaged, or missing."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is missing: fetch the folder again")
     try:
         with safe_open(path, 'pt') as tensors:
-            yield tensors
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"'{path}' is damaged or no safetensors file ({str(error)[:80]}): fetch "
                          'it again') from None
 
 
 def files_of_tensors(folder):
-    """Returns the names of a folder's tensors, and the names of the files that hold them (those in
-    its index, or model.safetensors). ValueError, FileNotFoundError: one is damaged, or missing."""
+    """Returns the names of the files that hold a folder's tensors (those in its index, or
+    model.safetensors). ValueError, FileNotFoundError: one is damaged, or missing."""
     index, file = (os.path.join(folder, f'model.safetensors{end}') for end in ('.index.json', ''))
     if os.path.isfile(index):
         found = read_json(index, {'weight_map': dict}).get('weight_map') or {}
@@ -197,29 +188,18 @@ def files_of_tensors(folder):
             if os.path.basename(file) != file:
                 raise ValueError(f"'{index}' names '{file}', which is missing beside it: fetch the "
                                  'folder again')
-        return [*found], files
+        return files
     if not os.path.isfile(file):
         raise FileNotFoundError(f"'{folder}' holds no model.safetensors and no index of shards "
                                 '(other formats are not read): fetch it again, or save the model '
                                 'as safetensors')
-    with opened(file) as tensors:
-        return [*tensors.keys()], ['model.safetensors']
-
-
-def refuse_other_depth(folder, names, config):
-    """ValueError: names of tensors are not those of as many layers as config.json says. A model of
-    a billion layers would be built for hours."""
-    numbers = {found[1] for name in names
-               if (found := re.search(r'(?:^|\.)(?:layers|h)\.(\d+)\.', name))}
-    if len(numbers) != config.n_layer:
-        raise ValueError(f"'{folder}/config.json' says {config.n_layer} layers, and the weights "
-                         f'beside it are those of {len(numbers)}: fetch the folder again')
+    return ['model.safetensors']
 
 
 def read_tensors(folder, config):
     """Yields (name, tensor), in our names and shapes, of a folder's safetensors."""
     gpt = isinstance(config, GPTConfig)
-    for file in files_of_tensors(folder)[1]:
+    for file in files_of_tensors(folder):
         for name, x in read_safetensors(os.path.join(folder, file)):
             if gpt and not name.startswith(('transformer.', 'lm_head.')):
                 name = f'transformer.{name}'
@@ -462,7 +442,6 @@ def read_weights(source, frozen_bits=None):
         shape, tensors, tokens = read_weights(rest[0])
         return *with_adapter(folder, shape, tensors), tokens
     shape = read_config(folder)
-    refuse_other_depth(folder, files_of_tensors(folder)[0], shape)
     about = read_json(os.path.join(folder, 'config.json'), {OUR_TOKENS: str})
     tokens = about.get(OUR_TOKENS) if about.get(OUR_TOKENS) in ('bytes', 'gpt2') else None
     if os.path.isfile(os.path.join(folder, 'tokenizer.json')):
@@ -556,7 +535,8 @@ def create_vit(shape, num_classes, weights=False, path=''):
     name = shape['model']
     # a name with a colon is a place, such as hf-hub:timm/...
     if ':' not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models('*vit*'), n=1, cutoff=0)[0]
+        known = timm.list_models(module='vision_transformer')
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise ValueError(f'model={name!r} is not known to timm {timm.__version__}: did you mean '
                          f"'{near}'?")
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
@@ -661,20 +641,27 @@ def read_vit(path, shape, classes, keep=False, frozen_bits=None):
         given = {key: value for key, value in shape.items() if value is not None}
         shape = {**LOOK, **saved, **given}
         weights, same = merged_vit(checkpoint), known == list(classes)
+        differ = [name for name in (*known, *classes) if (name in known) != (name in classes)]
+        differ = f" (other names or another order: {', '.join((differ or known)[:3])})"
     else:
         try:
             weights = timm.models.load_state_dict(path, weights_only=True)
         except Exception as error:  # of pickle, zipfile, safetensors
             raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): "
                              'check init_from') from None
-        known = weights.get('head.bias', ())
+        known, differ = weights.get('head.bias', ()), ''
         same = len(known) == len(classes)
     if not same and keep:
         raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
-                         f'{len(classes)} of the data: evaluate it on its own data, or train first')
+                         f'{len(classes)} of the data{differ}: evaluate it on its own data, or '
+                         'train first')
     if not same:  # as timm draws it
-        norms = [x.shape[0] for name, x in weights.items() if name.endswith('norm.weight')]
-        width = (norms or [1])[-1]  # the first may be a stem's
+        if len(known) and rank_and_world()[0] == 0:
+            print(f"'{path}': its classifier is of {len(known)} classes, the data have "
+                  f'{len(classes)}{differ}: it is drawn anew')
+        norms = [x.shape[0] for name, x in weights.items()
+                 if name.endswith('norm.weight') and not name.startswith('patch_embed.')]
+        width = (norms or [1])[-1]
         # those that were distilled have two
         for head in ['head', *({'head_dist'} & {name.split('.')[0] for name in weights})]:
             drawn = nn.init.trunc_normal_(torch.empty(len(classes), width), std=0.02)

@@ -23,7 +23,6 @@ import contextlib
 import functools
 import math
 import numbers
-import struct
 import warnings
 import weakref
 
@@ -32,8 +31,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ranks import (all_rows, average_replica, averaged_copy, coded_mean, error_of, first_here,
-                   gather, gather_rows, in_global_order, is_sharded, local, mean, per_rank_tensors,
-                   rank_and_world, refuse_shards, rows_here, scatter_gradient)
+                   gather, gather_rows, in_global_order, is_sharded, local, mean, rank_and_world,
+                   refuse_shards, rows_here, scatter_gradient)
 from rules import WEIGHT_BLOCKS, code_, dense, new_codes, round_, sum_dtype
 
 
@@ -182,20 +181,9 @@ def side_by_side(x):
     as a basis, stays as it is."""
     if x.dim() == 2:
         return x
+    if len(x) == 1:
+        return x.squeeze(0)
     return x.permute(1, 0, 2).flatten(1)
-
-
-def as_digits(x):
-    """The 16 hexadecimal digits of a float64, (16,), each a small whole number: neither bfloat16
-    nor an average of equal state dicts changes them."""
-    digits = struct.pack('>d', x).hex()
-    return torch.tensor([int(digit, 16) for digit in digits], dtype=torch.float32)
-
-
-def from_digits(digits):
-    """The number that `as_digits` has written; nan if these are not 16 hexadecimal digits."""
-    digits = [f'{x:x}' for x in digits.float().round().int().flatten().tolist() if 0 <= x < 16]
-    return struct.unpack('>d', bytes.fromhex(''.join(digits)))[0] if len(digits) == 16 else math.nan
 
 
 def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merge_reset, workers,
@@ -224,7 +212,7 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merg
                          'above 1')
     if not 0 <= dropout < 1 or dropout and (split and heads > 1 or factors == 'basis'):
         raise ValueError(f'lora_dropout={dropout} has to be in [0, 1), and is for heads that see '
-                         'all tokens: set split=False, or lora_dropout=0')
+                         "all tokens: set lora_dropout=0, or split=False and factors='both'")
     if split and heads % workers:
         raise ValueError(f'{heads=} do not split over {workers} ranks: set a multiple')
     if bits == 4 and (merge_every or factors == 'basis'):
@@ -356,8 +344,8 @@ class MHLoRALinear(FrozenLinear):
             self.A.requires_grad_(factors == 'both')
             self.B = nn.Parameter(new(self.heads_here, m, self.rank))
             # the function of A and B depends on alpha: the state dict holds it beside them
-            digits = as_digits(self.scale * self.rank)
-            self.register_buffer('alpha', digits.to(self.weight.device))
+            alpha = torch.tensor(float(alpha or rank), device=self.weight.device)
+            self.register_buffer('alpha', alpha)
         if not self.resets:
             self.register_buffer('A_merged', torch.empty_like(self.A))
             self.register_buffer('B_merged', torch.empty_like(self.B))
@@ -378,7 +366,7 @@ class MHLoRALinear(FrozenLinear):
             if not self.moves_weight:
                 local(self.factor).zero_()
             return
-        self.alpha.copy_(as_digits(self.scale * self.rank))
+        self.alpha.fill_(self.scale * self.rank)
         self.draw_heads()
         if not self.resets:  # B' is zero, so any A' will do; A is close to the copies of merges
             self.A_merged.copy_(self.A)
@@ -558,12 +546,13 @@ class MHLoRALinear(FrozenLinear):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if self.factors != 'basis':
             alpha, key = self.scale * self.rank, f'{prefix}alpha'
-            theirs = state_dict.get(key)
-            if torch.is_tensor(theirs) and not theirs.is_meta and from_digits(theirs) != alpha:
+            theirs = state_dict.get(key)  # older ones have none
+            # it may have been rounded to bfloat16, or averaged
+            if torch.is_tensor(theirs) and not (theirs.is_meta or abs(theirs / alpha - 1) < 0.01):
                 errors = args[-1]  # torch raises them in one
-                errors.append(f'{key} is {from_digits(theirs):g} in the state dict, and here '
-                              f'{alpha:g}: give apply_mhlora the alpha that it was trained with')
-            state_dict[key] = as_digits(alpha).to(self.alpha)  # older ones have none
+                errors.append(f'{key} is {theirs:g} in the state dict, and here {alpha:g}: give '
+                              'apply_mhlora the alpha that it was trained with')
+            state_dict[key] = self.alpha.new_tensor(alpha)
         with self._without_zero():
             super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -697,7 +686,8 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                              'would train: unfreeze them before')
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
-    zeros = Zeros(rank * max(max(linear.weight.shape) for linear in chosen.values()))
+    shapes = [linear.weight.shape for linear in chosen.values()]
+    zeros = Zeros(max(min(rank, *shape) * max(shape) for shape in shapes))
     layers = {}  # by weight
     for name, linear in chosen.items():
         W = linear.weight
@@ -745,8 +735,8 @@ def what_is_coded(model, names, bits):
     found = {name: model.get_submodule(name) for name in names}
     whole = [name for name, layer in found.items() if getattr(layer, 'bits', None) is None]
     if len(whole) == len(found):
-        raise ValueError(f'no weight goes into {bits} bits: {WEIGHT_BLOCKS[bits]} divides no '
-                         f'width, such as that of {whole[0]}')
+        raise ValueError(f'no weight goes into {bits} bits, such as that of {whole[0]}: an output '
+                         f'layer, or a width that {WEIGHT_BLOCKS[bits]} does not divide')
     said = f'; {len(found) - len(whole)} weights in {bits} bits'
     if whole:
         said += (f', not {len(whole)}, such as {whole[0]}: an output layer, or a width that '
@@ -862,14 +852,11 @@ def averaged_heads(model, replicas=None):
 
 
 @torch.no_grad()
-def merged_state_dict(model, replicas=None, dtype=None):
+def merged_state_dict(model, dtype=None):
     """Returns the state dict of the evaluated model without heads: they are merged into plain
     nn.Linear weights (in `dtype`, or each weight's own). The model stays as it is; all ranks take
     part. A weight that was tied is there twice, see `apply_mhlora`."""
-    averages = {p: averaged_copy(p).to(p.dtype) for p in (replicas or {}).values()}
     state = model.state_dict()
-    for name, p in model.state_dict(keep_vars=True).items():  # a tied weight has two names
-        state[name] = averages.get(p, state[name])
     for i, (name, layer) in enumerate(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, FrozenLinear):
             continue
@@ -1016,28 +1003,23 @@ def merge_watch(layer):
 
 
 def count_parameters(model):
-    """Counts parameters: total, trainable, frozen, and trainable ones by kind (heads, attn, mlp,
-    logit, other). If heads are split over ranks, it counts this rank's heads. Weights that GaLore
-    moves count as trainable."""
-    counts = dict(total=0, trainable=0, frozen=0, heads=0, **dict.fromkeys(KINDS, 0), other=0)
+    """Counts parameters: total, trainable, and those of heads that train. If heads are split over
+    ranks, it counts this rank's heads. Weights that GaLore moves count as trainable."""
+    counts = dict(total=0, trainable=0, heads=0)
     galore = [layer for layer in lowrank_layers(model) if layer.moves_weight]
     moved = {layer.weight for layer in galore if layer.factor.requires_grad}
     # in shards a basis is a parameter
     skip = {x for layer in galore for x in (layer.factor, layer.basis)}
     skip |= {layer.scales for layer in model.modules() if isinstance(layer, FrozenLinear)}
     heads = heads_of(model)
-    for name, p in model.named_parameters():  # a tied weight comes once, under its first name
-        if p in skip:
-            continue
-        trainable = p.requires_grad or p in moved
+    for p in {*model.parameters()} - skip:  # a tied weight comes once
         numbers = p.numel()
         if p.dtype == torch.uint8:  # in 4 bits
             numbers = 2 * numbers
         counts['total'] += numbers
-        counts['trainable' if trainable else 'frozen'] += numbers
-        if trainable:
-            kind = next((kind for kind in KINDS if is_wanted(name, [kind])), 'other')
-            counts['heads' if p in heads else kind] += numbers
+        if p.requires_grad or p in moved:
+            counts['trainable'] += numbers
+            counts['heads'] += numbers * (p in heads)
     return counts
 
 

@@ -419,8 +419,8 @@ class Llama(LanguageModel):
     """
     LLaMA (Touvron et al., arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU; and its relatives.
 
-    Built on the meta device it costs nothing. `to_empty` and `init_weights` then fill it where it
-    stays: 7B in bfloat16 never exist in float32.
+    Built on the meta device it costs nothing. Scripts then fill it tensor by tensor (`drawn`,
+    `fill`) where it stays: 7B in bfloat16 never exist in float32.
     """
 
     def __init__(self, config):

@@ -643,26 +643,45 @@ def digit_images(shifted):
         yield split, data.target[rows, None], images[rows]
 
 
+SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val',
+                 'validation': 'val', 'dev': 'val', 'test': 'test', 'testing': 'test'}
+
+
+def split_folders(folder):
+    """Returns {folder: split} of FOLDER/{train,val,test}, or {FOLDER: None}: its folders are those
+    of classes. DataError: there are both."""
+    inside = sorted(Path(folder).glob('[!.]*/'))
+    found = {path: SPLIT_FOLDERS.get(path.name.lower()) for path in inside}
+    splits = {*found.values()} - {None}
+    if 'train' not in splits or len(splits) == 1:
+        return {Path(folder): None}
+    if None in found.values():
+        others = ', '.join(path.name for path, split in found.items() if split is None)
+        raise DataError(f"'{folder}' holds folders of splits, and {others} beside them: move these "
+                        'away')
+    return found
+
+
 def pictures_of(folder):
-    """Returns {class: paths} of the pictures in FOLDER/class/, sorted; prints others' endings."""
-    found, others = {}, set()
-    for parent in sorted(Path(folder).glob('[!.]*/')):
-        name = parent.name
-        with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
-            name.encode()
-        files = [path for path in sorted(parent.rglob('*'))
-                 if path.is_file() and '/.' not in str(path.relative_to(folder))]  # none is hidden
-        found[name] = [path for path in files if path.suffix.lower() in PICTURES]
-        others |= {path.suffix for path in {*files} - {*found[name]}}
+    """Returns {class: [(split, path)]} of the pictures in FOLDER/class/ (split: None) or
+    FOLDER/{train,val,test}/class/, sorted; prints others' endings."""
+    found, others, loose = {}, set(), 0
+    for root, split in split_folders(folder).items():
+        loose += sum(path.is_file() for path in root.glob('[!.]*'))
+        for parent in sorted(root.glob('[!.]*/')):
+            name = parent.name
+            with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
+                name.encode()
+            files = [path for path in sorted(parent.rglob('*'))
+                     if path.is_file() and '/.' not in str(path.relative_to(root))]  # not hidden
+            taken = [path for path in files if path.suffix.lower() in PICTURES]
+            found.setdefault(name, []).extend((split, path) for path in taken)
+            others |= {path.suffix or 'no ending' for path in {*files} - {*taken}}
+    found = dict(sorted(found.items()))
     if others:
         print(f"files that end in {', '.join(sorted(others))} are passed over")
-    if loose := sum(path.is_file() for path in Path(folder).glob('[!.]*')):
+    if loose:
         print(f'{loose} files beside the folders of classes are passed over')
-    splits = {'train', 'training', 'val', 'valid', 'validation', 'dev', 'test', 'testing'}
-    if found and {name.lower() for name in found} <= splits:
-        raise DataError(f"'{folder}' holds splits, and not classes: put all pictures of a class "
-                        'into one FOLDER/class/, of which a tenth each is taken for validation and '
-                        'test')
     if not 2 <= len(found) <= 256:
         raise DataError(f"'{folder}' has {len(found)} folders of classes, and 2 to 256 are needed: "
                         'put pictures into FOLDER/class/')
@@ -673,21 +692,49 @@ def pictures_of(folder):
     return found
 
 
+def groups_of(found):
+    """Returns {path: the folder inside its class's folder}, such as a patient's, of pictures in
+    {class: [(split, path)]} that are in one; {} if there are fewer than ten such folders."""
+    inside = {}
+    for name, entries in found.items():
+        for _, path in entries:
+            parents = [parent.name for parent in path.parents]
+            depth = parents.index(name)
+            if depth:
+                inside[path] = parents[depth - 1]
+    count = len({*inside.values()})
+    if count >= 10:
+        print(f'{count} folders inside those of classes: the pictures of one stay in one split')
+        return inside
+    if count:
+        print(f'{count} folders inside those of classes, too few to split by: pictures are split '
+              'one by one')
+    return {}
+
+
 def picture_images(found, size):
-    """The pictures of {class: paths}, their shorter side resized to `size` pixels and the middle
-    kept. A tenth each, by a hash of the file, is for validation and test."""
+    """The pictures of {class: [(split, path)]}, their shorter side resized to `size` pixels and the
+    middle kept. Of a split that no folder has a tenth of the others is taken, by a hash of the
+    file, or of the folder in `groups_of`. DataError: pictures cannot be read; the first are
+    named."""
     from PIL import Image, ImageOps
+    given = {split for entries in found.values() for split, _ in entries} - {None}
+    groups_by_path = {} if given == {*SPLITS['images']} else groups_of(found)
 
     def read(entry):
-        label, path = entry
+        label, split, path = entry
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
             picture = Image.open(io.BytesIO(content))
             if picture.width * picture.height > MOST_PIXELS:  # before they are decoded
                 raise DataError(f"'{path}' has {picture.width} x {picture.height} pixels: make it "
                                 f'smaller, {MOST_PIXELS:,} at most are read')
-            if picture.mode[0] in 'IF':  # Pillow would clip them
+            # Pillow would clip them, or keep the upper 8 bits
+            if picture.mode[0] in 'IF' or ';16' in str(picture.tile):
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
+            frames = getattr(picture, 'n_frames', 1)
+            if frames > 1 and picture.format != 'MPO':  # MPO: a photograph with its preview
+                raise DataError(f"'{path}' has {frames} frames: keep one")
             picture = ImageOps.exif_transpose(picture)
             if picture.has_transparency_data:  # on white, as browsers show it
                 ground = Image.new('RGBA', picture.size, 'white')
@@ -696,14 +743,30 @@ def picture_images(found, size):
         # resized and cropped
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(picture)  # (size, size, 3)
-        tenth = hash_of(content) % 10
-        split = {0: 'val', 1: 'test'}.get(tenth, 'train')
+        together = groups_by_path[path].encode() if path in groups_by_path else content
+        drawn = {0: 'val', 1: 'test'}.get(hash_of(together) % 10, 'train')
+        if split in (None, 'train') and drawn not in given:
+            split = drawn
         return split, np.array([[label]], np.uint8), np.moveaxis(pixels, 2, 0)[None]
 
-    entries = ((label, path) for label, paths in enumerate(found.values()) for path in paths)
+    def read_or_error(entry):
+        try:
+            return read(entry)
+        except DataError as error:  # raised below, with the others
+            return error
+
+    entries = ((label, *entry) for label, name in enumerate(found) for entry in found[name])
+    errors = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow works outside the interpreter's lock
         for group in groups(entries):
-            yield from pool.map(read, group)
+            for item in pool.map(read_or_error, group):
+                if isinstance(item, DataError):
+                    errors.append(str(item))
+                else:
+                    yield item
+    if errors:
+        more = [f'and so on, {len(errors)} in all'] if len(errors) > 5 else []
+        raise DataError('; '.join([*errors[:5], *more]))
 
 
 def medmnist_info():
@@ -1467,7 +1530,7 @@ def from_text(args):
 
 def from_images(args):
     """Returns the same as `from_text`, for images."""
-    name, size, flag = args.data, getattr(args, 'size', 32), None
+    name, size = args.data, getattr(args, 'size', 32)
     channels, task = 3, 'multi-class'
     if name in DIGITS:
         source, classes = f'load_digits of scikit-learn, as {name}', [*'0123456789']
@@ -1475,14 +1538,14 @@ def from_images(args):
     elif name == 'images':
         found = pictures_of(args.input)
         classes, files = [*found], sum(found.values(), [])
-        total = sum(path.stat().st_size for path in files)
+        total = sum(path.stat().st_size for _, path in files)
         source = f'{len(files)} pictures of {Path(args.input).resolve().name} ({total} bytes)'
         images = picture_images(found, size)
     else:
-        flag, info = name, medmnist_info()[name]
+        info = medmnist_info()[name]
         channels, task, classes = info['n_channels'], info['task'], [*info['label'].values()]
         suffix = '' if size == 28 else f'_{size}'
-        name, source = flag + suffix, info[f'url{suffix}']  # as MedMNIST names its files
+        name, source = name + suffix, info[f'url{suffix}']  # as MedMNIST names its files
         path = Path(args.path or args.data_dir, f'{name}.npz')
         if args.path:
             with reading(f"'{path}' is missing", "--path is a folder with MedMNIST's archives"):
@@ -1490,7 +1553,7 @@ def from_images(args):
         images = medmnist_images(path, size, info)
     settings = {
         'source': source, 'kind': 'images', 'size': size, 'channels': channels, 'classes': classes,
-        'task': task, 'flag': flag, 'shard_bytes': args.shard_bytes}
+        'task': task, 'shard_bytes': args.shard_bytes}
     return name, settings, partial(write_images, images=images)
 
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from rules import code_, in_blocks, orthogonalised, pack, sum_dtype, unpack
+from rules import in_blocks, orthogonalised, pack, sum_dtype, unpack
 
-FORMAT = 7  # of checkpoints
+FORMAT = 8  # of checkpoints
 
 traffic = {'bytes': 0}
 
@@ -317,7 +317,6 @@ def all_rows(x):
 def from_rows(rows, shape, mesh):
     """The DTensor of that shape of which this rank holds `rows`."""
     from torch.distributed.tensor import DTensor, Shard
-    shape = torch.Size(shape)
     stride = torch.empty(shape, device='meta').stride()
     return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
 
@@ -453,8 +452,7 @@ def write(model, name, x):
     if p.is_floating_point():
         local(p).copy_(part)
     else:  # codes, see lowrank.FrozenLinear
-        layer = model.get_submodule(name.removesuffix('.weight'))
-        code_(local(p), layer.scales_here, part)
+        model.get_submodule(name.removesuffix('.weight')).write_weight(part)
 
 
 # -----------------------------------------------------------------------------

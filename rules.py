@@ -147,15 +147,11 @@ def square_root(x):
     return x.rsqrt().reciprocal_()
 
 
-def as_int32(x):
-    """The last 32 bits of an integer, with a sign."""
-    return (x + 2**31) % 2**32 - 2**31
-
-
 def start_of(key, first):
     """Makes `start` for `random_bits` from a key (an integer) and the index of the first number."""
     digest = hashlib.blake2b(str(key).encode(), digest_size=4).digest()
-    return as_int32(int.from_bytes(digest) + first * GOLDEN)
+    start = int.from_bytes(digest) + first * GOLDEN
+    return (start + 2**31) % 2**32 - 2**31  # its last 32 bits, with a sign
 
 
 def random_bits(x, start):
@@ -738,8 +734,8 @@ def dtype_of_muon(x):
     return torch.float64 if x.dtype == torch.float64 else torch.bfloat16
 
 
-def orthogonalised(X, steps=5):
-    """X (..., m, n) with all singular values near 1, each matrix on its own, by Newton-Schulz
+def orthogonalised(X):
+    """X (..., m, n) with all singular values near 1, each matrix on its own, by five Newton-Schulz
     iterations (Muon, Jordan et al. 2024), in `dtype_of_muon`."""
     a, b, c = 3.4445, -4.7750, 2.0315
     shape = X.shape
@@ -753,7 +749,7 @@ def orthogonalised(X, steps=5):
     add_product = torch.baddbmm
     if len(X) == 1:  # a fifth faster
         X, add_product = X[0], torch.addmm
-    for _ in range(steps):  # X <- a X + (b K + c K K) X
+    for _ in range(5):  # X <- a X + (b K + c K K) X
         K = X @ X.mT
         K = add_product(K, K, K, beta=b, alpha=c)
         X = add_product(X, K, X, beta=a)

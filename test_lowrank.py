@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -64,8 +65,8 @@ import train_gpt
 import train_llama
 import train_vit
 from run import (MAY_CHANGE, Meter, assemble, join, load_checkpoint, make_optimizer, operations_of,
-                 peak_memory_bytes, peak_of, put_layers, refuse_other_data, refuse_other_settings,
-                 save, save_checkpoint, set_learning_rate, start_run, unlock, unscale)
+                 peak_memory_bytes, peak_of, put_layers, refuse_other_settings, save,
+                 save_checkpoint, set_learning_rate, start_run, unlock, unscale)
 
 pytestmark = [
     # of vmap
@@ -366,7 +367,6 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'set wandb_log=False'),
     ('vit', '--init_from=pretrained --n_layer=3', 1, "timm's weights have a shape"),
-    ('gpt', '--beta2=1', 1, 'below 1'), ('vit', f'--seed={2**62}', 1, 'below 2**62'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
     ('gpt', 'config/quickstart.py --lowrank=attn --rank=4 --alpha=4', 1,
@@ -396,17 +396,12 @@ MISTAKES = [  # script, words, ranks, what is said
     *(('gpt', f'{FILES["lte"]} --sync_bits=2 --sync={sync}', 2, 'galolte_2bit.py or local_muon.py')
       for sync in ('step', 'merge')),
     ('gpt', '--train=classifier', 1, 'for images'),
-    ('vit', f'{BASIS}--merge_every=1 --train=classifier', 1, 'in a basis weights train'),
-    ('gpt', '--train=factors', 1, 'nothing to train'),
-    ('gpt', f'{BASIS}--merge_every=1 --train=factors', 1, 'nothing to train'),
     ('gpt', '--learning_rate=1e-4 --min_lr=1e-2', 1, 'would rise from 0.0001'),
     ('gpt', '--per_layer=True', 1, 'grad_clip=0.0'),
     ('gpt', '--per_layer=True --grad_clip=0 --dtype=float16', 1, 'GradScaler'),
     ('gpt', '--per_layer=True --grad_clip=0 --shard=True', 1, 'per_layer=False'),
-    ('gpt', '--optimizer=fira --basis=power --shard=True', 1, "optimizer='fira' wants"),
     ('gpt', '--optimizer=muon --rank=4', 1, 'has a low rank'),
     ('gpt', '--momentum=0', 1, "it is Muon's"),
-    ('gpt', '--optimizer=muon --momentum=1', 1, 'have to be below 1'),
     ('gpt', '--optimizer=scale --scale=2.0', 1, 'no basis'),
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "set sync='step' and"),
     ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2,
@@ -565,13 +560,6 @@ def test_a_mistake_in_code_is_no_refusal(capsys):
     for mistake in (of_text, of_count):
         with pytest.raises(ValueError), config.refusals():
             mistake()
-
-
-def test_a_run_goes_on_with_the_data_that_it_began_with():
-    alone = SimpleNamespace(ranks=1)
-    refuse_other_data('a', {}, alone, {'data': 'a'})
-    with pytest.raises(ValueError, match="data set 'mine' is not the one that this run began"):
-        refuse_other_data('b', {'dataset': 'mine'}, alone, {'data': 'a'})
 
 
 def test_what_may_not_change_has_to_be_the_same_on_resume():
@@ -824,7 +812,7 @@ DAMAGES = [
     # checkpoints and weights
     (CKPT, flipped(0.5), 'is damaged'), (CKPT, cut(0, -99), 'is damaged'),
     (CKPT, None, 'train first'), (CKPT, {'other': 1}, 'not a checkpoint of this project'),
-    (CKPT, {'format': 4}, 'format 4, here 7'),
+    (CKPT, {'format': 4}, 'format 4, here 8'),
     (CKPT, {'model': nn.Linear(1, 1)}, 'holds other objects'),
     ('vit/best.pt', flipped(0.5), 'is damaged'),
     ('timm.pt', cut(0, 200), 'is damaged'), ('vit.safetensors', cut(0, 200), 'is damaged'),
@@ -844,10 +832,7 @@ DAMAGES = [
         ({'rms_norm_eps': None}, 'rms_norm_eps'),
         ({'layer_types': ['linear_attention']}, 'layer_types'), ({'hidden_size': 0}, 'hidden_size'),
         ({'num_hidden_layers': '2'}, "num_hidden_layers='2', which is no int"),
-        ({'intermediate_size': 25}, 'of shape'),
-        ({'num_hidden_layers': 10**9},
-         'says 1000000000 layers, and the weights beside it are those of 2'),
-        ({'num_hidden_layers': 1}, 'says 1 layers'))),
+        ({'intermediate_size': 25}, 'of shape'), ({'num_hidden_layers': 1}, 'layers.1'))),
     # shards
     (SHARD, flipped(16), 'damaged .it does not begin as .*--overwrite'),
     (SHARD, cut(0, -1), 'damaged .*--overwrite'), (SHARD, None, 'is missing.*--overwrite'),
@@ -992,8 +977,8 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     assert 1 - lowrank.count_parameters(gpt)['trainable'] / full == pytest.approx(0.221, abs=5e-4)
     lowrank.apply_mhlora(untied, ('logit',), heads=4, rank=2)  # the embedding goes on training
     counts, heads = lowrank.count_parameters(untied), 4 * 2 * (768 + 50257)
-    assert (counts['heads'], counts['frozen'], counts['trainable']) == (
-        heads, 768 * 50257, full + heads)
+    assert (counts['heads'], counts['total'], counts['trainable']) == (
+        heads, 768 * 50257 + full + heads, full + heads)
     lowrank.apply_mhlora(workers, ('attn',), heads=4, rank=4, factors='basis', split=True,
                          merge_every=2)
     counts, heads = lowrank.count_parameters(workers), 4 * 4 * 12 * (2304 + 768)
@@ -1003,8 +988,7 @@ def test_shapes_have_the_papers_numbers_of_parameters():
     hub.put_heads(vit, {**train_vit.defaults, 'lowrank': 'q,v', 'rank': 4})  # of MeLo
     lowrank.freeze_rest(vit, ('logit',))
     counts = lowrank.count_parameters(vit)
-    assert (counts['heads'], counts['logit'], counts['trainable']) == (
-        147_456, 769 * 9, 147_456 + 769 * 9)
+    assert (counts['heads'], counts['trainable']) == (147_456, 147_456 + 769 * 9)
 
 
 def continued(net, idx, count, **how):
@@ -1143,8 +1127,7 @@ def book_of(plain, model, optimizer, settings, ranks=1):
         p = own[name]
         if s.optimizer == 'apollo':
             return galore.gaussian(rows, rank, p, optimizer._seed(p, t // s.basis_every))
-        other = s.basis == 'random' and not galore.is_transposed(p.shape, 'std')
-        return galore.gaussian(rows, rank, p, optimizer._seed(p, t) + other)
+        return galore.gaussian(rows, rank, p, optimizer._seed(p, t))
 
     def rate(t):
         part = min((t - s.warmup_iters) / (s.max_iters - s.warmup_iters), 1)
@@ -1455,7 +1438,7 @@ def test_a_window_of_sketches_resumes_bit_for_bit_from_torchs_state_dict(dtype):
             optimizer.zero_grad()
 
     def fresh():
-        net = tiny_llama().to(dtype)
+        net = tiny_llama(n_layer=1).to(dtype)
         lowrank.apply_mhlora(net, rank=3, factors='basis', merge_every=1)
         return net, galore.LowRankAdamW(net, lr=0.01, basis_every=8)
     straight, again = fresh(), fresh()
@@ -1624,7 +1607,7 @@ def test_a_rank_is_clamped_and_said_once():
 def test_param_groups_partition_the_model(make):
     net = make()
     next(p for p in net.parameters() if p.dim() == 1).requires_grad_(False)
-    kwargs = dict(scale=2.0, basis='power', proj_type='reverse_std', weight_decay=0.1)
+    kwargs = dict(scale=2.0, basis='power', weight_decay=0.1)
     wanted = {name: p for name, p in net.named_parameters() if p.requires_grad}  # a tied one once
     for rank, rule in ((0, 'galore'), (2, 'fira')):
         groups = galore.param_groups(net, gap=7, rank=rank, rule=rule, **kwargs)
@@ -1778,7 +1761,7 @@ def test_a_sketch_is_the_sum_over_sequences_in_either_order_of_products(m, n, ti
     method('galore', '--basis_every=3'), method('galolte', '--sync_bits=2')],
     ids=['galore', 'bits'])
 def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
-    run, data = built('llama', root, tmp_path, *words)
+    run, data = built('llama', root, tmp_path, *words, '--n_layer=1')
     first, second, *_ = lowrank.lowrank_layers(run.model)
     before = [layer.weight.clone() for layer in (first, second)]
     first.factor.requires_grad_(False)
@@ -1794,6 +1777,13 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
     for step in range(6, 9):
         train_llama.train_step(run, step, lambda _: data.batch(8, step))
     assert torch.equal(second.weight, before)
+
+
+def test_gradients_of_one_head_lie_as_their_parameters():
+    net = put(linears(), rank=2)
+    net['attn'](torch.ones(3, 8)).sum().backward()
+    for p in (net['attn'].A, net['attn'].B):  # else DDP copies them, and warns
+        assert p.grad.stride() == p.stride()
 
 
 def test_begin_again_takes_no_other_basis():
@@ -2034,7 +2024,7 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
      'frozen_bits=8, has to be|frozen_bits=8 has to be None or 4'),
     (lambda: put(linears(), frozen_bits=4, param_bits=8), 'one of them None'),
     (lambda: put(wide_linears().double(), frozen_bits=4), 'weights in float64 are not'),
-    (lambda: put(linears(), frozen_bits=4), 'no weight goes into 4 bits: 64 divides no width'),
+    (lambda: put(linears(), frozen_bits=4), 'no weight goes into 4 bits.*width that 64 does not'),
     (lambda: split_heads(2), 'averaged_heads'),
     (lambda: split_heads(3), 'does not split over 2 heads'),
     (lambda: lowrank.check_training(linears(), torch.optim.SGD([nn.Parameter(torch.ones(1))])),
@@ -2276,7 +2266,7 @@ def test_alpha_travels_with_heads():
     net, other, bare = Squares(), Squares(), Squares()
     for one, alpha in ((net, 6.1), (other, 4.0)):
         lowrank.apply_mhlora(one, rank=4, alpha=alpha)
-    state, nothing = net.state_dict(), torch.zeros(16)
+    state, nothing = net.state_dict(), torch.zeros(())
     half = {key: x.to(torch.bfloat16) for key, x in state.items()}
     mean = {key: sum([x] * 5) / 5 for key, x in half.items()}
     ema = {key: x.clone() for key, x in half.items()}
@@ -2288,7 +2278,7 @@ def test_alpha_travels_with_heads():
                   get_model_state_dict(net), copy.deepcopy(net).bfloat16().state_dict()):
         net.load_state_dict(found)
         assert torch.equal(net.mlp.alpha, state['mlp.alpha'])
-        with pytest.raises(RuntimeError, match='mlp.alpha is 6.1 in the state dict, and here 4'):
+        with pytest.raises(RuntimeError, match='mlp.alpha is 6.* in the state dict, and here 4'):
             other.load_state_dict(found)
     net.load_state_dict({key: x for key, x in state.items()
                          if key[-5:] != 'alpha'})  # of an older one
@@ -2737,8 +2727,8 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
 @mock.patch('torch.linalg.svd', svd_of_one_sign)
 @pytest.mark.parametrize('words', WRITTEN_DOWN)
 def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tmp_path, words):
-    """Eight steps with two micro-batches, clipping, decay and merges; the learning rate falls to
-    its end. Four steps where nothing merges and no basis is taken."""
+    """Steps with two micro-batches, clipping, decay, two merges and bases; the learning rate falls
+    to its end. Four steps where nothing merges and no basis is taken."""
     kind, name, *words = words.split()
     script = kind if kind in SCRIPTS else 'gpt'
     scaled = 'gal' in f'{name} {words}' or name in ('fira', 'apollo')
@@ -2754,7 +2744,9 @@ def test_every_method_steps_and_evaluates_as_it_is_written_down(root, plains, tm
         put_layers(run.model, run.settings)
         run.net, run.optimizer = run.model, make_optimizer(run.model, run.settings)
     if min(run.settings['merge_every'] or 8, run.settings['basis_every']) < 8:
-        steps = 2 * max(run.settings['basis_every'] % 8, run.settings['merge_every'] % 8) + 1
+        # blocks take a second basis after one period and, the last one, a half
+        period, T = run.settings['basis_every'] % 8, run.settings['merge_every'] % 8
+        steps = max(period + period // 2 + 1, 2 * T + 1)
     batches = [seen(script, data, step, run.settings) for step in range(steps)]
     joined = [tuple(torch.cat(parts).to(DEVICE) for parts in zip(*batch)) for batch in batches]
     forward, first, matrices, how = book_of(plain, run.model, run.optimizer, run.settings)
@@ -2892,8 +2884,8 @@ def test_the_drop_in_projects_either_side(shape, rule, proj_type):
     net = nn.Sequential()
     net.add_module('attn', nn.Linear(n, m, bias=False).double())
     group = dict(rank=r, scale=0.5, basis='svd')
-    groups = galore.param_groups(
-        net, weight_decay=0.2, gap=3, rule=rule, proj_type=proj_type, **group)
+    groups = galore.param_groups(net, weight_decay=0.2, gap=3, rule=rule, **group)
+    groups[0]['proj_type'] = proj_type
     optimizer = galore.GaLoreAdamW(groups, lr=0.1, betas=(0.8, 0.95))
     p, state = net.attn.weight, {}
     W, how = p.detach().clone(), dict(group, optimizer=rule, basis_every=3, beta1=0.8, beta2=0.95)
@@ -2965,6 +2957,23 @@ def test_a_run_resumes_bit_for_bit(root, runs, tmp_path, name, stop):
         assert log[-1] == records(tmp_path / 'on')[-1] and len(log[-1]['test_acc_by_class']) == 2
         assert (np.shape(log[-1]['test_confusion']) == (2, 2)
                 and log[-1]['classes'] == whole['classes'])
+
+
+def test_a_classifier_of_other_classes_is_drawn_anew_and_said(runs, capsys):
+    shape = dict.fromkeys(('model', 'n_layer', 'n_embd', 'n_head', 'img_size', 'patch_size'))
+    path = runs('vit_full', 4) / 'best.pt'
+    said = 'of 2 classes, the data have 2 .*pneumonia, lungs'
+    for classes, drawn in (['normal', 'pneumonia'], False), (['normal', 'lungs'], True):
+        capsys.readouterr()
+        hub.read_vit(path, shape, classes)
+        assert bool(re.search(said, capsys.readouterr().out)) == drawn
+    with pytest.raises(ValueError, match='knows 2 classes, and not the 2 .*pneumonia, lungs'):
+        hub.read_vit(path, shape, classes, keep=True)
+
+
+def test_scores_near_one_do_not_tie():
+    logits = torch.tensor([[0.0, 20.0], [0.0, 30.0]])  # of float32 both probabilities are 1
+    assert train_vit.measure(logits, torch.tensor([0, 1]))[1] == 1
 
 
 def test_the_log_of_a_vit_is_drawn_as_a_confusion_matrix(root, runs, tmp_path, capsys):
@@ -3280,7 +3289,9 @@ def test_bad_input_is_one_sentence_and_loses_nothing(root, runs, tmp_path, capsy
             ('gpt', '--n_layer=2', 'already holds a run', resume, '--overwrite=True'),
             ('gpt', '--lowrank=nowhere', 'c_attn'), ('gpt', '--device=foo', "'cuda:N'"),
             ('gpt', '--lowrank=attn --alpha=0', 'alpha=0.0', 'above 0'),
-            ('gpt', BASIS, 'merge_every=1'),
+            ('gpt', BASIS, 'merge_every=1'), ('gpt', '--beta2=1', 'below 1'),
+            ('gpt', '--train=factors', 'all parameters are frozen'),
+            ('vit', f'{BASIS}--merge_every=1 --train=factors', 'freeze_rest would freeze that'),
             ('gpt', f'{resume} --batch_size=4', '16 rows a step', 'is 4: set'),
             ('vit', '--patch_size=56', 'no patch of (56, 56) pixels'),
             ('gpt', f'{resume} --n_layer=3', 'n_layer=2', '3'), ('llama', '--size=3b', '60m'),
@@ -3675,7 +3686,7 @@ def test_images_are_those_of_medmnist_itself(tmp_path, flag, size, compressed):
                               np.stack([np.array(i) for i in images]))
         assert y.dtype == (torch.float32 if multi else torch.int64) and y.ndim == 1 + multi
         assert np.array_equal(y.numpy().reshape(len(y), -1), np.stack(labels))
-    assert (data.meta['kind'], data.meta['flag'], data.task) == ('images', flag, info['task'])
+    assert (data.meta['kind'], data.task) == ('images', info['task'])
     assert data.classes == list(info['label'].values()) and data.num_classes == len(data.classes)
     assert (data.channels, data.size) == (info['n_channels'], size)
     chunks = prepare.medmnist_images(path, size, info)  # what is there is not downloaded again
@@ -4894,7 +4905,10 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
                         Image.fromarray(drawn[0]))
     large = Image.new('1', (9000, 9000))
     for said, write in (
-            ('8 bits', lambda: wide.save(path)), ('9000 x 9000 pixels', lambda: large.save(path)),
+            ('8 bits', lambda: wide.save(path)), ('8 bits', lambda: sixteen_bits(path)),
+            ('2 frames', lambda: transposed.save(path, 'TIFF', save_all=True,
+                                                 append_images=[transposed])),
+            ('9000 x 9000 pixels', lambda: large.save(path)),
             ('damaged', lambda: path.write_bytes(b'no picture')),
             ('damaged', lambda: transposed.save(path, exif=b'Exif\0\0XX*\0\x08\0\0\0garbage'))):
         write()
@@ -4905,11 +4919,54 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
         (tmp_path / 'mine' / name).mkdir()
         with pytest.raises(prepare.DataError, match=said):
             prepare.main([*words, '--overwrite'])
-    for place, names in (('splits', ('train', 'test')), ('others', ('Training', 'Testing'))):
-        for name in names:
-            (tmp_path / place / name / 'cat').mkdir(parents=True)
-        with pytest.raises(prepare.DataError, match='holds splits'):
-            prepare.main(['images', '--input', f'{tmp_path}/{place}'])
+
+
+def test_folders_of_splits_and_of_patients_stay_whole(tmp_path, capsys):
+    from PIL import Image
+
+    def held(folder):
+        words = f'images --input {tmp_path}/{folder} --name {folder} --size 4'.split()
+        prepare.main([*words, '--data_dir', f'{tmp_path}/data', '--overwrite'])
+        found = {}
+        for split in ('train', 'val', 'test'):
+            images = prepare.Images(folder, split, tmp_path / 'data')
+            for image, label in zip(*images.items(np.arange(len(images)))):
+                found[int(image[0, 0, 0])] = split, int(label)
+        return found
+    for i in range(200):
+        pixels = np.full((4, 4, 3), i, np.uint8)
+        for place in (f'split/{("Training", "test")[i % 5 == 0]}/{"ab"[i % 2]}',
+                      f'nested/{"ab"[i % 2]}/patient{i // 8}', f'few/{"ab"[i % 2]}/all'):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / place / f'{i}.png')
+    found = held('split')  # a tenth of the rest is for validation
+    assert {i for i in found if found[i][0] == 'test'} == {*range(0, 200, 5)}
+    assert 5 < sum(split == 'val' for split, _ in found.values()) < 35
+    assert all(label == i % 2 for i, (_, label) in found.items())
+    capsys.readouterr()
+    found = held('nested')
+    assert '25 folders inside those of classes: the pictures of one' in capsys.readouterr().out
+    assert all(found[i][0] == found[i - i % 8][0] for i in range(200))
+    assert {split for split, _ in found.values()} == {'train', 'val', 'test'}
+    assert len(held('few')) == 200 and 'split one by one' in capsys.readouterr().out
+    (tmp_path / 'split' / 'more' / 'a').mkdir(parents=True)
+    with pytest.raises(prepare.DataError, match='folders of splits, and more beside them'):
+        held('split')
+    for i in range(7):  # all are named at once, but for the sixth and the seventh
+        (tmp_path / 'few' / 'a' / f'bad{i}.png').write_bytes(b'')
+    with pytest.raises(prepare.DataError, match='bad0.png.*bad4.png.*and so on, 7 in all'):
+        held('few')
+
+
+def sixteen_bits(path):
+    """Writes a PNG of 4 x 4 pixels with three channels of 16 bits."""
+    def chunk(kind, data):
+        code = zlib.crc32(kind + data)
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', code)
+    rows = (b'\0' + b'\x0f\xff' * 12) * 4
+    path.write_bytes(b'\x89PNG\r\n\x1a\n'
+                     + chunk(b'IHDR', struct.pack('>IIBBBBB', 4, 4, 16, 2, 0, 0, 0))
+                     + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
 
 
 def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(tmp_path, capsys):
@@ -5049,7 +5106,8 @@ def test_4_bits_are_of_all_linears_of_attention_and_mlp(capsys, lowrank_on):
     counts = lowrank.count_parameters(net)
     assert counts['total'] - counts['heads'] == parameters
     lowrank.freeze_rest(net)
-    assert lowrank.count_parameters(net)['frozen'] == parameters
+    counts = lowrank.count_parameters(net)
+    assert counts['trainable'] == counts['heads']
     merged = lowrank.merged_state_dict(net)
     plain.load_state_dict(merged)
     close(plain(idx), net(idx), 1e-5)

@@ -3,7 +3,7 @@ Trains a vision transformer of timm, pretrained or from scratch, whole or by a m
 config/methods:
 
 $ python train_vit.py config/vit_quickstart.py
-$ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16
+$ python train_vit.py config/vit_base_pathmnist.py config/methods/lora.py --rank=16 --alpha=16
 $ python train_vit.py config/vit_quickstart.py --init_from=out/vit_quickstart/best.pt \\
       --eval_only=True
 $ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 torchrun --standalone --nproc_per_node=4 \\
@@ -36,7 +36,9 @@ batch_size = 32  # images of a micro-batch, over all ranks
 gradient_accumulation_steps = 1  # micro-batches of a step
 augment = ''  # '' or a comma list of 'flip' (left and right) and 'crop' (moved by up to an eighth)
 # model
-# timm's name; the next five: as it has them, unless they are set (the last three: from scratch)
+# timm's name; its tag, as in 'vit_base_patch16_224.mae', says how images are normalised: give it
+# where init_from is a file of such weights. The next five: as timm has them, unless they are set
+# (the last three: not with 'pretrained')
 model = 'vit_base_patch16_224'
 img_size = None  # images of another size are resized on the device
 patch_size = None
@@ -208,8 +210,9 @@ def measure(logits, labels):
     """
     n, classes = logits.shape
     several = labels.dim() == 2
+    logits = logits.double()  # before: ones in float32 would tie
     scores = logits.sigmoid() if several else logits.softmax(1)
-    scores, labels = scores.double().numpy(), labels.numpy()
+    scores, labels = scores.numpy(), labels.numpy()
     truth = labels if several else np.eye(classes)[labels]  # (n, classes)
     columns = [1] if classes == 2 and not several else range(classes)
     areas = [roc_auc_score(truth[:, i], scores[:, i]) for i in columns
@@ -266,6 +269,10 @@ def build(settings, process, classes, checkpoint=None):
               f'of {tall} x {wide} pixels')
     look = look_of(model, shape, process.device)
     shape.update({key: getattr(look, key) for key in LOOK})
+    if process.rank == 0:
+        side, average = math.floor(look.size / look.crop_pct), look.mean.flatten().tolist()
+        print(f'images: {side} pixels a side, the model sees the middle {look.size}; less a mean '
+              'of ' + ', '.join(f'{x:.3f}' for x in average))
     model.to('cpu' if s.shard else process.device, getattr(torch, s.param_dtype))
     put_heads(model, settings, process.rank, process.ranks)
     model.set_grad_checkpointing(s.checkpointing)
@@ -391,7 +398,7 @@ def test(run, data, meter, step):
     meter.log(step, record)
     if run.rank == 0:
         shares = ('no images' if x is None else f'{x:.3f}' for x in record['test_acc_by_class'])
-        print('accuracy by class: ' + ', '.join(map(' '.join, zip(data.classes, shares))))
+        print('accuracy by class: ' + '; '.join(map(' '.join, zip(data.classes, shares))))
         drawn_from_log = run.s.eval_only and os.path.exists(f'{run.s.out_dir}/log.jsonl')
         if matrix is not None and not drawn_from_log:
             print(f'python assets/figures.py {run.s.out_dir} draws the confusion matrix')
@@ -413,6 +420,7 @@ def main(settings):
         heads = s.heads if s.lowrank and s.split else 1
         rows = rows_of(s.batch_size, heads, process.rank, process.ranks)
         run = build(settings, process, classes, checkpoint)
+        s = run.s  # with what `build` has settled
         step = checkpoint['step'] if checkpoint else 0
         best_val_auc = checkpoint['best_val_auc'] if checkpoint else 0.0
         epochs = f'{steps * images / len(train_data):.1f} epochs, '

@@ -339,10 +339,7 @@ EFFECT = (
 # split or merge_reset are set there are low-rank layers. What a layer, an optimizer or
 # ranks.rows_of refuses itself is not checked here again
 CHECKS = (
-    (lambda s: max(s.dropout, s.beta1, s.beta2, s.momentum) >= 1,
-     'dropout={dropout}, beta1={beta1}, beta2={beta2}, momentum={momentum} have to be below 1: '
-     'lower them'),
-    (lambda s: s.seed >= 2**62, 'seed={seed} is too large: set one below 2**62'),
+    (lambda s: s.dropout >= 1, 'dropout={dropout} has to be below 1: lower it'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits '
@@ -379,14 +376,6 @@ CHECKS = (
      "train={train!r}: set init_from to a model, and train='auto', or frozen_bits=None"),
     (lambda s: s.train == 'classifier' and not s.vit,
      "train='classifier' is for images: set 'auto', 'all' or 'factors'"),
-    (lambda s: s.train == 'classifier' and s.lowrank and s.factors == 'basis'
-     and s.merge_every == 1 and s.lowrank != 'logit',
-     "train='classifier' freezes all else, and in a basis weights train: set train='all', or "
-     "lowrank=''"),
-    (lambda s: s.train == 'factors'
-     and (not s.lowrank or s.factors == 'basis' and s.merge_every == 1),
-     "train='factors' leaves nothing to train: set lowrank, and merge_every other than 1, or "
-     "train='all'"),
     # the log
     (lambda s: s.wandb_log and s.eval_only,
      'eval_only=True writes no run to wandb: set wandb_log=False'),
@@ -403,9 +392,6 @@ CHECKS = (
      "'float16'"),
     (lambda s: s.per_layer and s.sync == 'merge',
      "per_layer=True averages each gradient over ranks, and sync='merge' none: set sync='step'"),
-    (lambda s: s.shard and s.optimizer not in ('adamw', 'muon'),
-     'optimizer={optimizer!r} wants whole gradients, of which ranks hold rows: set '
-     "optimizer='adamw' or 'muon', or shard=False"),
     (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
      "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' "
      'and per_layer=False, or shard=False'),

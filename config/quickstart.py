@@ -1,7 +1,7 @@
 # A small GPT on Python's own sources, byte by byte: the first thing to run.
 # python train_gpt.py config/quickstart.py config/methods/mhlora.py
-# Two CPU cores: three minutes, validation loss 1.68 nats a byte. A CPU with units for it takes 0.6 of
-# the time with --dtype=bfloat16: 1.69 to 1.73, by threads and Python's version
+# Two CPU cores: three minutes, validation loss 1.68 nats a byte. A CPU with units for it takes 0.6
+# of the time with --dtype=bfloat16: 1.69 to 1.73, by threads and Python's version
 out_dir = 'out/quickstart'
 dataset = 'stdlib'
 block_size, batch_size = 256, 8

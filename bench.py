@@ -324,12 +324,17 @@ class Drawn:
     num_classes = 9
 
     def __init__(self, run):
-        self.run, self.rows = run, run.s.batch_size // run.ranks
+        self.run, self.rows, self.drawn = run, run.s.batch_size // run.ranks, None
 
     def __len__(self):
         return self.run.s.batch_size
 
     def batch(self, *_, **__):
+        if self.drawn is None:  # once: to draw images takes as long as a card's step
+            self.drawn = self.draw()
+        return self.drawn
+
+    def draw(self):
         run, rows = self.run, self.rows
         if 'img_size' in run.settings:
             size = run.look.size
@@ -600,6 +605,9 @@ def storages(tensors):
 
 def peaks(settings, ranks):
     """What `planned` makes its numbers of: peaks before an optimizer's step and in it."""
+    merges = settings['merge_every'] > 1
+    if merges:  # soon, as the first one makes state
+        settings = dict(settings, merge_every=2, basis_every=200)
     with fake_ranks(ranks), watched() as watch:
         micro_steps = min(2, settings['gradient_accumulation_steps'])
         run, step = stepper(dict(settings, gradient_accumulation_steps=micro_steps, compile=False),
@@ -614,7 +622,7 @@ def peaks(settings, ranks):
             grads = [p.grad for p in lowrank.leaf_names(run.model) if p.grad is not None]
             most['gradients'] = sum(local(grad).nbytes for grad in grads)
         run.optimizer.register_step_pre_hook(before_step)
-        for _ in range(2):
+        for _ in range(3 if merges else 2):
             watch.start()
             step()
             note('step')
@@ -624,6 +632,10 @@ def peaks(settings, ranks):
         weights = sum(held.values()) - sum(x.nbytes for x in bases)
         state = run.optimizer.state_bytes()
         sent = on_the_wire(watch.sent, ranks) / micro_steps
+        if ranks > 1 and not settings['shard']:
+            sent += run.ddp_bytes / settings['gradient_accumulation_steps']
+            if micro_steps == 1:  # its buckets are there from the beginning of the pass
+                most['backward'] += run.ddp_bytes * ranks / (ranks - 1) / 2
         # what all ranks have alike torch saves tensor by tensor, from where it is
         alive = {key for key, reference in watch.alive.items() if reference() is not None}
         saved = gather_state(run.model, layers, run.optimizer, run.replicas)
@@ -722,8 +734,8 @@ def named_script(words):
 def plan(words, budget, ranks=1):
     """
     Prints which methods, dtypes and batch sizes of a run fit on each of so many cards. It computes
-    nothing and needs no GPU. With shard=True each card holds its part; otherwise, what DDP itself
-    sends and holds is not counted.
+    nothing and needs no GPU. With shard=True each card holds its part; otherwise what DDP sends and
+    its buckets are counted.
 
     words: config files and --key=value, as for the scripts; budget: a card's memory, such as 12GiB.
     Files of config/methods are the methods to plan; without any, all methods are planned that the
@@ -739,7 +751,7 @@ def plan(words, budget, ranks=1):
     methods = [word for word in words if Path(word).resolve().parent.name == 'methods']
     words = [word for word in words if word not in methods]
     methods = methods or list(map(str, FILES))
-    known = named_script(words).defaults
+    script = named_script(words)
     dtypes = 'float32', 'bfloat16'
     say = progress(len(methods) * len(dtypes))
     for number, path in enumerate(methods):
@@ -747,7 +759,8 @@ def plan(words, budget, ranks=1):
         try:
             with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
                 with contextlib.redirect_stdout(None):  # a table is printed
-                    settings = config.load({}, known, [*words, path, '--learning_rate=1'])
+                    settings = config.load(vars(script), script.defaults,
+                                           [*words, path, '--learning_rate=1'])
                     source, of_text = settings['init_from'], 'block_size' in settings
                     if of_text and source not in ('scratch', 'auto', 'resume'):
                         settings['shape'] = shape_of(source)
@@ -755,7 +768,7 @@ def plan(words, budget, ranks=1):
                 compute = 'float32' if settings['dtype'] == 'float32' else 'bfloat16'
                 settings.update(device='cpu', dtype='bfloat16', compile=False)
                 with watched():
-                    full = {**settings, 'lowrank': '', 'optimizer': 'adamw'}
+                    full = {**settings, 'lowrank': '', 'optimizer': 'adamw', 'basis': 'sketch'}
                     model = stepper(full, ranks=1)[0].model
                 settings['n_layer'] = len(model.blocks)
                 if number == 0:
@@ -1301,7 +1314,7 @@ def on_card(about, settings, dry):
                 steps = pool.submit(steps_on_card, settings)
                 found['planned'] = planned(settings)['total']  # meanwhile
                 found.update(steps.result())
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: what the card cannot do is refused
         found['error'] = f'{type(error).__name__}: {config.said(error)}'
     return found
 

@@ -3728,6 +3728,9 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
             settings = {**script.defaults, **shape, **more, 'batch_size': 4, 'shard': True}
             part = bench.planned(settings, ranks=2)
             assert all(0.4 < part[key] / said[key] < 0.6 for key in ('weights', 'state'))
+            both = bench.planned({**settings, 'shard': False}, ranks=2)  # DDP
+            sent = both['sent'] * settings['gradient_accumulation_steps']
+            assert sent == pytest.approx(said['weights'], rel=0.02)
         if torch.__version__ >= (2, 13) and script is train_llama:
             with bench.fake_ranks(4), bench.watched() as watch:  # no rank ever holds a whole model
                 run, _ = bench.stepper({**settings, 'n_layer': 9}, 4)
@@ -3777,6 +3780,16 @@ def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
                     '--dtype=float32'], '1e-6GB')
         said = capsys.readouterr().out
         assert said.startswith('2M parameters, sequences of 16, 1 x 1e-6GB, computed in float32')
+
+
+def test_every_method_of_one_process_is_planned(monkeypatch, capsys):
+    names = [name for name in FILES if not name.startswith(('local_', 'galolte_2bit'))]
+    monkeypatch.setattr(bench, 'largest_batch', lambda *_: (3, *[1e9] * 8))
+    shape = '--n_layer=1 --n_embd=32 --n_head=2 --vocab_size=64 --block_size=16 --dataset=none'
+    bench.plan([*shape.split(), *(FILES[name] for name in names)], '12GiB')
+    said = capsys.readouterr().out
+    for name in names:
+        assert said.count(f'\n{name:16}') == 2, name
 
 
 def test_a_deep_model_is_planned_by_two_shallow_ones():

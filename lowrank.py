@@ -344,7 +344,7 @@ class MHLoRALinear(FrozenLinear):
             self.A.requires_grad_(factors == 'both')
             self.B = nn.Parameter(new(self.heads_here, m, self.rank))
             # the function of A and B depends on alpha: the state dict holds it beside them
-            alpha = torch.tensor(float(alpha or rank), device=self.weight.device)
+            alpha = torch.tensor(self.scale * self.rank, device=self.weight.device)
             self.register_buffer('alpha', alpha)
         if not self.resets:
             self.register_buffer('A_merged', torch.empty_like(self.A))

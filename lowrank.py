@@ -547,11 +547,14 @@ class MHLoRALinear(FrozenLinear):
         if self.factors != 'basis':
             alpha, key = self.scale * self.rank, f'{prefix}alpha'
             theirs = state_dict.get(key)  # older ones have none
-            # it may have been rounded to bfloat16, or averaged
-            if torch.is_tensor(theirs) and not (theirs.is_meta or abs(theirs / alpha - 1) < 0.01):
+            if torch.is_tensor(theirs) and not theirs.is_meta:
+                # it may have been rounded to bfloat16, or averaged
+                is_same = theirs.numel() == 1 and abs(theirs.item() / alpha - 1) < 0.01
+                found = ', '.join(f'{x:g}' for x in theirs.flatten().tolist())
                 errors = args[-1]  # torch raises them in one
-                errors.append(f'{key} is {theirs:g} in the state dict, and here {alpha:g}: give '
-                              'apply_mhlora the alpha that it was trained with')
+                if not is_same:
+                    errors.append(f'{key} is {found} in the state dict, and here {alpha:g}: give '
+                                  'apply_mhlora the alpha that it was trained with')
             state_dict[key] = self.alpha.new_tensor(alpha)
         with self._without_zero():
             super()._load_from_state_dict(state_dict, prefix, *args)

@@ -367,6 +367,7 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--lowrank=attn --rewarm_iters=2', 1, 'merges that reset'),
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'set wandb_log=False'),
     ('vit', '--init_from=pretrained --n_layer=3', 1, "timm's weights have a shape"),
+    ('vit', f'--seed={2**62}', 1, 'below 2**62'),
     ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
     ('gpt', 'config/quickstart.py --lowrank=attn --rank=4 --alpha=4', 1,
@@ -2282,6 +2283,8 @@ def test_alpha_travels_with_heads():
             other.load_state_dict(found)
     net.load_state_dict({key: x for key, x in state.items()
                          if key[-5:] != 'alpha'})  # of an older one
+    with pytest.raises(RuntimeError, match='mlp.alpha is 1, 1, .* in the state dict'):
+        net.load_state_dict({**state, 'mlp.alpha': torch.ones(16)})  # digits, of format 7
     with pytest.raises(RuntimeError, match='mlp.alpha is 0 in the state dict, and here 6.1'):
         net.load_state_dict({**state, 'mlp.alpha': nothing})
     for alpha in (np.float64(6.1), torch.tensor(6.1, dtype=torch.float64)):

@@ -340,6 +340,7 @@ EFFECT = (
 # ranks.rows_of refuses itself is not checked here again
 CHECKS = (
     (lambda s: s.dropout >= 1, 'dropout={dropout} has to be below 1: lower it'),
+    (lambda s: s.seed >= 2**62, 'seed={seed} is too large: set one below 2**62'),
     (lambda s: s.dtype not in ('auto', s.param_dtype)
      and not (s.param_dtype == 'float32' and s.dtype in ('bfloat16', 'float16')),
      'dtype={dtype!r} does not go with param_dtype={param_dtype!r}: set the same, or 16 bits '

@@ -67,6 +67,8 @@ def options_of(argv):
         config.fail(f"bench.py {options.bench} does not know '{options.words[0]}': see --help")
     idle = {'dry': options.bench != 'card', 'only': options.words, 'budget': not options.words,
             'ranks': not options.words}
+    if options.ranks < 1:
+        config.fail(f'--ranks={options.ranks} is no number of cards: write --ranks=4')
     for name, is_idle in idle.items():
         if is_idle and getattr(options, name) != parser.get_default(name):
             config.fail(f'--{name} does nothing here: see --help')
@@ -77,7 +79,7 @@ if __name__ == '__main__':
     options = options_of(sys.argv[1:])  # before torch: mistakes are answered at once
     what = BENCHES[options.bench]
     if options.words:
-        what = f"plans {' '.join(options.words)}, weights in float32, then in bfloat16"
+        what = f"plans {' '.join(options.words)}"
     print(f'{options.bench}: {what}', flush=True)
 
 import torch
@@ -291,6 +293,8 @@ def measure_all(name, cells, only, measure, jobs=1):
     measure(about, settings, tell) returns what to keep of a cell, or None; it is kept at once. It
     may call tell(part) to say how much of the cell is done, 0 to 1.
     """
+    if not any(only in title(about) for about, _ in cells):
+        config.fail(f"--only='{only}': no cell of {name} has these words")
     cells = [cell for cell in cells if only in title(cell[0])]
     todo = [cell for cell in cells if not kept(name, **cell[0])]
     print(f'{len(todo)} of {len(cells)} lines are missing in assets/{name}.jsonl', flush=True)
@@ -340,7 +344,11 @@ class Drawn:
             size = run.look.size
             images = torch.randint(256, (rows, 3, size, size), dtype=torch.uint8)
             return images, torch.randint(self.num_classes, (rows,))
-        return torch.randint(run.model.config.vocab_size, (2, rows, run.s.block_size)).unbind()
+        shape = rows, run.s.block_size
+        x, y = torch.randint(run.model.config.vocab_size, (2, *shape)).unbind()
+        if run.s.documents:  # one a row
+            return x, y, torch.ones(rows), torch.zeros(shape, dtype=torch.int64)
+        return x, y
 
     fixed_batch = batch  # of an evaluation
 
@@ -361,10 +369,15 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
     # what trains depends on init_from (train='auto')
     freeze_as_set(nn.Module(), s, new=['logit'] if of_images else [])
     s.update(init_from='scratch')
+    if not of_images:
+        meta = about_data(s)
+        words = vocabulary(s, meta, shape)
+        if s['documents'] is None:
+            s['documents'] = meta.get('starts', False) and meta.get('prompts', False)
     process = join(s) if ranks is None else SimpleNamespace(
         rank=rank, ranks=ranks, device=device, device_type=device.split(':')[0], compute=s['dtype'])
     with contextlib.redirect_stdout(None):
-        names = ['a class'] * Drawn.num_classes if of_images else vocabulary(s, shape)
+        names = ['a class'] * Drawn.num_classes if of_images else words
         run = script.build(s, process, names, **planned)
     data = Drawn(run)
 
@@ -379,17 +392,19 @@ def stepper(settings, ranks=None, rank=0, device='cpu'):
     return run, step
 
 
-def vocabulary(s, shape=None):
-    """The vocabulary size: as set, or of the run's data, or of loaded weights of that shape, or of
-    the data that the script is for."""
-    if s['vocab_size']:
-        return s['vocab_size']
+def about_data(s):
+    """The meta.json of a run's data, or {} where they are not there."""
     with contextlib.suppress(ValueError, OSError):
         ensure(s['dataset'], s['data_dir'])
-        return read_meta(Path(s['data_dir'], s['dataset'], 'meta.json'))['vocab_size']
-    if shape:
-        return shape.vocab_size
-    return 32000 if 'size' in s else 50257
+        return read_meta(Path(s['data_dir'], s['dataset'], 'meta.json'))
+    return {}
+
+
+def vocabulary(s, meta, shape=None):
+    """The vocabulary size: as set, or of the run's data, or of loaded weights of that shape, or of
+    the data that the script is for."""
+    usual = 32000 if 'size' in s else 50257
+    return s['vocab_size'] or meta.get('vocab_size') or (shape.vocab_size if shape else usual)
 
 
 class OneAfterTheOther(nn.Module):
@@ -539,11 +554,56 @@ def on_the_wire(sent, ranks):
     return in_parts + sent['gathered'] * (ranks - 1) + sent['broadcast']
 
 
+class LossOfACard(torch.autograd.Function):
+    """In the place of torch's linear_cross_entropy, as model.py calls it for x (tokens, width) and
+    weight (words, width): makes the tensors that it makes on a card."""
+
+    @staticmethod
+    def forward(ctx, x, weight, chunk, is_mean):
+        ctx.chunk, ctx.gradients = chunk, None
+        logits = torch.empty(chunk, len(weight))
+        if is_mean:  # of float32: its gradients come at once
+            ctx.gradients = LossOfACard.gradients_of(ctx, x, weight)
+        else:
+            ctx.save_for_backward(x, weight)
+        del logits
+        return x.new_empty(() if is_mean else len(x))
+
+    @staticmethod
+    def gradients_of(ctx, x, weight):
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+    @staticmethod
+    def backward(ctx, _):
+        if ctx.gradients is None:
+            x, weight = ctx.saved_tensors
+            ctx.gradients = LossOfACard.gradients_of(ctx, x, weight)
+            logits = torch.empty(ctx.chunk, len(weight))
+            # in 16 bits, too, those of the chunk before among them
+            logits = [logits, *(logits.to(x.dtype) for _ in range(2 if ctx.chunk < len(x) else 1))]
+        return *ctx.gradients, None, None
+
+
 @contextlib.contextmanager
 def watched():
-    """Makes tensors fake while it lasts: they have shapes, and nothing is computed. Gives the
-    `Watch`."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch:
+    """
+    Makes tensors fake while it lasts: they have shapes, and nothing is computed. Gives the `Watch`.
+
+    Where kernels differ those of a card are counted: attention with dropout keeps no matrix of
+    (time, time), documents apart are one mask, and the loss in chunks has other temporaries.
+    """
+    attend = F.scaled_dot_product_attention
+
+    def attention(*tensors, dropout_p=0.0, **how):
+        return attend(*tensors, **how)
+
+    def loss(x, weight, targets, reduction, options):
+        chunk = min(options.batch_chunk_size, len(x))
+        return LossOfACard.apply(x, weight, chunk, reduction == 'mean')
+    with (mock.patch.object(F, 'scaled_dot_product_attention', attention),
+          mock.patch('model.spans_of', lambda _: []),
+          mock.patch.object(F, 'linear_cross_entropy', loss, create=True),  # from torch 2.13 on
+          FakeTensorMode(allow_non_fake_inputs=True) as fake, Watch(fake) as watch):
         yield watch
 
 
@@ -588,7 +648,7 @@ def planned(settings, ranks=1):
 
     If steps have more than two micro-batches, two are run: from the second on gradients are held.
     Not counted: sketches of blocks whose turn comes later, and temporaries, up to 134 MB, of
-    compiled steps on moments of 8 bits. A loss in chunks is counted as on a CPU.
+    compiled steps on moments of 8 bits.
     """
     found = of_depth(functools.partial(peaks, ranks=ranks), settings)
     # each of the two is linear in the depth, and the larger of them is not
@@ -646,7 +706,8 @@ def peaks(settings, ranks):
 
 def grown(settings):
     """Bytes by which the peak resident size of a fresh process grows over three training steps."""
-    ctypes.CDLL(None).mallopt(-3, 1 << 18)  # what is freed goes back to the system at once
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).mallopt(-3, 1 << 18)  # what is freed goes back to the system at once
     before = peak_memory_bytes('cpu')
     step = stepper(settings, ranks=1)[1]
     step(), step(), step()
@@ -738,8 +799,8 @@ def plan(words, budget, ranks=1):
     its buckets are counted.
 
     words: config files and --key=value, as for the scripts; budget: a card's memory, such as 12GiB.
-    Files of config/methods are the methods to plan; without any, all methods are planned that the
-    settings allow.
+    Files of config/methods are the methods to plan; without any, all are planned that the settings
+    allow, and what refuses the others is printed.
     """
     size = re.fullmatch(r'(\d+\.?\d*(?:e-?\d+)?)(GiB|GB|MiB)', budget)
     if not size:
@@ -752,27 +813,21 @@ def plan(words, budget, ranks=1):
     words = [word for word in words if word not in methods]
     methods = methods or list(map(str, FILES))
     script = named_script(words)
-    dtypes = 'float32', 'bfloat16'
+    dtypes = [word.split('=')[1] for word in words if word.startswith('--param_dtype=')]
+    dtypes = dtypes or ['float32', 'bfloat16']
     say = progress(len(methods) * len(dtypes))
+    refused, is_head_printed = set(), False
     for number, path in enumerate(methods):
-        name = Path(path).stem
+        name, sentence = Path(path).stem, io.StringIO()
         try:
-            with config.refusals(), mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
-                with contextlib.redirect_stdout(None):  # a table is printed
-                    settings = config.load(vars(script), script.defaults,
-                                           [*words, path, '--learning_rate=1'])
-                    source, of_text = settings['init_from'], 'block_size' in settings
-                    if of_text and source not in ('scratch', 'auto', 'resume'):
-                        settings['shape'] = shape_of(source)
-                        settings['n_layer'] = settings['shape'].n_layer
+            with (contextlib.redirect_stdout(None),  # a table is printed
+                  contextlib.redirect_stderr(sentence), config.refusals()):
+                settings, model = run_to_plan(script, [*words, path, '--learning_rate=1'], ranks)
+            with config.refusals():
                 compute = 'float32' if settings['dtype'] == 'float32' else 'bfloat16'
-                settings.update(device='cpu', dtype='bfloat16', compile=False)
-                with watched():
-                    full = {**settings, 'lowrank': '', 'optimizer': 'adamw', 'basis': 'sketch'}
-                    model = stepper(full, ranks=1)[0].model
-                settings['n_layer'] = len(model.blocks)
-                if number == 0:
+                if not is_head_printed:
                     print_head(settings, model, f'{ranks} x {budget}', compute)
+                is_head_printed = True
                 for part, dtype in enumerate(dtypes):
                     tell = functools.partial(say, len(dtypes) * number + part)
                     tell(f'{name}, weights in {dtype}')
@@ -781,9 +836,28 @@ def plan(words, budget, ranks=1):
                     tell(name, 1)
                     sizes = ''.join(f'{size / 1e9:11.3f}' for size in sizes)
                     print(f"{name:16}{dtype:>11}{fits or 'none':>11}{sizes}", flush=True)
-        except SystemExit:  # it has said why
-            if number == 0:
-                raise
+        except SystemExit:
+            if sentence.getvalue() not in refused:
+                print(sentence.getvalue(), end='', file=sys.stderr)
+            refused.add(sentence.getvalue())
+    if not is_head_printed:
+        raise SystemExit(2)
+
+
+def run_to_plan(script, words, ranks):
+    """Returns (all settings of a run on so many cards, its model at full rank without numbers)."""
+    with mock.patch.dict(os.environ, WORLD_SIZE=str(ranks)):
+        settings = config.load(vars(script), script.defaults, words)
+    source, of_text = settings['init_from'], 'block_size' in settings
+    if of_text and source not in ('scratch', 'auto', 'resume'):
+        settings['shape'] = shape_of(source)
+        settings['n_layer'] = settings['shape'].n_layer
+    settings.update(device='cpu', compile=False)
+    with watched():
+        full = dict(lowrank='', optimizer='adamw', basis='sketch', dtype='bfloat16')
+        model = stepper({**settings, **full}, ranks=1)[0].model
+    settings['n_layer'] = len(model.blocks)
+    return settings, model
 
 
 # -----------------------------------------------------------------------------
@@ -1097,7 +1171,8 @@ FAKE_CELLS = (  # of the tests: script, method, dtypes, ranks, in shards
     ('train_gpt', 'muon_lean', 'bfloat16', 1, False),
     ('train_llama', 'galore', 'float32, float16', 1, False),
     ('train_llama', 'galore_int8', 'bfloat16', 1, False),
-    ('train_llama', 'lora, frozen_bits=4, lora_dropout=0.1, train=factors', 'bfloat16', 1, False),
+    ('train_llama', 'lora, frozen_bits=4, lora_dropout=0.1, train=factors, documents=True',
+     'bfloat16', 1, False),
     ('train_vit', 'lte', 'bfloat16', 1, False),
     ('train_gpt', 'lte', 'float32, bfloat16', 4, False),
     ('train_gpt', 'galolte_2bit', 'bfloat16', 4, False),

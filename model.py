@@ -60,9 +60,10 @@ def chunked_loss(weight, x, targets, reduction):
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    tokens = min(1024, max(1, ONE_PIECE // len(weight)))  # of a chunk
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype in (torch.float32, torch.float64):
-            options = nn.LinearCrossEntropyOptions(batch_chunk_size=1024, acc_policy='accurate')
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=tokens, acc_policy='compact')
             return F.linear_cross_entropy(x, weight, targets, reduction=reduction, options=options)
         # In 16 bits the operator's own mean would round the loss to three digits, and its gradients
         # would be computed before a GradScaler could scale them. With one loss for each token
@@ -70,8 +71,8 @@ def chunked_loss(weight, x, targets, reduction):
         # products in float32, which are slow on cards and fast on CPUs.
         is_fast = x.device.type == 'cuda' and x.dtype == torch.bfloat16
         options = nn.LinearCrossEntropyOptions(
-            batch_chunk_size=1024 if is_fast else 512,
-            acc_policy='compact' if is_fast else 'accurate', acc_dtype=torch.float32)
+            batch_chunk_size=tokens, acc_policy='compact' if is_fast else 'accurate',
+            acc_dtype=torch.float32)
         losses = F.linear_cross_entropy(x, weight, targets, reduction='none', options=options)
         losses = losses.float()
         return losses if reduction == 'none' else losses.sum() / (targets != -100).sum()
@@ -95,13 +96,18 @@ def apart(documents, dtype):
     same = documents[:, :, None] == documents[:, None, :]  # (batch, time, time)
     mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
     mask.masked_fill_(~same.tril(), -torch.inf)
+    return Apart(mask[:, None], spans_of(documents))
+
+
+def spans_of(documents):
+    """For each row of documents (batch, time) the list of (begin, end) of its documents. On a GPU,
+    which one would have to wait for, it is empty."""
     spans = []
-    if documents.device.type == 'cpu':  # a GPU would have to wait for it
-        for row in documents:
-            lengths = row.unique_consecutive(return_counts=True)[1]
-            ends = lengths.cumsum(0).tolist()
-            spans.append([*zip([0, *ends], ends)])
-    return Apart(mask[:, None], spans)
+    for row in documents if documents.device.type == 'cpu' else ():
+        lengths = row.unique_consecutive(return_counts=True)[1]
+        ends = lengths.cumsum(0).tolist()
+        spans.append([*zip([0, *ends], ends)])
+    return spans
 
 
 def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):

@@ -3747,6 +3747,7 @@ def test_the_planner_takes_a_run_and_methods_and_counts_every_byte(tmp_path, cap
                                  (tmp_path / 'no.py', '12GB', 'is not there'),
                                  (bare, '12GB', 'does not say whose it is')):
         refused(capsys, lambda: bench.plan([str(word)], budget), needle)
+    refused(capsys, lambda: bench.options_of(['memory', 'a.py', '--ranks=0']), '--ranks=0 is no')
     for words, name in ((['speed', '--dry'], 'dry'), (['memory', 'a.py', '--only=b'], 'only'),
                         (['memory', '--ranks=2'], 'ranks'), (['speed', '--budget=9GB'], 'budget')):
         refused(capsys, lambda: bench.options_of(words), f'--{name} does nothing here')
@@ -3789,10 +3790,13 @@ def test_every_method_of_one_process_is_planned(monkeypatch, capsys):
     names = [name for name in FILES if not name.startswith(('local_', 'galolte_2bit'))]
     monkeypatch.setattr(bench, 'largest_batch', lambda *_: (3, *[1e9] * 8))
     shape = '--n_layer=1 --n_embd=32 --n_head=2 --vocab_size=64 --block_size=16 --dataset=none'
-    bench.plan([*shape.split(), *(FILES[name] for name in names)], '12GiB')
-    said = capsys.readouterr().out
+    bench.plan(shape.split(), '12GiB')
+    said = capsys.readouterr()
     for name in names:
-        assert said.count(f'\n{name:16}') == 2, name
+        assert said.out.count(f'\n{name:16}') == 2, name
+    assert said.err.count('error: ') == 1 and "sync='merge' averages what several" in said.err
+    bench.plan([*shape.split(), '--param_dtype=bfloat16', FILES['full']], '12GiB')
+    assert capsys.readouterr().out.count('\nfull') == 1
 
 
 def test_a_deep_model_is_planned_by_two_shallow_ones():
@@ -3822,6 +3826,8 @@ def test_a_cell_is_kept_as_soon_as_it_is_known_beside_a_reference(tmp_path, monk
         before.append(len(bench.kept('some')))
         return {'x': 1.5} if about['case'] else None
     bench.measure_all('some', [({'case': i}, {}) for i in (0, 1, 2, 10)], '', measure)
+    with pytest.raises(SystemExit):
+        bench.measure_all('some', [({'case': 0}, {})], 'galore', measure)
     assert (before == [0, 0, 1, 2]
             and [line['case'] for line in bench.kept('some', x=1.5)] == [1, 2, 10])
     said = capsys.readouterr()
@@ -3852,6 +3858,22 @@ with bench.fake_card() as watch:
     x[torch.tensor([0])], torch.stack([x[0, 0], number])
     torch.linalg.svd(x), x.index_put_([x[:, 0] > 0], x)
 print(json.dumps(watch.wrong()))
+
+def peak_of_a_loss(dtype):
+    accumulate = linear_cross_entropy._linear_cross_entropy_batch_chunked_accumulator
+    how = 'none' if dtype == torch.bfloat16 else 'mean'
+    with bench.FakeCard(allow_non_fake_inputs=True) as fake, bench.Watch(fake) as watch:
+        x, weight = (torch.empty(n, 16, dtype=dtype, device='cuda') for n in (3000, 999))
+        targets, before = torch.zeros(3000, dtype=torch.int64, device='cuda'), watch.now
+        into = torch.empty(3000, dtype=dtype, device='cuda') if how == 'none' else None
+        accumulate(x, weight, targets, None, None, how, -100, 0.0, 1024, 'compact', torch.float32,
+                   True, True, False, loss_grad_output=into)
+    return watch.peak - before
+peaks = []
+if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
+    from torch.nn.modules import linear_cross_entropy
+    peaks = [peak_of_a_loss(dtype) for dtype in (torch.bfloat16, torch.float32)]
+print(json.dumps(peaks))
 bench.answer(json.loads(sys.argv[2]))
 """
 
@@ -3879,13 +3901,30 @@ def said_of_card(fake_card):
 @wants_a_compiler
 def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix(said_of_card):
     cells, lines = said_of_card
-    wrong, *found = map(json.loads, lines)
+    wrong, _, *found = map(json.loads, lines)
     deeds = [words.split(', at')[0].removeprefix('step waits: ') for words in wrong]
     assert deeds == [
         'index mixes devices', 'stack mixes devices', '_linalg_svd', '_local_scalar_dense',
         '_to_copy from cpu to cuda', '_to_copy from cuda to cpu', 'index_put_']
     assert [tuple(cell) for cell, _ in found] == cells
     assert not [(cell, words) for cell, words in found if words]
+
+
+@wants_a_compiler
+def test_a_plan_counts_what_a_card_takes_for_a_loss_in_chunks(said_of_card):
+    peaks = json.loads(said_of_card[1][1])
+    for dtype, peak in zip((torch.bfloat16, torch.float32), peaks):
+        with bench.watched() as watch:
+            x, weight = (torch.empty(n, 16, dtype=dtype, requires_grad=True) for n in (3000, 999))
+            before = watch.now
+            models.chunked_loss(weight, x, torch.zeros(3000, dtype=torch.int64), 'mean').backward()
+        assert watch.peak - before == pytest.approx(peak, rel=0.03)
+    settings = {**train_gpt.defaults, 'n_layer': 2, 'n_head': 8, 'n_embd': 32, 'vocab_size': 64,
+                'dtype': 'bfloat16'}
+    plain, dropped = (bench.planned({**settings, 'dropout': share}) for share in (0.0, 0.1))
+    assert dropped['total'] < 1.3 * plain['total']  # no dropped matrix of (time, time) is kept
+    apart = bench.planned({**settings, 'documents': True})
+    assert plain['total'] < apart['total'] < 1.4 * plain['total']
 
 
 def test_the_peak_of_a_card_is_looked_up_and_operations_are_counted_by_what_trains():

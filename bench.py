@@ -575,13 +575,14 @@ class LossOfACard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        if ctx.gradients is None:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
             x, weight = ctx.saved_tensors
-            ctx.gradients = LossOfACard.gradients_of(ctx, x, weight)
+            gradients = LossOfACard.gradients_of(ctx, x, weight)
             logits = torch.empty(ctx.chunk, len(weight))
             # in 16 bits, too, those of the chunk before among them
             logits = [logits, *(logits.to(x.dtype) for _ in range(2 if ctx.chunk < len(x) else 1))]
-        return *ctx.gradients, None, None
+        return *gradients, None, None
 
 
 @contextlib.contextmanager

@@ -1335,25 +1335,25 @@ def launches_of(step):
 
 
 def steps_on_card(settings, most=3.0):
-    """Returns what a step takes here: launches, seconds (the median), items a second, peak bytes
-    and MFU. It times 3 steps, and begins up to 17 more before `most` seconds have passed."""
+    """Returns what a step takes here: launches, seconds (the mean, as in a run: nothing waits for
+    the card until the last one), items a second, peak bytes and MFU. It times 3 steps, and begins
+    up to 17 more before `most` seconds have passed."""
     run, step = stepper(settings)
     for _ in range(3):  # bases, moments, compiled code
         step()
-    found, times = dict(launches=launches_of(step)), []
-    begun = time.perf_counter()
-    while len(times) < 3 or len(times) < 20 and time.perf_counter() - begun < most:
-        start = time.perf_counter()
+    found, steps = dict(launches=launches_of(step)), 0
+    start = time.perf_counter()
+    while steps < 3 or steps < 20 and time.perf_counter() - start < most:
         step()
-        if DEVICE == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        steps += 1
+    if DEVICE == 'cuda':
+        torch.cuda.synchronize()
+    found['seconds'] = (time.perf_counter() - start) / steps
     items = settings['batch_size'] * settings.get('block_size', 1)
     if script_of(settings) is train_vit:
         operations = train_vit.operations_of_image(run.model)
     else:
         operations = operations_of(run.model, settings['block_size'], run.model.config.n_embd)
-    found['seconds'] = statistics.median(times)
     found['items_per_s'] = items / found['seconds']
     found['measured'] = peak_memory_bytes(run.device)
     if peak := peak_of(machine(), run.compute):
@@ -1417,13 +1417,15 @@ def card(only, dry=False):
     if torch.__version__ < (2, 13):  # whose fake tensors know no collectives
         cells = [cell for cell in cells if cell[3] == 1]
     cells = [cell for cell in cells if only in ', '.join(map(str, cell))]
+    of_card = [cell for cell in card_cells(dry) if only in title(cell[0])]
+    if not cells and not of_card:
+        config.fail(f"--only='{only}': no cell of card has these words")
     with ThreadPoolExecutor(2) as pool:  # each has a process
         asked = [pool.submit(ask, cells[first::2]) for first in (0, 1)]
-        for about, settings in card_cells(dry):
-            if only in title(about):
-                found = on_card(about, settings, dry)
-                error = [found.pop('error')] if 'error' in found else []
-                say(f'{title(about)}: {found}', error)
+        for about, settings in of_card:
+            found = on_card(about, settings, dry)
+            error = [found.pop('error')] if 'error' in found else []
+            say(f'{title(about)}: {found}', error)
         for part in asked:
             part.result()
     print(f'{len(wrong)} things are wrong')

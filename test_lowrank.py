@@ -3110,11 +3110,11 @@ def test_text_is_of_the_tokenizer(root, tmp_path, capsys, name):
 
 @pytest.mark.parametrize('words', [
     'gpt lte --lowrank=attn,logit', 'vit lora_fa --lowrank=mlp',
-    'llama galore --lowrank=mlp --basis_every=12', 'llama galolte --lowrank=mlp --basis_every=12',
-    ('llama galore --param_bits=8 --n_embd=128 --basis_every=12 --param_dtype=float32 '
-     '--dtype=float32'),
-    'llama mhlora --init_from={base} --frozen_bits=4 --param_dtype=float32 --dtype=float32',
-    'llama lora --dataset=answers --block_size=64'])
+    'llama galolte --lowrank=up_proj --basis_every=12 --dataset=answers --block_size=64',
+    ('gpt galore --lowrank=c_fc --param_bits=8 --n_embd=128 --basis_every=12 '
+     '--param_dtype=float32 --dtype=float32'),
+    ('llama lora --lowrank=q_proj --init_from={base} --frozen_bits=4 --param_dtype=float32 '
+     '--dtype=float32')])
 def test_compiled_blocks_share_two_graphs_and_train_the_same(root, tmp_path, words):
     """Torch gives up after eight graphs of one function, in silence."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -293,9 +293,9 @@ def measure_all(name, cells, only, measure, jobs=1):
     measure(about, settings, tell) returns what to keep of a cell, or None; it is kept at once. It
     may call tell(part) to say how much of the cell is done, 0 to 1.
     """
-    if not any(only in title(about) for about, _ in cells):
-        config.fail(f"--only='{only}': no cell of {name} has these words")
     cells = [cell for cell in cells if only in title(cell[0])]
+    if not cells:
+        config.fail(f"--only='{only}': no cell of {name} has these words")
     todo = [cell for cell in cells if not kept(name, **cell[0])]
     print(f'{len(todo)} of {len(cells)} lines are missing in assets/{name}.jsonl', flush=True)
     say = progress(len(todo))
@@ -817,7 +817,7 @@ def plan(words, budget, ranks=1):
     dtypes = [word.split('=')[1] for word in words if word.startswith('--param_dtype=')]
     dtypes = dtypes or ['float32', 'bfloat16']
     say = progress(len(methods) * len(dtypes))
-    refused, is_head_printed = set(), False
+    refused, is_head_printed, rows = set(), False, 0
     for number, path in enumerate(methods):
         name, sentence = Path(path).stem, io.StringIO()
         try:
@@ -837,11 +837,12 @@ def plan(words, budget, ranks=1):
                     tell(name, 1)
                     sizes = ''.join(f'{size / 1e9:11.3f}' for size in sizes)
                     print(f"{name:16}{dtype:>11}{fits or 'none':>11}{sizes}", flush=True)
+                    rows += 1
         except SystemExit:
             if sentence.getvalue() not in refused:
                 print(sentence.getvalue(), end='', file=sys.stderr)
             refused.add(sentence.getvalue())
-    if not is_head_printed:
+    if not rows:
         raise SystemExit(2)
 
 

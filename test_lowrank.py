@@ -3825,7 +3825,7 @@ def test_a_cell_is_kept_as_soon_as_it_is_known_beside_a_reference(tmp_path, monk
     def measure(about, settings, tell):
         before.append(len(bench.kept('some')))
         return {'x': 1.5} if about['case'] else None
-    bench.measure_all('some', [({'case': i}, {}) for i in (0, 1, 2, 10)], '', measure)
+    bench.measure_all('some', (({'case': i}, {}) for i in (0, 1, 2, 10)), '', measure)
     with pytest.raises(SystemExit):
         bench.measure_all('some', [({'case': 0}, {})], 'galore', measure)
     assert (before == [0, 0, 1, 2]

@@ -695,8 +695,8 @@ def peaks(settings, ranks):
         sent = on_the_wire(watch.sent, ranks) / micro_steps
         if ranks > 1 and not settings['shard']:
             sent += run.ddp_bytes / settings['gradient_accumulation_steps']
-            if micro_steps == 1:  # its buckets are there from the beginning of the pass
-                most['backward'] += run.ddp_bytes * ranks / (ranks - 1) / 2
+            # its buckets are there from the beginning of the last pass, beside what others left
+            most['backward'] += run.ddp_bytes * ranks / (ranks - 1) / 2
         # what all ranks have alike torch saves tensor by tensor, from where it is
         alive = {key for key, reference in watch.alive.items() if reference() is not None}
         saved = gather_state(run.model, layers, run.optimizer, run.replicas)

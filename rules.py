@@ -118,9 +118,11 @@ def in_pieces(function, tensors, numbers=(), key=0, first=0, compile=False, flag
         count = max(at_a_time(x) // n, 1)
     for i in range(0, len(tensors[0]), count):
         some = [None if x is None else x[i:i + count] for x in tensors]
+        start = start_of(key, first + i * n)
         if compile:
             some = [None if x is None else alone(x) for x in some]
-        function(*some, numbers, start_of(key, first + i * n), *flags)
+            start = torch.full((), start, dtype=torch.int32, device=x.device)  # a number: 64 bits
+        function(*some, numbers, start, *flags)
 
 
 def alone(x):
@@ -150,7 +152,7 @@ def square_root(x):
 def start_of(key, first):
     """Makes `start` for `random_bits` from a key (an integer) and the index of the first number."""
     digest = hashlib.blake2b(str(key).encode(), digest_size=4).digest()
-    start = int.from_bytes(digest) + first * GOLDEN
+    start = int.from_bytes(digest) + first
     return (start + 2**31) % 2**32 - 2**31  # its last 32 bits, with a sign
 
 
@@ -159,7 +161,9 @@ def random_bits(x, start):
     and multiplies twice, much as murmur3 ends. As far as tests see, the upper 16 are uniform and
     independent; the lower 16 are a little less so, and second moments use them."""
     bits = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    bits.mul_(GOLDEN).add_(start)
+    # start is added first: torch.compile would multiply GOLDEN by the length of a row, and Triton
+    # has no such constant in 32 bits
+    bits.add_(start).mul_(GOLDEN)
     bits.bitwise_xor_(bits >> 15).mul_(-0x7a143595)
     bits.bitwise_xor_(bits >> 13).mul_(-0x3d4d51cb)
     return bits

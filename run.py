@@ -136,10 +136,16 @@ _stop = {}  # the signal that came, 0 for none; empty where none is caught
 
 
 def catch_signals():
-    """Makes the first SIGTERM or SIGINT only raise a flag, see `stop_requested`; one more than ten
-    seconds later ends the process at once. Sooner it counts as the same: where a supervisor signals
-    all processes, torchrun passes its own on."""
+    """Makes the first SIGTERM, SIGINT or SIGHUP (of a lost terminal, unless nohup ignores it) only
+    raise a flag, see `stop_requested`; one more than ten seconds later ends the process at once.
+    Sooner it counts as the same: where a supervisor signals all processes, torchrun passes its own
+    on."""
+    to_terminal = [number for number in (1, 2) if os.isatty(number)]
+
     def raise_flag(number, frame):
+        if number == signal.SIGHUP:  # to write to a terminal that is gone is an error
+            for output in to_terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         now = time.monotonic()
         if now - _stop.setdefault('time', now) > 10:
             signal.signal(number, signal.SIG_DFL)
@@ -147,8 +153,9 @@ def catch_signals():
         _stop['signal'] = number
     _stop.clear()
     _stop['signal'] = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, raise_flag)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, raise_flag)
 
 
 def stop_requested():

@@ -3176,6 +3176,24 @@ def test_a_signal_saves_and_ends_with_zero(root, tmp_path, kind):
     assert saved(tmp_path)['step'] == 2
 
 
+def test_a_terminal_that_is_lost_saves(root, tmp_path):
+    code = """if True:
+        import os, pty, sys
+        child, terminal = pty.fork()
+        if not child:
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+        said = b''
+        while b'step      3' not in said:
+            said += os.read(terminal, 1000)
+        os.close(terminal)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    words = tiny('gpt', root, tmp_path, '--max_iters=100000', '--log_interval=1')
+    command = [sys.executable, '-c', code, f'{HERE}/train_gpt.py', *words]
+    assert subprocess.run(command, timeout=120).returncode == 0
+    assert saved(tmp_path)['step'] > 3
+
+
 def test_a_later_signal_ends_the_process_and_one_that_comes_twice_does_not():
     code = """if True:
         import signal, time, run

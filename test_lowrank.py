@@ -4250,6 +4250,13 @@ def test_rounding_drifts_nowhere():
     assert abs(drift) < 1e-4  # its standard error is 2e-5
 
 
+def test_a_compiled_step_begins_its_random_bits_with_a_tensor_of_32_bits():
+    seen = []
+    with mock.patch.object(rules, 'compiled', lambda _: lambda *args: seen.append(args[-1])):
+        rules.in_pieces(rules.put_rows, [torch.zeros(4, 3)] * 2, key=7, first=5, compile=True)
+    assert (seen[0].dtype, seen[0].item()) == (torch.int32, rules.start_of(7, 5))
+
+
 def test_random_bits_are_even_and_independent_of_neighbours_other_keys_and_each_other():
     x, halves = torch.empty(2**20, device=DEVICE), {}
     for key in (7, 8, 7 + 2**16):

@@ -45,7 +45,8 @@ n_head = 12
 n_embd = 768
 dropout = 0.0
 bias = True  # biases in linears and norms
-vocab_size = None  # None: that of the data
+vocab_size = None  # None: that of the data. With gpt2's 50257 tokens 50304, a multiple of 64, is
+#                    faster on GPUs (nanoGPT)
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
 # low-rank layers: config/methods has a file for each method
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules

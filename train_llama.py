@@ -45,7 +45,8 @@ n_head = None
 n_embd = None
 n_mlp = None
 n_kv_head = None  # None: n_head; fewer: grouped-query attention
-vocab_size = None  # None: 32000, or that of the data where it has more
+vocab_size = None  # None: 32000, or that of the data where it has more. With gpt2's 50257 tokens
+#                    50304, a multiple of 64, is faster on GPUs (nanoGPT)
 checkpointing = False  # recompute activations in the backward pass: less memory, more time
 # low-rank layers: config/methods has a file for each method
 lowrank = ''  # '' (full rank) or a comma list of 'attn', 'mlp', 'logit' or names of modules

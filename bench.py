@@ -100,8 +100,8 @@ import rules
 import train_gpt
 import train_llama
 import train_vit
-from hub import shape_of
-from model import SIZES
+from hub import refuse_shape, shape_of
+from model import SIZES, GPTConfig, LlamaConfig
 from prepare import ensure, read_meta
 from ranks import gather_state, is_sharded, local, per_rank_tensors
 from run import (Meter, freeze_as_set, join, not_finite, operations_of, peak_memory_bytes, peak_of,
@@ -853,6 +853,7 @@ def run_to_plan(script, words, ranks):
     source, of_text = settings['init_from'], 'block_size' in settings
     if of_text and source not in ('scratch', 'auto', 'resume'):
         settings['shape'] = shape_of(source)
+        refuse_shape(settings['shape'], GPTConfig if script is train_gpt else LlamaConfig, settings)
         settings['n_layer'] = settings['shape'].n_layer
     settings.update(device='cpu', compile=False)
     with watched():

@@ -73,10 +73,11 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
             al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
     random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
-    Where G is not finite the old basis stays; without an old one, some orthonormal basis is
+    Where G is zero or not finite the old basis stays; without an old one, some orthonormal basis is
     returned. Only CUDA's SVD waits for the device.
     """
-    finite = torch.linalg.vector_norm(G, ord=math.inf).isfinite()  # no temporary
+    largest = torch.linalg.vector_norm(G, ord=math.inf)  # no temporary
+    finite = largest.isfinite()
     tall = G.mT if transposed else G  # (long, short)
     if basis == 'svd':  # of G itself, as in galore-torch: signs of its transpose may be others
         finite_G = torch.where(finite, G, 0).to(sum_dtype(G))
@@ -94,7 +95,7 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     else:
         new = orthonormal(gaussian(tall.shape[1], rank, G, seed))
     if old is not None:
-        new = torch.where(finite, new, old.to(new.dtype))
+        new = torch.where(finite & (largest > 0), new, old.to(new.dtype))
     return new.to(G.dtype).contiguous()
 
 
@@ -512,10 +513,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """Loads as torch does, but tensors of the state keep the dtype that they were saved in.
-        ValueError: it is the state of galore-torch's class, which keeps objects for bases."""
+        ValueError: it is the state of galore-torch's class, which keeps objects for bases, or of
+        groups with another rank or rule."""
         if any('projector' in state for state in state_dict['state'].values()):
             raise ValueError("this is the state of galore-torch's class, which keeps its bases in "
                              'objects of its own: begin with a new state')
+        for group, theirs in zip(self.param_groups, state_dict['param_groups']):
+            for key in ('rank', 'rule', 'inside'):  # torch would put theirs in place of ours
+                if group.get(key) != theirs.get(key):
+                    raise ValueError(f'the state is of a group with {key}={theirs.get(key)!r}, and '
+                                     f'here it is {group.get(key)!r}: build the optimizer as it '
+                                     'was, or begin with a new state')
         super().load_state_dict(state_dict)
         params = [p for group in self.param_groups for p in group['params']]
         for group in self.param_groups:
@@ -566,9 +574,9 @@ class LowRankAdamW(GaLoreAdamW):
     apart less. rule: one of rules.INSIDE, 'galore' (Adam) or 'muon', with `momentum` (0 keeps no
     moment), to which FUSED weights are three matrices. Groups: see `param_groups`. scale multiplies
     lr inside a basis (None: 0.25, for Muon 1); eps is 1e-6 there, as in galore-torch. state_bits,
-    per_layer: see GaLoreAdamW. sync_bits: below 32, averages of split heads are sent in few bits. A
-    layer takes a new basis every basis_every steps, one block of the model after the other, and its
-    moments are rotated to it:
+    per_layer: see GaLoreAdamW. sync_bits: below 32, sketches and first moments of split heads are
+    averaged in few bits; for merges in few bits see lowrank.merge. A layer takes a new basis every
+    basis_every steps, one block of the model after the other, and its moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
                     sequences (`lowrank.second_moment`), summed over the last WINDOW steps.
@@ -638,13 +646,14 @@ class LowRankAdamW(GaLoreAdamW):
         See GaLoreAdamW. In micro-batch 0 it drops a sum that a failed pass left running, averages
         first moments after a merge, takes due bases, and opens or closes windows.
 
-        ValueError: the number of the step is below that of the last call, or a new basis is due and
-        a layer was not merged since its last step.
+        ValueError: the number of the step is below that of the last call, or that step was made; or
+        a new basis is due and a layer was not merged since its last step.
         """
-        if self.layers and self.begun is not None and step < self.begun:
-            raise ValueError(f'begin({step}) after begin({self.begun}): new bases are due by the '
-                             'number of the step, so count steps over all epochs')
         is_again = step == self.begun
+        is_late = is_again and not (self.is_fresh or self.per_layer)  # see GaLoreAdamW.begin
+        if self.layers and self.begun is not None and (step < self.begun or is_late):
+            raise ValueError(f'begin({step}) comes after step {self.begun}: new bases are due by '
+                             'the number of the step, so count steps over all epochs')
         super().begin(step, micro_step, micro_steps)
         if micro_step:
             return

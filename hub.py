@@ -336,6 +336,10 @@ def read_adapter(folder):
                              'is not supported: merge it by PEFT first')
     path = os.path.join(folder, 'adapter_model.safetensors')
     factors = {name.removeprefix('base_model.model.'): x for name, x in read_safetensors(path)}
+    whole = [name for name in factors if not name.endswith(('.lora_A.weight', '.lora_B.weight'))]
+    if whole:  # as PEFT saves where the vocabulary grew, or heads are on embeddings
+        raise ValueError(f"'{path}' holds {whole[0]}, which is no LoRA of a linear layer: merge it "
+                         'by PEFT first')
     return factors, about, path
 
 
@@ -405,10 +409,18 @@ def load_heads(model, settings, adapter):
             local(p).copy_(take(x, p, per_rank))
 
 
+def load_file(path):
+    """What a .pt file holds, see run.load_tensors. ValueError: it is one of a folder's files."""
+    if path.endswith(('.safetensors', '.bin', '.json')):
+        raise ValueError(f"'{path}' is one file of a model, which other files describe: give its "
+                         'folder')
+    return load_tensors(path)
+
+
 def shape_of(source):
     """The configuration of what `read_weights` would read, without tensors of the hub."""
     if os.path.isfile(source) or source.endswith('.pt'):
-        loaded = load_tensors(source)
+        loaded = load_file(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
             return from_nanogpt(loaded, source)[0]
         return without_values(as_checkpoint(loaded, source), source).config
@@ -429,7 +441,7 @@ def read_weights(source, frozen_bits=None):
     weights will be stored in, or None. ValueError, FileNotFoundError: say what is wrong.
     """
     if os.path.isfile(source) or source.endswith('.pt'):
-        loaded = load_tensors(source)
+        loaded = load_file(source)
         if isinstance(loaded, dict) and 'model_args' in loaded:
             shape, state = from_nanogpt(loaded, source)
             return shape, state.items(), None
@@ -469,14 +481,10 @@ def base_of(source, frozen_bits):
     return folder, read_json(about)['base_model_name_or_path']
 
 
-def read_for(settings, kind):
-    """(configuration of that kind, iterable of (name, tensor), heads for `load_heads` or None) of a
-    training script's init_from, see `read_weights`. ValueError: it does not go with the settings,
-    or with the tokens of the data."""
-    source, many, dataset = settings['init_from'], settings['block_size'], settings['dataset']
-    adapter, base = base_of(source, settings['frozen_bits'])
-    heads = read_adapter(adapter) if adapter else None
-    shape, tensors, tokens = read_weights(base, settings['frozen_bits'])
+def refuse_shape(shape, kind, settings):
+    """ValueError: the configuration of init_from is of another kind, or has fewer positions than
+    block_size."""
+    source, many = settings['init_from'], settings['block_size']
     if not isinstance(shape, kind):
         what = 'a LLaMA: train it by train_llama.py'
         if isinstance(shape, GPTConfig):
@@ -485,6 +493,17 @@ def read_for(settings, kind):
     if many > shape.block_size:
         raise ValueError(f"block_size={many} is more than the {shape.block_size} positions (or "
                          f"their window) of '{source}': set a smaller one")
+
+
+def read_for(settings, kind):
+    """(configuration of that kind, iterable of (name, tensor), heads for `load_heads` or None) of a
+    training script's init_from, see `read_weights`. ValueError: it does not go with the settings,
+    or with the tokens of the data."""
+    source, dataset = settings['init_from'], settings['dataset']
+    adapter, base = base_of(source, settings['frozen_bits'])
+    heads = read_adapter(adapter) if adapter else None
+    shape, tensors, tokens = read_weights(base, settings['frozen_bits'])
+    refuse_shape(shape, kind, settings)
     held = prepare.read_meta(Path(settings['data_dir'], dataset, 'meta.json'))['tokenizer']
     if tokens is None:
         print(f"'{source}' does not say what its tokens are: that those of data set '{dataset}' "

@@ -148,7 +148,9 @@ def second_moment(u, v, vQ, sequences, parts=1):
         w = torch.bmm(unit, w)
     # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): the first of the two orders does not form G_i Q
     square = (vQ.to(sum_dtype(u)) * w).sum((1, 2), keepdim=True)
-    norm = square.clamp_min(1e-30).sqrt()
+    # |w| is no larger, but where sums of 16 bits cancel
+    least = torch.linalg.vector_norm(w, dim=(1, 2), keepdim=True, dtype=square.dtype)
+    norm = square.clamp_min(1e-30).sqrt().maximum(least)
     w = w / norm * (size * parts)
     w = w.to(unit.dtype)
     Y = v.view(parts, -1, v.shape[1]).mT @ w.view(parts, -1, rank)  # (parts, short, r)
@@ -273,6 +275,14 @@ class FrozenLinear(nn.Module):
         """W in float32 or wider; if W is sharded, this rank's rows of it."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         return dense(local(self.weight), self.scales_here, dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        W, errors = state_dict.get(f'{prefix}weight'), args[-1]  # torch raises them in one
+        if self.bits and torch.is_tensor(W) and W.is_floating_point():  # torch would cut digits off
+            errors.append(f'{prefix}weight is no codes, and here are those of {self.bits} bits: '
+                          'load it before apply_mhlora')
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def write_weight(self, x, key=None):
@@ -689,6 +699,10 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                              'would train: unfreeze them before')
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
+    for name, linear in chosen.items():  # before the first one is replaced
+        refuse_arguments(*linear.weight.shape, heads, rank, alpha, factors, split, merge_every,
+                         merge_reset, workers, bits_of(name, linear, frozen_bits, param_bits),
+                         lora_dropout)
     shapes = [linear.weight.shape for linear in chosen.values()]
     zeros = Zeros(max(min(rank, *shape) * max(shape) for shape in shapes))
     layers = {}  # by weight
@@ -795,7 +809,11 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     bits: bits of a number that split heads in a basis and replicas send (ranks.coded_mean). Below
     32, `state` (an optimizer's) keeps the rest; a replica without a last average is sent in full.
     After a merge with merge_reset call `drop_moments`: those of the old heads are of no use.
+    ValueError: bits without a state, or see `refuse_equal_heads`.
     """
+    if bits < 32 and state is None:
+        raise ValueError(f"{bits=} leaves rounding errors for later merges: give the optimizer's "
+                         'state, merge(..., state=optimizer.state)')
     layers = lowrank_layers(model)
     merges = layers[0].merges if layers else 0
     if merges == 0:
@@ -822,7 +840,13 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
 
 def refuse_equal_heads(layers):
     """Raises ValueError if split heads are equal on all ranks, as plain DDP makes them: they should
-    differ. Ranks compare the sums of their heads."""
+    differ. Ranks compare the sums of their heads. Or if heads are dealt to another number of
+    workers than there are ranks."""
+    world = rank_and_world()[1]
+    for layer in layers:
+        if layer.workers not in (1, world):
+            raise ValueError(f'split heads are dealt to {layer.workers} workers, and here are '
+                             f'{world} ranks: give apply_mhlora that many')
     heads = [x for layer in layers if layer.workers > 1 for x in layer.per_head().values()]
     if not heads:
         return
@@ -859,7 +883,7 @@ def merged_state_dict(model, dtype=None):
     """Returns the state dict of the evaluated model without heads: they are merged into plain
     nn.Linear weights (in `dtype`, or each weight's own). The model stays as it is; all ranks take
     part. A weight that was tied is there twice, see `apply_mhlora`."""
-    state = model.state_dict()
+    state, keys = model.state_dict(), {}
     for i, (name, layer) in enumerate(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, FrozenLinear):
             continue
@@ -870,7 +894,7 @@ def merged_state_dict(model, dtype=None):
         if layer.bits:  # as it is unpacked for a pass: to the nearest
             state[f'{name}.weight'].copy_(merged)
         else:
-            round_(state[f'{name}.weight'], merged, i)
+            round_(state[f'{name}.weight'], merged, keys.setdefault(layer, i))
         for key in ('A', 'B', 'A_merged', 'B_merged', 'factor', 'basis', 'alpha', 'scales'):
             state.pop(f'{name}.{key}', None)
     return state

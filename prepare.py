@@ -288,6 +288,11 @@ def whole_characters(text):
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
 
 
+# what may stand beside a prompt or messages and belongs to what an answer answers
+CONTEXT = ('system', 'instruction', 'input', 'context', 'tools', 'functions', 'images', 'image',
+           'videos', 'audio', 'chat_template_kwargs')
+
+
 def read_jsonl(path, size, tokenizer=None):
     """Yields a document a line: its field 'text', or 'prompt' and 'completion', or 'messages',
     spelled by the template of a tokenizer's folder."""
@@ -307,6 +312,11 @@ def read_jsonl(path, size, tokenizer=None):
                 raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, which do "
                                 'not go together: leave out what is not to be learned')
             keys = ['text'] if kinds == ['text'] else ['completion', 'prompt']
+            more = [key for key in CONTEXT if found.get(key)]
+            if more and kinds != ['text']:
+                raise DataError(f"line {number} of '{path}' has {more[0]} beside {kinds[-1]}, "
+                                'where it would not be read: put it into a message or the prompt, '
+                                'or leave it out')
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
         if is_chat:
@@ -427,20 +437,25 @@ def about_tokens(folder):
     return {key: x.get('content') if isinstance(x, dict) else x for key, x in about.items()}
 
 
-def read_template(folder):
-    """(the text of a folder's chat template, {name: special token} for it). DataError: it has
-    none."""
-    about, path = about_tokens(folder), Path(folder, 'chat_template.jinja')
-    template = about.get('chat_template')
+def chat_template(folder):
+    """The text of a folder's chat template, or None."""
+    path, template = Path(folder, 'chat_template.jinja'), about_tokens(folder).get('chat_template')
     if isinstance(template, list):  # several, by name
         by_name = {entry['name']: entry['template'] for entry in template}
         template = by_name.get('default')
     if path.is_file():
         template = path.read_text('utf-8')
-    if not isinstance(template, str):
+    return template if isinstance(template, str) else None
+
+
+def read_template(folder):
+    """(the text of a folder's chat template, {name: special token} for it). DataError: it has
+    none."""
+    template = chat_template(folder)
+    if template is None:
         raise DataError(f"'{folder}' has no chat_template, and messages want one: give --tokenizer "
                         'a model that was trained on chats')
-    tokens = {name: token for name, token in about.items()
+    tokens = {name: token for name, token in about_tokens(folder).items()
               if name.endswith('_token') and isinstance(token, str)}
     return template, tokens
 
@@ -586,9 +601,6 @@ def messages_of(found):
         if not isinstance(found.get('completion'), list):
             raise ValueError('prompt is a list of messages, and completion is not')
         messages, first = found['prompt'] + found['completion'], len(found['prompt'])
-    for key in ('tools', 'functions', 'images', 'image', 'videos', 'audio'):
-        if found.get(key):
-            raise ValueError(f'it has {key}')
     plain, learned = [], []
     for i, message in enumerate(messages):
         role, content = message.get('role'), message.get('content')
@@ -663,21 +675,30 @@ def split_folders(folder):
 
 
 def pictures_of(folder):
-    """Returns {class: [(split, path)]} of the pictures in FOLDER/class/ (split: None) or
-    FOLDER/{train,val,test}/class/, sorted; prints others' endings."""
-    found, others, loose = {}, set(), 0
+    """Returns {class: [(split, path, inside)]} of the pictures in FOLDER/class/ (split: None) or
+    FOLDER/{train,val,test}/class/, sorted. inside: the folder in that of the class which holds the
+    picture, such as a patient's, or None. Prints what is passed over."""
+    found, others, loose, links = {}, set(), 0, []
     for root, split in split_folders(folder).items():
         loose += sum(path.is_file() for path in root.glob('[!.]*'))
         for parent in sorted(root.glob('[!.]*/')):
             name = parent.name
             with reading(f'the name of a class, {name!r}, is not in UTF-8', 'rename its folder'):
                 name.encode()
-            files = [path for path in sorted(parent.rglob('*'))
-                     if path.is_file() and '/.' not in str(path.relative_to(root))]  # not hidden
+            seen = [path for path in sorted(parent.rglob('*'))
+                    if '/.' not in str(path.relative_to(root))]  # not hidden
+            files = [path for path in seen if path.is_file()]
+            links += [path for path in seen if path.is_symlink() and path not in files]
             taken = [path for path in files if path.suffix.lower() in PICTURES]
-            found.setdefault(name, []).extend((split, path) for path in taken)
+            for path in taken:
+                *folders, _ = path.relative_to(parent).parts
+                found.setdefault(name, []).append((split, path, folders[0] if folders else None))
+            found.setdefault(name, [])
             others |= {path.suffix or 'no ending' for path in {*files} - {*taken}}
     found = dict(sorted(found.items()))
+    if links:
+        print(f"{len(links)} links inside folders of classes, to folders or to nothing, are passed "
+              f"over, such as '{links[0]}'")
     if others:
         print(f"files that end in {', '.join(sorted(others))} are passed over")
     if loose:
@@ -692,20 +713,19 @@ def pictures_of(folder):
     return found
 
 
-def groups_of(found):
-    """Returns {path: the folder inside its class's folder}, such as a patient's, of pictures in
-    {class: [(split, path)]} that are in one; {} if there are fewer than ten such folders."""
-    inside = {}
-    for name, entries in found.items():
-        for _, path in entries:
-            parents = [parent.name for parent in path.parents]
-            depth = parents.index(name)
-            if depth:
-                inside[path] = parents[depth - 1]
-    count = len({*inside.values()})
-    if count >= 10:
+def splits_of_folders(found):
+    """Returns {path: split} of the pictures of `pictures_of` that are in a folder inside that of
+    their class: of ten such folders, in the order of their names' hashes, one is for val and one
+    for test. {} if there are fewer."""
+    inside_of = {path: inside for entries in found.values()
+                 for _, path, inside in entries if inside}
+    names = sorted({*inside_of.values()}, key=lambda name: hash_of(name.encode()))
+    count, tenth = len(names), len(names) // 10
+    if tenth:
         print(f'{count} folders inside those of classes: the pictures of one stay in one split')
-        return inside
+        drawn = {**dict.fromkeys(names, 'train'), **dict.fromkeys(names[:tenth], 'val'),
+                 **dict.fromkeys(names[tenth:2 * tenth], 'test')}
+        return {path: drawn[inside] for path, inside in inside_of.items()}
     if count:
         print(f'{count} folders inside those of classes, too few to split by: pictures are split '
               'one by one')
@@ -713,24 +733,24 @@ def groups_of(found):
 
 
 def picture_images(found, size):
-    """The pictures of {class: [(split, path)]}, their shorter side resized to `size` pixels and the
-    middle kept. Of a split that no folder has a tenth of the others is taken, by a hash of the
-    file, or of the folder in `groups_of`. DataError: pictures cannot be read; the first are
-    named."""
+    """The pictures of `pictures_of`, their shorter side resized to `size` pixels and the middle
+    kept. Of a split that no folder has a tenth of the others is taken, by a hash of the file, or by
+    `splits_of_folders`. DataError: pictures cannot be read; the first are named."""
     from PIL import Image, ImageOps
-    given = {split for entries in found.values() for split, _ in entries} - {None}
-    groups_by_path = {} if given == {*SPLITS['images']} else groups_of(found)
+    given = {split for entries in found.values() for split, *_ in entries} - {None}
+    drawn_by_path = {} if given == {*SPLITS['images']} else splits_of_folders(found)
 
     def read(entry):
-        label, split, path = entry
+        label, split, path, _ = entry
         content = path.read_bytes()
         with reading(f"'{path}' is damaged or no picture", 'remove it'):
             picture = Image.open(io.BytesIO(content))
             if picture.width * picture.height > MOST_PIXELS:  # before they are decoded
                 raise DataError(f"'{path}' has {picture.width} x {picture.height} pixels: make it "
                                 f'smaller, {MOST_PIXELS:,} at most are read')
-            # Pillow would clip them, or keep the upper 8 bits
-            if picture.mode[0] in 'IF' or ';16' in str(picture.tile):
+            # Pillow would clip them, keep the upper 8 bits, or read noise
+            bits = getattr(picture, 'tag_v2', {}).get(258, (8,))  # of a TIFF's channels
+            if picture.mode[0] in 'IF' or ';16' in str(picture.tile) or max(bits) > 8:
                 raise DataError(f"'{path}' has more than 8 bits a channel: convert it")
             frames = getattr(picture, 'n_frames', 1)
             if frames > 1 and picture.format != 'MPO':  # MPO: a photograph with its preview
@@ -743,8 +763,9 @@ def picture_images(found, size):
         # resized and cropped
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(picture)  # (size, size, 3)
-        together = groups_by_path[path].encode() if path in groups_by_path else content
-        drawn = {0: 'val', 1: 'test'}.get(hash_of(together) % 10, 'train')
+        drawn = drawn_by_path.get(path)
+        if drawn is None:
+            drawn = {0: 'val', 1: 'test'}.get(hash_of(content) % 10, 'train')
         if split in (None, 'train') and drawn not in given:
             split = drawn
         return split, np.array([[label]], np.uint8), np.moveaxis(pixels, 2, 0)[None]
@@ -1520,6 +1541,9 @@ def from_text(args):
         'limit': args.tokens, 'vocab_size': encoding.n_vocab, 'eot': encoding.eot_token}
     if args.documents:
         settings['starts'] = True
+    template = encoding.folder and chat_template(encoding.folder)
+    if template and args.data == 'text':  # chats would be spelled otherwise by another one
+        settings['template'] = f'{hash_of(template.encode()):016x}'
     if encoding.puts_space:
         print('these tokens put a space before every text: before completions, too, as when a '
               'model answers, and before the pieces in which a long .txt is read')
@@ -1538,8 +1562,10 @@ def from_images(args):
     elif name == 'images':
         found = pictures_of(args.input)
         classes, files = [*found], sum(found.values(), [])
-        total = sum(path.stat().st_size for _, path in files)
-        source = f'{len(files)} pictures of {Path(args.input).resolve().name} ({total} bytes)'
+        sizes = {str(path.relative_to(args.input)): path.stat().st_size for _, path, _ in files}
+        names = hash_of(repr(sizes).encode())
+        source = (f'{len(files)} pictures of {Path(args.input).resolve().name} '
+                  f'({sum(sizes.values())} bytes, names {names:016x})')
         images = picture_images(found, size)
     else:
         info = medmnist_info()[name]

@@ -459,11 +459,14 @@ def decode(code, top, levels, power):
 
 
 def new_moments(state, like, bits, names=tuple(EIGHT_BITS)):
-    """Puts zero moments for a tensor like `like` into state. bits: None (its dtype), 32, 16 or 8;
-    with 8, vectors and matrices with short rows get 32. names: both moments, or the first alone."""
+    """Puts zero moments for a tensor like `like` into state. bits: None (its dtype; 32 for float16,
+    which has no numbers as small as second moments), 32, 16 or 8; with 8, vectors and matrices with
+    short rows get 32. names: both moments, or the first alone."""
     leading, n = rows_of_shape(like.shape)
     is_coded = bits == 8 and like.dim() > 1 and n >= SHORTEST
-    dtype = {None: like.dtype, 16: torch.bfloat16}.get(bits, sum_dtype(like))
+    dtype = torch.bfloat16 if bits == 16 else sum_dtype(like)
+    if bits is None and like.dtype != torch.float16:
+        dtype = like.dtype
     for name in names:
         if is_coded:
             tops = *leading, -(-n // BLOCK)

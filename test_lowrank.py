@@ -368,7 +368,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--eval_only=True --wandb_log=True', 1, 'set wandb_log=False'),
     ('vit', '--init_from=pretrained --n_layer=3', 1, "timm's weights have a shape"),
     ('vit', f'--seed={2**62}', 1, 'below 2**62'),
-    ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'changes nothing'),
+    ('gpt', '--lowrank=attn --split=True --merge_every=2', 1, 'one head sees all of the batch'),
+    ('gpt', '--lowrank=attn --heads=2 --merge_every=2', 1, 'changes nothing'),
     ('gpt', FILES['local_adamw'], 1, 'start it with torchrun'),
     ('gpt', 'config/quickstart.py --lowrank=attn --rank=4 --alpha=4', 1,
      'learning_rate in config/quickstart.py is that'),
@@ -1360,9 +1361,11 @@ def test_bases_are_orthonormal_deterministic_and_survive_a_gradient_that_is_not_
         assert one.dtype == dtype
         assert one.untyped_storage().nbytes() == one.nbytes, 'a view would keep all of U alive'
         close(one.mT.double() @ one.double(), eye(8), tolerance)
-        for bad in (math.nan, math.inf):
+        for bad in (math.nan, math.inf, 0.0):
             spoilt = G.clone()
             spoilt[3, 4] = bad
+            if not bad:  # as an expert without tokens has it
+                spoilt.zero_()
             assert torch.equal(galore.basis_of(spoilt, 8, left, basis, one), one)
             none = galore.basis_of(spoilt, 8, left, basis)  # without an old one
             close(none.mT.double() @ none.double(), eye(8), tolerance)
@@ -1780,6 +1783,52 @@ def test_a_layer_whose_factor_is_frozen_stays_as_it_is(root, tmp_path, words):
     assert torch.equal(second.weight, before)
 
 
+def test_a_sequence_whose_sum_is_lost_to_rounding_does_not_outweigh_the_others():
+    torch.manual_seed(11)
+    u, v = torch.randn(8, 16, 96), torch.randn(8, 16, 64)
+    u[0] = torch.randn(96) + 0.01 * torch.randn(16, 96)  # nearly one gradient at all tokens, and
+    v[0] -= v[0].mean(0)  # inputs whose sum is nearly zero
+    Q = torch.linalg.qr(torch.randn(64, 32))[0]
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = u.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1)
+        Y = lowrank.second_moment(a, b, (b.float() @ Q).to(dtype), 8).float()
+        assert Y.norm() <= 1.1 * (u.flatten(1).norm(dim=1) * v.flatten(1).norm(dim=1)).sum()
+
+
+def test_moments_of_float16_are_wider_than_their_weights():
+    net = nn.Linear(8, 8, dtype=torch.float16)
+    before = net.weight.clone()
+    optimizer = galore.GaLoreAdamW([dict(params=[net.weight], rule='adamw')], lr=1e-3)
+    for _ in range(10):
+        net.weight.grad = torch.full_like(net.weight, 1e-4)  # squares are below float16's range
+        optimizer.step()
+    moved = (net.weight - before).abs().max().item()
+    assert moved == pytest.approx(0.01, rel=0.1)  # lr a step
+
+
+def test_weights_in_8_bits_take_no_others_and_what_is_refused_changes_nothing():
+    net, plain = (put(wide_linears(), factors='basis', merge_every=1, param_bits=bits)
+                  for bits in (8, None))
+    before = net['attn'].weight.clone()
+    with pytest.raises(RuntimeError, match='attn.weight is no codes'):
+        net.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(net['attn'].weight, before)
+    net = linears(mlp=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match='rank=4 does not fit'):
+        put(net, ('attn', 'mlp'))
+    assert type(net['attn']) is nn.Linear and net['attn'].weight.requires_grad
+
+
+def test_a_layer_with_two_names_is_merged_alike():
+    net = linears().to(torch.bfloat16)
+    net['mlp'] = net['attn']
+    put(net, ('attn', 'mlp'), rank=2, factors='basis', merge_every=2)
+    net['attn'].factor.data.normal_()
+    net['attn'].basis.normal_()
+    state = lowrank.merged_state_dict(net)
+    assert torch.equal(state['attn.weight'], state['mlp.weight'])
+
+
 def test_gradients_of_one_head_lie_as_their_parameters():
     net = put(linears(), rank=2)
     net['attn'](torch.ones(3, 8)).sum().backward()
@@ -1957,11 +2006,22 @@ def merged_late():
             lowrank.merge(net)
 
 
-def epochs():
+def by_galore(**settings):
     net = put(linears(), rank=2, factors='basis', merge_every=1)
-    optimizer = galore.LowRankAdamW(net)
+    return galore.LowRankAdamW(net, **settings)
+
+
+def epochs():
+    optimizer = by_galore()
     for step in (0, 1, 0):
         optimizer.begin(step)
+
+
+def uncounted():
+    optimizer = by_galore()
+    for _ in range(2):
+        optimizer.begin(0)
+        optimizer.step()
 
 
 def unfrozen():
@@ -2053,7 +2113,14 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
         (dict(params=[nn.Parameter(torch.zeros(6))], rule='muon'), 'is no matrix'),
         (dict(params=[nn.Parameter(torch.zeros(6, 9))], rule='muon', momentum=1.0),
          'momentum=1.0'))),
-    (epochs, r'begin\(0\) after begin\(1\).* over all epochs'),
+    (epochs, r'begin\(0\) comes after step 1: .* over all epochs'),
+    (uncounted, r'begin\(0\) comes after step 0: .* over all epochs'),
+    (lambda: lowrank.merge(linears(), bits=2), 'bits=2 leaves .* give the optimizer'),
+    (lambda: lowrank.merge(put(linears(), heads=2, split=True, merge_every=2, workers=2)),
+     'dealt to 2 workers, and here are 1 ranks'),
+    (lambda: dropin(rank=3).load_state_dict(dropin().state_dict()), 'rank=2, and here it is 3'),
+    (lambda: by_galore(rule='muon').load_state_dict(by_galore().state_dict()),
+     "inside='galore', and here it is 'muon'"),
     (merged_late, r'begin\(4\) takes new bases, and a layer was not merged'),
     (unfrozen, "the weight of 'attn' is to stay frozen"),
     (heads_in_different_numbers, 'different numbers of split heads'),
@@ -2715,7 +2782,7 @@ WRITTEN_DOWN = [  # everything that one process trains in float64, where nothing
       for words in ('gpt lte', 'llama galore', 'llama galolte')),
     'gpt relora --lowrank=attn,logit', 'gpt lte --merge_reset=True', 'gpt lte --factors=B',
     'vit galore --checkpointing=True',
-    'gpt lte --train=factors', 'gpt galolte --merge_every=1 --heads=1',
+    'gpt lte --train=factors', 'gpt galolte --merge_every=1 --heads=1 --split=False',
     'gpt galolte --merge_every=2 --heads=2 --basis_every=4', 'gpt galolte --optimizer=muon',
     'llama galolte --sync_moments=False', 'vit galolte --basis=random',
     'llama galore_muon --momentum=0', 'gpt galolte --optimizer=muon --momentum=0',
@@ -3150,6 +3217,19 @@ def test_what_peft_can_do_and_we_do_not_read_is_refused_by_its_key(tmp_path, key
     config.write_json(tmp_path / 'adapter_config.json', about)
     with pytest.raises(ValueError, match=f'says {key}=.*merge it by PEFT first'):
         hub.read_adapter(str(tmp_path))
+
+
+def test_whole_weights_beside_lora_and_single_files_of_a_model_are_refused(tmp_path):
+    about = {'r': 2, 'lora_alpha': 4.0, 'peft_type': 'LORA', 'bias': 'none'}
+    config.write_json(tmp_path / 'adapter_config.json', about)
+    path = tmp_path / 'adapter_model.safetensors'
+    name = 'base_model.model.lm_head.base_layer.weight'
+    safetensors.torch.save_file({name: torch.ones(2, 2)}, path)
+    with pytest.raises(ValueError, match='holds lm_head.base_layer.weight, .*merge it by PEFT'):
+        hub.read_adapter(str(tmp_path))
+    for read in (hub.read_weights, hub.shape_of):
+        with pytest.raises(ValueError, match='give its folder'):
+            read(str(path))
 
 
 @contextlib.contextmanager
@@ -3802,6 +3882,11 @@ def test_a_plan_is_of_the_weights_that_are_named(tmp_path, capsys):
                     '--dtype=float32'], '1e-6GB')
         said = capsys.readouterr().out
         assert said.startswith('2M parameters, sequences of 16, 1 x 1e-6GB, computed in float32')
+    for words, said in ((['config/llama_finetune.py'], 'is a GPT-2: train it by train_gpt.py'),
+                        (['--block_size=64'], 'block_size=64 is more than the 32 positions')):
+        with pytest.raises(SystemExit):
+            bench.plan([*words, f'--init_from={folder}', '--dataset=none', FILES['full']], '1GB')
+        assert said in capsys.readouterr().err
 
 
 def test_every_method_of_one_process_is_planned(monkeypatch, capsys):
@@ -4981,11 +5066,16 @@ def test_own_pictures_are_prepared_by_class(tmp_path):
     middle = drawn[:, :, 4:16].transpose(0, 3, 1, 2)
     assert held == {pixels.tobytes(): i % 2 for i, pixels in enumerate(middle)}
     path = tmp_path / 'mine' / 'a' / '0.png'
+    os.rename(path, tmp_path / 'mine' / 'b' / '0.png')  # of another class now
+    with pytest.raises(prepare.DataError, match='holds a data set with source'):
+        prepare.main(words)
+    os.rename(tmp_path / 'mine' / 'b' / '0.png', path)
     wide, transposed = (Image.fromarray(np.full((12, 20), 40000, np.uint16)),
                         Image.fromarray(drawn[0]))
     large = Image.new('1', (9000, 9000))
     for said, write in (
             ('8 bits', lambda: wide.save(path)), ('8 bits', lambda: sixteen_bits(path)),
+            ('8 bits', lambda: sixteen_bits_by_channel(path)),
             ('2 frames', lambda: transposed.save(path, 'TIFF', save_all=True,
                                                  append_images=[transposed])),
             ('9000 x 9000 pixels', lambda: large.save(path)),
@@ -5016,7 +5106,8 @@ def test_folders_of_splits_and_of_patients_stay_whole(tmp_path, capsys):
     for i in range(200):
         pixels = np.full((4, 4, 3), i, np.uint8)
         for place in (f'split/{("Training", "test")[i % 5 == 0]}/{"ab"[i % 2]}',
-                      f'nested/{"ab"[i % 2]}/patient{i // 8}', f'few/{"ab"[i % 2]}/all'):
+                      f'nested/{"ab"[i % 2]}/{"ab"[i // 8 % 2] if i < 16 else i // 8}/b',
+                      f'few/{"ab"[i % 2]}/all'):
             (tmp_path / place).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(tmp_path / place / f'{i}.png')
     found = held('split')  # a tenth of the rest is for validation
@@ -5024,10 +5115,14 @@ def test_folders_of_splits_and_of_patients_stay_whole(tmp_path, capsys):
     assert 5 < sum(split == 'val' for split, _ in found.values()) < 35
     assert all(label == i % 2 for i, (_, label) in found.items())
     capsys.readouterr()
-    found = held('nested')
-    assert '25 folders inside those of classes: the pictures of one' in capsys.readouterr().out
+    (tmp_path / 'nested/a/more').symlink_to(tmp_path / 'few')
+    found = held('nested')  # patients may have the name of a class
+    said = capsys.readouterr().out
+    assert '25 folders inside those of classes: the pictures of one' in said
+    assert '1 links inside folders of classes' in said
     assert all(found[i][0] == found[i - i % 8][0] for i in range(200))
-    assert {split for split, _ in found.values()} == {'train', 'val', 'test'}
+    assert [sum(split == which for split, _ in found.values()) // 8
+            for which in ('train', 'val', 'test')] == [21, 2, 2]  # folders
     assert len(held('few')) == 200 and 'split one by one' in capsys.readouterr().out
     (tmp_path / 'split' / 'more' / 'a').mkdir(parents=True)
     with pytest.raises(prepare.DataError, match='folders of splits, and more beside them'):
@@ -5047,6 +5142,18 @@ def sixteen_bits(path):
     path.write_bytes(b'\x89PNG\r\n\x1a\n'
                      + chunk(b'IHDR', struct.pack('>IIBBBBB', 4, 4, 16, 2, 0, 0, 0))
                      + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+
+
+def sixteen_bits_by_channel(path):
+    """Writes a TIFF of 4 x 4 pixels with three channels of 16 bits, one after the other."""
+    end = 8 + 2 + 10 * 12 + 4
+    tags = ((256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 3, end), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, 3, end + 6), (277, 3, 1, 3), (278, 3, 1, 4), (279, 4, 3, end + 18),
+            (284, 3, 1, 2))  # the last: by channel; 258: bits; 273, 279: where each one is
+    path.write_bytes(struct.pack('<2sHIH', b'II', 42, 8, len(tags))
+                     + b''.join(struct.pack('<HHII', *tag) for tag in tags) + bytes(4)
+                     + struct.pack('<3H6I', 16, 16, 16, end + 30, end + 62, end + 94, 32, 32, 32)
+                     + np.repeat(np.uint16([40000, 200, 65000]), 16).tobytes())
 
 
 def test_transparent_pictures_lie_on_white_and_a_split_without_a_class_is_named(tmp_path, capsys):
@@ -5369,7 +5476,9 @@ BAD_CHATS = [
     ({'messages': [{'role': 'tool', 'content': 'a'}]}, "line 2 .*a role is 'tool'"),
     ({'messages': [{'role': 'user', 'content': ' '}]}, 'line 2 .*the user says nothing'),
     ({'messages': [{'role': 'user', 'content': 'a'}]}, 'line 2 .*no assistant answers'),
-    ({'messages': WRITTEN[0]['messages'], 'tools': [{}]}, 'line 2 .*it has tools'),
+    ({'messages': WRITTEN[0]['messages'], 'tools': [{}]}, 'line 2 .*has tools beside messages'),
+    ({'messages': WRITTEN[0]['messages'], 'system': 'a'}, 'line 2 .*has system beside messages'),
+    ({'prompt': 'a', 'input': 'b', 'completion': 'c'}, 'line 2 .*has input beside prompt'),
     ({'messages': [{'role': 'assistant', 'content': 'a', 'tool_calls': [1]}]},
      'line 2 .*a message has tool_calls'),
     ({'messages': [{'role': 'assistant', 'content': 'a', 'reasoning_content': 'b'}]},
@@ -5453,6 +5562,14 @@ def test_what_stands_beside_messages_is_named_and_passed_over(tmp_path, capsys):
         assert all(map(np.array_equal, alone, held))
         name = [*more][0]
         assert f"{number}.jsonl': {name} passed over, beside messages" in capsys.readouterr().out
+
+
+def test_chats_of_another_template_are_other_data(tmp_path):
+    lines = [chat for chat in WRITTEN if chat['template'] == 'chatml']
+    folders = [talker(tmp_path / name, name) for name in ('chatml', 'headers')]
+    prepared(tmp_path, 'chats', lines, '--tokenizer', folders[0])
+    with pytest.raises(prepare.DataError, match='holds a data set with template'):
+        prepared(tmp_path, 'chats', lines, '--tokenizer', folders[1])
 
 
 def test_chats_are_encoded_as_a_whole(tmp_path):

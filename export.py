@@ -240,6 +240,9 @@ def main(settings):
         with config.written_beside(s.to, '.export_of_nanolowrank') as folder:
             if s.adapter:
                 write_peft(run, checkpoint, folder, dtype)
+                if checkpoint['settings'].get('frozen_bits'):
+                    print('these heads belong to a base in 4 bits: beside one in 16 they give '
+                          "other answers (transformers: load it by bitsandbytes, 'nf4')")
             elif text:
                 write_transformers(run, checkpoint, folder, dtype)
             else:

@@ -200,6 +200,9 @@ def refuse_values(group):
         if group[key] not in known[key]:
             rank, words = group.get('rank'), ', '.join(map(repr, known[key]))
             raise ValueError(f'{key}={group[key]!r} is not known, with {rank=}: set one of {words}')
+    lr, betas, eps, weight_decay = (group[key] for key in ('lr', 'betas', 'eps', 'weight_decay'))
+    if not all(x >= 0 for x in (lr, eps, weight_decay, *betas)) or max(betas) >= 1:
+        raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
     if not group['correct_bias']:
         raise ValueError('correct_bias=False is not supported: leave it out, or take '
                          "galore-torch's class")
@@ -272,8 +275,6 @@ class GaLoreAdamW(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
                  correct_bias=True, no_deprecation_warning=False, seed=0, per_layer=False,
                  per_rank=(), compile=None):
-        if not all(x >= 0 for x in (lr, eps, weight_decay, *betas)) or max(betas) >= 1:
-            raise ValueError(f'{lr=}, {eps=}, {weight_decay=} must be at least 0, {betas=} below 1')
         self.seed, self.per_layer, self.per_rank = seed, per_layer, set(per_rank)
         self.compile = compile
         self.is_last = True  # whether this is the last micro-batch of a step, see `begin`

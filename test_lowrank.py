@@ -2101,6 +2101,7 @@ LIBRARY = [  # a call that would go wrong in silence, what is said
     (lambda: in_basis(2, 4, basis_every=6), 'no multiple of merge_every=4'), (in_basis, 'begin'),
     (twice, 'twice'), (lambda: tiny_llama(n_embd=16, n_head=3), 'clash'),
     *((lambda group=group: dropin(**group), said) for group, said in (
+        (dict(lr=-1.0), 'lr=-1.0.* must be at least 0'), (dict(betas=(0.9, 1.0)), 'below 1'),
         (dict(rank=0), 'rank=0'), (dict(update_proj_gap=0), 'update_proj_gap=0'),
         (dict(rule='adam'), "rule='adam'"), (dict(proj_type='both'), "proj_type='both'"),
         (dict(basis='qr'), "basis='qr'"),
@@ -5329,6 +5330,7 @@ def test_heads_on_4_bits_are_exported_and_begun_from(root, tmp_path, capsys):
             torch.testing.assert_close(merged[f'{name}.weight'], W.bfloat16(), rtol=2**-7, atol=0)
     start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/peft',
                    '--adapter=True'])
+    assert 'these heads belong to a base in 4 bits' in capsys.readouterr().out
     about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
     assert about['base_model_name_or_path'] == str(base)
     # a run that begins from it has the same weights and heads, to the last bit

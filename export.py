@@ -241,8 +241,8 @@ def main(settings):
             if s.adapter:
                 write_peft(run, checkpoint, folder, dtype)
                 if checkpoint['settings'].get('frozen_bits'):
-                    print('these heads belong to a base in 4 bits: beside one in 16 they give '
-                          "other answers (transformers: load it by bitsandbytes, 'nf4')")
+                    print('these heads belong to a base in 4 bits: on the base in 16 bits they '
+                          "give other answers (transformers: load it by bitsandbytes, 'nf4')")
             elif text:
                 write_transformers(run, checkpoint, folder, dtype)
             else:

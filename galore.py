@@ -72,7 +72,7 @@ def basis_of(G, rank, transposed, basis='svd', old=None, seed=0):
     svd     the leading singular vectors (GaLore, algorithm 2), with signs as LAPACK has them.
     power   two steps of subspace iteration from the old basis, or from a random sketch (Halko et
             al. 2011, algorithm 4.4): two products of 2 m n rank operations and a thin QR each.
-    random  an orthonormalised Gaussian, drawn anew each time; does not look at the gradient.
+    random  an orthonormalised Gaussian, drawn anew each time, whatever the gradient is.
     Where G is zero or not finite the old basis stays; without an old one, some orthonormal basis is
     returned. Only CUDA's SVD waits for the device.
     """

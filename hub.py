@@ -411,7 +411,7 @@ def load_heads(model, settings, adapter):
 
 def load_file(path):
     """What a .pt file holds, see run.load_tensors. ValueError: it is one of a folder's files."""
-    if path.endswith(('.safetensors', '.bin', '.json')):
+    if path.endswith(('.safetensors', '.json')):
         raise ValueError(f"'{path}' is one file of a model, which other files describe: give its "
                          'folder')
     return load_tensors(path)

@@ -148,7 +148,7 @@ def second_moment(u, v, vQ, sequences, parts=1):
         w = torch.bmm(unit, w)
     # |G_i Q|^2 = sum of (v Q) * (u u^T v Q): the first of the two orders does not form G_i Q
     square = (vQ.to(sum_dtype(u)) * w).sum((1, 2), keepdim=True)
-    # |w| is no larger, but where sums of 16 bits cancel
+    # exactly, |w| <= |G_i Q|; where sums in 16 bits cancel, `square` may come out too small
     least = torch.linalg.vector_norm(w, dim=(1, 2), keepdim=True, dtype=square.dtype)
     norm = square.clamp_min(1e-30).sqrt().maximum(least)
     w = w / norm * (size * parts)
@@ -278,9 +278,9 @@ class FrozenLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         W, errors = state_dict.get(f'{prefix}weight'), args[-1]  # torch raises them in one
-        if self.bits and torch.is_tensor(W) and W.is_floating_point():  # torch would cut digits off
-            errors.append(f'{prefix}weight is no codes, and here are those of {self.bits} bits: '
-                          'load it before apply_mhlora')
+        if torch.is_tensor(W) and W.is_floating_point() == bool(self.bits):  # codes, or numbers
+            errors.append(f'{prefix}weight is of {W.dtype}, and here of {self.weight.dtype}: give '
+                          'apply_mhlora the same bits, or load numbers before it')
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -455,7 +455,12 @@ class MHLoRALinear(FrozenLinear):
     @torch.no_grad()
     def pair_of_all(self, factor=None):
         """(into, out), (n, k) and (m, k): all ranks' heads side by side; in a basis k = r, with the
-        average of all factors or a given one. All ranks take part, and get the same bits."""
+        average of all factors or a given one. All ranks take part, and get the same bits.
+        ValueError: there are more or fewer ranks than workers."""
+        world = rank_and_world()[1]
+        if self.workers not in (1, world):
+            raise ValueError(f'split heads are dealt to {self.workers} workers, and the number of '
+                             f'ranks is {world}: give apply_mhlora workers={world}')
         if self.factors == 'basis':
             if factor is None:
                 factor = all_rows(self.factor.detach())  # (heads here, long, r)
@@ -699,7 +704,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
                              'would train: unfreeze them before')
     elsewhere = {p for module in model.modules() if module not in {*chosen.values()}
                  for p in module.parameters(recurse=False)}
-    for name, linear in chosen.items():  # before the first one is replaced
+    for name, linear in chosen.items():  # before any is replaced
         refuse_arguments(*linear.weight.shape, heads, rank, alpha, factors, split, merge_every,
                          merge_reset, workers, bits_of(name, linear, frozen_bits, param_bits),
                          lora_dropout)
@@ -809,7 +814,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
     bits: bits of a number that split heads in a basis and replicas send (ranks.coded_mean). Below
     32, `state` (an optimizer's) keeps the rest; a replica without a last average is sent in full.
     After a merge with merge_reset call `drop_moments`: those of the old heads are of no use.
-    ValueError: bits without a state, or see `refuse_equal_heads`.
+    ValueError: bits without a state, or split heads that are equal on all ranks.
     """
     if bits < 32 and state is None:
         raise ValueError(f"{bits=} leaves rounding errors for later merges: give the optimizer's "
@@ -840,13 +845,7 @@ def merge(model, generator=None, replicas=None, bits=32, state=None):
 
 def refuse_equal_heads(layers):
     """Raises ValueError if split heads are equal on all ranks, as plain DDP makes them: they should
-    differ. Ranks compare the sums of their heads. Or if heads are dealt to another number of
-    workers than there are ranks."""
-    world = rank_and_world()[1]
-    for layer in layers:
-        if layer.workers not in (1, world):
-            raise ValueError(f'split heads are dealt to {layer.workers} workers, and here are '
-                             f'{world} ranks: give apply_mhlora that many')
+    differ. Ranks compare the sums of their heads."""
     heads = [x for layer in layers if layer.workers > 1 for x in layer.per_head().values()]
     if not heads:
         return

@@ -288,9 +288,11 @@ def whole_characters(text):
     return text.encode('utf-16', 'surrogatepass').decode('utf-16', REPLACE)
 
 
-# what may stand beside a prompt or messages and belongs to what an answer answers
-CONTEXT = ('system', 'instruction', 'input', 'context', 'tools', 'functions', 'images', 'image',
-           'videos', 'audio', 'chat_template_kwargs')
+# fields beside messages or a prompt: these are part of the question, and would not be read
+CONTEXT = ('system', 'tools', 'functions', 'images', 'image', 'videos', 'audio',
+           'chat_template_kwargs')
+# these may be, or may be what the prompt was made of
+PERHAPS = 'instruction', 'input', 'context'
 
 
 def read_jsonl(path, size, tokenizer=None):
@@ -312,11 +314,13 @@ def read_jsonl(path, size, tokenizer=None):
                 raise DataError(f"line {number} of '{path}' has {' and '.join(kinds)}, which do "
                                 'not go together: leave out what is not to be learned')
             keys = ['text'] if kinds == ['text'] else ['completion', 'prompt']
-            more = [key for key in CONTEXT if found.get(key)]
-            if more and kinds != ['text']:
-                raise DataError(f"line {number} of '{path}' has {more[0]} beside {kinds[-1]}, "
-                                'where it would not be read: put it into a message or the prompt, '
-                                'or leave it out')
+            if kinds and kinds != ['text']:
+                more = [key for key in CONTEXT if found.get(key)]
+                beside.update(key for key in PERHAPS if found.get(key))
+                if more:
+                    raise DataError(f"line {number} of '{path}' has {more[0]} beside {kinds[-1]}, "
+                                    'where it would not be read: put it into a message or the '
+                                    'prompt, or leave it out')
             if not is_chat:
                 document = Document(*[whole_characters(found[key]) for key in keys])
         if is_chat:
@@ -336,7 +340,7 @@ def read_jsonl(path, size, tokenizer=None):
         print(f'{last_alone} chats of which the last answer alone is learned: the template spells '
               'earlier ones otherwise')
     if beside:
-        print(f"'{path}': {', '.join(sorted(beside))} passed over, beside messages")
+        print(f"'{path}': {', '.join(sorted(beside))} passed over, beside messages or prompts")
 
 
 def read_parquet(path, size, tokenizer=None):
@@ -688,7 +692,7 @@ def pictures_of(folder):
             seen = [path for path in sorted(parent.rglob('*'))
                     if '/.' not in str(path.relative_to(root))]  # not hidden
             files = [path for path in seen if path.is_file()]
-            links += [path for path in seen if path.is_symlink() and path not in files]
+            links += [path for path in seen if path.is_symlink() and not path.is_file()]
             taken = [path for path in files if path.suffix.lower() in PICTURES]
             for path in taken:
                 *folders, _ = path.relative_to(parent).parts
@@ -713,18 +717,25 @@ def pictures_of(folder):
     return found
 
 
-def splits_of_folders(found):
-    """Returns {path: split} of the pictures of `pictures_of` that are in a folder inside that of
-    their class: of ten such folders, in the order of their names' hashes, one is for val and one
-    for test. {} if there are fewer."""
+def drawn_split(content):
+    """'val' or 'test' for a tenth of these bytes each, by their hash, or 'train'."""
+    return {0: 'val', 1: 'test'}.get(hash_of(content) % 10, 'train')
+
+
+def splits_of_folders(found, lacking):
+    """Returns {path: split} of the pictures of `pictures_of` that are to be split and lie in a
+    folder inside that of their class: by a hash of its name, but each split of `lacking` gets at
+    least one folder. {} if there are fewer than ten."""
     inside_of = {path: inside for entries in found.values()
-                 for _, path, inside in entries if inside}
-    names = sorted({*inside_of.values()}, key=lambda name: hash_of(name.encode()))
-    count, tenth = len(names), len(names) // 10
-    if tenth:
+                 for split, path, inside in entries if inside and split in (None, 'train')}
+    drawn = {name: drawn_split(name.encode()) for name in sorted({*inside_of.values()})}
+    count = len(drawn)
+    if count >= 10:
         print(f'{count} folders inside those of classes: the pictures of one stay in one split')
-        drawn = {**dict.fromkeys(names, 'train'), **dict.fromkeys(names[:tenth], 'val'),
-                 **dict.fromkeys(names[tenth:2 * tenth], 'test')}
+        for split in lacking:
+            if split not in drawn.values():
+                name = next(name for name in drawn if drawn[name] == 'train')
+                drawn[name] = split
         return {path: drawn[inside] for path, inside in inside_of.items()}
     if count:
         print(f'{count} folders inside those of classes, too few to split by: pictures are split '
@@ -738,7 +749,8 @@ def picture_images(found, size):
     `splits_of_folders`. DataError: pictures cannot be read; the first are named."""
     from PIL import Image, ImageOps
     given = {split for entries in found.values() for split, *_ in entries} - {None}
-    drawn_by_path = {} if given == {*SPLITS['images']} else splits_of_folders(found)
+    lacking = [split for split in ('val', 'test') if split not in given]
+    drawn_by_path = splits_of_folders(found, lacking) if lacking else {}
 
     def read(entry):
         label, split, path, _ = entry
@@ -763,9 +775,7 @@ def picture_images(found, size):
         # resized and cropped
         picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         pixels = np.asarray(picture)  # (size, size, 3)
-        drawn = drawn_by_path.get(path)
-        if drawn is None:
-            drawn = {0: 'val', 1: 'test'}.get(hash_of(content) % 10, 'train')
+        drawn = drawn_by_path.get(path) or drawn_split(content)
         if split in (None, 'train') and drawn not in given:
             split = drawn
         return split, np.array([[label]], np.uint8), np.moveaxis(pixels, 2, 0)[None]
@@ -1542,7 +1552,8 @@ def from_text(args):
     if args.documents:
         settings['starts'] = True
     template = encoding.folder and chat_template(encoding.folder)
-    if template and args.data == 'text':  # chats would be spelled otherwise by another one
+    may_be_chats = any(path.endswith('.jsonl') for path in getattr(args, 'input', None) or ())
+    if template and may_be_chats:  # another one would spell them otherwise
         settings['template'] = f'{hash_of(template.encode()):016x}'
     if encoding.puts_space:
         print('these tokens put a space before every text: before completions, too, as when a '

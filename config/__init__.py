@@ -321,7 +321,6 @@ EFFECT = (
      and s.heads > 1 and ('momentum' not in s.uses or s.momentum),
      "no heads have moments to average: set factors='basis', several heads, merge_every above 1, "
      'and for Muon a momentum'),
-    ('split', lambda s: s.heads > 1, 'one head sees all of the batch: set heads above 1'),
     ('sync_bits', lambda s: s.sync == 'merge' or s.split and s.heads > 1,
      "merges average nothing: take config/methods/galolte.py, or set sync='merge'"),
     ('basis basis_every scale', lambda s: s.lowrank and s.factors == 'basis' or 'rank' in s.uses,

@@ -403,7 +403,9 @@ def method_rows():
             rank = mine[0]['settings'].get('rank', 1)
             about = seeds if rank == 1 else f'{seeds}, rank {rank}'
             less = f'{less_than(mine, theirs)[0]} ({about}){dagger(mine[0])}'
-            share = f"{mine[0]['optimizer_state_bytes'] / state:.0%}"
+            of_one = not mine[0]['settings'].get('split') or 'ranks' in mine[0]['settings']
+            if of_one:  # else one process held the heads of all workers
+                share = f"{mine[0]['optimizer_state_bytes'] / state:.0%}"
         if path.stem == 'full':
             less = f'{mean_loss(mine):.3f} nats a byte ({seeds})'
         words = first.removeprefix('# ').strip()

@@ -250,19 +250,22 @@ TUNED_WITH_DECAY = {
     'muon, state_bits=8': (3.2e-2,),
     'GaLore drop-in, rank=48': (8e-2,),
     'relora, rank=48': (4e-3, 8e-3, 1.6e-2),
+    'mhlora, rank=12': (2e-3, 4e-3, 8e-3),
+    'galolte, rank=48': (2e-2, 4e-2, 8e-2),
     'galolte_2bit': (1.6e-2, 3.2e-2, 6.4e-2),
     'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
     'lte': (4e-3, 8e-3, 1.6e-2),
     'local_adamw': (4e-3, 8e-3, 1.6e-2)}
 OWN = {  # settings where they are not those of methods with a basis, of a quarter of the width
     'relora, rank=48': dict(alpha=48.0),
+    'mhlora, rank=12': dict(alpha=48.0),
     'galolte_2bit': dict(rank=48, beta2=0.999, ranks=4),
     'local_muon': dict(ranks=4),
     'lte': dict(rank=24, alpha=24.0, ranks=4),
     'local_adamw': dict(ranks=4)}
 # Controls: AdamW with other averages (beta2); GaLore with a basis of all directions, at AdamW's
 # rate, and with Muon inside, at Muon's rate; scale=1, so that the embeddings have the rate of the
-# basis; other bases; twice as many directions; merges less often
+# basis; other bases; twice as many directions; a rate higher than those above; merges less often
 CONTROLS = {
     'full': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=beta2) for beta2 in (0.95, 0.999)],
     'galore': [dict(weight_decay=0.1, learning_rate=1.6e-2, beta2=0.99, rank=96, scale=1.0),
@@ -272,7 +275,8 @@ CONTROLS = {
                *(dict(weight_decay=0.1, learning_rate=rate, rank=48) for rate in (4e-2, 8e-2))],
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
-                      for rate in (1.6e-2, 3.2e-2))],
+                      for rate in (1.6e-2, 3.2e-2)),
+                    dict(weight_decay=0.1, learning_rate=1.28e-1)],
     'galolte_2bit': [dict(weight_decay=0.1, learning_rate=3.2e-2, merge_every=T)
                      for T in (20, 50)]}
 # AdamW is tuned at 80 bytes a parameter, too; others are tried at half of their rate: (rate, decay)

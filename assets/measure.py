@@ -285,9 +285,8 @@ TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
                'muon_lean': [(3.2e-2, 0.1)],
                'galore_muon, rank=48': [(1.6e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
-# best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)), muon_lean at the second
-# best, 0.006 higher. AdamW's best rate is the luck of a seed, so its second best and a lower one
-# are judged, too
+# best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
+# luck of a seed, so its second best and a lower one are judged, too
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80)],

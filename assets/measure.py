@@ -250,7 +250,7 @@ TUNED_WITH_DECAY = {
     'muon, state_bits=8': (3.2e-2,),
     'GaLore drop-in, rank=48': (8e-2,),
     'relora, rank=48': (4e-3, 8e-3, 1.6e-2),
-    'mhlora, rank=12': (2e-3, 4e-3, 8e-3),
+    'mhlora, rank=12': (2e-3, 4e-3, 8e-3, 1.6e-2),
     'galolte, rank=48': (2e-2, 4e-2, 8e-2),
     'galolte_2bit': (1.6e-2, 3.2e-2, 6.4e-2),
     'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
@@ -272,10 +272,11 @@ CONTROLS = {
                *(dict(weight_decay=0.1, learning_rate=rate, scale=1.0) for rate in (2e-2, 4e-2)),
                *(dict(weight_decay=0.1, learning_rate=8e-2, **change) for change in (
                    dict(basis_every=10), dict(basis_every=200), dict(basis='random'))),
-               *(dict(weight_decay=0.1, learning_rate=rate, rank=48) for rate in (4e-2, 8e-2))],
+               *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
+                 for rate in (4e-2, 8e-2, 1.6e-1))],
     'galore_muon': [dict(weight_decay=0.1, learning_rate=3.2e-2, beta2=0.99, rank=96),
                     *(dict(weight_decay=0.1, learning_rate=rate, rank=48)
-                      for rate in (1.6e-2, 3.2e-2)),
+                      for rate in (1.6e-2, 3.2e-2, 6.4e-2)),
                     dict(weight_decay=0.1, learning_rate=1.28e-1)],
     'galolte_2bit': [dict(weight_decay=0.1, learning_rate=3.2e-2, merge_every=T)
                      for T in (20, 50)]}

@@ -1,4 +1,4 @@
-# GaLore: all of W trains, and Adam keeps moments of r directions only. Best rate: 5e-3, at 3.3M 2e-2.
+# GaLore: all of W trains; Adam keeps moments of r directions. Best: 5e-3 (drop-in), at 3.3M 2e-2.
 lowrank = 'attn,mlp'
 heads, rank = 1, 128
 factors, split = 'basis', False

@@ -9,6 +9,7 @@ The other way: hub.py.
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from hub import (OUR_TOKENS, SHAPE, config_json, create_vit, fill, merged_vit, o
                  read_weights, tensors_for_transformers)
 from lowrank import averaged_heads, side_by_side
 from model import make_model
-from run import load_checkpoint, put_layers
+from run import load_checkpoint, load_tensors, put_layers
 
 SHARD = 5e9  # bytes of a safetensors file, at most
 
@@ -192,10 +193,19 @@ def refuse_peft(s, layers, base, adapted, text):
         why = "the run trains more than its heads (train='all')"
     elif adapted:
         why = f'the run began from {base!r}, an adapter itself, and PEFT loads one on a base'
-    elif base in (None, 'scratch', 'resume') or text and os.path.isfile(base):
+    elif base in (None, 'scratch', 'resume') or os.path.isfile(base) and (text or is_ours(base)):
         why = f'the run began from {base!r}, and an adapter belongs to weights that others can load'
     if why:
         raise ValueError(f'{why}: export the merged model, without --adapter')
+
+
+def is_ours(path):
+    """Whether a file of a ViT's weights is a checkpoint with names or codes of ours. That of a run
+    at full rank has timm's."""
+    if not zipfile.is_zipfile(path):  # safetensors
+        return False
+    s = load_tensors(path).get('settings', {})
+    return any(s.get(key) for key in ('lowrank', 'frozen_bits', 'param_bits'))
 
 
 def heads_side_by_side(state, name, n):
@@ -212,11 +222,12 @@ def write_timm(checkpoint, folder, dtype):
     timm 1.0.20 to 24 cannot read it."""
     import timm
     shape, classes = checkpoint['model_config'], checkpoint['classes']
-    plain = create_vit(shape, len(classes))
+    plain = create_vit(shape, len(classes)).to(dtype)
     plain.load_state_dict(merged_vit(checkpoint))
+    plain.pretrained_cfg['crop_mode'] = 'center'  # as in training, see `look_of`
     changes = {theirs: shape[ours] for ours, theirs in SHAPE.items() if shape[ours] is not None}
     about = {'label_names': classes, 'num_classes': len(classes), 'model_args': changes}
-    timm.models.save_for_hf(plain.to(dtype), folder, model_config=about, safe_serialization=True)
+    timm.models.save_for_hf(plain, folder, model_config=about, safe_serialization=True)
     open_to_others(folder, 'model.safetensors')
 
 

@@ -668,14 +668,16 @@ def read_vit(path, shape, classes, keep=False, frozen_bits=None):
         except Exception as error:  # of pickle, zipfile, safetensors
             raise ValueError(f"'{path}' is damaged or holds no weights ({config.said(error)}): "
                              'check init_from') from None
-        known, differ = weights.get('head.bias', ()), ''
+        known, differ = weights.get('head.weight', ()), ''
         same = len(known) == len(classes)
+    if not len(known) and keep:
+        raise ValueError(f"'{path}' has no classifier, 'head.weight': train first")
     if not same and keep:
         raise ValueError(f"the classifier of '{path}' knows {len(known)} classes, and not the "
                          f'{len(classes)} of the data{differ}: evaluate it on its own data, or '
                          'train first')
     if not same:  # as timm draws it
-        if len(known) and rank_and_world()[0] == 0:
+        if rank_and_world()[0] == 0:
             print(f"'{path}': its classifier is of {len(known)} classes, the data have "
                   f'{len(classes)}{differ}: it is drawn anew')
         norms = [x.shape[0] for name, x in weights.items()

@@ -201,7 +201,7 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merg
         raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
     if factors != 'basis' and rank > min(m, n):
         raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
-                         f'outputs: set a rank between 1 and {min(m, n)}')
+                         f'outputs: set a rank between 1 and {min(m, n)}, or leave such layers out')
     if factors == 'basis' and (alpha is not None or merge_reset):
         raise ValueError(f'{alpha=}, {merge_reset=} are for heads, and in a basis a merge ends '
                          "with a zero factor: leave them out, or set factors='both' or 'B'")

@@ -666,6 +666,8 @@ SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': '
 def split_folders(folder):
     """Returns {folder: split} of FOLDER/{train,val,test}, or {FOLDER: None}: its folders are those
     of classes. DataError: there are both."""
+    if not os.path.isdir(folder):
+        raise DataError(f"'{folder}' is no folder: check --input")
     inside = sorted(Path(folder).glob('[!.]*/'))
     found = {path: SPLIT_FOLDERS.get(path.name.lower()) for path in inside}
     splits = {*found.values()} - {None}
@@ -729,6 +731,9 @@ def splits_of_folders(found, lacking):
     inside_of = {path: inside for entries in found.values()
                  for split, path, inside in entries if inside and split in (None, 'train')}
     drawn = {name: drawn_split(name.encode()) for name in sorted({*inside_of.values()})}
+    if splits := [name for name in drawn if name.lower() in SPLIT_FOLDERS]:
+        raise DataError(f"folders of classes hold '{splits[0]}', and would be split anew: put "
+                        f'splits outside, FOLDER/{splits[0]}/class/')
     count = len(drawn)
     if count >= 10:
         print(f'{count} folders inside those of classes: the pictures of one stay in one split')

@@ -2515,6 +2515,12 @@ def test_a_data_set_is_another_one_where_its_numbers_mean_something_else(root, t
         assert reader(name, *words).fingerprint != before
 
 
+def test_what_an_error_says_is_short_and_never_nothing():
+    assert config.said(AssertionError()) == 'AssertionError'
+    assert config.said(ValueError('a\n  b')) == 'a b'
+    assert config.said(ValueError('a' * 200)) == 'a' * 157 + '...'
+
+
 @pytest.mark.parametrize('make', [  # what torch says on CPUs and GPUs
     lambda: torch.empty(2**55),
     lambda: (_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory'))])
@@ -4977,6 +4983,9 @@ def test_a_vit_is_exported_for_timm(runs, tmp_path):
     modes = {os.stat(f'{tmp_path}/vit/{file}').st_mode & 0o666
              for file in ('config.json', 'model.safetensors')}
     assert len(modes) == 1
+    start(export, [f'--out_dir={out}', '--checkpoint=ckpt.pt', f'--to={tmp_path}/exact'])
+    exact = safetensors.torch.load_file(tmp_path / 'exact' / 'model.safetensors')
+    assert same_state(exact, hub.merged_vit(saved(out)))  # float64, as the run
     # a file's weights are taken, not those of the place that gives the model its name
     shape = {**saved(out)['model_config'], 'model': f'local-dir:{tmp_path}/vit'}
     others = {name: value + 1 for name, value in theirs.state_dict().items()}
@@ -5000,6 +5009,10 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(
             '--adapter=True']
     if not wanted:
         refused(capsys, lambda: start(export, more), 'no heads in its blocks')
+        words = [f"--init_from={runs('vit_lte', 4)}/ckpt.pt", '--lowrank=attn']
+        train('vit', root, tmp_path / 'b', *words)
+        more[0] = f'--out_dir={tmp_path}/b'  # nobody else has the weights that it began from
+        refused(capsys, lambda: start(export, more), 'weights that others can load')
         return
     start(export, more)
     about = json.loads((tmp_path / 'peft' / 'adapter_config.json').read_text())
@@ -5015,6 +5028,16 @@ def test_the_heads_and_the_classifier_of_a_vit_are_exported_for_peft(
         # timm loads it in float32
         close(parts.pop(f'base_model.model.{name}', x), merged[name], 1e-6)
     assert not parts
+
+
+def test_pictures_that_timm_would_squash_are_named_and_exported_as_they_were_seen(
+        root, tmp_path, capsys):
+    start(train_vit, tiny('vit', root, tmp_path / 'a', '--max_iters=1',
+                          '--model=vit_base_patch16_clip_384.openai_ft_in12k_in1k'))
+    assert "crop_mode='squash', whole pictures; here they see the middle" in capsys.readouterr().out
+    start(export, [f'--out_dir={tmp_path}/a', '--checkpoint=ckpt.pt', f'--to={tmp_path}/vit'])
+    about = json.loads((tmp_path / 'vit' / 'config.json').read_text())
+    assert about['pretrained_cfg']['crop_mode'] == 'center'
 
 
 def test_a_vit_names_its_base_and_trains_both_of_its_classifiers(root, runs, tmp_path, monkeypatch):
@@ -5036,6 +5059,12 @@ def test_a_vit_names_its_base_and_trains_both_of_its_classifiers(root, runs, tmp
         classes = [*map(str, range(count))]
         weights = hub.read_vit(path, dict(shape), classes)[1]
         assert len(hub.create_vit(shape, count, weights, path).head_dist.weight) == count
+    weights = hub.create_vit(shape, 3).state_dict()
+    for gone, said in (('bias', 'Missing key.* "head.bias"'), ('weight', 'no classifier')):
+        del weights[f'head.{gone}']
+        safetensors.torch.save_file(weights, path)
+        with pytest.raises(ValueError, match=said):
+            hub.create_vit(shape, 3, hub.read_vit(path, dict(shape), ['a'] * 3, True)[1], path)
     with torch.device('meta'), pytest.raises(ValueError, match='has BatchNorm'):
         hub.create_vit(dict.fromkeys(shape) | {'model': 'vit_base_mci_224', 'n_layer': 1}, 5)
     create = hub.create_vit  # as if the weights were there
@@ -5136,6 +5165,12 @@ def test_folders_of_splits_and_of_patients_stay_whole(tmp_path, capsys):
     (tmp_path / 'split' / 'more' / 'a').mkdir(parents=True)
     with pytest.raises(prepare.DataError, match='folders of splits, and more beside them'):
         held('split')
+    with pytest.raises(prepare.DataError, match='nowhere.* is no folder'):
+        held('nowhere')
+    inside = (tmp_path / 'few' / 'a' / 'all').rename(tmp_path / 'few' / 'a' / 'Test')
+    with pytest.raises(prepare.DataError, match="hold 'Test', .*FOLDER/Test/class/"):
+        held('few')
+    inside.rename(tmp_path / 'few' / 'a' / 'all')
     for i in range(7):  # all are named at once, but for the sixth and the seventh
         (tmp_path / 'few' / 'a' / f'bad{i}.png').write_bytes(b'')
     with pytest.raises(prepare.DataError, match='bad0.png.*bad4.png.*and so on, 7 in all'):

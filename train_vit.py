@@ -115,7 +115,7 @@ import prepare
 from hub import LOOK, SHAPE, create_vit, put_heads, read_vit
 from lowrank import (averaged_heads, clip_gradients, drop_moments, lowrank_layers, merge,
                      named_layers)
-from ranks import load_weights, mean, rows_of, shard
+from ranks import load_weights, mean, rank_and_world, rows_of, shard
 from run import (Meter, Run, assemble, catch_signals, freeze_as_set, join, load_checkpoint,
                  make_optimizer, open_run, operations_of, refuse_other_data, save,
                  set_learning_rate, start_run, stop_requested, unscale)
@@ -166,6 +166,9 @@ class Look:
 def look_of(model, shape, device):
     """The `Look` of a timm model, as its weights are evaluated. ValueError: it is not supported."""
     theirs = timm.data.resolve_data_config({}, model=model)
+    if theirs['crop_mode'] != 'center' and rank_and_world()[0] == 0:
+        print(f"timm evaluates these weights by crop_mode={theirs['crop_mode']!r}, whole pictures; "
+              'here they see the middle, as prepare.py keeps it')
     found = {key: theirs[key] for key in LOOK}
     if not 0.1 < found['crop_pct'] <= 1 or found['interpolation'] not in ('bilinear', 'bicubic'):
         raise ValueError(f'{found} is not supported: choose a model that is evaluated on bicubic '

@@ -287,15 +287,15 @@ TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
                'galore_muon, rank=48': [(1.6e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
-# luck of a seed, so its second best and a lower one are judged, too
+# luck of a seed, so its second best and a lower one are judged, too; at 80 half of the rates
 FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80)],
-    'muon': [(3.2e-2, 0.1, 5, 20, 80)],
+    'muon': [(3.2e-2, 0.1, 5, 20, 80), (1.6e-2, 0.1, 80)],
     'muon, state_bits=8': [(3.2e-2, 0.1, 5, 20)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
     'galore, rank=48': [(8e-2, 0.1, 5, 20, 80)],
-    'muon_lean': [(6.4e-2, 0.1, 5, 20, 80)]}
+    'muon_lean': [(6.4e-2, 0.1, 5, 20, 80), (3.2e-2, 0.1, 80)]}
 
 
 def at_twenty(name):
@@ -386,7 +386,7 @@ def by_method(name, **about):
 def train(name, only):
     """Keeps the trainings that assets/NAME.jsonl lacks; of some benches times of a step, too."""
     for dataset in {settings['dataset'] for _, settings in TRAININGS[name]}:
-        ensure(dataset)  # before trainings side by side want it at once
+        ensure(dataset, ROOT / 'data')  # before trainings side by side want it at once
     measure_all(name, TRAININGS[name], only, train_one, jobs=os.cpu_count())
     if name in ('quality', 'convergence'):
         torch.set_num_threads(1)

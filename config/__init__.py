@@ -49,8 +49,9 @@ def fail(sentence):
 
 
 def said(error):
-    """What an error says, in a line of bounded length."""
-    return ' '.join(str(error).split())[:160]
+    """What an error says, or its kind if it says nothing, in a line of bounded length."""
+    words = ' '.join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 160 else f'{words[:157]}...'
 
 
 def in_one_line(kind, error, trace):

@@ -8,7 +8,7 @@ W (m, n); H heads A (H, r, n), B (H, m, r); s = alpha / r.
     factors='B'      the same, A stays as it was drawn  LoRA-FA (arXiv 2308.03303)
     split            head h sees its own rows of the batch only (LTE, arXiv 2402.16828):
                      y = W x + s (B_h A_h - B_h' A_h') x; A_h', B_h': copies from the last merge
-    merge            W <- W + s/H sum_h (B_h A_h - B_h' A_h')
+    merge            W <- W + s/H sum_h (B_h A_h - B_h' A_h'); no copies where heads are drawn anew
 
 Inside a basis every matrix is seen as tall: tall(W) (long, short) is W, or W^T where W is wide.
 
@@ -189,7 +189,7 @@ def side_by_side(x):
 
 
 def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merge_reset, workers,
-                     bits, dropout):
+                     bits, dropout, name='a linear layer'):
     """ValueError: arguments of a MHLoRALinear (m, n) make no sense together."""
     if factors not in ('both', 'B', 'basis'):
         raise ValueError(f"{factors=} is not known: set 'both', 'B' or 'basis'")
@@ -200,8 +200,8 @@ def refuse_arguments(m, n, heads, rank, alpha, factors, split, merge_every, merg
     if alpha is not None and not alpha > 0:
         raise ValueError(f'{alpha=} leaves heads without effect: set it above 0')
     if factors != 'basis' and rank > min(m, n):
-        raise ValueError(f'rank={rank} does not fit a linear layer of {n} inputs and {m} '
-                         f'outputs: set a rank between 1 and {min(m, n)}, or leave such layers out')
+        raise ValueError(f'rank={rank} does not fit {name} of {n} inputs and {m} outputs: set a '
+                         f'rank between 1 and {min(m, n)}, or leave such layers out')
     if factors == 'basis' and (alpha is not None or merge_reset):
         raise ValueError(f'{alpha=}, {merge_reset=} are for heads, and in a basis a merge ends '
                          "with a zero factor: leave them out, or set factors='both' or 'B'")
@@ -628,7 +628,8 @@ def find_linears(model, targets, also=()):
                 raise ValueError(f"'{name}' has low-rank weights already: build the model anew, or "
                                  'give all targets in one call')
         if not any(is_wanted(name, [target]) for name in linears):
-            there = ', '.join(sorted({name.split('.')[-1] for name in linears}))
+            parts = {part for name in linears for part in name.split('.')}
+            there = ', '.join(sorted(part for part in parts if not part.isdigit()))
             raise ValueError(f"no linear layer matches '{target}': give 'attn', 'mlp' or 'logit', "
                              f'if the model has such, or one of {there}')
     chosen = {name: linear for target in targets for name, linear in linears.items()
@@ -707,7 +708,7 @@ def apply_mhlora(model, targets=('attn', 'mlp'), heads=1, rank=4, alpha=None, fa
     for name, linear in chosen.items():  # before any is replaced
         refuse_arguments(*linear.weight.shape, heads, rank, alpha, factors, split, merge_every,
                          merge_reset, workers, bits_of(name, linear, frozen_bits, param_bits),
-                         lora_dropout)
+                         lora_dropout, f"'{name}'")
     shapes = [linear.weight.shape for linear in chosen.values()]
     zeros = Zeros(max(min(rank, *shape) * max(shape) for shape in shapes))
     layers = {}  # by weight

@@ -175,11 +175,12 @@ def open_shards(folder, meta, entries, verify=False):
 #
 #     def notes(args):
 #         for path in sorted(Path(args.path).rglob('*.md')):
-#             yield Document(path.read_text('utf-8', REPLACE))
+#             yield from read_txt(path, 2**12)  # in pieces, a share of which is for validation
 #
 #     def describe_notes(args):
-#         sizes = [path.stat().st_size for path in Path(args.path or '').rglob('*.md')]
-#         if not args.path or not sizes:
+#         paths = Path(args.path).rglob('*.md') if args.path else ()
+#         sizes = [path.stat().st_size for path in paths]
+#         if not sizes:
 #             raise DataError(f"no .md files in '{args.path}': give --path FOLDER")
 #         return f'{len(sizes)} notes of {args.path}, {sum(sizes)} bytes', 0.05
 #
@@ -1491,7 +1492,7 @@ OPTIONS = {  # {option and what it takes: keywords of argparse's add_argument}
     '--input FILE': dict(nargs='+', required=True, help='.txt (one document), .jsonl (one a line), '
                                                         '.parquet (one a row)'),
     '--input FOLDER': dict(required=True, help='with a folder for each class'),
-    '--path FOLDER': dict(help='with the files, instead of the internet'),
+    '--path FOLDER': dict(help='with the files; those of the hub are then not downloaded'),
     '--size N': dict(type=number, default=224, help='pixels of a side (224)'),
     '--size OF_MEDMNIST': dict(type=int, choices=[28, 64, 128, 224], default=28,
                                help='pixels of a side: 28, 64, 128 or 224 (28)'),

@@ -711,8 +711,8 @@ def averaged(G, state, group, key=0, first=0, ahead=False):
         state.pop('exp_avg_top', None)
         return G.to(dtype)
     out = torch.empty(G.shape, dtype=dtype, device=G.device)
-    if 'exp_avg' not in state:  # rows are views of it
-        new_moments(state, G.contiguous(), group['state_bits'], names=('exp_avg',))
+    if 'exp_avg' not in state:
+        new_moments(state, G, group['state_bits'], names=('exp_avg',))
     numbers = momentum, 1 - momentum, shift_of(state['step'])
     tensors = [rows_like_moments(out, state), rows_like_moments(G, state),
                *rows_of_moment(state, 'exp_avg')]

@@ -645,8 +645,7 @@ SHOWN = {  # of a record, in this order
     'mfu': 'MFU {:.1%}', 'peak_memory_gb': 'peak {:.2f} GB', 'skipped_steps': '{} skipped',
     'loss_scale': 'scale {:.3g}', 'kept_bases': '{} bases kept'}
 SILENT = {'peak_memory_bytes', 'sync_bytes', 'parameters', 'trainable_parameters',
-          'optimizer_state_bytes', 'val_acc_by_class', 'test_acc_by_class', 'test_confusion',
-          'classes'}
+          'optimizer_state_bytes'}
 
 
 # peak of a card's matrix products in operations a second, dense, with float32 sums, by vendors'
@@ -781,7 +780,7 @@ class Meter:
             del shown['peak_memory_gb']
         words = [form.format(shown[key]) for key, form in SHOWN.items() if key in shown]
         words += [f'{key} {value}' for key, value in record.items()
-                  if key not in SHOWN and key not in SILENT]
+                  if key not in SHOWN and key not in SILENT and not isinstance(value, list)]
         self.progress.write(f'step {step:>6} | ' + ' | '.join(words), file=sys.stdout)
         sys.stdout.flush()  # a log in a file is read while it grows
         s, record = self.run.s, {'step': step, **record}

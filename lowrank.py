@@ -917,7 +917,8 @@ def clip_gradients(model, max_norm):
 
     Each split head is a model of its own, with one norm over all layers. All other gradients share
     one norm; a layer of GaLore counts there with R. Norms are in the gradients' precision or
-    float32, whichever is wider. Returns the norm of all before clipping, a tensor.
+    float32, whichever is wider. Returns the norm of all before clipping, a tensor; of split heads
+    those of this rank count.
     """
     heads = [p for layer in lowrank_layers(model) if layer.split
              for p in layer.per_head().values() if p.grad is not None]

@@ -266,12 +266,30 @@ def assemble(model, shape, optimizer, settings, process, checkpoint=None):
         if what := not_finite(model, optimizer if checkpoint else None):
             source = f'{s.out_dir}/ckpt.pt' if checkpoint else s.init_from
             raise ValueError(f"{what} is not finite in '{source}': restore it or choose another")
+        if run.ranks > 1:  # nodes may have files of their own under one name
+            compare_ranks({'step': run.saved, **sums_of_bits(run)}, run.ranks)
     if s.compile:  # block by block: all share one code, and per_layer steps after each block
         for part in filter(None, (*model.blocks, getattr(model, 'cross_entropy', None))):
             part.compile(fullgraph=True)
     check_training(model, optimizer)
     run.net, run.ddp_bytes = averaging(run)
     return run
+
+
+def sums_of_bits(run):
+    """{name: the sum of a tensor's bits, as integers} of the weights that all ranks have alike."""
+    own = per_rank_tensors(named_layers(run.model).values())
+    if run.saved is not None:
+        own |= {*run.replicas.values()}
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    alike = {name: x.detach().contiguous().view(integers[x.element_size()])
+             for name, x in [*run.model.named_parameters(), *run.model.named_buffers()]
+             if x not in own and not is_sharded(x)}
+    if not alike:
+        return {}
+    # integers add up alike in any order, as on cards of two kinds
+    sums = torch.stack([x.sum(dtype=torch.int64) for x in alike.values()])
+    return {f'the bits of {name}': number for name, number in zip(alike, sums.tolist())}
 
 
 def averaging(run):
@@ -501,7 +519,7 @@ def compare_ranks(values, ranks):
         for rank, other in enumerate(all_ranks):
             if other.get(key) != value:
                 raise ValueError(f'rank 0 has {key}={value!r} and rank {rank} {other.get(key)!r}: '
-                                 'start all ranks with the same settings, code and data')
+                                 'start all ranks with the same settings, code, data and weights')
 
 
 def claim_folder(settings):
@@ -865,7 +883,8 @@ def draw_curve(out_dir):
         axes.plot(steps, [record[key] for record in some], marker=marker, label=label)
     axes.set(xlabel='step', ylabel='loss')
     axes.legend()
-    figure.savefig(os.path.join(out_dir, 'curve.png'), dpi=120)
+    with replacing(os.path.join(out_dir, 'curve.png')) as file:
+        figure.savefig(file, format='png', dpi=120)
     return True
 
 

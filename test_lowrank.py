@@ -6223,6 +6223,14 @@ def several_ranks(root, out, me, port):
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
         run('gpt_full', root, 'here', '--max_iters=8', '--init_from=auto')
     assert "rank 0 has init_from='resume' and rank 1 'scratch'" in said.getvalue()
+    # both have one, of other steps
+    shutil.copytree((f'{out}/gpt_full', f'{out}/gpt_full_on')[me], 'there')
+    words = words_of('gpt_full', root, 'fresh')
+    for more, wanted in (([*words, '--out_dir=there', '--init_from=resume'], 'step=8 and rank 1 6'),
+                         ([*loading(words), '--init_from=there/ckpt.pt'], 'the bits of ')):
+        with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit):
+            start(train_gpt, more)
+        assert wanted in said.getvalue() and 'data and weights' in said.getvalue()
     os.chdir(HERE)
     for words, said in (('--batch_size=3', '1 heads on each of 2 ranks'),
                         (f'{SPLIT}--heads=3 --merge_every=2', 'over 2 ranks')):

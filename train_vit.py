@@ -390,8 +390,9 @@ def test(run, data, meter, step):
     is_there = not run.s.eval_only and os.path.exists(best)
     share = mean(torch.tensor(float(is_there), device=run.device)).item()
     if share == 1:
-        load_weights(run.model, named_layers(run.model), load_checkpoint(best)['model'])
-    elif share and run.rank == 0:
+        with config.refusals():
+            load_weights(run.model, named_layers(run.model), load_checkpoint(best)['model'])
+    elif run.rank == 0 and not run.s.eval_only:
         print("best.pt is not on every node's disk: the test is of the last weights")
     record, matrix = evaluate(run, data, 'test')
     if record is None:

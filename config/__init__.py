@@ -55,7 +55,8 @@ def said(error):
 
 
 def in_one_line(kind, error, trace):
-    """Prints Ctrl-C, full memory and errors of the disk in one line; it is for sys.excepthook."""
+    """Prints Ctrl-C, full memory, errors of the disk and a lost rank in one line; it is for
+    sys.excepthook."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, OSError) and error.filename:
@@ -64,6 +65,8 @@ def in_one_line(kind, error, trace):
     elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
         print('error: memory is full. What fits, without a GPU: python bench.py memory with '
               f'config files ({said(error)})', file=sys.stderr)
+    elif 'closed by peer' in str(error) or 'reset by peer' in str(error):  # gloo
+        print('error: another rank has ended: see what it said', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -628,8 +628,8 @@ def find_linears(model, targets, also=()):
                 raise ValueError(f"'{name}' has low-rank weights already: build the model anew, or "
                                  'give all targets in one call')
         if not any(is_wanted(name, [target]) for name in linears):
-            parts = {part for name in linears for part in name.split('.')}
-            there = ', '.join(sorted(part for part in parts if not part.isdigit()))
+            words = [[part for part in name.split('.') if not part.isdigit()] for name in linears]
+            there = ', '.join(sorted({parts[-1] for parts in words if parts}))
             raise ValueError(f"no linear layer matches '{target}': give 'attn', 'mlp' or 'logit', "
                              f'if the model has such, or one of {there}')
     chosen = {name: linear for target in targets for name, linear in linears.items()

@@ -1816,8 +1816,8 @@ def test_weights_in_8_bits_take_no_others_and_refused_arguments_change_nothing()
     net = linears(mlp=nn.Linear(2, 2))
     with pytest.raises(ValueError, match="rank=4 does not fit 'mlp' of 2 inputs"):
         put(net, ('attn', 'mlp'))
-    with pytest.raises(ValueError, match='or one of attn, mlp$'):
-        put(nn.ModuleDict({'attn': net, 'mlp': nn.ModuleList([nn.Linear(2, 2)])}), ('experts',))
+    with pytest.raises(ValueError, match='or one of attn, experts, mlp$'):
+        put(nn.ModuleDict({'net': net, 'experts': nn.ModuleList([nn.Linear(2, 2)])}), ('x',))
     assert type(net['attn']) is nn.Linear and net['attn'].weight.requires_grad
 
 

@@ -2534,6 +2534,13 @@ def test_full_memory_ends_in_one_sentence(capsys, make):
     assert said.count('\n') == 1 and 'memory is full' in said and 'bench.py memory' in said
 
 
+def test_a_lost_rank_is_one_sentence(capsys):
+    lost = RuntimeError('[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by '
+                        'peer [127.0.0.1]:9')
+    config.in_one_line(RuntimeError, lost, None)
+    assert capsys.readouterr().err == 'error: another rank has ended: see what it said\n'
+
+
 def test_a_number_of_a_token_that_no_model_has_is_one_sentence(tmp_path):
     from tokenizers import Tokenizer, models as kinds
     words = Tokenizer(kinds.WordLevel({'<unk>': 0, 'a': 1, '<end>': 2**25}, unk_token='<unk>'))

@@ -65,7 +65,7 @@ def in_one_line(kind, error, trace):
     elif kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
         print('error: memory is full. What fits, without a GPU: python bench.py memory with '
               f'config files ({said(error)})', file=sys.stderr)
-    elif 'closed by peer' in str(error) or 'reset by peer' in str(error):  # gloo
+    elif 'gloo' in str(error) and 'by peer' in str(error):  # closed or reset
         print('error: another rank has ended: see what it said', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

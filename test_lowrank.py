@@ -3111,7 +3111,8 @@ def test_wandb_is_told_each_line_of_the_log(root, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root, tmp_path, script):
+def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(
+        root, tmp_path, capsys, script):
     out, vit = (tmp_path / 'a',
                 ['--dataset=digits', '--img_size=32', '--patch_size=16'] * (script == 'vit'))
     run(f'{script}_full', root, out, '--max_iters=8', *vit)
@@ -3135,6 +3136,12 @@ def test_the_best_weights_stay_where_a_run_gets_worse_and_are_those_tested(root,
         got = [train_vit.evaluate(one, split, 'its')[0]['its_loss']
                for one, split in ((begun, val), (ended, test))]
         wanted = [logged(out, 'val_loss')[0], logged(out, 'test_loss')[12]]
+        best = tmp_path / 'b' / 'best.pt'
+        best.parent.mkdir()
+        train_vit.test(begun, test, Meter(begun, 0, 1, 'images'), 0)
+        assert 'best.pt is not there' in capsys.readouterr().out
+        best.write_bytes(b'PK')
+        refused(capsys, lambda: train_vit.test(begun, test, None, 0), 'best.pt', 'damaged')
     else:
         got = SCRIPTS[script].evaluate(begun, prepare.Tokens('tiny', 'val', 16, root))
         wanted = logged(out, 'val_loss')[0]

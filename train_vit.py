@@ -382,7 +382,7 @@ def evaluate(run, data, name):
 
 
 def test(run, data, meter, step):
-    """Evaluates the test split, by the weights of best.pt if this run has written it. Logs scores,
+    """Evaluates the test split, by the weights of best.pt if all nodes have it. Logs scores,
     prints accuracy by class; assets/figures.py draws the confusion matrix from the log."""
     best = f'{run.s.out_dir}/best.pt'
     if run.ranks > 1:
@@ -393,7 +393,8 @@ def test(run, data, meter, step):
         with config.refusals():
             load_weights(run.model, named_layers(run.model), load_checkpoint(best)['model'])
     elif run.rank == 0 and not run.s.eval_only:
-        print("best.pt is not on every node's disk: the test is of the last weights")
+        print('best.pt is not there, or not on the disk of each node: the test is of the last '
+              'weights')
     record, matrix = evaluate(run, data, 'test')
     if record is None:
         return

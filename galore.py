@@ -263,11 +263,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
     Any group: `state_bits` (see rules.new_moments).
 
     per_layer: when a parameter's gradient is complete, the backward pass averages it over ranks
-    (not for parameters in `per_rank`, which differ by rank), updates the parameter, and frees the
-    gradient. The parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass
-    of a step is the last. No later optimizer of this class accepts them. seed: for random bases and
-    rounding. compile: whether steps in 16 and 8 bits are compiled, see rules.in_pieces; None: on
-    GPUs that can. no_deprecation_warning has no effect. Raises ValueError for a setting
+    (not for parameters in `per_rank`), updates the parameter, and frees the gradient. The
+    parameters stay out of DDP (`outside_ddp`), and `begin` says which backward pass of a step is
+    the last. No later optimizer of this class accepts them. per_rank: parameters of which each rank
+    has its own, such as replicas: each rounds them with random bits of its own. seed: for random
+    bases and rounding. compile: whether steps in 16 and 8 bits are compiled, see rules.in_pieces;
+    None: on GPUs that can. no_deprecation_warning has no effect. Raises ValueError for a setting
     that makes no sense or is not supported (correct_bias=False, proj_type='full'); a rank above the
     smaller side of a matrix is clamped, with a warning.
     """
@@ -349,6 +350,14 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def _seed(self, p, *counts):
         return hash((self.seed, self.index[p], *counts)) % 2**32  # torch uses 32 bits of a seed
+
+    def _first(self, p):
+        """The index of this rank's first number of p, see rules.round_. Where each rank has its own
+        p, numbers are counted rank after rank: with the same random bits ranks would make the same
+        rounding errors, and an average over ranks would keep them."""
+        if p in self.per_rank:
+            return rank_and_world()[0] * p.numel()
+        return first_here(p)
 
     @torch.no_grad()
     def _complete(self, p):
@@ -437,7 +446,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             else:
                 before = eps * correction if as_torch else eps
                 key = self._seed(param, age, 0)
-                step_(p, grad, state, lr, keep, betas, before, key, first_here(param),
+                step_(p, grad, state, lr, keep, betas, before, key, self._first(param),
                       group['compile'])
         for (_, age, after), lists in fused.items():
             fused_adam_(*lists, age, lr, betas, after, decay)
@@ -468,16 +477,17 @@ class GaLoreAdamW(torch.optim.Optimizer):
         key = self._seed(W, state['step'], 0)
         keep = 1.0 - group['lr'] * group['weight_decay']
         lr = group['lr'] * keep  # as galore-torch decays after the update
+        first, compile = self._first(W), group['compile']
         rule = PROJECTED[group['rule']]
         if rule is None:
-            N = adam(R, state, group, key)  # (long, r), in the place of R
-            add_(W, N, basis, transposed, lr * group['scale'], keep, key + 1,
-                 compile=group['compile'])
+            N = adam(R, state, group, key, first)  # (long, r), in the place of R
+            add_(W, N, basis, transposed, lr * group['scale'], keep, key + 1, first,
+                 compile=compile)
             return
-        N = adam(R.clone(), state, group, key)
+        N = adam(R.clone(), state, group, key, first)
         move = rule(G, R, N, basis, state, group)  # (long, short)
         move = move.mT if transposed else move
-        move_(W, move, lr, keep, key + 1, compile=group['compile'])
+        move_(W, move, lr, keep, key + 1, first, compile=compile)
 
     def _full(self, params, group):
         """W <- (1 - lr decay) W - lr times what a rule of FULL makes of the gradient, in place."""
@@ -485,7 +495,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         lr = group['lr'] * size_of_move(group['rule'], params[0].shape, group['stacked'])
         for W, move in zip(params, self._moves(FULL, group['rule'], params, group)):
             key = self._seed(W, self.state[W]['step'], 0)
-            move_(local(W), move, lr, keep, key + 1, first_here(W), None, group['compile'])
+            move_(local(W), move, lr, keep, key + 1, self._first(W), None, group['compile'])
 
     def _moves(self, rules, name, params, group):
         """The moves of parameters of one shape by rules[name]; if they are sharded, this rank's
@@ -495,7 +505,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             state = self.state[p]
             state['step'] = state.get('step', 0) + 1
             key = self._seed(p, state['step'], 0)
-            moves.append(rules[name](local(p.grad), state, group, key, first_here(p)))
+            moves.append(rules[name](local(p.grad), state, group, key, self._first(p)))
         if name not in ORTHOGONAL:
             return moves
         # all at once: small products would wait for their launches
@@ -576,7 +586,8 @@ class LowRankAdamW(GaLoreAdamW):
     moment), to which FUSED weights are three matrices. Groups: see `param_groups`. scale multiplies
     lr inside a basis (None: 0.25, for Muon 1); eps is 1e-6 there, as in galore-torch. state_bits,
     per_layer: see GaLoreAdamW. sync_bits: below 32, sketches and first moments of split heads are
-    averaged in few bits; for merges in few bits see lowrank.merge. A layer takes a new basis every
+    averaged in few bits; for merges in few bits see lowrank.merge. replicas: parameters of which
+    each rank trains its own copy (lowrank.replica_parameters). A layer takes a new basis every
     basis_every steps, one block of the model after the other, and its moments are rotated to it:
 
     basis='sketch'  one step of subspace iteration on the second moment of the gradients of single
@@ -590,7 +601,8 @@ class LowRankAdamW(GaLoreAdamW):
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scale=None,
                  basis='sketch', basis_every=200, rule='galore', state_bits=None, seed=0,
-                 per_layer=False, sync_bits=32, sync_moments=True, momentum=0.95, compile=None):
+                 per_layer=False, sync_bits=32, sync_moments=True, momentum=0.95, replicas=(),
+                 compile=None):
         if rule not in INSIDE:
             raise ValueError(f"{rule=} is not one of {', '.join(map(repr, INSIDE))}")
         if not basis_every >= 1:
@@ -639,7 +651,8 @@ class LowRankAdamW(GaLoreAdamW):
         if not groups:
             raise ValueError('nothing is to train: all parameters are frozen')
         super().__init__(groups, lr, betas, eps, weight_decay, seed=seed, per_layer=per_layer,
-                         per_rank=per_rank_tensors(lowrank_layers(model)), compile=compile)
+                         per_rank=per_rank_tensors(lowrank_layers(model)) | {*replicas},
+                         compile=compile)
 
     @torch.no_grad()
     def begin(self, step, micro_step=0, micro_steps=1):
@@ -730,7 +743,7 @@ class LowRankAdamW(GaLoreAdamW):
             moments = [x.view(local(p).shape) for x in read_moments(state)]  # (long, r)
             # of Muon there is the first one alone
             moments = [x @ factor.to(x.dtype) for x, factor in zip(moments, (C, C.square()))]
-            write_moments(state, moments, self._seed(p, state['step'], 2), first_here(p))
+            write_moments(state, moments, self._seed(p, state['step'], 2), self._first(p))
         if 'error' in state:  # what merges have left: it is rotated as first moments are
             E = state['error']
             E.copy_(E @ C.to(E.dtype))
@@ -760,7 +773,8 @@ class LowRankAdamW(GaLoreAdamW):
             average = coded_mean(M.mT, max(self.sync_bits, 3), layer.workers).mT
         else:
             average = mean(M.mean(0), layer.workers)
-        write_moments(state, [average.expand_as(M)], self._seed(p, state['step'], 1))
+        write_moments(state, [average.expand_as(M)], self._seed(p, state['step'], 1),
+                      self._first(p))
 
     def _is_coded(self, layer):
         """Whether averages of a layer are sent in few bits."""
@@ -806,7 +820,7 @@ class LowRankAdamW(GaLoreAdamW):
                     if keep != 1:
                         move_(local(layer.weight), None, 0.0, keep, key + 1,
                               first_here(layer.weight), layer.scales_here, compile)
-                    move_(local(p), move, lr * size, keep, key + 2, first_here(p), None, compile)
+                    move_(local(p), move, lr * size, keep, key + 2, self._first(p), None, compile)
                     self.unmerged[p] = layer.merges
 
     def _apply(self, layer, U, lr, keep, key, compile):

@@ -207,16 +207,17 @@ def make_optimizer(model, settings):
               '2605.10468), and lora, galore or full would be safer')
     common = dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), seed=s.seed, per_layer=s.per_layer,
                   compile=s.compile)
+    replicas = replica_parameters(model).values() if s.sync == 'merge' else ()
     if s.optimizer == 'adamw' or s.lowrank:
         return LowRankAdamW(
             model, weight_decay=s.weight_decay, scale=s.scale, basis=s.basis,
             basis_every=s.basis_every, state_bits=s.state_bits, sync_bits=s.sync_bits,
             rule='galore' if s.optimizer == 'adamw' else s.optimizer,
-            sync_moments=s.sync_moments, momentum=s.momentum, **common)
+            sync_moments=s.sync_moments, momentum=s.momentum, replicas=replicas, **common)
     rank = s.rank if 'rank' in USES[s.optimizer] else 0
     groups = param_groups(model, s.weight_decay, rank, s.basis_every, s.scale, s.basis,
                           rule=s.optimizer, state_bits=s.state_bits, momentum=s.momentum)
-    return GaLoreAdamW(groups, eps=1e-8, **common)  # outside of bases; inside it is 1e-6
+    return GaLoreAdamW(groups, eps=1e-8, per_rank=replicas, **common)  # inside bases it is 1e-6
 
 
 @dataclass

@@ -6251,6 +6251,7 @@ def several_ranks(root, out, me, port):
         with pytest.raises(ValueError, match=said):
             rows_of_rank(built('gpt', root, out, *words.split(), ranks=2)[0])
     all_ranks_hold_the_same_bits(root, f'{out}/bits')
+    each_rank_rounds_its_own_copies_in_its_own_way(root, f'{out}/own')
     few_bits_are_the_same_on_any_number_of_ranks()
     all_ranks_skip_a_step_that_overflows_on_one()
     shards_of_a_block_that_is_called_twice()
@@ -6284,6 +6285,28 @@ def all_ranks_hold_the_same_bits(root, out):
         own = processes.per_rank_tensors(lowrank.lowrank_layers(mine.model))
         for x in (*mine.model.parameters(), *mine.model.buffers()):
             assert x in own or torch.equal(*processes.gather(x)), name
+
+
+def each_rank_rounds_its_own_copies_in_its_own_way(root, out):
+    """In bfloat16, from equal numbers and gradients; and what all share in the same way."""
+    for which, *words in (('local_adamw',), ('local_muon',), ('apollo', '--sync=merge'),
+                          ('lte', '--sync=merge'), ('galolte', '--state_bits=16')):
+        words += ['--merge_every=2', '--dtype=bfloat16', '--param_dtype=bfloat16', '--rank=8']
+        mine, _ = built('gpt', root, out, *method(which, *words), ranks=2)
+        mine.optimizer.begin(0)
+        own = processes.per_rank_tensors(lowrank.lowrank_layers(mine.model))
+        own |= {*mine.replicas.values()}
+        for i, p in enumerate(mine.model.parameters()):
+            if p.requires_grad:
+                p.data = normal(*p.shape, seed=i).to(p.dtype)
+                p.grad = normal(*p.shape, seed=-i).to(p.dtype)
+        mine.optimizer.step()
+        for name, p in mine.model.named_parameters():
+            if p.requires_grad and p.dim() > 1:
+                some = (p.data, mine.optimizer.state[p].get('exp_avg_sq'))
+                pairs = [processes.gather(x) for x in some if x is not None]
+                alike = {torch.equal(*pair) for pair in pairs}
+                assert alike == {p not in own}, (which, name)
 
 
 def few_bits_are_the_same_on_any_number_of_ranks():

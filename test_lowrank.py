@@ -407,6 +407,8 @@ MISTAKES = [  # script, words, ranks, what is said
     ('gpt', '--sync=merge --merge_every=2 --shard=True', 2, "set sync='step' and"),
     ('gpt', 'config/methods/lte.py --heads=2 --learning_rate=1 --shard=True --dtype=float16', 2,
      'whole heads'),
+    *(('gpt', f'--optimizer={name} --shard=True', 2, f"optimizer='{name}' wants columns")
+      for name in ('fira', 'scale')),
     ('gpt', '--per_layer=True --grad_clip=0 --sync=merge --merge_every=2', 2, "sync='merge' none"),
     # files
     ('gpt', 'config/methods/lte.py config/methods/galore.py', 1, 'lte and galore are two methods'),

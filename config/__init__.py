@@ -400,6 +400,9 @@ CHECKS = (
     (lambda s: s.shard and (s.sync == 'merge' or s.per_layer),
      "shard=True gives ranks parts of common weights, on which all step at once: set sync='step' "
      'and per_layer=False, or shard=False'),
+    (lambda s: s.shard and s.ranks > 1 and ('rank' in s.uses or s.optimizer == 'scale'),
+     'optimizer={optimizer!r} wants columns of whole gradients, of which shards hold rows: take '
+     'config/methods/galore.py or muon.py, or set shard=False'),
     (lambda s: s.shard and s.split and s.ranks > 1 and s.dtype == 'float16',
      "a GradScaler takes either shards or whole heads: set another dtype than 'float16', or "
      'shard=False'))

@@ -31,7 +31,7 @@ BENCHES = {
     'smaller': 'loss of some methods on a GPT of a third of its size',
     'twenty': 'loss of some methods on a GPT of 0.5M after 20 bytes a parameter, tuned one by one',
     'larger': 'the same of a GPT of 1.1M: AdamW and the best of those',
-    'largest': 'the same of a GPT of 3.3M: AdamW and Muon',
+    'largest': 'the same of a GPT of 3.3M: AdamW, Muon and muon_lean',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
     'costs': 'time, memory of screening and twenty; bytes sent of screening, quality and english'}
@@ -338,7 +338,8 @@ LARGE = {
         'muon_lean': [(6.4e-2, 0.1, 1)]}.items()}
 # One of 3.3M: a training takes hours; rates fall as the width grows
 OF_3M = {'full': ({}, [dict(weight_decay=0.1, learning_rate=rate) for rate in (4e-3, 8e-3)]),
-         'muon': ({}, [dict(weight_decay=0.1, learning_rate=1.6e-2)])}
+         'muon': ({}, [dict(weight_decay=0.1, learning_rate=rate) for rate in (1.6e-2, 8e-3)]),
+         'muon_lean': ({}, [dict(weight_decay=0.1, learning_rate=3.2e-2)])}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
     'lora, rank=2': (dict(alpha=2.0), rates([1e-2], 3e-3, 1e-3)),

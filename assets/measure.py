@@ -252,7 +252,7 @@ TUNED_WITH_DECAY = {
     'relora, rank=48': (4e-3, 8e-3, 1.6e-2),
     'mhlora, rank=12': (2e-3, 4e-3, 8e-3, 1.6e-2),
     'galolte, rank=48': (2e-2, 4e-2, 8e-2),
-    'galolte_2bit': (1.6e-2, 3.2e-2, 6.4e-2),
+    'galolte_2bit': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
     'lte': (4e-3, 8e-3, 1.6e-2),
     'local_adamw': (4e-3, 8e-3, 1.6e-2)}

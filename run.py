@@ -217,7 +217,8 @@ def make_optimizer(model, settings):
     rank = s.rank if 'rank' in USES[s.optimizer] else 0
     groups = param_groups(model, s.weight_decay, rank, s.basis_every, s.scale, s.basis,
                           rule=s.optimizer, state_bits=s.state_bits, momentum=s.momentum)
-    return GaLoreAdamW(groups, eps=1e-8, per_rank=replicas, **common)  # inside bases it is 1e-6
+    # eps is of what has no basis; in one it is 1e-6
+    return GaLoreAdamW(groups, eps=1e-8, per_rank=replicas, **common)
 
 
 @dataclass

@@ -800,6 +800,7 @@ def plan(words, budget, ranks=1):
     its buckets are counted.
 
     words: config files and --key=value, as for the scripts; budget: a card's memory, such as 12GiB.
+    Torch may see less than a card's name says: 11.76 GiB of 12 GB is what others report.
     Files of config/methods are the methods to plan; without any, all are planned that the settings
     allow, and what refuses the others is printed.
     """

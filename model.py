@@ -60,6 +60,10 @@ def chunked_loss(weight, x, targets, reduction):
     if torch.is_autocast_enabled(x.device.type):  # the chunked operator is not on autocast's list
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if x.device.type == 'cuda' and x.dtype == torch.bfloat16:
+        # before Ampere a card's products of bfloat16 have no sums in float32, and are slow anyway
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            x, weight = x.float(), weight.float()
     tokens = min(1024, max(1, ONE_PIECE // len(weight)))  # of a chunk
     with torch.autocast(x.device.type, enabled=False):
         if x.dtype in (torch.float32, torch.float64):
@@ -135,9 +139,10 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
     if 1 < new < all_of_them:
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
-    # few GPU kernels that save memory take a mask and shared heads, and in float32 none does
-    is_float32_on_card = q.device.type == 'cuda' and q.dtype == torch.float32
-    if grouped and (mask is not None or is_float32_on_card):
+    # few GPU kernels that save memory take a mask and shared heads; in float32, and on cards before
+    # Ampere, which compute in float16, none does
+    lacks_kernel = q.device.type == 'cuda' and q.dtype != torch.bfloat16
+    if grouped and (mask is not None or lacks_kernel):
         shares = q.shape[1] // k.shape[1]  # heads of q that share one of k and v
         k, v = (x[:, :, None].expand(-1, -1, shares, -1, -1).flatten(1, 2) for x in (k, v))
         grouped = False

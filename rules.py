@@ -80,9 +80,11 @@ def compiled(function):
     """Returns a function that is compiled for any number of rows. torch compiles it again for each
     length of rows and combination of dtypes: there may be more of these than the 8 it allows."""
     function = torch.compile(function, fullgraph=True, dynamic=True)
+    # made once: each one leaves a variable in its thread's context for ever
+    limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
 
     def call(*args):
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        with limits:
             function(*args)
     return call
 

@@ -4,6 +4,7 @@ shapes, against formulations of their own; the scripts run for real, on tiny dat
 """
 
 import contextlib
+import contextvars
 import copy
 import fcntl
 import functools
@@ -4010,6 +4011,26 @@ if hasattr(torch.nn, 'LinearCrossEntropyOptions'):
     from torch.nn.modules import linear_cross_entropy
     peaks = [peak_of_a_loss(dtype) for dtype in (torch.bfloat16, torch.float32)]
 print(json.dumps(peaks))
+
+import model
+from unittest import mock
+from torch.nn import functional as F
+def attends(q, *_, enable_gqa, **__):
+    asked.append([str(q.dtype), enable_gqa])
+def loses(x, *_, **__):
+    asked.append(str(x.dtype))
+    return x.sum(1)
+asked, patch = [], mock.patch.object
+with bench.fake_card(), patch(F, 'scaled_dot_product_attention', attends), patch(
+        F, 'linear_cross_entropy', loses, create=True):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        q, k = (torch.empty(1, heads, 3, 4, dtype=dtype, device='cuda') for heads in (4, 2))
+        model.attention(q, k, k, grouped=True)
+    for can in (True, False) if peaks else ():
+        with patch(torch.cuda, 'is_bf16_supported', lambda **_: can):
+            x = torch.empty(9, 16, dtype=torch.bfloat16, device='cuda')
+            model.chunked_loss(x, x, torch.zeros(9, dtype=torch.int64, device='cuda'), 'none')
+print(json.dumps(asked))
 bench.answer(json.loads(sys.argv[2]))
 """
 
@@ -4037,13 +4058,22 @@ def said_of_card(fake_card):
 @wants_a_compiler
 def test_on_a_card_that_is_not_there_nothing_waits_and_no_devices_mix(said_of_card):
     cells, lines = said_of_card
-    wrong, _, *found = map(json.loads, lines)
+    wrong, _, _, *found = map(json.loads, lines)
     deeds = [words.split(', at')[0].removeprefix('step waits: ') for words in wrong]
     assert deeds == [
         'index mixes devices', 'stack mixes devices', '_linalg_svd', '_local_scalar_dense',
         '_to_copy from cpu to cuda', '_to_copy from cuda to cpu', 'index_put_']
     assert [tuple(cell) for cell, _ in found] == cells
     assert not [(cell, words) for cell, words in found if words]
+
+
+@wants_a_compiler
+def test_a_card_is_asked_for_what_it_has_kernels_for(said_of_card):
+    attention, losses = json.loads(said_of_card[1][2])[:3], json.loads(said_of_card[1][2])[3:]
+    assert attention == [
+        ['torch.bfloat16', True], ['torch.float16', False], ['torch.float32', False]]
+    # with and without units for bfloat16; before torch 2.13 there is no such loss
+    assert losses in (['torch.bfloat16', 'torch.float32'], [])
 
 
 @wants_a_compiler
@@ -4496,6 +4526,9 @@ def test_compiled_steps_have_the_same_bits_and_neither_steps_nor_shapes_compile_
     # of codes each length of a row is compiled on its own; here moments have blocks of 256
     assert graphs_compiled() - before == (3 if function is moved and bits else 1)
     assert 0 < metrics.generated_kernel_count / (graphs_compiled() - before) <= most
+    in_context = len(contextvars.copy_context())
+    function(p[:rows], n, True, bits, 3)
+    assert len(contextvars.copy_context()) == in_context  # what is in it stays
 
 
 @wants_a_compiler

@@ -140,7 +140,7 @@ def attention(q, k, v, documents=None, cache=None, dropout=0.0, grouped=False):
         before = all_of_them - new
         mask = torch.ones(new, all_of_them, dtype=torch.bool, device=q.device).tril(before)
     # few GPU kernels that save memory take a mask and shared heads; in float32, and on cards before
-    # Ampere, which compute in float16, none does
+    # Ampere, none does: these compute in float16 (a compiled block cannot ask what card it is)
     lacks_kernel = q.device.type == 'cuda' and q.dtype != torch.bfloat16
     if grouped and (mask is not None or lacks_kernel):
         shares = q.shape[1] // k.shape[1]  # heads of q that share one of k and v

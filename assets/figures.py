@@ -348,23 +348,31 @@ def draw_layers():
 
 
 def draw_length():
-    """Draws the loss at the end of a training against its length; and, against optimizer state, the
-    bytes that AdamW needs for a method's loss at 20 bytes a parameter, divided by these bytes."""
+    """Draws the loss at the end of a training against its length, those of the longest apart; and,
+    against optimizer state, the bytes that AdamW needs for a method's loss at 20 bytes a parameter,
+    divided by these bytes."""
     found, means = judges(), curves()
+    longest = max(FRESH)
     colors = matplotlib.colormaps['tab10'].colors
     with picture('length', (10.5, 5), (1, 2)) as ((left, right),):
+        inset = left.inset_axes([0.5, 0.48, 0.47, 0.42])
         for number, (name, cells) in enumerate(found[20].items()):
             mine, look = means[name], dict(marker='os^vDP'[number], color=colors[number])
             ranges = [losses(found[times][name]) for times in mine]
             left.errorbar([*mine], [*mine.values()], bars(mine.values(), ranges), capsize=3, lw=1,
                           **look)
+            if longest in mine:
+                last = mine[longest]
+                inset.errorbar([number], [last], bars([last], ranges[-1:]), capsize=3, **look)
             sign, theirs = bytes_for(mine[20], means['full'])
             state = cells[0]['optimizer_state_bytes'] / 1e6
-            right.plot(state, theirs / 20, ms=9, ls='', label=name, **look)
+            shown = 'AdamW (full)' if name == 'full' else name
+            right.plot(state, theirs / 20, ms=9, ls='', label=shown, **look)
             if sign:
                 right.annotate(sign, (state, theirs / 20), (-14, -4), textcoords='offset points')
         on_log(left.xaxis, *FRESH)
         on_log(right.xaxis, 0.1, 0.2, 0.5, 1, 2, 4)
+        inset.set(xticks=[], title=f'after {longest}')
         left.set(xlabel='bytes a parameter', ylabel='validation loss, nats a byte')
         right.set(xlabel='MB of optimizer state', ylim=(0, None),
                   ylabel="AdamW's bytes for the same loss, over its own")
@@ -528,7 +536,7 @@ def twenty_rows():
 
 def judges():
     """{bytes a parameter: {method: its trainings whose seeds have tuned nothing}}; where there are
-    several rates, as of AdamW and of Muon at 80, at the best one."""
+    several rates, as of AdamW, and of Muon and muon_lean at 80, at the best one."""
     cells = [cell for cell in trained('twenty') if 'seed' in cell['run']]
     return {times: best_of(cell for cell in cells
                            if cell['run']['max_iters'] == lasting(times)['max_iters'])
@@ -563,18 +571,22 @@ def judged_rows():
     times = {cell['method']: cell['to_full'] for cell in kept('speed', of='twenty')}
     peaks = {cell['method']: cell['total'] / 1e6 for cell in kept('memory', of='twenty')}
     for name, mine in sorted(found[20].items(), key=lambda pair: mean_loss(pair[1])):
-        less = []
-        for cells in found.values():
-            words = ''
-            if name in cells and name != 'full':
+        less, more = [], []
+        for length in (5, 20, 80):
+            words, cells = '', found[length]
+            if name not in cells:
+                more.append('?')
+            elif name != 'full':
                 difference, error = less_than(cells[name], cells['full'])
                 words = f"{difference} ({error or 'one seed'}){dagger(cells[name][0])}"
+                sign, theirs = bytes_for(means[name][length], means['full'])
+                more.append(f'{sign}{theirs / length:.2f}')
             less.append(words)
-        sign, theirs = bytes_for(means[name][20], means['full'])
-        below, own = bytes_for(means['full'][20], means[name])
+        sign, own = bytes_for(means['full'][20], means[name])
         yield (label(mine[0], *lasting(20)), mean_and_range(losses(mine)), *less,
-               f'{sign}{theirs / 20:.2f}', f'{below}{own / 20 * times[name]:.2f}',
-               f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB", f'{peaks[name]:.0f} MB')
+               ', '.join(more), f'{sign}{own / 20 * times[name]:.2f}',
+               f"{mine[0]['optimizer_state_bytes'] / 1e6:.2f} MB",
+               f"{sent('twenty', mine[0])['wire'] / 1e6:.2f} MB", f'{peaks[name]:.0f} MB')
 
 
 def card_rows():
@@ -621,7 +633,8 @@ def renew_tables():
             'losses at learning rates')
     renew('README.md', 'twenty', head, twenty_rows())
     head = ('method', 'loss (range; seeds)', "less AdamW's at 5", 'at 20', 'at 80',
-            "AdamW's bytes for its loss", "its time to AdamW's", 'optimizer state', 'peak')
+            "AdamW's bytes for its loss at 5, 20, 80", "its time to AdamW's", 'optimizer state',
+            'sent a step', 'peak (planned)')
     renew('README.md', 'judged', head, judged_rows())
     if cells := kept('card'):
         head = ('model', 'method', 'computed in', 'ms a step', 'tokens or images a second', 'MFU',

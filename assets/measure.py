@@ -34,7 +34,7 @@ BENCHES = {
     'largest': 'the same of a GPT of 3.3M: AdamW, Muon and muon_lean',
     'convergence': 'how fast LoRA and full rank adapt the ViT of config/vit_quickstart.py',
     'layers': 'loss and trainable parameters by the layers that have heads',
-    'costs': 'time, memory of screening and twenty; bytes sent of screening, quality and english'}
+    'costs': 'time, memory of screening and twenty; bytes sent of them, quality and english'}
 
 
 def options_of(argv):
@@ -255,7 +255,7 @@ TUNED_WITH_DECAY = {
     'galolte_2bit': (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     'local_muon': (1.6e-2, 3.2e-2, 6.4e-2),
     'lte': (4e-3, 8e-3, 1.6e-2),
-    'local_adamw': (4e-3, 8e-3, 1.6e-2)}
+    'local_adamw': (4e-3, 8e-3)}
 OWN = {  # settings where they are not those of methods with a basis, of a quarter of the width
     'relora, rank=48': dict(alpha=48.0),
     'mhlora, rank=12': dict(alpha=48.0),
@@ -287,10 +287,11 @@ TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
                'galore_muon, rank=48': [(1.6e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
-# luck of a seed, so its second best and a lower one are judged, too; of Muon at 80 half of its rate
-FRESH = {5: (1, 2, 3, 4, 5), 20: (1, 2, 3, 4, 5), 80: (1, 2, 3)}
+# luck of a seed, so its second best and a lower one are judged, too; of Muon at 80 half of its
+# rate. At 10 and 40 AdamW alone, for a curve on which losses of others are looked up
+FRESH = {5: (1, 2, 3, 4, 5), 10: (1,), 20: (1, 2, 3, 4, 5), 40: (1,), 80: (1, 2, 3)}
 JUDGED = {
-    'full': [(8e-3, 0.0, 5, 20), (4e-3, 0.0, 5), (1.6e-2, 0.1, 5, 20, 80)],
+    'full': [(8e-3, 0.0, 5, 10, 20), (4e-3, 0.0, 5, 10), (1.6e-2, 0.1, 5, 20, 40, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80), (1.6e-2, 0.1, 80)],
     'muon, state_bits=8': [(3.2e-2, 0.1, 5, 20)],
     'galore_muon, rank=48': [(3.2e-2, 0.1, 5, 20, 80)],
@@ -331,14 +332,14 @@ LARGE = {
            [dict(weight_decay=decay, learning_rate=rate, **seed) for rate, decay, *fresh in those
             for seed in ({}, *each(seed=fresh))])
     for name, those in {
-        'full': [(4e-3, 0.1), (8e-3, 0.1, 1, 2), (1.6e-2, 0.1)],
-        'muon': [(1.6e-2, 0.1, 1, 2), (3.2e-2, 0.1)],
+        'full': [(4e-3, 0.1), (8e-3, 0.1, 1), (1.6e-2, 0.1)],
+        'muon': [(1.6e-2, 0.1, 1), (3.2e-2, 0.1)],
         'galore_muon, rank=72': [(3.2e-2, 0.1, 1)],
         'galore, rank=72': [(8e-2, 0.1)],
         'muon_lean': [(6.4e-2, 0.1, 1)]}.items()}
 # One of 3.3M: a training takes hours; rates fall as the width grows
 OF_3M = {'full': ({}, [dict(weight_decay=0.1, learning_rate=rate) for rate in (4e-3, 8e-3)]),
-         'muon': ({}, [dict(weight_decay=0.1, learning_rate=rate) for rate in (1.6e-2, 8e-3)]),
+         'muon': ({}, [dict(weight_decay=0.1, learning_rate=1.6e-2)]),
          'muon_lean': ({}, [dict(weight_decay=0.1, learning_rate=3.2e-2)])}
 ADAPTING = {
     'full': ({}, rates([3e-3], 1e-3, 3e-4)),
@@ -457,11 +458,15 @@ def sending(model, about):
 
 
 def sending_cells():
-    """Trainings that are meant for several workers, on four of them; and bits by `sync`."""
+    """What is sent on four workers, of trainings in one process too; and bits by `sync`."""
     cells = {}  # whatever the rate and the seed
-    for model in ('screening', 'quality', 'english'):
+    for model in ('screening', 'quality', 'english', 'twenty'):
         for about, settings in TRAININGS[model]:
-            if about['method'] not in ('mhlora', 'relora'):
+            if model == 'twenty':
+                wanted = about['method'] in JUDGED or 'ranks' in settings
+            else:
+                wanted = about['method'] not in ('mhlora', 'relora')
+            if wanted:
                 about = sending(model, about)
                 cells[bench.title(about)] = about, {**settings, 'dtype': 'float32'}
     few = {f'galolte, sync_bits={bits}': dict(OFTEN, rank=96, dtype='float32')
@@ -474,11 +479,11 @@ def sending_cells():
 def costs(only):
     """Keeps what a step of two benches' methods costs in one process, and bytes that workers
     send."""
-    for name, methods in (('screening', SCREENING), ('twenty', JUDGED)):
-        alone = [(about, s) for about, s in by_method(name, of=name)
-                 if about['method'] in methods and 'ranks' not in s]
-        time_steps('speed', alone, only, 10)
-        bench.memory(only, alone)
+    alone = [(about, s) for name, methods in (('screening', SCREENING), ('twenty', JUDGED))
+             for about, s in by_method(name, of=name)
+             if about['method'] in methods and 'ranks' not in s]
+    time_steps('speed', alone, only, 10)
+    bench.memory(only, alone)
     bench.communication(only, sending_cells())
 
 

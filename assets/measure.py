@@ -289,7 +289,7 @@ TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
 # luck of a seed, so its second best and a lower one are judged, too; of Muon at 80 half of its
 # rate. At 10 and 40 AdamW alone, for a curve on which losses of others are looked up
-FRESH = {5: (1, 2, 3, 4, 5), 10: (1,), 20: (1, 2, 3, 4, 5), 40: (1,), 80: (1, 2, 3)}
+FRESH = {5: (1, 2, 3, 4, 5), 10: (1,), 20: (1, 2, 3, 4, 5), 40: (1, 2), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 10, 20), (4e-3, 0.0, 5, 10), (1.6e-2, 0.1, 5, 20, 40, 80)],
     'muon': [(3.2e-2, 0.1, 5, 20, 80), (1.6e-2, 0.1, 80)],

@@ -287,8 +287,8 @@ TUNED_AT_80 = {'full': [(8e-3, 0.1), (8e-3, 0.0), (4e-3, 0.1), (1.6e-2, 0.1)],
                'galore_muon, rank=48': [(1.6e-2, 0.1)]}
 # Trainings that judge: seeds that have tuned nothing (FRESH: {bytes a parameter: seeds}), at the
 # best rate and decay above (JUDGED: (rate, decay, *bytes a parameter)). AdamW's best rate is the
-# luck of a seed, so its second best and a lower one are judged, too; of Muon at 80 half of its
-# rate. At 10 and 40 AdamW alone, for a curve on which losses of others are looked up
+# luck of a seed, so its second best and a lower one are judged, too; of Muon and muon_lean at 80
+# half of their rate. At 10 and 40 AdamW alone, for a curve on which losses of others are looked up
 FRESH = {5: (1, 2, 3, 4, 5), 10: (1,), 20: (1, 2, 3, 4, 5), 40: (1, 2), 80: (1, 2, 3)}
 JUDGED = {
     'full': [(8e-3, 0.0, 5, 10, 20), (4e-3, 0.0, 5, 10), (1.6e-2, 0.1, 5, 20, 40, 80)],

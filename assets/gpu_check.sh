@@ -92,7 +92,7 @@ check gpt_resumed_galore python train_gpt.py config/quickstart.py config/methods
 # times: each method beside full rank
 speed() {
   check "$@"
-  grep -E '^[a-z]+ .* [0-9.]+$|ms per step' "$out/$1.txt" | tee -a $report
+  grep -E '^[a-z_]+ .* [0-9.,]+$|ms per step' "$out/$1.txt" | tee -a $report
 }
 methods='config/methods/full.py config/methods/mhlora.py config/methods/galore.py config/methods/muon.py'
 # shellcheck disable=SC2086

@@ -2,7 +2,7 @@
 Times a training step beside other libraries, on this machine's CPU, the two in turns:
 
 $ pip install transformers peft galore-torch
-$ python assets/peers.py            # a line for each comparison; half an hour
+$ python assets/peers.py            # a line for each comparison; about 15 minutes
 
 A ratio is our time divided by theirs, the median over rounds [lowest, highest]. Models have random
 weights and the shapes of a 25M LLaMA and of SmolLM2-135M. Steps train on 4 sequences of 256 tokens.
@@ -21,6 +21,7 @@ from common import keep_freed_memory
 from galore import GaLoreAdamW, LowRankOptimizer
 from lowrank import apply_galore, apply_mhlora, freeze_rest
 from model import Llama, LlamaConfig
+from optim import is_fast_in_bfloat16
 
 SIZES = {'25m': dict(n_embd=384, n_layer=8, n_head=6, intermediate_size=1024, vocab_size=32000),
          '135m': dict(n_embd=576, n_layer=30, n_head=9, n_kv_head=3, intermediate_size=1536,
@@ -142,7 +143,7 @@ def main():
     options = parser.parse_args()
     keep_freed_memory()
     dtypes = [torch.float32]
-    if torch.cpu._is_avx512_bf16_supported():
+    if is_fast_in_bfloat16(torch.device('cpu')):
         dtypes.append(torch.bfloat16)
     for size in options.sizes.split(','):
         for compare in (full_rank, lora, galore_layers, galore_drop_in, muon):

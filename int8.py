@@ -1,0 +1,96 @@
+"""
+Full rank on 8-bit weights: every weight is trained as int8 codes with a scale per 128 elements.
+
+    y = W x + b,    G = dL/dW (m, n),    W <- round(decay W - lr (the rule's update of G))
+
+The rounding is stochastic and right on average (quant.update_), so that updates smaller than a
+level add up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose
+values nobody reads (lowrank.ZeroFactor). There is no projection, and no dense copy of W beyond the
+layer at work. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is updated, and
+then the weights are nearly all that takes memory.
+
+LOMO and AdaLomo (arXiv 2306.09782, 2310.10195) also update in the backward pass, on 16-bit weights.
+Q-GaLore (arXiv 2407.08296) trains int8 weights inside a projection. torchao trains int8 weights
+with whole gradients and AdamW's moments.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from galore import TARGETS, WEIGHT, Target
+from lowrank import LowRankLinear, ZeroFactor, Zeros, names_of_targets, replace_linears
+from quant import dequantize_weight, update_
+
+
+class FullRankProduct(torch.autograd.Function):
+    """y = x W^T + b in x's dtype; x (..., n), W (m, n), b (m,) or None. A quantized W is dequantized
+    for each pass. Its gradient G (m, n) goes to `factor`, whose values are not read."""
+
+    @staticmethod
+    def forward(ctx, x, W, scales, b, factor):
+        ctx.save_for_backward(x, W, scales)
+        if b is not None:
+            b = b.to(x.dtype)
+        return F.linear(x, dequantize_weight(W, scales, x.dtype), b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, W, scales = ctx.saved_tensors
+        needs_x, _, _, needs_b, needs_G = ctx.needs_input_grad
+        dx = db = G = None
+        if needs_x:
+            dx = dy @ dequantize_weight(W, scales, dy.dtype)  # (..., n)
+        dy = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
+        if needs_b:
+            db = dy.sum(0)
+        if needs_G:
+            G = dy.mT @ x.reshape(-1, x.shape[-1])  # (m, n)
+        return dx, None, None, db, G
+
+
+class Int8Linear(ZeroFactor, LowRankLinear):
+    """
+    A linear layer whose weight is trained at full rank in 8 bits.
+
+    linear, bits: see FrozenLinear. With bits=None the weight stays as it is, and trains alike.
+    zeros: shared by the layers of a model, see lowrank.Zeros.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int | None = 8, zeros: Zeros | None = None):
+        super().__init__(linear, min(linear.weight.shape), bits=bits)
+        self.add_factor(linear.weight.shape, linear.weight, zeros)
+
+    def reset_parameters(self) -> None:
+        """Does nothing: there is nothing beside W."""
+
+    def forward_heads(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return FullRankProduct.apply(x, self.weight, self.scales, self.bias, self.factor)
+
+
+class Int8Target(Target):
+    """The weight of an Int8Linear. p.grad is G (m, n)."""
+    is_plain = False
+
+    def apply_update(self, update: Tensor, lr: float, decay: float) -> None:
+        """W <- decay W - lr update, rounded stochastically."""
+        update_(self.layer.weight, update, lr, decay, self.seed(WEIGHT), self.layer.scales)
+
+
+TARGETS[Int8Linear] = Int8Target
+
+
+def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
+               bits: int | None = 8) -> list[str]:
+    """Replaces linear layers of a model by Int8Linear, in place, as lowrank.apply_galore does; train
+    them with galore.LowRankOptimizer. Returns the names of these layers. An output layer, and a
+    weight whose n is not a multiple of 128, keeps its dtype and is trained alike."""
+    chosen, zeros = names_of_targets(model, targets), Zeros()
+    replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)
+    return chosen

@@ -27,8 +27,8 @@ from quant import dequantize_weight, update_
 
 
 class FullRankProduct(torch.autograd.Function):
-    """y = x W^T + b in x's dtype; x (..., n), W (m, n), b (m,) or None. A quantized W is dequantized
-    for each pass. Its gradient G (m, n) goes to `factor`, whose values are not read."""
+    """y = x W^T + b in x's dtype; x (..., n), W (m, n), b (m,) or None. A quantized W is
+    dequantized for each pass. Its gradient G (m, n) goes to `factor`, whose values are not read."""
 
     @staticmethod
     def forward(ctx, x, W, scales, b, factor):
@@ -88,9 +88,9 @@ TARGETS[Int8Linear] = Int8Target
 
 def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
                bits: int | None = 8) -> list[str]:
-    """Replaces linear layers of a model by Int8Linear, in place, as lowrank.apply_galore does; train
-    them with galore.LowRankOptimizer. Returns the names of these layers. An output layer, and a
-    weight whose n is not a multiple of 128, keeps its dtype and is trained alike."""
+    """Replaces linear layers of a model by Int8Linear, in place, as lowrank.apply_galore does;
+    train them with galore.LowRankOptimizer. Returns the names of these layers. An output layer, and
+    a weight whose n is not a multiple of 128, keeps its dtype and is trained alike."""
     chosen, zeros = names_of_targets(model, targets), Zeros()
     replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)
     return chosen

@@ -5,7 +5,7 @@ Full rank on 8-bit weights: every weight is trained as int8 codes with a scale p
 
 The rounding is stochastic and right on average (quant.update_), so that updates smaller than a
 level add up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose
-values nobody reads (lowrank.ZeroFactor). There is no projection, and no dense copy of W beyond the
+values nobody reads (lowrank.ZeroFactor). There is no projection, and no float copy of W but for the
 layer at work. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is updated, and
 then the weights are nearly all that takes memory.
 
@@ -35,7 +35,9 @@ class FullRankProduct(torch.autograd.Function):
         ctx.save_for_backward(x, W, scales)
         if b is not None:
             b = b.to(x.dtype)
-        return F.linear(x, dequantize_weight(W, scales, x.dtype), b)
+        y = F.linear(x, dequantize_weight(W, scales, x.dtype), b)
+        # autograd must not take y for a view: the next layer, such as a ReLU, may work in place
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -69,6 +71,9 @@ class Int8Linear(ZeroFactor, LowRankLinear):
         """Does nothing: there is nothing beside W."""
 
     def forward_heads(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled() and not self.has_optimizer:
+            raise ValueError('nothing would train: 8-bit weights are updated by '
+                             'galore.LowRankOptimizer, which has to be built first')
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return FullRankProduct.apply(x, self.weight, self.scales, self.bias, self.factor)

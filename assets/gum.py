@@ -9,7 +9,8 @@ from the SVD of its gradient, and is chosen for steps at full rank with probabil
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
@@ -30,7 +31,9 @@ def gum(gradients, states, group, targets):
             optimizer='gum', proj_method='svd', rank=min(G.shape) // 2, update_proj_gap=GAP,
             full_share=FULL_SHARE, momentum=group['momentum']))
         G = G.mT if is_wide else G  # (long, short)
-        textbook.refresh([state], G[None], 'W', state['step'] - 1, s)
+        with torch.random.fork_rng():  # a resumed run makes the same choices
+            torch.manual_seed(target.seed())
+            textbook.refresh([state], G[None], 'W', state['step'] - 1, s)
         stacked = len(target.splits or [1])  # queries, keys and values are three matrices
         update = textbook.gum(G, state, s, 1 if is_wide else stacked)
         updates.append(update.mT if is_wide else update)

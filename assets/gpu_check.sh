@@ -74,7 +74,7 @@ for file in config/methods/*.py; do
   case $method in local_*|*_2bit) continue ;; esac  # for several processes, see below
   train "gpt_$method" train_gpt.py config/quickstart.py "$file"
 done
-for method in full lora galore_lean galore_int8 muon_lean; do
+for method in full lora galore_lean galore_int8 muon_lean muon_int8 adafactor_int8; do
   # shellcheck disable=SC2086  # $bf16 is several arguments
   train "llama_bf16_$method" train_llama.py config/llama_quickstart.py config/methods/$method.py $bf16
 done

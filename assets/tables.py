@@ -11,7 +11,7 @@ of seeds or by Welch's formula, whichever is wider. Holm's correction is over th
     level           the 90% interval lies within 0.02
     open            anything else
     diverged        a seed did not end
-    †               the best rate is at the edge of those that were tried: no verdict
+    †               the best rate is not between two worse ones, half and twice as large: no verdict
 """
 
 import math
@@ -27,8 +27,8 @@ SMALL = 0.02  # nats: what the choice of a rate within a factor of 2 moves
 
 
 def compared(mine: dict, others: dict) -> dict:
-    """Returns how losses {seed: loss} differ from those of a baseline: seeds, mean, the 95% and the
-    90% interval (half their widths), and p, of the test whose interval is wider."""
+    """Returns how losses {seed: loss} differ from a baseline's: seeds, mean, the 95% and the 90%
+    interval (half their widths), and p, of the test whose interval is wider."""
     seeds = sorted(mine.keys() & others.keys())
     a, b = ([losses[seed] for seed in seeds] for losses in (mine, others))
     n, differences = len(seeds), [x - y for x, y in zip(a, b)]

@@ -1,8 +1,7 @@
 # Full rank on 8-bit weights by Adafactor (https://arxiv.org/abs/1804.04235), during the backward
 # pass: of each matrix it keeps a row and a column. Gradients cannot be clipped, and with gradient
 # accumulation all of them stay in memory: take a larger batch with gradient_checkpointing instead.
-# Learning rate: 2e-3 on the quick start, the best of six in runs of 300 steps. The root mean square
-# of an update is near 1, more than AdamW's is after its first steps: begin with AdamW's rate or less.
+# Learning rate: not tuned; 2e-3 on the quick start ends at 1.61 nats per byte.
 optimizer = 'adafactor'
 per_layer, grad_clip, weight_bits = True, 0.0, 8
 optim_bits = 8  # for what AdamW trains: embeddings, the output layer and vectors

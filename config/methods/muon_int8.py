@@ -2,7 +2,7 @@
 # have no optimizer state. Gradients cannot be clipped, and with gradient accumulation all of them
 # stay in memory: take a larger batch with gradient_checkpointing instead.
 # With few tokens per step its matrix products take longer than the model: see adafactor_int8.
-# Learning rate: 3.2e-2 at 0.5M parameters, the only rate that was tried.
+# Learning rate: not tuned; 3.2e-2 on the quick start ends at 1.35 nats per byte.
 optimizer = 'muon'
 momentum = 0.0
 per_layer, grad_clip, weight_bits = True, 0.0, 8

@@ -3,7 +3,7 @@
 # measures times, and uses several GPUs if there are some. Start it in the folder of this repository,
 # in the environment of README's quick start:
 #
-#   bash assets/gpu_check.sh              # DEVICE=cpu: without a GPU, in four minutes
+#   bash assets/gpu_check.sh              # DEVICE=cpu: without a GPU, in five minutes
 #
 # Each check prints one line. Please paste out/gpu_check/report.txt into an issue, even if all is ok.
 device=${DEVICE:-cuda}

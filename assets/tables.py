@@ -131,7 +131,8 @@ def main():
             low, high = row['mean'] - row['half95'], row['mean'] + row['half95']
             difference = f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
         last = 'diverged' if math.inf in losses else row.get('verdict', '')
-        own = {key: cell[key] for key in ('target_modules', 'optim_bits', 'muon_rows') if key in cell}
+        shown = 'target_modules', 'optim_bits', 'muon_rows'
+        own = {key: cell[key] for key in shown if key in cell}
         name = ', '.join([cell['method'], *(f'{key}={value}' for key, value in own.items())])
         print(f"| {name} | {row['rate']} ({row['tried']}) | {len(losses)} | "
               f"{mean_of(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | "

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first hour on a new GPU: runs every method for 60 steps, in several dtypes, resumes a run,
+# The first hour on a new GPU: runs nearly every method for 60 steps, in several dtypes, resumes a run,
 # measures times, and uses several GPUs if there are some. Start it in the folder of this repository,
 # in the environment of README's quick start:
 #

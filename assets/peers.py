@@ -2,13 +2,15 @@
 Times a training step beside other libraries, on this machine's CPU, the two in turns:
 
 $ pip install transformers peft galore-torch
-$ python assets/peers.py            # a line for each comparison; about 15 minutes
+$ python assets/peers.py            # about 15 minutes
 
-A ratio is our time divided by theirs, the median over rounds [lowest, highest]. Models have random
-weights and the shapes of a 25M LLaMA and of SmolLM2-135M. Steps train on 4 sequences of 256 tokens.
+It appends a line to peers.jsonl for each comparison. Ratios are our time divided by theirs. Models
+have random weights and the shapes of a 25M LLaMA and of SmolLM2-135M. Steps train on 4 sequences of
+256 tokens.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -21,6 +23,7 @@ from common import keep_freed_memory
 from galore import GaLoreAdamW, LowRankOptimizer
 from lowrank import apply_galore, apply_mhlora, freeze_rest
 from model import Llama, LlamaConfig
+from measure import ROOT, commit, processor
 from optim import is_fast_in_bfloat16
 
 SIZES = {'25m': dict(n_embd=384, n_layer=8, n_head=6, intermediate_size=1024, vocab_size=32000),
@@ -156,10 +159,14 @@ def main():
                         step()
                         found.append(time.perf_counter() - start)
                 ratios = [a / b for a, b in zip(*(found[2:] for found in seconds))]
-                ours, theirs = (statistics.median(found[2:]) for found in seconds)
-                print(f'{size:5}{compare.__name__:16}{str(dtype)[6:]:10}ours {ours:.3f} s, theirs '
-                      f'{theirs:.3f} s, ratio {statistics.median(ratios):.2f} [{min(ratios):.2f}, '
-                      f'{max(ratios):.2f}]  {compare.__doc__}', flush=True)
+                medians = [statistics.median(found[2:]) for found in seconds]
+                line = dict(
+                    cell=dict(size=size, compare=compare.__name__, dtype=str(dtype)[6:]),
+                    seconds=medians, ratio=[min(ratios), statistics.median(ratios), max(ratios)],
+                    machine=processor(), commit=commit(), date=time.strftime('%Y-%m-%d'))
+                print(line, flush=True)
+                with open(ROOT / 'assets/peers.jsonl', 'a', encoding='utf-8') as file:
+                    file.write(json.dumps(line) + '\n')
 
 
 if __name__ == '__main__':

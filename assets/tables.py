@@ -1,11 +1,15 @@
 """
-Compares methods by the lines of a bench, and prints a table:
+The tables of README.md and docs/results.md, from the lines in assets/*.jsonl:
 
-$ python assets/tables.py twenty n_embd=96 times=20 baseline=full,weight_decay=0.0
+$ python assets/tables.py           # writes them into the pages
+$ python assets/tables.py --check   # lists what differs, and fails if anything does
 
-A row is a method at the learning rate that is best on the tuning seeds, trained by three or more
-fresh seeds. It has the difference from the baseline on the same seeds with a 95% interval: by pairs
-of seeds or by Welch's formula, whichever is wider. Holm's correction is over the rows. Verdicts:
+A table is found in its page by its first line. Sentences with measured numbers are checked, too.
+
+Methods are compared like this. A row is a method at the learning rate that is best on the tuning
+seeds, trained by three or more fresh seeds. It has the difference from the baseline on the same
+seeds with a 95% interval: by pairs of seeds or by Welch's formula, whichever is wider. Holm's
+correction is over the rows of a table. Verdicts:
 
     lower, higher   significant, and the mean difference is above 0.02 nats
     level           the 90% interval lies within 0.02
@@ -15,15 +19,27 @@ of seeds or by Welch's formula, whichever is wider. Holm's correction is over th
 """
 
 import math
+import re
 import statistics
 import sys
 
 from scipy import stats
 
-from measure import BENCHES, kept
+from measure import PARAMETERS, ROOT, kept, read_lines
 
 TUNING = '1337', '1338'  # seeds
 SMALL = 0.02  # nats: what the choice of a rate within a factor of 2 moves
+NAMES = {
+    'full': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
+    'muon_int8': 'Muon, 8-bit weights', 'adafactor': 'Adafactor',
+    'adafactor_int8': 'Adafactor, 8-bit weights', 'galore': 'GaLore', 'galore_svd': 'GaLore by SVD',
+    'galore_muon': 'GaLore with Muon', 'galore_lean': 'GaLore, 8-bit moments',
+    'galore_int8': 'GaLore, 8-bit weights', 'galolte': 'GaLoLTE, 4 workers',
+    'galolte_2bit': 'GaLoLTE in 2 bits', 'lora': 'LoRA', 'mhlora': 'LoRA, 4 heads', 'lte': 'LTE',
+    'relora': 'ReLoRA', 'local_adamw': 'AdamW, local SGD', 'local_muon': 'Muon, local SGD, 2 bits'}
+
+# -----------------------------------------------------------------------------
+# how methods are compared
 
 
 def compared(mine: dict, others: dict) -> dict:
@@ -40,7 +56,7 @@ def compared(mine: dict, others: dict) -> dict:
     half = {level: max(stats.t.ppf((1 + level) / 2, n - 1) * paired,
                        stats.t.ppf((1 + level) / 2, freedom) * welch) for level in (0.95, 0.9)}
     p = max(2 * stats.t.sf(abs(mean) / paired, n - 1), 2 * stats.t.sf(abs(mean) / welch, freedom))
-    return dict(seeds=n, mean=mean, half95=half[0.95], half90=half[0.9], p=float(p))
+    return dict(seeds=n, mean=mean, half95=float(half[0.95]), half90=float(half[0.9]), p=float(p))
 
 
 def holm(ps: list[float]) -> list[float]:
@@ -117,29 +133,471 @@ def rows_of(pairs, baseline: dict) -> list[dict]:
     return [first, *others]
 
 
+# -----------------------------------------------------------------------------
+# lines, numbers and names
+
+
+def pick(bench, settings=''):
+    """Returns the pairs (cell, line) of a bench whose cells have these settings, written as in
+    measure.py; `key=` means that a cell does not have the key."""
+    wanted = dict(pair.split('=') for pair in settings.split())
+    return [(cell, line) for cell, line in kept(bench)
+            if all(cell.get(key, '') == value for key, value in wanted.items())]
+
+
+def by_seed(pairs):
+    return {cell['seed']: line['loss'] for cell, line in pairs}
+
+
+def shown(loss):
+    return 'diverged' if loss is None or loss == math.inf else f'{loss:.3f}'
+
+
+def rate_of(rate):
+    """0.016 as 1.6e-2."""
+    digits, power = f'{float(rate):.2e}'.split('e')
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def interval(row):
+    low, high = row['mean'] - row['half95'], row['mean'] + row['half95']
+    return f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def spread(losses):
+    """The mean of losses and their range."""
+    if len(losses) == 1:
+        return shown(*losses)
+    return f'{mean_of(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})'
+
+
+def name_of(cell, keys=('rank',)):
+    """A method in prose, with its settings of these keys."""
+    texts = {'rank': 'rank {}', 'optim_bits': '{}-bit moments', 'merge_every': 'T = {}',
+             'alpha': 'alpha {:g}', 'muon_rows': 'blocks of {} rows', 'beta2': 'beta2 {}',
+             'embedding_lr_ratio': 'embeddings at {} times the rate', 'galore_scale': 'scale {:g}',
+             'optimizer': 'GUM'}
+    found = [NAMES[cell['method']]]
+    for key in [key for key in keys if key in texts]:
+        if key in cell:
+            value = float(cell[key]) if key in ('alpha', 'galore_scale') else cell[key]
+            found.append(texts[key].format(value))
+    if 'weight_decay' in keys and cell.get('weight_decay') == '0.0':
+        found.append('no decay')
+    if 'load_in_4bit' in cell:
+        found.append('4-bit weights')
+    if cell.get('param_dtype') == 'float32':
+        found.append('float32 weights')
+    return ', '.join(found)
+
+
+def rates_of(pairs):
+    """The losses of one seed by learning rate, the best in bold."""
+    losses = {float(cell['learning_rate']): line['loss'] for cell, line in pairs}
+    best = min(losses, key=lambda rate: losses[rate] or math.inf)
+    cells = [f'{rate_of(rate)}: {shown(losses[rate])}' for rate in sorted(losses)]
+    return '; '.join(f'**{cell}**' if rate == best else cell
+                     for rate, cell in zip(sorted(losses), cells))
+
+
+def grid_place(pairs, rate):
+    """How many rates were tried, and whether the best one is the last on a side."""
+    tried = sorted({float(cell['learning_rate']) for cell, _ in pairs})
+    place = {tried[0]: ', the lowest', tried[-1]: ', the highest'}.get(float(rate), '')
+    return f"{rate_of(rate)} ({len(tried)}{place if len(tried) > 1 else ''})"
+
+
+def groups_of(pairs, ignored=('seed', 'learning_rate')):
+    """Returns lists of the pairs whose cells differ only in the ignored keys."""
+    found = {}
+    for cell, line in pairs:
+        key = tuple(sorted((key, value) for key, value in cell.items() if key not in ignored))
+        found.setdefault(key, []).append((cell, line))
+    return [*found.values()]
+
+
+# -----------------------------------------------------------------------------
+# the tables: each function yields the cells of a table's rows
+
+
+def rows_at(times):
+    """Returns the rows of the GPT of 0.5M parameters at `times` bytes per parameter, see rows_of;
+    each also has its pairs, of all rates and seeds."""
+    pairs = pick('twenty', f'n_embd=96 times={times}')
+    rows = rows_of(pairs, {'method': 'full', 'weight_decay': '0.0' if times == 20 else '0.1'})
+    for row in rows:
+        row['pairs'] = [(cell, line) for cell, line in pairs if row['cell'].items() <= cell.items()
+                        and row['cell'].get('optim_bits') == cell.get('optim_bits')]
+    return rows
+
+
+def state_of(row):
+    return row['pairs'][0][1]['optimizer_state_bytes']
+
+
+def comparison(times):
+    """Methods beside AdamW and beside Muon without momentum."""
+    rows = rows_at(times)
+    lean = next(row for row in rows if row['cell']['method'] == 'muon_lean')
+    for row in sorted(rows, key=lambda row: mean_of(row['losses'].values())):
+        losses = row['losses']
+        yield [name_of(row['cell'], ('optim_bits',)), f'{state_of(row) / state_of(rows[0]):.0%}',
+               grid_place(row['pairs'], row['rate']), len(losses), spread(losses.values()),
+               interval(row) if 'mean' in row else '',
+               '' if row is lean else interval(compared(losses, lean['losses'])),
+               row.get('verdict', '')]
+
+
+def overview():
+    """The README's table."""
+    rows = {times: {row['cell']['method']: row for row in rows_at(times)
+                    if 'optim_bits' not in row['cell']} for times in (20, 80)}
+    totals = {(cell['method'], cell['size']): line['total'] for cell, line in pick('memory')}
+
+    def loss(method, times):
+        row = rows[times].get(method)
+        if row is None:
+            return ''
+        if 'mean' not in row:
+            return shown(mean_of(row['losses'].values()))
+        return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
+
+    def gigabytes(method, size):
+        return f'{totals[method, size] / 1e9:.1f} GB' if (method, size) in totals else ''
+    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon', 'galore_int8',
+                   'galolte', 'mhlora', 'lora'):
+        row, whole = rows[20].get(method), rows[20]['full']
+        state = f'{state_of(row) / state_of(whole):.0%}' if row else ''
+        yield [NAMES[method], f'`{method}`', state, loss(method, 20), loss(method, 80),
+               gigabytes(method, '1b'), gigabytes(method, '7b')]
+
+
+def rates():
+    keys = 'rank', 'optim_bits', 'weight_decay', 'galore_scale', 'merge_every'
+    for pairs in groups_of(pick('twenty', 'n_embd=96 times=20 seed=1337')):
+        yield [name_of(pairs[0][0], keys), rates_of(pairs)]
+
+
+def sizes():
+    methods = 'full', 'muon', 'muon_lean', 'galore', 'galore_muon'
+    for width, count in PARAMETERS.items():
+        row = [f'{count / 1e6:.1f}M', f'{20 * count // 8192:,}']
+        for method in methods:
+            rank = str(int(width) // 2) if method.startswith('galore') else ''
+            pairs = [pair for pair in
+                     pick('twenty', f'n_embd={width} times=20 method={method} rank={rank} '
+                          'weight_decay=0.1 optim_bits=')]
+            tuned = [pair for pair in pairs if pair[0]['seed'] == '1337']
+            if tuned:
+                best, line = min(tuned, key=lambda pair: pair[1]['loss'])
+                others = [other['loss'] for cell, other in pairs if width != '96'
+                          and cell['learning_rate'] == best['learning_rate'] and other is not line]
+                row.append(', '.join(map(shown, [line['loss'], *others])))
+            else:
+                row.append('')
+        if any(row[2:]):
+            yield row
+
+
+def splits():
+    """Cells that were trained on two splits of the same text."""
+    new = {cell['method']: line['loss'] for line in read_lines(ROOT / 'assets/bridge.jsonl')
+           for cell in [line['cell']] if line['commit'] == 'a4b1c7a' and cell.get('seed') == '1'}
+    found = {}
+    for method in ('full', 'muon', 'muon_lean', 'galore'):
+        rate = '0.008 weight_decay=0.0' if method == 'full' else ''
+        pairs = pick('twenty', f'n_embd=96 times=20 seed=1 method={method} optim_bits= ' + (
+            f'learning_rate={rate}' if rate else ''))
+        (_, line), = pairs
+        found[method] = line['loss'], new[method]
+        differences = [f'{a - b:+.3f}' for a, b in zip(found[method], found['full'])]
+        yield [NAMES[method], *map(shown, found[method]),
+               *(differences if method != 'full' else ['', ''])]
+
+
+def variants():
+    """One change each, beside the same without it on the same seeds and data."""
+    bridge = [(line['cell'], line) for line in read_lines(ROOT / 'assets/bridge.jsonl')
+              if 'times' in line['cell']]
+
+    def early(commit):
+        return [(cell, line) for cell, line in bridge if line['commit'] == commit]
+    full = pick('variants', 'method=full embedding_lr_ratio=')
+    lean = pick('variants', 'method=muon_lean muon_rows=')
+    galore, lte = pick('svd', 'method=galore'), pick('ranks', 'method=lte')
+    changes = [
+        *((full, f'embeddings at {n} times the rate', pick('variants', f'embedding_lr_ratio={n}'))
+          for n in (4, 10)),
+        (lean, 'blocks of 24 rows', pick('variants', 'muon_rows=24')),
+        (galore, 'SVD, as published', pick('svd', 'method=galore_svd')),
+        (galore, 'first projections from one step', early('3dbdcbb')),
+        (galore, 'first projections from five steps', early('48a3eca')),
+        *((pick('gum', f'method=galore_muon times={n}'), f'GUM, {n} bytes',
+           pick('gum', f'optimizer=gum times={n} learning_rate=0.032')) for n in (20, 80)),
+        *((lte, text, pairs) for text, pairs in lte_variants())]
+    for base, change, pairs in changes:
+        if not pairs:
+            continue
+        old, new = by_seed(base), by_seed(pairs)
+        seeds = sorted(old.keys() & new.keys())
+        row = compared(new, old) if len(seeds) > 2 else None
+        difference = interval(row) if row else f'{new[seeds[0]] - old[seeds[0]]:+.3f}'
+        yield [NAMES[base[0][0]['method']], change, rate_of(pairs[0][0]['learning_rate']),
+               ', '.join(shown(old[seed]) for seed in seeds),
+               ', '.join(shown(new[seed]) for seed in seeds), difference]
+
+
+def lte_variants():
+    """Yields (text, pairs) of LTE with another alpha, rate or T."""
+    for pairs in groups_of(pick('variants', 'method=lte'), ('seed',)):
+        cell = pairs[0][0]
+        alpha = float(cell['alpha']) / float(cell['rank'])
+        yield f"alpha = {alpha:g} r, T = {cell.get('merge_every', 10)}", pairs
+
+
+def ranks():
+    """Effective ranks after 101 steps, halfway and at the end."""
+    for cell, line in pick('ranks'):
+        records = line['ranks']
+        looks = records[0], records[(len(records) - 1) // 2], records[-1]
+        yield [name_of(cell), shown(line['loss']),
+               *(', '.join(f'{record[key][kind][0]:.0f}' for record in looks)
+                 for key in ('W', 'change') for kind in ('attn', 'mlp'))]
+
+
+def sent_and_losses():
+    """Yields (cell, line of `wire` with bytes of state, {seed: loss at the best rate})."""
+    for sent, line in pick('wire', 'n_embd=96'):
+        T = sent.get('merge_every', '').replace('10', '')  # T = 10 is not written in `twenty`
+        decay = '0.0' if sent['method'] == 'full' else '0.1'  # as in table 1
+        pairs = pick('twenty', f"n_embd=96 times=20 method={sent['method']} optim_bits= "
+                     f"rank={sent.get('rank', '')} merge_every={T} weight_decay={decay}")
+        best, _ = min((pair for pair in pairs if pair[0]['seed'] == '1337'),
+                      key=lambda pair: pair[1]['loss'])
+        losses = {cell['seed']: line['loss'] for cell, line in pairs
+                  if cell['learning_rate'] == best['learning_rate']}
+        yield sent, dict(line, state=pairs[0][1]['optimizer_state_bytes']), losses
+
+
+def wire():
+    """Bytes that a worker sends, and the loss at the best rate of each seed."""
+    (_, whole, _), *_ = rows = [*sent_and_losses()]
+    for sent, line, losses in sorted(rows, key=lambda row: -row[1]['wire']):
+        yield [name_of(sent, ('rank', 'merge_every')), f"{line['state'] / whole['state']:.0%}",
+               f"{line['wire']:,.0f}", f"1/{whole['wire'] / line['wire']:.3g}",
+               *(shown(losses[seed]) if seed in losses else '' for seed in ('1337', '1'))]
+
+
+def memory():
+    """Predicted memory of LLaMA-1B and 7B."""
+    pairs = pick('memory')
+    of = {(cell['method'], cell['size']): (cell, line) for cell, line in pairs}
+    for method in sorted({cell['method'] for cell, _ in pairs},
+                         key=lambda method: -of[method, '7b'][1]['total']):
+        (cell, small), (other, large) = of[method, '1b'], of[method, '7b']
+        name = name_of(cell)
+        if cell.get('rank') != other.get('rank'):
+            name += f", {other['rank']}"
+        row = [name + '*' * ('gradient_checkpointing' in cell)]
+        for size, line in (('1b', small), ('7b', large)):
+            whole = of['full', size][1]['total']
+            parts = ('weights', 'state', 'gradients', 'activations')[:4 if size == '1b' else 3]
+            row += [f'{line[part] / 1e9:.2f}' for part in parts]
+            row.append(f"**{line['total'] / 1e9:.2f}** ({line['total'] / whole:.0%})")
+        yield row
+
+
+def vit_memory():
+    for size in ('base', 'large'):
+        totals = [(cell.get('rank'), cell['method'], line['total'] / 1e9)
+                  for cell, line in pick('vit_memory', f'model=vit_{size}_patch16_224')]
+        whole = totals[0][2]
+        yield [f'ViT-{size[0].upper()}/16', f'{whole:.2f}', *(f'{total:.2f} ({total / whole:.0%})'
+               for rank, method, total in totals[1:]
+               if rank in (('4', '16', '64') if method == 'lora' else ('64',)))]
+
+
+def int8():
+    """Losses of one rule on weights in 8, 32 and 16 bits."""
+    for times in ('20', '80'):
+        for exact, coarse in (('muon_lean', 'muon_int8'), ('adafactor', 'adafactor_int8')):
+            at = f'times={times} n_layer=2'
+            eight = [pair for pair in pick('int8', f'{at} method={coarse}')
+                     if pair[0]['seed'] not in TUNING]
+            if not eight:
+                continue
+            rate = eight[0][0]['learning_rate']
+            others = [by_seed(pick('int8', f'{at} method={exact} learning_rate={rate} '
+                                   f'param_dtype={dtype}')) for dtype in ('float32', 'bfloat16')]
+            losses = [by_seed(eight), *others]
+            row = [NAMES[exact], times, rate_of(rate),
+                   *(', '.join(map(shown, found.values())) for found in losses)]
+            if len(losses[0].keys() & losses[1].keys()) > 2:
+                row.append(interval(compared(*losses[:2])))
+            yield [*row, ''][:7]
+
+
+def rounding():
+    for cell, line in pick('rounding'):
+        yield [rate_of(cell['learning_rate']), f"{line['changed']:.2%}",
+               f"{line['error_1']:.2g}", f"{line['error_60']:.2g}"]
+
+
+def finetune():
+    """Fine-tuning, the method with the lowest loss of the tuning seed first."""
+    def best(pairs):
+        return min((pair for pair in pairs if pair[0]['seed'] == '1337' and pair[1]['loss']),
+                   key=lambda pair: pair[1]['loss'])
+    groups = groups_of(pick('finetune'))
+    for pairs in sorted(groups, key=lambda pairs: best(pairs)[1]['loss']):
+        cell, line = best(pairs)
+        fresh = [other['loss'] for own, other in pairs if own['seed'] != '1337'
+                 and own['learning_rate'] == cell['learning_rate']]
+        predicted = line['predicted']
+        yield [name_of(cell), f"{line['trainable_parameters'] / 1e6:.1f}M",
+               rates_of([pair for pair in pairs if pair[0]['seed'] == '1337']),
+               ', '.join(map(shown, fresh)), f"{predicted['total'] / 1e9:.2f}",
+               f"{(predicted['total'] - predicted['activations']) / 1e9:.2f}"]
+
+
+def layers():
+    names = {'attn': 'attention', 'mlp': 'MLP', 'logit': 'output layer'}
+    rows = rows_of(pick('layers'), {'method': 'full'})
+    for row in sorted(rows, key=lambda row: mean_of(row['losses'].values())):
+        modules = row['cell'].get('target_modules')
+        line = next(line for cell, line in pick('layers') if row['cell'].items() <= cell.items()
+                    and cell.get('target_modules') == modules)
+        yield [', '.join(names[module] for module in modules.split(',')) if modules
+               else 'none (full rank)', f"{line['trainable_parameters'] / 1e6:.2f}M",
+               rate_of(row['rate']), spread(row['losses'].values()),
+               interval(row) if 'mean' in row else '', row.get('verdict', '')]
+
+
+def vit():
+    for pairs in groups_of(pick('vit')):
+        found = [line['test_acc'] for _, line in pairs]
+        name = 'full fine-tuning' if pairs[0][0]['method'] == 'full' else name_of(pairs[0][0])
+        yield [name, f"{pairs[0][1]['trainable_parameters'] / 1e3:.0f}k", spread(found)]
+
+
+def peers():
+    """Ratios of times to other libraries', by size and dtype."""
+    names = {'full_rank': 'transformers, full rank', 'lora': 'PEFT, LoRA',
+             'galore_layers': 'galore-torch, our layers', 'galore_drop_in':
+             'galore-torch, our drop-in', 'muon': '`torch.optim.Muon`'}
+    found = {tuple(line['cell'].values()): line['ratio']
+             for line in read_lines(ROOT / 'assets/peers.jsonl')}
+    for compare, name in names.items():
+        ratios = [found[size, compare, dtype] for size in ('25m', '135m')
+                  for dtype in ('float32', 'bfloat16')]
+        yield [name, *(f'{middle:.2f} [{low:.2f}, {high:.2f}]' for low, middle, high in ratios)]
+
+
+def times():
+    for cell, line in sorted(pick('times'), key=lambda pair: pair[1]['time'][1]):
+        low, middle, high = line['time']
+        yield [name_of(cell), f'{middle:.2f} [{low:.2f}, {high:.2f}]']
+
+
+def facts():
+    """Yields (page, text that it must have)."""
+    at_20, at_80, layers_ = (
+        {'full': {}, **{row['cell'].get('target_modules', row['cell']['method']): row['losses']
+                        for row in rows if 'optim_bits' not in row['cell']}}
+        for rows in (rows_at(20), rows_at(80), rows_of(pick('layers'), {'method': 'full'})))
+
+    def above(found, method, other):
+        return compared(found[method], found[other])
+    readme, results = TABLES
+    for found, method, other, text in (
+            (at_20, 'galore', 'galore_muon', '{:.2f} below `galore` at 20 bytes'),
+            (at_20, 'full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
+            (at_20, 'full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
+        yield readme, text.format(above(found, method, other)['mean'])
+    for found, method, other, text in (
+            (at_20, 'mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
+            (at_20, 'galolte', 'galore', 'GaLoLTE {} above it'),
+            (at_20, 'galolte', 'full', '`galolte` ends {} above AdamW'),
+            (layers_, 'attn', 'logit', 'lower than attention, by {}'),
+            (layers_, 'mlp', 'attn', 'parameters and ends {} above attention'),
+            (layers_, 'attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
+        yield results, text.format(interval(above(found, method, other)).replace('+', ''))
+    tuned = {(cell['method'], cell['seed']): line['loss'] for cell, line in pick('finetune')
+             if cell['param_dtype'] == 'bfloat16' and cell['learning_rate'] in ('4e-4', '5e-4')
+             and cell.get('rank', '64') == '64'}
+    for method, sign, text in (('adafactor_int8', -1, 'Adafactor ends {} to {} below AdamW'),
+                               ('lora', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
+        found = sorted(f"{sign * (tuned[method, seed] - tuned['full', seed]):.3f}"
+                       for seed in ('1337', '1', '2'))
+        yield results, text.format(found[0], found[-1])
+    more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
+            for _, line in pick('finetune')]
+    yield results, f'needs {min(more):.2f} to {max(more):.2f} GB more'
+
+
+TABLES = {
+    'README.md': {
+        '| Method | File in `config/methods` | Optimizer state | Loss, 20 bytes | Loss, 80 bytes '
+        '| LLaMA-1B | LLaMA-7B |': overview},
+    'docs/results.md': {
+        '| method, 20 bytes | state | rate (tried) | seeds | loss, mean (range) | from AdamW '
+        '| from Muon without momentum | verdict |': lambda: comparison(20),
+        '| method, 80 bytes | state | rate (tried) | seeds | loss, mean (range) | from AdamW '
+        '| from Muon without momentum | verdict |': lambda: comparison(80),
+        '| method | learning rate: loss |': rates,
+        '| parameters | steps | AdamW | Muon | Muon without momentum | GaLore | GaLore with Muon |':
+            sizes,
+        '| method | loss before | loss now | from AdamW before | from AdamW now |': splits,
+        '| method | change | rate | loss without | loss with | difference |': variants,
+        '| method | loss | W, attention | W, MLP | W - W₀, attention | W - W₀, MLP |': ranks,
+        '| method | state | bytes per step | relative to DDP | loss, seed 1337 | loss, seed 1 |':
+            wire,
+        '| method | 1B: weights | state | gradients | activations | total | 7B: weights | state '
+        '| gradients | total |': memory,
+        '| model | full rank | LoRA, rank 4 | LoRA, rank 16 | LoRA, rank 64 | GaLore, rank 64 |':
+            vit_memory,
+        '| rule | bytes | rate | 8-bit weights | float32 | bfloat16 | 8-bit minus float32 |': int8,
+        '| learning rate | share of int8 values that a step changes | error of one step '
+        '| error of 60 steps in one direction |': rounding,
+        '| method | trained | learning rate: loss, seed 1337 | seeds 1, 2 | memory, GB '
+        '| without activations |': finetune,
+        '| layers with heads | trained parameters | rate | loss, mean (range) | from full rank '
+        '| verdict |': layers,
+        '| method | trained parameters | test accuracy, mean (range) |': vit,
+        '| ours against | 25M, float32 | 25M, bfloat16 | 135M, float32 | 135M, bfloat16 |': peers,
+        "| method | time of a step relative to AdamW's |": times}}
+
+
+def with_tables(page: str, tables: dict) -> str:
+    """Returns the text of a page with its tables as the lines give them. Raises ValueError if a
+    table's first line is not in the page."""
+    lines = page.split('\n')
+    for header, rows in tables.items():
+        start = lines.index(header) + 2
+        end = start
+        while lines[end].startswith('|'):
+            end += 1
+        lines[start:end] = ['| ' + ' | '.join(map(str, row)) + ' |' for row in rows()]
+    return '\n'.join(lines)
+
+
 def main():
-    bench, *wanted = sys.argv[1:]
-    wanted = dict(pair.split('=', 1) for pair in wanted)
-    method, *settings = wanted.pop('baseline', 'full').split(',')
-    baseline = {'method': method, **dict(pair.split('=') for pair in settings)}
-    pairs = [(cell, line) for cell, line in kept(bench) if wanted.items() <= cell.items()]
-    print('| method | rate (tried) | seeds | loss, mean (min to max) | difference | verdict |')
-    print('| --- | --- | --- | --- | --- | --- |')
-    for row in rows_of(pairs, baseline):
-        cell, losses, difference = row['cell'], row['losses'].values(), ''
-        if 'mean' in row:
-            low, high = row['mean'] - row['half95'], row['mean'] + row['half95']
-            difference = f"{row['mean']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        last = 'diverged' if math.inf in losses else row.get('verdict', '')
-        shown = 'target_modules', 'optim_bits', 'muon_rows'
-        own = {key: cell[key] for key in shown if key in cell}
-        name = ', '.join([cell['method'], *(f'{key}={value}' for key, value in own.items())])
-        print(f"| {name} | {row['rate']} ({row['tried']}) | {len(losses)} | "
-              f"{mean_of(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) | "
-              f"{difference} | {last} |")
+    differing = 0
+    for name, tables in TABLES.items():
+        old = (ROOT / name).read_text('utf-8')
+        new = with_tables(old, tables)
+        if '--check' not in sys.argv:
+            (ROOT / name).write_text(new, 'utf-8')
+        for line in sorted({*new.split('\n')} ^ {*old.split('\n')}):
+            print(name, 'should have' if line in new.split('\n') else 'should not have', line)
+            differing += 1
+    pages = {name: ' '.join((ROOT / name).read_text('utf-8').split()) for name in TABLES}
+    for name, text in facts():
+        if text not in pages[name]:
+            print(name, 'should say', text)
+            differing += 1
+    sys.exit(differing > 0 and '--check' in sys.argv)
 
 
 if __name__ == '__main__':
-    trainings = [name for name, (_, _, grid) in BENCHES.items() if 'learning_rate' in grid]
-    assert len(sys.argv) > 1 and sys.argv[1] in trainings, __doc__
     main()

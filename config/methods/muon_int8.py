@@ -4,7 +4,7 @@
 # With few tokens per step its matrix products take longer than the model. --muon_rows=128 makes
 # them 40 times cheaper at 7B; adafactor_int8 has none.
 # Learning rate: muon_lean's. With it the loss is near that of float32 weights, at 0.5M parameters
-# (docs/results.md). To fine-tune SmolLM2-135M 1.6e-3, the best of four; others end lower.
+# (docs/results.md). To fine-tune SmolLM2-135M 1.6e-3, the best of four; adafactor_int8 ends lower.
 optimizer = 'muon'
 momentum = 0.0
 per_layer, grad_clip, weight_bits = True, 0.0, 8

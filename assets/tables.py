@@ -343,8 +343,8 @@ def variants():
         row = compared(new, old) if len(seeds) > 2 else None
         difference = interval(row) if row else f'{new[seeds[0]] - old[seeds[0]]:+.3f}'
         yield [NAMES[base[0][0]['method']], change, rate_of(pairs[0][0]['learning_rate']),
-               ', '.join(shown(old[seed]) for seed in seeds),
-               ', '.join(shown(new[seed]) for seed in seeds), difference]
+               ', '.join(shown(old[seed]) for seed in seeds), ', '.join(map(shown, new.values())),
+               difference]
 
 
 def lte_variants():
@@ -352,7 +352,8 @@ def lte_variants():
     for pairs in groups_of(pick('variants', 'method=lte'), ('seed',)):
         cell = pairs[0][0]
         alpha = float(cell['alpha']) / float(cell['rank'])
-        yield f"alpha = {alpha:g} r, T = {cell.get('merge_every', 10)}", pairs
+        times = '' if alpha == 1 else f'{alpha:g} '
+        yield f"alpha = {times}r, T = {cell.get('merge_every', 10)}", pairs
 
 
 def ranks():
@@ -581,22 +582,26 @@ def with_tables(page: str, tables: dict) -> str:
     return '\n'.join(lines)
 
 
+def differences(name: str, page: str) -> list[str]:
+    """Returns the lines of tables and the sentences of facts in which the text of the page `name`
+    differs from assets/*.jsonl."""
+    old, new = page.split('\n'), with_tables(page, TABLES[name]).split('\n')
+    found = [f'{name} should not have {line}' for line in old if line not in new]
+    found += [f'{name} should have {line}' for line in new if line not in old]
+    text = ' '.join(page.split())
+    return found + [f'{name} should say: {fact}' for where, fact in facts()
+                    if where == name and fact not in text]
+
+
 def main():
-    differing = 0
+    found = []
     for name, tables in TABLES.items():
-        old = (ROOT / name).read_text('utf-8')
-        new = with_tables(old, tables)
+        path = ROOT / name
         if '--check' not in sys.argv:
-            (ROOT / name).write_text(new, 'utf-8')
-        for line in sorted({*new.split('\n')} ^ {*old.split('\n')}):
-            print(name, 'should have' if line in new.split('\n') else 'should not have', line)
-            differing += 1
-    pages = {name: ' '.join((ROOT / name).read_text('utf-8').split()) for name in TABLES}
-    for name, text in facts():
-        if text not in pages[name]:
-            print(name, 'should say', text)
-            differing += 1
-    sys.exit(differing > 0 and '--check' in sys.argv)
+            path.write_text(with_tables(path.read_text('utf-8'), tables), 'utf-8')
+        found += differences(name, path.read_text('utf-8'))
+    print(*found, sep='\n')
+    sys.exit(bool(found))
 
 
 if __name__ == '__main__':

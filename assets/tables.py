@@ -500,6 +500,17 @@ def times():
         yield [name_of(cell), f'{middle:.2f} [{low:.2f}, {high:.2f}]']
 
 
+def tuned_by_seed(method, load_in_4bit='', **own):
+    """Returns the losses of a fine-tuned method by seed, at the rate that is best on the tuning
+    seed, and the predicted bytes of a step."""
+    settings = ' '.join(f'{key}={value}' for key, value in own.items())
+    pairs = pick('finetune', f'method={method} load_in_4bit={load_in_4bit} {settings}')
+    best, line = min((pair for pair in pairs if pair[0]['seed'] in TUNING),
+                     key=lambda pair: pair[1]['loss'])
+    losses = by_seed(pair for pair in pairs if pair[0]['learning_rate'] == best['learning_rate'])
+    return losses, line['predicted']['total']
+
+
 def facts():
     """Yields (page, text that it must have)."""
     at_20, at_80, layers_ = (
@@ -523,14 +534,23 @@ def facts():
             (layers_, 'mlp', 'attn', 'parameters and ends {} above attention'),
             (layers_, 'attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
         yield results, text.format(interval(above(found, method, other)).replace('+', ''))
-    tuned = {(cell['method'], cell['seed']): line['loss'] for cell, line in pick('finetune')
-             if cell['param_dtype'] == 'bfloat16' and cell['learning_rate'] in ('4e-4', '5e-4')
-             and cell.get('rank', '64') == '64'}
+    whole = tuned_by_seed('full', param_dtype='bfloat16')
+    for text, own in (
+            ('SmolLM2: {:.2f} in {:.0%} of', dict(method='adafactor_int8')),
+            ('SmolLM2: {:.2f} in {:.0%} (rank', dict(method='lora', rank='64')),
+            ('(rank 8: {:.2f} in {:.0%})', dict(method='lora', rank='8')),
+            ('SmolLM2: {:.2f} in {:.0%}, rank 8', dict(method='lora', load_in_4bit='True'))):
+        losses, total = tuned_by_seed(**own)
+        yield readme, text.format(mean_of(losses.values()), total / whole[1])
     for method, sign, text in (('adafactor_int8', -1, 'Adafactor ends {} to {} below AdamW'),
                                ('lora', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
-        found = sorted(f"{sign * (tuned[method, seed] - tuned['full', seed]):.3f}"
-                       for seed in ('1337', '1', '2'))
+        rank = dict(rank='64') if method == 'lora' else {}
+        losses, _ = tuned_by_seed(method, **rank)
+        found = sorted(f'{sign * (losses[seed] - whole[0][seed]):.3f}' for seed in losses)
         yield results, text.format(found[0], found[-1])
+    for sent, line, losses in sent_and_losses():
+        if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
+            yield readme, f"of DDP's bytes, loss {mean_of(losses.values()):.2f}"
     more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
             for _, line in pick('finetune')]
     yield results, f'needs {min(more):.2f} to {max(more):.2f} GB more'

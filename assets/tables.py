@@ -280,7 +280,7 @@ def rates():
 
 def sizes():
     methods = 'full', 'muon', 'muon_lean', 'galore', 'galore_muon'
-    for width, count in PARAMETERS.items():
+    for (width, _), count in PARAMETERS.items():
         row = [f'{count / 1e6:.1f}M', f'{20 * count // 8192:,}']
         for method in methods:
             rank = str(int(width) // 2) if method.startswith('galore') else ''
@@ -343,7 +343,8 @@ def variants():
         row = compared(new, old) if len(seeds) > 2 else None
         difference = interval(row) if row else f'{new[seeds[0]] - old[seeds[0]]:+.3f}'
         yield [NAMES[base[0][0]['method']], change, rate_of(pairs[0][0]['learning_rate']),
-               ', '.join(shown(old[seed]) for seed in seeds), ', '.join(map(shown, new.values())),
+               ', '.join(shown(old[seed]) for seed in seeds),
+               ', '.join(shown(new[seed]) for seed in sorted(new)),
                difference]
 
 
@@ -420,22 +421,20 @@ def vit_memory():
 
 def int8():
     """Losses of one rule on weights in 8, 32 and 16 bits."""
-    for times in ('20', '80'):
+    for n_layer, times in (('2', '20'), ('2', '80'), ('6', '20')):
         for exact, coarse in (('muon_lean', 'muon_int8'), ('adafactor', 'adafactor_int8')):
-            at = f'times={times} n_layer=2'
-            eight = [pair for pair in pick('int8', f'{at} method={coarse}')
-                     if pair[0]['seed'] not in TUNING]
+            at = f'n_layer={n_layer} times={times}'
+            eight = pick('int8', f'{at} method={coarse}')
             if not eight:
                 continue
             rate = eight[0][0]['learning_rate']
-            others = [by_seed(pick('int8', f'{at} method={exact} learning_rate={rate} '
-                                   f'param_dtype={dtype}')) for dtype in ('float32', 'bfloat16')]
-            losses = [by_seed(eight), *others]
-            row = [NAMES[exact], times, rate_of(rate),
-                   *(', '.join(map(shown, found.values())) for found in losses)]
-            if len(losses[0].keys() & losses[1].keys()) > 2:
-                row.append(interval(compared(*losses[:2])))
-            yield [*row, ''][:7]
+            others = [pick('int8', f'{at} method={exact} learning_rate={rate} param_dtype={dtype}')
+                      for dtype in ('float32', 'bfloat16')]
+            losses = [by_seed(pairs) for pairs in (eight, *others)]
+            is_compared = len(losses[0].keys() & losses[1].keys()) > 2
+            yield [NAMES[exact], f"{PARAMETERS['128', n_layer] / 1e6:.2f}M", times, rate_of(rate),
+                   *(', '.join(map(shown, found.values())) for found in losses),
+                   interval(compared(*losses[:2])) if is_compared else '']
 
 
 def rounding():
@@ -577,7 +576,8 @@ TABLES = {
         '| gradients | total |': memory,
         '| model | full rank | LoRA, rank 4 | LoRA, rank 16 | LoRA, rank 64 | GaLore, rank 64 |':
             vit_memory,
-        '| rule | bytes | rate | 8-bit weights | float32 | bfloat16 | 8-bit minus float32 |': int8,
+        '| rule | parameters | bytes | rate | 8-bit weights | float32 | bfloat16 '
+        '| 8-bit minus float32 |': int8,
         '| learning rate | share of int8 values that a step changes | error of one step '
         '| error of 60 steps in one direction |': rounding,
         '| method | trained | learning rate: loss, seed 1337 | seeds 1, 2 | memory, GB '

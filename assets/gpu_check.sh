@@ -115,14 +115,19 @@ fi
 gpus=2
 [ "$device" = cuda ] && gpus=$(nvidia-smi -L | wc -l)
 if [ "$gpus" -gt 1 ]; then
-  for method in galore lte local_muon galolte_2bit; do
-    check "${gpus}_processes_$method" torchrun --standalone --nproc_per_node="$gpus" train_gpt.py \
-      config/quickstart.py config/methods/$method.py --device="$device" --overwrite=True \
-      --out_dir=$out/several_$method --max_iters=60 --eval_interval=60 --eval_iters=5
-  done
-  check "${gpus}_shards_galore" torchrun --standalone --nproc_per_node="$gpus" train_gpt.py \
-    config/quickstart.py config/methods/galore.py --device="$device" --overwrite=True --fsdp=True \
-    --out_dir=$out/shards_galore --max_iters=60 --eval_interval=60 --eval_iters=5
+  several() {  # NAME METHOD ARGUMENTS...
+    local name=$1 method=$2
+    shift 2
+    check "${gpus}_$name" torchrun --standalone --nproc_per_node="$gpus" train_gpt.py \
+      config/quickstart.py config/methods/"$method".py --device="$device" --overwrite=True \
+      --out_dir=$out/"several_$name" --max_iters=60 --eval_interval=60 --eval_iters=5 \
+      --batch_size=$((4 * gpus)) "$@"
+  }
+  several processes_galore galore
+  several processes_lte lte --lora_heads="$gpus"
+  several processes_local_muon local_muon
+  several processes_galolte_2bit galolte_2bit --lora_heads="$gpus"
+  several shards_galore galore --fsdp=True
 fi
 
 echo "recompilations: $(cat $out/*.txt | grep -c 'Recompiling function')" | tee -a $report

@@ -541,7 +541,7 @@ def facts():
             ('SmolLM2: {:.2f} in {:.0%}, rank 8', dict(method='lora', load_in_4bit='True'))):
         losses, total = tuned_by_seed(**own)
         yield readme, text.format(mean_of(losses.values()), total / whole[1])
-    for method, sign, text in (('adafactor_int8', -1, 'Adafactor on 8-bit weights ends {} to {} below AdamW'),
+    for method, sign, text in (('adafactor_int8', -1, 'on 8-bit weights ends {} to {} below AdamW'),
                                ('lora', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
         rank = dict(rank='64') if method == 'lora' else {}
         losses, _ = tuned_by_seed(method, **rank)

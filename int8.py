@@ -5,9 +5,9 @@ Full rank on 8-bit weights: every weight is trained as int8 codes with a scale p
 
 The rounding is stochastic and right on average (quant.update_), so that updates smaller than a
 level add up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose
-values nobody reads (lowrank.ZeroFactor). There is no projection, and no float copy of W but for the
-layer at work. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is updated, and
-then the weights are nearly all that takes memory.
+values nobody reads (lowrank.ZeroFactor). There is no projection, and only the layer that computes
+has a float copy of its W. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is
+updated, and then the weights are nearly all that takes memory.
 
 LOMO and AdaLomo (arXiv 2306.09782, 2310.10195) also update in the backward pass, on 16-bit weights.
 Q-GaLore (arXiv 2407.08296) trains int8 weights inside a projection. torchao trains int8 weights
@@ -28,7 +28,8 @@ from quant import dequantize_weight, update_
 
 class FullRankProduct(torch.autograd.Function):
     """y = x W^T + b in x's dtype; x (..., n), W (m, n), b (m,) or None. A quantized W is
-    dequantized for each pass. Its gradient G (m, n) goes to `factor`, whose values are not read."""
+    dequantized for each pass. The gradient G (m, n) of W goes to `factor`, whose values are not
+    read."""
 
     @staticmethod
     def forward(ctx, x, W, scales, b, factor):
@@ -59,7 +60,7 @@ class Int8Linear(ZeroFactor, LowRankLinear):
     """
     A linear layer whose weight is trained at full rank in 8 bits.
 
-    linear, bits: see FrozenLinear. With bits=None the weight stays as it is, and trains alike.
+    linear, bits: see FrozenLinear. With bits=None the weight keeps its dtype and trains likewise.
     zeros: shared by the layers of a model, see lowrank.Zeros.
     """
 
@@ -94,8 +95,8 @@ TARGETS[Int8Linear] = Int8Target
 def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
                bits: int | None = 8) -> list[str]:
     """Replaces linear layers of a model by Int8Linear, in place, as lowrank.apply_galore does;
-    train them with galore.LowRankOptimizer. Returns the names of these layers. An output layer, and
-    a weight whose n is not a multiple of 128, keeps its dtype and is trained alike."""
+    train them with galore.LowRankOptimizer. Returns the names of these layers. Output layers, and
+    weights whose n is not a multiple of 128, keep their dtype and are trained likewise."""
     chosen, zeros = names_of_targets(model, targets), Zeros()
     replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)
     return chosen

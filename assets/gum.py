@@ -1,5 +1,5 @@
 """
-Trains a GPT by GUM (arXiv 2510.17802), which has no fast code: the formula is that of textbook.py.
+Trains a GPT by GUM (arXiv 2510.17802), which has no fast code but is written down in textbook.py.
 
 $ python assets/gum.py config/quickstart.py --optimizer=gum --learning_rate=0.008
 

@@ -1,5 +1,5 @@
 """
-Times a training step beside other libraries, on this machine's CPU, the two in turns:
+Times a training step of our code and of other libraries, in turns, on this machine's CPU:
 
 $ pip install transformers peft galore-torch
 $ python assets/peers.py            # about 15 minutes
@@ -40,7 +40,7 @@ def our_model(size):
 
 
 def their_model(size):
-    """The same model by transformers."""
+    """Returns the same model by transformers."""
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
     torch.manual_seed(0)
@@ -87,14 +87,14 @@ def adamw(model):
 
 
 def full_rank(size, dtype):
-    """transformers with torch's fused AdamW"""
+    """Compares with transformers and torch's fused AdamW."""
     ours, theirs = our_model(size), their_model(size)
     return (stepper(ours, our_loss, [LowRankOptimizer(ours, lr=1e-4)], dtype),
             stepper(theirs, their_loss, adamw(theirs), dtype))
 
 
 def lora(size, dtype):
-    """PEFT on transformers, with torch's fused AdamW"""
+    """Compares with PEFT on transformers and torch's fused AdamW."""
     from peft import LoraConfig, get_peft_model
     ours, theirs = our_model(size), their_model(size)
     apply_mhlora(ours, ('attn', 'mlp'), rank=RANK['lora'], alpha=32.0)
@@ -112,7 +112,7 @@ def galore_groups(model):
 
 
 def galore_layers(size, dtype):
-    """galore-torch on our model, without refreshes"""
+    """Compares our layers with galore-torch on our model, without new projections."""
     from galore_torch import GaLoreAdamW as TheirGaLore
     ours, theirs = our_model(size), our_model(size)
     apply_galore(ours, ('attn', 'mlp'), rank=RANK['galore'])
@@ -121,7 +121,7 @@ def galore_layers(size, dtype):
 
 
 def galore_drop_in(size, dtype):
-    """galore-torch on our model, without refreshes"""
+    """Compares our drop-in with galore-torch on our model, without new projections."""
     from galore_torch import GaLoreAdamW as TheirGaLore
     ours, theirs = our_model(size), our_model(size)
     return (stepper(ours, our_loss, [GaLoreAdamW(galore_groups(ours))], dtype),
@@ -129,7 +129,7 @@ def galore_drop_in(size, dtype):
 
 
 def muon(size, dtype):
-    """torch.optim.Muon and fused AdamW on our model"""
+    """Compares with torch.optim.Muon and fused AdamW on our model."""
     ours, theirs = our_model(size), our_model(size)
     inside, others = matrices(theirs)
     optimizers = [torch.optim.Muon(inside, lr=1e-3),

@@ -7,15 +7,16 @@ $ python assets/tables.py --check   # lists what differs, and fails if anything 
 A table is found in its page by its first line. Sentences with measured numbers are checked, too.
 
 Methods are compared like this. A row is a method at the learning rate that is best on the tuning
-seeds, trained by three or more fresh seeds. It has the difference from the baseline on the same
+seeds, trained with three or more fresh seeds. It shows the difference from the baseline on the same
 seeds with a 95% interval: by pairs of seeds or by Welch's formula, whichever is wider. Holm's
 correction is over the rows of a table. Verdicts:
 
     lower, higher   significant, and the mean difference is above 0.02 nats
     level           the 90% interval lies within 0.02
     open            anything else
-    diverged        a seed did not end
-    †               the best rate is not between two worse ones, half and twice as large: no verdict
+    (empty)         a seed diverged
+    †               the best rate, of the method or of the baseline, has no worse rate within a
+                    factor of 2 on each side: no verdict
 """
 
 import math
@@ -28,7 +29,7 @@ from scipy import stats
 from measure import PARAMETERS, ROOT, kept, read_lines
 
 TUNING = '1337', '1338'  # seeds
-SMALL = 0.02  # nats: what the choice of a rate within a factor of 2 moves
+SMALL = 0.02  # nats: how much the choice of a rate within a factor of 2 changes a loss
 NAMES = {
     'full': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
     'muon_int8': 'Muon, 8-bit weights', 'adafactor': 'Adafactor',
@@ -43,8 +44,8 @@ NAMES = {
 
 
 def compared(mine: dict, others: dict) -> dict:
-    """Returns how losses {seed: loss} differ from a baseline's: seeds, mean, the 95% and the 90%
-    interval (half their widths), and p, of the test whose interval is wider."""
+    """Returns how losses {seed: loss} differ from a baseline's: seeds, mean, half the widths of the
+    95% and the 90% interval, and p. Of the two tests, the wider interval and larger p are taken."""
     seeds = sorted(mine.keys() & others.keys())
     a, b = ([losses[seed] for seed in seeds] for losses in (mine, others))
     n, differences = len(seeds), [x - y for x, y in zip(a, b)]
@@ -70,7 +71,7 @@ def holm(ps: list[float]) -> list[float]:
 
 
 def verdict(row: dict, p: float) -> str:
-    """Returns what may be said of a comparison, whose corrected p is given."""
+    """Returns what may be said of a comparison. p: its corrected p value."""
     if p < 0.05 and abs(row['mean']) > SMALL:
         return 'lower' if row['mean'] < 0 else 'higher'
     if abs(row['mean']) + row['half90'] < SMALL:
@@ -105,8 +106,9 @@ def grouped(pairs) -> dict:
 
 
 def rows_of(pairs, baseline: dict) -> list[dict]:
-    """Returns the rows of the table, that of the baseline first. baseline: settings that only its
-    cells have. Of a method whose rate was not tuned, the rate with most fresh seeds is taken."""
+    """Returns the rows of a table, the baseline's first. baseline: settings that only the
+    baseline's cells have. If the rate of a method was not tuned, the rate with most fresh seeds is
+    taken."""
     rows = []
     for settings, rates in grouped(pairs).items():
         tuned = {float(rate): mean_of(tuning) for rate, losses in rates.items()
@@ -316,7 +318,7 @@ def splits():
 
 
 def variants():
-    """One change each, beside the same without it on the same seeds and data."""
+    """Trainings with one change, beside those without it on the same seeds and data."""
     bridge = [(line['cell'], line) for line in read_lines(ROOT / 'assets/bridge.jsonl')
               if 'times' in line['cell']]
 
@@ -382,7 +384,7 @@ def sent_and_losses():
 
 
 def wire():
-    """Bytes that a worker sends, and the loss at the best rate of each seed."""
+    """Bytes that a worker sends, and the loss of each seed at the best rate of the tuning seed."""
     (_, whole, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in sorted(rows, key=lambda row: -row[1]['wire']):
         yield [name_of(sent, ('rank', 'merge_every')), f"{line['state'] / whole['state']:.0%}",

@@ -1,10 +1,11 @@
 # Full rank on 8-bit weights by Muon without momentum, during the backward pass: attention and MLP
 # have no optimizer state. Gradients cannot be clipped, and with gradient accumulation all of them
 # stay in memory: take a larger batch with gradient_checkpointing instead.
-# With few tokens per step its matrix products take longer than the model. --muon_rows=128 makes
-# them 40 times cheaper at 7B; adafactor_int8 has none.
-# Learning rate: muon_lean's. With it the loss is near that of float32 weights, at 0.5M parameters
-# (docs/results.md). To fine-tune SmolLM2-135M 1.6e-3, the best of four; adafactor_int8 ends lower.
+# With few tokens per step Muon's matrix products take longer than the model's. --muon_rows=128
+# makes them 40 times cheaper at 7B; adafactor_int8 needs none.
+# Learning rate: use muon_lean's; then the loss is near the one with float32 weights, at 0.5M
+# parameters (docs/results.md). To fine-tune SmolLM2-135M, 1.6e-3 is the best of four rates, but
+# adafactor_int8 ends lower.
 optimizer = 'muon'
 momentum = 0.0
 per_layer, grad_clip, weight_bits = True, 0.0, 8

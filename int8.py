@@ -18,42 +18,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from galore import TARGETS, WEIGHT, Target
 from lowrank import LowRankLinear, ZeroFactor, Zeros, names_of_targets, replace_linears
-from quant import dequantize_weight, update_
-
-
-class FullRankProduct(torch.autograd.Function):
-    """y = x W^T + b in x's dtype; x (..., n), W (m, n), b (m,) or None. A quantized W is
-    dequantized for each pass. The gradient G (m, n) of W goes to `factor`, whose values are not
-    read."""
-
-    @staticmethod
-    def forward(ctx, x, W, scales, b, factor):
-        ctx.save_for_backward(x, W, scales)
-        if b is not None:
-            b = b.to(x.dtype)
-        y = F.linear(x, dequantize_weight(W, scales, x.dtype), b)
-        # autograd must not take y for a view: the next layer, such as a ReLU, may work in place
-        return torch.ops.aten._unsafe_view(y, y.shape)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, W, scales = ctx.saved_tensors
-        needs_x, _, _, needs_b, needs_G = ctx.needs_input_grad
-        dx = db = G = None
-        if needs_x:
-            dx = dy @ dequantize_weight(W, scales, dy.dtype)  # (..., n)
-        dy = dy.reshape(-1, dy.shape[-1])  # (tokens, m)
-        if needs_b:
-            db = dy.sum(0)
-        if needs_G:
-            G = dy.mT @ x.reshape(-1, x.shape[-1])  # (m, n)
-        return dx, None, None, db, G
+from quant import update_
 
 
 class Int8Linear(ZeroFactor, LowRankLinear):
@@ -75,9 +44,7 @@ class Int8Linear(ZeroFactor, LowRankLinear):
         if self.training and torch.is_grad_enabled() and not self.has_optimizer:
             raise ValueError('nothing would train: 8-bit weights are updated by '
                              'galore.LowRankOptimizer, which has to be built first')
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return FullRankProduct.apply(x, self.weight, self.scales, self.bias, self.factor)
+        return self.product(x, None, self.factor, is_zero=True)
 
 
 class Int8Target(Target):

@@ -254,7 +254,8 @@ def overview():
     """The README's table."""
     rows = {times: {row['cell']['method']: row for row in rows_at(times)
                     if 'optim_bits' not in row['cell']} for times in (20, 80)}
-    totals = {(cell['method'], cell['size']): line['total'] for cell, line in pick('memory')}
+    totals = {(cell['method'], cell['size']): f"{line['total'] / 1e9:.1f} GB"
+              + '*' * ('gradient_checkpointing' in cell) for cell, line in pick('memory')}
 
     def loss(method, times):
         row = rows[times].get(method)
@@ -264,14 +265,12 @@ def overview():
             return shown(mean_of(row['losses'].values()))
         return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
 
-    def gigabytes(method, size):
-        return f'{totals[method, size] / 1e9:.1f} GB' if (method, size) in totals else ''
-    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon', 'galore_int8',
-                   'galolte', 'mhlora', 'lora'):
+    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon', 'galore_lean',
+                   'galore_int8', 'galolte', 'mhlora', 'lora'):
         row, whole = rows[20].get(method), rows[20]['full']
         state = f'{state_of(row) / state_of(whole):.0%}' if row else ''
         yield [NAMES[method], f'`{method}`', state, loss(method, 20), loss(method, 80),
-               gigabytes(method, '1b'), gigabytes(method, '7b')]
+               totals.get((method, '1b'), ''), totals.get((method, '7b'), '')]
 
 
 def rates():
@@ -552,6 +551,10 @@ def facts():
     for sent, line, losses in sent_and_losses():
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
             yield readme, f"of DDP's bytes, loss {mean_of(losses.values()):.2f}"
+    for times, text in (('20', '| {:.2f} above `muon_lean` at 20'), ('80', '{:.2f} at 80 |')):
+        mine, other = (by_seed(pick('int8', f'n_layer=2 times={times} method={own}')) for own in (
+            'muon_int8', 'muon_lean param_dtype=float32'))
+        yield readme, text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
     more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
             for _, line in pick('finetune')]
     yield results, f'needs {min(more):.2f} to {max(more):.2f} GB more'

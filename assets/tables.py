@@ -323,6 +323,7 @@ def variants():
 
     def early(commit):
         return [(cell, line) for cell, line in bridge if line['commit'] == commit]
+    muon = [(cell, line) for cell, line in bridge if cell['method'] == 'muon']
     full = pick('variants', 'method=full embedding_lr_ratio=')
     lean = pick('variants', 'method=muon_lean muon_rows=')
     galore, lte = pick('svd', 'method=galore'), pick('ranks', 'method=lte')
@@ -330,6 +331,8 @@ def variants():
         *((full, f'embeddings at {n} times the rate', pick('variants', f'embedding_lr_ratio={n}'))
           for n in (4, 10)),
         (lean, 'blocks of 24 rows', pick('variants', 'muon_rows=24')),
+        *((base, 'batches of 2,048 bytes', pairs) for base in (full, muon, lean)
+          for pairs in groups_of(pick('steps', f"method={base[0][0]['method']}"), ('seed',))),
         (galore, 'SVD, as published', pick('svd', 'method=galore_svd')),
         (galore, 'first projections from one step', early('3dbdcbb')),
         (galore, 'first projections from five steps', early('48a3eca')),
@@ -422,18 +425,18 @@ def vit_memory():
 
 def int8():
     """Losses of one rule on weights in 8, 32 and 16 bits."""
-    for n_layer, times in (('2', '20'), ('2', '80'), ('6', '20')):
+    for times in ('20', '80'):
         for exact, coarse in (('muon_lean', 'muon_int8'), ('adafactor', 'adafactor_int8')):
-            at = f'n_layer={n_layer} times={times}'
-            eight = pick('int8', f'{at} method={coarse}')
+            eight = pick('int8', f'times={times} method={coarse}')
             if not eight:
                 continue
             rate = eight[0][0]['learning_rate']
-            others = [pick('int8', f'{at} method={exact} learning_rate={rate} param_dtype={dtype}')
+            at = f'times={times} method={exact} learning_rate={rate}'
+            others = [pick('int8', f'{at} param_dtype={dtype}')
                       for dtype in ('float32', 'bfloat16')]
             losses = [by_seed(pairs) for pairs in (eight, *others)]
             is_compared = len(losses[0].keys() & losses[1].keys()) > 2
-            yield [NAMES[exact], f"{PARAMETERS['128', n_layer] / 1e6:.2f}M", times, rate_of(rate),
+            yield [NAMES[exact], times, rate_of(rate),
                    *(', '.join(map(shown, found.values())) for found in losses),
                    interval(compared(*losses[:2])) if is_compared else '']
 
@@ -552,7 +555,7 @@ def facts():
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
             yield readme, f"of DDP's bytes, loss {mean_of(losses.values()):.2f}"
     for times, text in (('20', '| {:.2f} above `muon_lean` at 20'), ('80', '{:.2f} at 80 |')):
-        mine, other = (by_seed(pick('int8', f'n_layer=2 times={times} method={own}')) for own in (
+        mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
         yield readme, text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
     more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
@@ -581,8 +584,7 @@ TABLES = {
         '| gradients | total |': memory,
         '| model | full rank | LoRA, rank 4 | LoRA, rank 16 | LoRA, rank 64 | GaLore, rank 64 |':
             vit_memory,
-        '| rule | parameters | bytes | rate | 8-bit weights | float32 | bfloat16 '
-        '| 8-bit minus float32 |': int8,
+        '| rule | bytes | rate | 8-bit weights | float32 | bfloat16 | 8-bit minus float32 |': int8,
         '| learning rate | share of int8 values that a step changes | error of one step '
         '| error of 60 steps in one direction |': rounding,
         '| method | trained | learning rate: loss, seed 1337 | seeds 1, 2 | memory, GB '

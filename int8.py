@@ -21,7 +21,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from galore import TARGETS, WEIGHT, Target
-from lowrank import LowRankLinear, ZeroFactor, Zeros, names_of_targets, replace_linears
+from lowrank import (LowRankLinear, ZeroFactor, Zeros, check_not_frozen, names_of_targets,
+                     replace_linears)
 from quant import update_
 
 
@@ -65,5 +66,6 @@ def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
     train them with galore.LowRankOptimizer. Returns the names of these layers. Output layers, and
     weights whose n is not a multiple of 128, keep their dtype and are trained likewise."""
     chosen, zeros = names_of_targets(model, targets), Zeros()
+    check_not_frozen(model, chosen)
     replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)
     return chosen

@@ -4,7 +4,7 @@ The tables of README.md and docs/results.md, from the lines in assets/*.jsonl:
 $ python assets/tables.py           # writes them into the pages
 $ python assets/tables.py --check   # lists what differs, and fails if anything does
 
-A table is found in its page by its first line. Sentences with measured numbers are checked, too.
+A table is found in its page by its first line. `facts` lists sentences that are checked, too.
 
 Methods are compared like this. A row is a method at the learning rate that is best on the tuning
 seeds, trained with three or more fresh seeds. It shows the difference from the baseline on the same
@@ -19,8 +19,8 @@ correction is over the rows of a table. Verdicts:
                     factor of 2 on each side: no verdict
 """
 
+import difflib
 import math
-import re
 import statistics
 import sys
 
@@ -306,10 +306,8 @@ def splits():
            for cell in [line['cell']] if line['commit'] == 'a4b1c7a' and cell.get('seed') == '1'}
     found = {}
     for method in ('full', 'muon', 'muon_lean', 'galore'):
-        rate = '0.008 weight_decay=0.0' if method == 'full' else ''
-        pairs = pick('twenty', f'n_embd=96 times=20 seed=1 method={method} optim_bits= ' + (
-            f'learning_rate={rate}' if rate else ''))
-        (_, line), = pairs
+        own = 'learning_rate=0.008 weight_decay=0.0' if method == 'full' else 'optim_bits='
+        (_, line), = pick('twenty', f'n_embd=96 times=20 seed=1 method={method} {own}')
         found[method] = line['loss'], new[method]
         differences = [f'{a - b:+.3f}' for a, b in zip(found[method], found['full'])]
         yield [NAMES[method], *map(shown, found[method]),
@@ -551,9 +549,13 @@ def facts():
         losses, _ = tuned_by_seed(method, **rank)
         found = sorted(f'{sign * (losses[seed] - whole[0][seed]):.3f}' for seed in losses)
         yield results, text.format(found[0], found[-1])
-    for sent, line, losses in sent_and_losses():
+    sent_by = [*sent_and_losses()]
+    _, ddp, _ = sent_by[0]
+    for sent, line, losses in sent_by:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
-            yield readme, f"of DDP's bytes, loss {mean_of(losses.values()):.2f}"
+            ratio = ddp['wire'] / line['wire']
+            yield readme, f"1/{ratio:.0f} of DDP's bytes, loss {mean_of(losses.values()):.2f}"
+            yield readme, f"{line['state'] / ddp['state']:.0%} of AdamW's state each"
     for times, text in (('20', '| {:.2f} above `muon_lean` at 20'), ('80', '{:.2f} at 80 |')):
         mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
@@ -612,12 +614,11 @@ def with_tables(page: str, tables: dict) -> str:
 def differences(name: str, page: str) -> list[str]:
     """Returns the lines of tables and the sentences of facts in which the text of the page `name`
     differs from assets/*.jsonl."""
-    old, new = page.split('\n'), with_tables(page, TABLES[name]).split('\n')
-    found = [f'{name} should not have {line}' for line in old if line not in new]
-    found += [f'{name} should have {line}' for line in new if line not in old]
+    new = with_tables(page, TABLES[name])
+    lines = difflib.unified_diff(page.split('\n'), new.split('\n'), name, 'assets/*.jsonl', n=0)
     text = ' '.join(page.split())
-    return found + [f'{name} should say: {fact}' for where, fact in facts()
-                    if where == name and fact not in text]
+    return [*lines, *(f'{name} should say: {fact}' for where, fact in facts()
+                      if where == name and fact not in text)]
 
 
 def main():

@@ -560,6 +560,12 @@ def facts():
         mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
         yield readme, text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
+    slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
+    yield results, '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
+    for cell, line in pick('heads'):
+        low, middle, high = line['parallel']
+        yield results, (f"Rank {cell['rank']}: {middle:.2f} [{low:.2f}, {high:.2f}] of the time "
+                        f"with {1 - line['trained']:.0%} fewer")
     more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
             for _, line in pick('finetune')]
     yield results, f'needs {min(more):.2f} to {max(more):.2f} GB more'

@@ -4,7 +4,7 @@ The tables of README.md and docs/results.md, from the lines in assets/*.jsonl:
 $ python assets/tables.py           # writes them into the pages
 $ python assets/tables.py --check   # lists what differs, and fails if anything does
 
-A table is found in its page by its first line. `facts` lists sentences that are checked, too.
+A table is found in its page by its first line. FACTS lists sentences that are checked, too.
 
 Methods are compared like this. A row is a method at the learning rate that is best on the tuning
 seeds, trained with three or more fresh seeds. It shows the difference from the baseline on the same
@@ -176,14 +176,10 @@ def spread(losses):
 def name_of(cell, keys=('rank',)):
     """A method in prose, with its settings of these keys."""
     texts = {'rank': 'rank {}', 'optim_bits': '{}-bit moments', 'merge_every': 'T = {}',
-             'alpha': 'alpha {:g}', 'muon_rows': 'blocks of {} rows', 'beta2': 'beta2 {}',
-             'embedding_lr_ratio': 'embeddings at {} times the rate', 'galore_scale': 'scale {:g}',
-             'optimizer': 'GUM'}
+             'galore_scale': 'scale {}'}
     found = [NAMES[cell['method']]]
-    for key in [key for key in keys if key in texts]:
-        if key in cell:
-            value = float(cell[key]) if key in ('alpha', 'galore_scale') else cell[key]
-            found.append(texts[key].format(value))
+    found += [texts[key].format(cell[key].removesuffix('.0')) for key in keys
+              if key in texts and key in cell]
     if 'weight_decay' in keys and cell.get('weight_decay') == '0.0':
         found.append('no decay')
     if 'load_in_4bit' in cell:
@@ -207,6 +203,15 @@ def grid_place(pairs, rate):
     tried = sorted({float(cell['learning_rate']) for cell, _ in pairs})
     place = {tried[0]: ', the lowest', tried[-1]: ', the highest'}.get(float(rate), '')
     return f"{rate_of(rate)} ({len(tried)}{place if len(tried) > 1 else ''})"
+
+
+def tuned(pairs):
+    """Returns the cell and the line with the lowest loss of the tuning seeds, and {seed: loss} at
+    that learning rate."""
+    cell, line = min((pair for pair in pairs if pair[0]['seed'] in TUNING and pair[1]['loss']),
+                     key=lambda pair: pair[1]['loss'])  # no loss: the training diverged
+    at_rate = [pair for pair in pairs if pair[0]['learning_rate'] == cell['learning_rate']]
+    return cell, line, by_seed(at_rate)
 
 
 def groups_of(pairs, ignored=('seed', 'learning_rate')):
@@ -233,6 +238,12 @@ def rows_at(times):
     return rows
 
 
+def by_method(times):
+    """Returns {method: row}, see rows_at."""
+    return {row['cell']['method']: row for row in rows_at(times)
+            if 'optim_bits' not in row['cell']}
+
+
 def state_of(row):
     return row['pairs'][0][1]['optimizer_state_bytes']
 
@@ -252,8 +263,7 @@ def comparison(times):
 
 def overview():
     """The README's table."""
-    rows = {times: {row['cell']['method']: row for row in rows_at(times)
-                    if 'optim_bits' not in row['cell']} for times in (20, 80)}
+    rows = {times: by_method(times) for times in (20, 80)}
     totals = {(cell['method'], cell['size']): f"{line['total'] / 1e9:.1f} GB"
               + '*' * ('gradient_checkpointing' in cell) for cell, line in pick('memory')}
 
@@ -285,17 +295,10 @@ def sizes():
         row = [f'{count / 1e6:.1f}M', f'{20 * count // 8192:,}']
         for method in methods:
             rank = str(int(width) // 2) if method.startswith('galore') else ''
-            pairs = [pair for pair in
-                     pick('twenty', f'n_embd={width} times=20 method={method} rank={rank} '
-                          'weight_decay=0.1 optim_bits=')]
-            tuned = [pair for pair in pairs if pair[0]['seed'] == '1337']
-            if tuned:
-                best, line = min(tuned, key=lambda pair: pair[1]['loss'])
-                others = [other['loss'] for cell, other in pairs if width != '96'
-                          and cell['learning_rate'] == best['learning_rate'] and other is not line]
-                row.append(', '.join(map(shown, [line['loss'], *others])))
-            else:
-                row.append('')
+            pairs = pick('twenty', f'n_embd={width} times=20 method={method} rank={rank} '
+                         'weight_decay=0.1 optim_bits=')
+            losses = [*tuned(pairs)[2].values()] if pairs else []
+            row.append(', '.join(map(shown, losses[:1] if width == '96' else losses)))
         if any(row[2:]):
             yield row
 
@@ -376,11 +379,8 @@ def sent_and_losses():
         decay = '0.0' if sent['method'] == 'full' else '0.1'  # as in table 1
         pairs = pick('twenty', f"n_embd=96 times=20 method={sent['method']} optim_bits= "
                      f"rank={sent.get('rank', '')} merge_every={T} weight_decay={decay}")
-        best, _ = min((pair for pair in pairs if pair[0]['seed'] == '1337'),
-                      key=lambda pair: pair[1]['loss'])
-        losses = {cell['seed']: line['loss'] for cell, line in pairs
-                  if cell['learning_rate'] == best['learning_rate']}
-        yield sent, dict(line, state=pairs[0][1]['optimizer_state_bytes']), losses
+        _, best, losses = tuned(pairs)
+        yield sent, dict(line, state=best['optimizer_state_bytes']), losses
 
 
 def wire():
@@ -447,17 +447,13 @@ def rounding():
 
 def finetune():
     """Fine-tuning, the method with the lowest loss of the tuning seed first."""
-    def best(pairs):
-        return min((pair for pair in pairs if pair[0]['seed'] == '1337' and pair[1]['loss']),
-                   key=lambda pair: pair[1]['loss'])
     groups = groups_of(pick('finetune'))
-    for pairs in sorted(groups, key=lambda pairs: best(pairs)[1]['loss']):
-        cell, line = best(pairs)
-        fresh = [other['loss'] for own, other in pairs if own['seed'] != '1337'
-                 and own['learning_rate'] == cell['learning_rate']]
+    for pairs in sorted(groups, key=lambda pairs: tuned(pairs)[1]['loss']):
+        cell, line, losses = tuned(pairs)
+        fresh = [loss for seed, loss in losses.items() if seed not in TUNING]
         predicted = line['predicted']
         yield [name_of(cell), f"{line['trainable_parameters'] / 1e6:.1f}M",
-               rates_of([pair for pair in pairs if pair[0]['seed'] == '1337']),
+               rates_of([pair for pair in pairs if pair[0]['seed'] in TUNING]),
                ', '.join(map(shown, fresh)), f"{predicted['total'] / 1e9:.2f}",
                f"{(predicted['total'] - predicted['activations']) / 1e9:.2f}"]
 
@@ -501,76 +497,67 @@ def times():
         yield [name_of(cell), f'{middle:.2f} [{low:.2f}, {high:.2f}]']
 
 
-def tuned_by_seed(method, load_in_4bit='', **own):
-    """Returns the losses of a fine-tuned method by seed, at the rate that is best on the tuning
-    seed, and the predicted bytes of a step."""
-    settings = ' '.join(f'{key}={value}' for key, value in own.items())
-    pairs = pick('finetune', f'method={method} load_in_4bit={load_in_4bit} {settings}')
-    best, line = min((pair for pair in pairs if pair[0]['seed'] in TUNING),
-                     key=lambda pair: pair[1]['loss'])
-    losses = by_seed(pair for pair in pairs if pair[0]['learning_rate'] == best['learning_rate'])
-    return losses, line['predicted']['total']
-
-
-def facts():
-    """Yields (page, text that it must have)."""
-    at_20, at_80, layers_ = (
-        {'full': {}, **{row['cell'].get('target_modules', row['cell']['method']): row['losses']
-                        for row in rows if 'optim_bits' not in row['cell']}}
-        for rows in (rows_at(20), rows_at(80), rows_of(pick('layers'), {'method': 'full'})))
-
-    def above(found, method, other):
-        return compared(found[method], found[other])
-    readme, results = TABLES
-    for found, method, other, text in (
-            (at_20, 'galore', 'galore_muon', '{:.2f} below `galore` at 20 bytes'),
-            (at_20, 'full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
-            (at_20, 'full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
-        yield readme, text.format(above(found, method, other)['mean'])
-    for found, method, other, text in (
-            (at_20, 'mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
-            (at_20, 'galolte', 'galore', 'GaLoLTE {} above it'),
-            (at_20, 'galolte', 'full', '`galolte` ends {} above AdamW'),
-            (layers_, 'attn', 'logit', 'lower than attention, by {}'),
-            (layers_, 'mlp', 'attn', 'parameters and ends {} above attention'),
-            (layers_, 'attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
-        yield results, text.format(interval(above(found, method, other)).replace('+', ''))
-    whole = tuned_by_seed('full', param_dtype='bfloat16')
-    for text, own in (
-            ('SmolLM2: {:.2f} in {:.0%} of', dict(method='adafactor_int8')),
-            ('SmolLM2: {:.2f} in {:.0%} (rank', dict(method='lora', rank='64')),
-            ('(rank 8: {:.2f} in {:.0%})', dict(method='lora', rank='8')),
-            ('SmolLM2: {:.2f} in {:.0%}, rank 8', dict(method='lora', load_in_4bit='True'))):
-        losses, total = tuned_by_seed(**own)
-        yield readme, text.format(mean_of(losses.values()), total / whole[1])
-    for method, sign, text in (('adafactor_int8', -1, 'on 8-bit weights ends {} to {} below AdamW'),
-                               ('lora', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
-        rank = dict(rank='64') if method == 'lora' else {}
-        losses, _ = tuned_by_seed(method, **rank)
-        found = sorted(f'{sign * (losses[seed] - whole[0][seed]):.3f}' for seed in losses)
-        yield results, text.format(found[0], found[-1])
-    sent_by = [*sent_and_losses()]
-    _, ddp, _ = sent_by[0]
-    for sent, line, losses in sent_by:
-        if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
-            ratio = ddp['wire'] / line['wire']
-            yield readme, f"1/{ratio:.0f} of DDP's bytes, loss {mean_of(losses.values()):.2f}"
-            yield readme, f"{line['state'] / ddp['state']:.0%} of AdamW's state each"
+def readme_facts():
+    """Yields sentences that README.md must have."""
+    losses = {method: row['losses'] for method, row in by_method(20).items()}
+    for method, other, text in (
+            ('galore', 'galore_muon', '{:.2f} below `galore` at 20 bytes'),
+            ('full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
+            ('full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
+        yield text.format(compared(losses[method], losses[other])['mean'])
     for times, text in (('20', '| {:.2f} above `muon_lean` at 20'), ('80', '{:.2f} at 80 |')):
         mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
-        yield readme, text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
+        yield text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
+    (_, ddp, _), *_ = rows = [*sent_and_losses()]
+    for sent, line, losses in rows:
+        if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
+            ratio = ddp['wire'] / line['wire']
+            yield f"1/{ratio:.0f} of DDP's bytes, loss {mean_of(losses.values()):.2f}"
+            yield f"{line['state'] / ddp['state']:.0%} of AdamW's state each"
+    _, whole, _ = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
+    for text, own in (('SmolLM2: {:.2f} in {:.0%} of', 'method=adafactor_int8'),
+                      ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64'),
+                      ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
+                      ('SmolLM2: {:.2f} in {:.0%}, rank 8', 'load_in_4bit=True')):
+        _, line, losses = tuned(pick('finetune', own))
+        share = line['predicted']['total'] / whole['predicted']['total']
+        yield text.format(mean_of(losses.values()), share)
+
+
+def results_facts():
+    """Yields sentences that docs/results.md must have."""
+    losses = {method: row['losses'] for method, row in by_method(20).items()}
+    losses |= {row['cell'].get('target_modules', 'none'): row['losses']
+               for row in rows_of(pick('layers'), {'method': 'full'})}
+    for name, other, text in (
+            ('mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
+            ('galolte', 'galore', 'GaLoLTE {} above it'),
+            ('galolte', 'full', '`galolte` ends {} above AdamW'),
+            ('attn', 'logit', 'lower than attention, by {}'),
+            ('mlp', 'attn', 'parameters and ends {} above attention'),
+            ('attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
+        difference = interval(compared(losses[name], losses[other]))
+        yield text.format(difference.replace('+', ''))
+    _, _, whole = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
+    for own, sign, text in (
+            ('method=adafactor_int8', -1, 'on 8-bit weights ends {} to {} below AdamW'),
+            ('method=lora rank=64', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
+        _, _, losses = tuned(pick('finetune', own))
+        found = sorted(f'{sign * (losses[seed] - whole[seed]):.3f}' for seed in losses)
+        yield text.format(found[0], found[-1])
     slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
-    yield results, '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
+    yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for cell, line in pick('heads'):
         low, middle, high = line['parallel']
-        yield results, (f"Rank {cell['rank']}: {middle:.2f} [{low:.2f}, {high:.2f}] of the time "
-                        f"with {1 - line['trained']:.0%} fewer")
+        yield (f"Rank {cell['rank']}: {middle:.2f} [{low:.2f}, {high:.2f}] of the time with "
+               f"{1 - line['trained']:.0%} fewer")
     more = [(line['peak_memory_bytes'] - line['predicted']['total']) / 1e9
             for _, line in pick('finetune')]
-    yield results, f'needs {min(more):.2f} to {max(more):.2f} GB more'
+    yield f'needs {min(more):.2f} to {max(more):.2f} GB more'
 
 
+FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts}
 TABLES = {
     'README.md': {
         '| Method | File in `config/methods` | Optimizer state | Loss, 20 bytes | Loss, 80 bytes '
@@ -618,13 +605,12 @@ def with_tables(page: str, tables: dict) -> str:
 
 
 def differences(name: str, page: str) -> list[str]:
-    """Returns the lines of tables and the sentences of facts in which the text of the page `name`
+    """Returns the lines of tables and the sentences of FACTS in which the text of the page `name`
     differs from assets/*.jsonl."""
     new = with_tables(page, TABLES[name])
     lines = difflib.unified_diff(page.split('\n'), new.split('\n'), name, 'assets/*.jsonl', n=0)
     text = ' '.join(page.split())
-    return [*lines, *(f'{name} should say: {fact}' for where, fact in facts()
-                      if where == name and fact not in text)]
+    return [*lines, *(f'{name} should say: {fact}' for fact in FACTS[name]() if fact not in text)]
 
 
 def main():

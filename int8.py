@@ -1,5 +1,6 @@
 """
-Full rank on 8-bit weights: every weight is trained as int8 codes with a scale per 128 elements.
+Full rank on 8-bit weights: the weights of target layers are trained as int8 codes with a scale per
+128 elements.
 
     y = W x + b,    G = dL/dW (m, n),    W <- round(decay W - lr (the rule's update of G))
 

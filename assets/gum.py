@@ -34,8 +34,9 @@ def gum(gradients, states, group, targets):
         with torch.random.fork_rng():  # a resumed run makes the same choices
             torch.manual_seed(target.seed())
             textbook.refresh([state], G[None], 'W', state['step'] - 1, s)
-        stacked = len(target.splits or [1])  # queries, keys and values are three matrices
-        update = textbook.gum(G, state, s, 1 if is_wide else stacked)
+        if not is_wide:  # queries, keys and values are three matrices
+            state['stacked'] = len(target.weight_splits or [1])
+        update = textbook.gum(G, state, s)
         updates.append(update.mT if is_wide else update)
     return updates
 

@@ -201,8 +201,8 @@ def rates_of(pairs):
 def grid_place(pairs, rate):
     """How many rates were tried, and whether the best one is the last on a side."""
     tried = sorted({float(cell['learning_rate']) for cell, _ in pairs})
-    place = {tried[0]: ', the lowest', tried[-1]: ', the highest'}.get(float(rate), '')
-    return f"{rate_of(rate)} ({len(tried)}{place if len(tried) > 1 else ''})"
+    place = {tried[0]: 'lowest of ', tried[-1]: 'highest of '}.get(float(rate), '')
+    return f"{rate_of(rate)} ({place if len(tried) > 1 else ''}{len(tried)})"
 
 
 def tuned(pairs):
@@ -265,28 +265,43 @@ def overview():
     """The README's table."""
     rows = {times: by_method(times) for times in (20, 80)}
     totals = {(cell['method'], cell['size']): f"{line['total'] / 1e9:.1f} GB"
-              + '*' * ('gradient_checkpointing' in cell) for cell, line in pick('memory')}
+              + '*' * ('gradient_checkpointing' in cell)
+              for cell, line in pick('memory', 'batch_size=')}
 
     def loss(method, times):
         row = rows[times].get(method)
         if row is None:
-            return ''
+            return '–'
         if 'mean' not in row:
-            return shown(mean_of(row['losses'].values()))
+            return f"0 ({shown(mean_of(row['losses'].values()))})"
         return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
 
     for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon', 'galore_lean',
                    'galore_int8', 'galolte', 'mhlora', 'lora'):
         row, whole = rows[20].get(method), rows[20]['full']
-        state = f'{state_of(row) / state_of(whole):.0%}' if row else ''
+        state = f'{state_of(row) / state_of(whole):.0%}' if row else '–'
         yield [NAMES[method], f'`{method}`', state, loss(method, 20), loss(method, 80),
-               totals.get((method, '1b'), ''), totals.get((method, '7b'), '')]
+               totals.get((method, '1b'), '–'), totals.get((method, '7b'), '–')]
 
 
 def rates():
     keys = 'rank', 'optim_bits', 'weight_decay', 'galore_scale', 'merge_every'
-    for pairs in groups_of(pick('twenty', 'n_embd=96 times=20 seed=1337')):
+    groups = groups_of(pick('twenty', 'n_embd=96 times=20 seed=1337'))
+    order = [*NAMES]
+    for pairs in sorted(groups, key=lambda pairs: (order.index(pairs[0][0]['method']),
+                                                   int(pairs[0][0].get('rank', 0)))):
         yield [name_of(pairs[0][0], keys), rates_of(pairs)]
+
+
+def eighty():
+    """The losses of one seed after 80 bytes per parameter, by learning rate, the best one first."""
+    groups = groups_of(pick('eighty'))
+    best = {pairs[0][0]['method']: tuned(pairs)[1] for pairs in groups}
+    for pairs in sorted(groups, key=lambda pairs: tuned(pairs)[1]['loss']):
+        method, whole = pairs[0][0]['method'], best['full']
+        state = best[method]['optimizer_state_bytes'] / whole['optimizer_state_bytes']
+        yield [name_of(pairs[0][0]), f'{state:.0%}', rates_of(pairs),
+               '' if method == 'full' else f"{best[method]['loss'] - whole['loss']:+.3f}"]
 
 
 def sizes():
@@ -394,7 +409,7 @@ def wire():
 
 def memory():
     """Predicted memory of LLaMA-1B and 7B."""
-    pairs = pick('memory')
+    pairs = pick('memory', 'batch_size=')
     of = {(cell['method'], cell['size']): (cell, line) for cell, line in pairs}
     for method in sorted({cell['method'] for cell, _ in pairs},
                          key=lambda method: -of[method, '7b'][1]['total']):
@@ -471,11 +486,23 @@ def layers():
                interval(row) if 'mean' in row else '', row.get('verdict', '')]
 
 
-def vit():
+def vit_runs():
+    """Yields, for each way to adapt a ViT, its name, the pairs of the tuning seed, and those of the
+    other seeds at the learning rate that was best."""
     for pairs in groups_of(pick('vit')):
-        found = [line['test_acc'] for _, line in pairs]
-        name = 'full fine-tuning' if pairs[0][0]['method'] == 'full' else name_of(pairs[0][0])
-        yield [name, f"{pairs[0][1]['trainable_parameters'] / 1e3:.0f}k", spread(found)]
+        rate = tuned(pairs)[0]['learning_rate']
+        tuning = [pair for pair in pairs if pair[0]['seed'] in TUNING]
+        name = name_of(pairs[0][0]) + ' on q and v' * ('target_modules' in pairs[0][0])
+        yield name, tuning, [pair for pair in pairs if pair not in tuning
+                             and pair[0]['learning_rate'] == rate]
+
+
+def vit():
+    for name, tuning, fresh in vit_runs():
+        _, line = tuning[0]
+        accuracies = [line['test_acc'] for _, line in fresh]
+        yield [name, f"{line['trainable_parameters'] / 1e3:.0f}k", rates_of(tuning),
+               spread(accuracies)]
 
 
 def peers():
@@ -505,21 +532,27 @@ def readme_facts():
             ('full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
             ('full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
         yield text.format(compared(losses[method], losses[other])['mean'])
-    for times, text in (('20', '| {:.2f} above `muon_lean` at 20'), ('80', '{:.2f} at 80 |')):
+    for times, text in (('20', '| {:.2f} above float32 weights at 20'), ('80', '{:.2f} at 80 |')):
         mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
         yield text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
+    (_, large), = pick('memory', 'batch_size=32')
+    yield f"8-bit weights take {large['total'] / 1e9:.1f} GB"
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
             ratio = ddp['wire'] / line['wire']
             yield f"1/{ratio:.0f} of DDP's bytes, loss {mean_of(losses.values()):.2f}"
             yield f"{line['state'] / ddp['state']:.0%} of AdamW's state each"
+    found = {name: mean_of([line['test_acc'] for _, line in fresh])
+             for name, _, fresh in vit_runs()}
+    yield 'accuracy {:.2f} (AdamW {:.2f}; on q and v only: {:.2f})'.format(
+        found['LoRA, rank 32'], found['AdamW'], found['LoRA, rank 32 on q and v'])
     _, whole, _ = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
-    for text, own in (('SmolLM2: {:.2f} in {:.0%} of', 'method=adafactor_int8'),
-                      ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64'),
+    for text, own in (('SmolLM2, bfloat16: {:.2f} in {:.0%} of', 'method=adafactor_int8'),
+                      ('SmolLM2: {:.2f} in {:.0%} of it (rank', 'method=lora rank=64'),
                       ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
-                      ('SmolLM2: {:.2f} in {:.0%}, rank 8', 'load_in_4bit=True')):
+                      ('SmolLM2: {:.2f} in {:.0%} of it, rank 8', 'load_in_4bit=True')):
         _, line, losses = tuned(pick('finetune', own))
         share = line['predicted']['total'] / whole['predicted']['total']
         yield text.format(mean_of(losses.values()), share)
@@ -546,6 +579,8 @@ def results_facts():
         _, _, losses = tuned(pick('finetune', own))
         found = sorted(f'{sign * (losses[seed] - whole[seed]):.3f}' for seed in losses)
         yield text.format(found[0], found[-1])
+    (_, large), = pick('memory', 'batch_size=32')
+    yield f"or in {large['total'] / 1e9:.1f} GB at 8,192 tokens per step"
     slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for cell, line in pick('heads'):
@@ -560,18 +595,19 @@ def results_facts():
 FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts}
 TABLES = {
     'README.md': {
-        '| Method | File in `config/methods` | Optimizer state | Loss, 20 bytes | Loss, 80 bytes '
-        '| LLaMA-1B | LLaMA-7B |': overview},
+        '| Method | Config | State | Δ loss, 20 bytes | Δ loss, 80 bytes | LLaMA-1B | LLaMA-7B |':
+            overview},
     'docs/results.md': {
-        '| method, 20 bytes | state | rate (tried) | seeds | loss, mean (range) | from AdamW '
-        '| from Muon without momentum | verdict |': lambda: comparison(20),
-        '| method, 80 bytes | state | rate (tried) | seeds | loss, mean (range) | from AdamW '
-        '| from Muon without momentum | verdict |': lambda: comparison(80),
+        '| method, 20 bytes | state | learning rate (tried) | seeds | loss, mean (range) '
+        '| minus AdamW | minus Muon without momentum | verdict |': lambda: comparison(20),
+        '| method, 80 bytes | state | learning rate (tried) | seeds | loss, mean (range) '
+        '| minus AdamW | minus Muon without momentum |':
+            lambda: (row[:-1] for row in comparison(80)),  # no rate is bracketed
         '| method | learning rate: loss |': rates,
         '| parameters | steps | AdamW | Muon | Muon without momentum | GaLore | GaLore with Muon |':
             sizes,
-        '| method | loss before | loss now | from AdamW before | from AdamW now |': splits,
-        '| method | change | rate | loss without | loss with | difference |': variants,
+        '| method | loss before | loss now | minus AdamW before | minus AdamW now |': splits,
+        '| method | change | learning rate | baseline | changed | difference |': variants,
         '| method | loss | W, attention | W, MLP | W - W₀, attention | W - W₀, MLP |': ranks,
         '| method | state | bytes per step | relative to DDP | loss, seed 1337 | loss, seed 1 |':
             wire,
@@ -579,14 +615,16 @@ TABLES = {
         '| gradients | total |': memory,
         '| model | full rank | LoRA, rank 4 | LoRA, rank 16 | LoRA, rank 64 | GaLore, rank 64 |':
             vit_memory,
-        '| rule | bytes | rate | 8-bit weights | float32 | bfloat16 | 8-bit minus float32 |': int8,
+        '| optimizer | bytes/parameter | learning rate | 8-bit weights | float32 | bfloat16 '
+        '| 8-bit minus float32 |': int8,
         '| learning rate | share of int8 values that a step changes | error of one step '
         '| error of 60 steps in one direction |': rounding,
         '| method | trained | learning rate: loss, seed 1337 | seeds 1, 2 | memory, GB '
-        '| without activations |': finetune,
-        '| layers with heads | trained parameters | rate | loss, mean (range) | from full rank '
-        '| verdict |': layers,
-        '| method | trained parameters | test accuracy, mean (range) |': vit,
+        '| memory minus activations, GB |': finetune,
+        '| layers with adapters | trained parameters | learning rate | loss, mean (range) '
+        '| minus full rank | verdict |': layers,
+        '| method | trained parameters | learning rate: validation loss, seed 1337 '
+        '| test accuracy, seeds 1 to 5 |': vit,
         '| ours against | 25M, float32 | 25M, bfloat16 | 135M, float32 | 135M, bfloat16 |': peers,
         "| method | time of a step relative to AdamW's |": times}}
 

@@ -7,4 +7,4 @@ lowrank = 'galore'
 proj_method = 'svd'
 rank = 128
 merge_every = 1
-update_proj_gap, galore_scale = 200, 0.25
+update_proj_gap = 200

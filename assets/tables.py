@@ -532,12 +532,12 @@ def readme_facts():
             ('full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
             ('full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
         yield text.format(compared(losses[method], losses[other])['mean'])
-    for times, text in (('20', '| {:.2f} above float32 weights at 20'), ('80', '{:.2f} at 80 |')):
+    for times, text in (('20', '| {:.2f} (unclear) above float32 at 20'), ('80', '{:.2f} at 80 |')):
         mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
             'muon_int8', 'muon_lean param_dtype=float32'))
         yield text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
     (_, large), = pick('memory', 'batch_size=32')
-    yield f"8-bit weights take {large['total'] / 1e9:.1f} GB"
+    yield f"such sequences take {large['total'] / 1e9:.1f} GB at 7B with 8-bit weights"
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
@@ -549,10 +549,10 @@ def readme_facts():
     yield 'accuracy {:.2f} (AdamW {:.2f}; on q and v only: {:.2f})'.format(
         found['LoRA, rank 32'], found['AdamW'], found['LoRA, rank 32 on q and v'])
     _, whole, _ = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
-    for text, own in (('SmolLM2, bfloat16: {:.2f} in {:.0%} of', 'method=adafactor_int8'),
-                      ('SmolLM2: {:.2f} in {:.0%} of it (rank', 'method=lora rank=64'),
+    for text, own in (('SmolLM2: {:.2f} (AdamW 2.42) in {:.0%} of', 'method=adafactor_int8'),
+                      ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64'),
                       ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
-                      ('SmolLM2: {:.2f} in {:.0%} of it, rank 8', 'load_in_4bit=True')):
+                      ('SmolLM2: {:.2f} in {:.0%}, rank 8', 'load_in_4bit=True')):
         _, line, losses = tuned(pick('finetune', own))
         share = line['predicted']['total'] / whole['predicted']['total']
         yield text.format(mean_of(losses.values()), share)

@@ -603,6 +603,7 @@ TABLES = {
         '| method, 80 bytes | state | learning rate (tried) | seeds | loss, mean (range) '
         '| minus AdamW | minus Muon without momentum |':
             lambda: (row[:-1] for row in comparison(80)),  # no rate is bracketed
+        '| method, 80 bytes | state | learning rate: loss, seed 1337 | minus AdamW |': eighty,
         '| method | learning rate: loss |': rates,
         '| parameters | steps | AdamW | Muon | Muon without momentum | GaLore | GaLore with Muon |':
             sizes,

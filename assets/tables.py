@@ -293,15 +293,21 @@ def rates():
         yield [name_of(pairs[0][0], keys), rates_of(pairs)]
 
 
+def eighty_differences():
+    """Returns {method: loss minus AdamW's} after 80 bytes per parameter, at the best rates."""
+    best = {pairs[0][0]['method']: tuned(pairs)[1]['loss'] for pairs in groups_of(pick('eighty'))}
+    return {method: loss - best['full'] for method, loss in best.items()}
+
+
 def eighty():
-    """The losses of one seed after 80 bytes per parameter, by learning rate, the best one first."""
-    groups = groups_of(pick('eighty'))
-    best = {pairs[0][0]['method']: tuned(pairs)[1] for pairs in groups}
-    for pairs in sorted(groups, key=lambda pairs: tuned(pairs)[1]['loss']):
-        method, whole = pairs[0][0]['method'], best['full']
-        state = best[method]['optimizer_state_bytes'] / whole['optimizer_state_bytes']
-        yield [name_of(pairs[0][0]), f'{state:.0%}', rates_of(pairs),
-               '' if method == 'full' else f"{best[method]['loss'] - whole['loss']:+.3f}"]
+    """The losses of one seed after 80 bytes per parameter, the lowest one first."""
+    differences = eighty_differences()
+    groups = {pairs[0][0]['method']: pairs for pairs in groups_of(pick('eighty'))}
+    whole = groups['full'][0][1]['optimizer_state_bytes']
+    for method, pairs in sorted(groups.items(), key=lambda item: differences[item[0]]):
+        cell, line = pairs[0]
+        yield [name_of(cell), f"{line['optimizer_state_bytes'] / whole:.0%}", rates_of(pairs),
+               '' if method == 'full' else f'{differences[method]:+.3f}']
 
 
 def sizes():
@@ -487,7 +493,7 @@ def layers():
 
 
 def vit_runs():
-    """Yields, for each way to adapt a ViT, its name, the pairs of the tuning seed, and those of the
+    """Yields, for each way to adapt a ViT, its name, its pairs of the tuning seed, and its pairs of
     other seeds at the learning rate that was best."""
     for pairs in groups_of(pick('vit')):
         rate = tuned(pairs)[0]['learning_rate']
@@ -538,6 +544,7 @@ def readme_facts():
         yield text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
     (_, large), = pick('memory', 'batch_size=32')
     yield f"such sequences take {large['total'] / 1e9:.1f} GB at 7B with 8-bit weights"
+    yield f"it ends only {eighty_differences()['galore']:.3f} above AdamW"
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
@@ -548,8 +555,9 @@ def readme_facts():
              for name, _, fresh in vit_runs()}
     yield 'accuracy {:.2f} (AdamW {:.2f}; on q and v only: {:.2f})'.format(
         found['LoRA, rank 32'], found['AdamW'], found['LoRA, rank 32 on q and v'])
-    _, whole, _ = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
-    for text, own in (('SmolLM2: {:.2f} (AdamW 2.42) in {:.0%} of', 'method=adafactor_int8'),
+    _, whole, losses = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
+    adamw = f'(AdamW {mean_of(losses.values()):.2f})'
+    for text, own in ((f'SmolLM2: {{:.2f}} {adamw} in {{:.0%}} of', 'method=adafactor_int8'),
                       ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64'),
                       ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
                       ('SmolLM2: {:.2f} in {:.0%}, rank 8', 'load_in_4bit=True')):
@@ -581,6 +589,9 @@ def results_facts():
         yield text.format(found[0], found[-1])
     (_, large), = pick('memory', 'batch_size=32')
     yield f"or in {large['total'] / 1e9:.1f} GB at 8,192 tokens per step"
+    above = eighty_differences()
+    yield 'GaLore ends {:.3f} and GaLore with Muon {:.3f} above AdamW'.format(
+        above['galore'], above['galore_muon'])
     slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for cell, line in pick('heads'):

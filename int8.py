@@ -4,7 +4,7 @@ Full rank on 8-bit weights: the weights of target layers are trained as int8 cod
 
     y = W x + b,    G = dL/dW (m, n),    W <- round(decay W - lr (the rule's update of G))
 
-The rounding is stochastic and right on average (quant.update_), so that updates smaller than a
+The rounding is stochastic and unbiased (quant.update_), so that updates smaller than a
 level add up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose
 values nobody reads (lowrank.ZeroFactor). There is no projection, and only the layer that computes
 has a float copy of its W. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is

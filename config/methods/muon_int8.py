@@ -1,6 +1,6 @@
 # Full rank on 8-bit weights by Muon without momentum, during the backward pass: attention and MLP
 # have no optimizer state. Gradients cannot be clipped, and with gradient accumulation all of them
-# stay in memory: take a larger batch with gradient_checkpointing instead.
+# stay in memory: use a larger batch with gradient_checkpointing instead.
 # With few tokens per step Muon's matrix products take longer than the model's. --muon_rows=128
 # makes them 40 times cheaper at 7B; adafactor_int8 needs none.
 # Learning rate: use muon_lean's. At 0.5M parameters the loss is then 0.01 above that of float32

@@ -588,7 +588,7 @@ def results_facts():
         found = sorted(f'{sign * (losses[seed] - whole[seed]):.3f}' for seed in losses)
         yield text.format(found[0], found[-1])
     (_, large), = pick('memory', 'batch_size=32')
-    yield f"or in {large['total'] / 1e9:.1f} GB at 8,192 tokens per step"
+    yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
     above = eighty_differences()
     yield 'GaLore ends {:.3f} and GaLore with Muon {:.3f} above AdamW'.format(
         above['galore'], above['galore_muon'])

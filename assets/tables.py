@@ -32,8 +32,9 @@ TUNING = '1337', '1338'  # seeds
 SMALL = 0.02  # nats: how much the choice of a rate within a factor of 2 changes a loss
 NAMES = {
     'full': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
-    'muon_int8': 'Muon, 8-bit weights', 'adafactor': 'Adafactor',
-    'adafactor_int8': 'Adafactor, 8-bit weights', 'galore': 'GaLore', 'galore_svd': 'GaLore by SVD',
+    'muon_int8': 'Muon, 8-bit weights', 'adamw_int8': 'AdamW, 8-bit weights and moments',
+    'adafactor': 'Adafactor', 'adafactor_int8': 'Adafactor, 8-bit weights', 'galore': 'GaLore',
+    'galore_svd': 'GaLore by SVD',
     'galore_muon': 'GaLore with Muon', 'galore_lean': 'GaLore, 8-bit moments',
     'galore_int8': 'GaLore, 8-bit weights', 'galolte': 'GaLoLTE, 4 workers',
     'galolte_2bit': 'GaLoLTE in 2 bits', 'lora': 'LoRA', 'mhlora': 'LoRA, 4 heads', 'lte': 'LTE',
@@ -266,7 +267,7 @@ def overview():
     rows = {times: by_method(times) for times in (20, 80)}
     totals = {(cell['method'], cell['size']): f"{line['total'] / 1e9:.1f} GB"
               + '*' * ('gradient_checkpointing' in cell)
-              for cell, line in pick('memory', 'batch_size=')}
+              for cell, line in pick('memory', 'batch_size= optim_bits=')}
 
     def loss(method, times):
         row = rows[times].get(method)
@@ -276,8 +277,8 @@ def overview():
             return f"0 ({shown(mean_of(row['losses'].values()))})"
         return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
 
-    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon', 'galore_int8',
-                   'galolte', 'mhlora', 'lora'):
+    for method in ('full', 'adamw_int8', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon',
+                   'galore_int8', 'galolte', 'mhlora', 'lora'):
         row, whole = rows[20].get(method), rows[20]['full']
         state = f'{state_of(row) / state_of(whole):.0%}' if row else '–'
         yield [NAMES[method], f'`{method}`', state, loss(method, 20), loss(method, 80),
@@ -415,17 +416,16 @@ def wire():
 
 def memory():
     """Predicted memory of LLaMA-1B and 7B."""
-    pairs = pick('memory', 'batch_size=')
-    of = {(cell['method'], cell['size']): (cell, line) for cell, line in pairs}
-    for method in sorted({cell['method'] for cell, _ in pairs},
-                         key=lambda method: -of[method, '7b'][1]['total']):
-        (cell, small), (other, large) = of[method, '1b'], of[method, '7b']
-        name = name_of(cell)
+    groups = groups_of(pick('memory', 'batch_size='), ('size', 'rank'))
+    wholes = [line['total'] for _, line in groups[0]]  # AdamW's
+    for pairs in sorted(groups, key=lambda pairs: -pairs[1][1]['total']):
+        (cell, _), (other, _) = pairs  # 1B and 7B
+        name = name_of(cell, ('rank', 'optim_bits'))
         if cell.get('rank') != other.get('rank'):
             name += f", {other['rank']}"
         row = [name + '*' * ('gradient_checkpointing' in cell)]
-        for size, line in (('1b', small), ('7b', large)):
-            whole = of['full', size][1]['total']
+        for (sizes, line), whole in zip(pairs, wholes):
+            size = sizes['size']
             parts = ('weights', 'state', 'gradients', 'activations')[:4 if size == '1b' else 3]
             row += [f'{line[part] / 1e9:.2f}' for part in parts]
             row.append(f"**{line['total'] / 1e9:.2f}** ({line['total'] / whole:.0%})")

@@ -359,8 +359,6 @@ def variants():
         (galore, 'SVD, as published', pick('svd', 'method=galore_svd')),
         (galore, 'first projections from one step', early('3dbdcbb')),
         (galore, 'first projections from five steps', early('48a3eca')),
-        *((pick('gum', f'method=galore_muon times={n}'), f'GUM, {n} bytes',
-           pick('gum', f'optimizer=gum times={n} learning_rate=0.032')) for n in (20, 80)),
         *((lte, text, pairs) for text, pairs in lte_variants())]
     for base, change, pairs in changes:
         if not pairs:

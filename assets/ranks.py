@@ -77,6 +77,8 @@ def ranks_of_run(folder) -> list[dict]:
 
 
 if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        fail('name the out_dir of a run')
     for record in ranks_of_run(sys.argv[1]):
         for key, name in (('W', 'W'), ('change', 'W - W_0')):
             ranks = ', '.join(f'{kind} {effective:.1f} ({stable:.1f})'

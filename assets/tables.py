@@ -215,12 +215,16 @@ def tuned(pairs):
     return cell, line, by_seed(at_rate)
 
 
+def key_of(cell, ignored=('seed', 'learning_rate')):
+    """The settings of a cell except for the ignored ones."""
+    return tuple(sorted((key, value) for key, value in cell.items() if key not in ignored))
+
+
 def groups_of(pairs, ignored=('seed', 'learning_rate')):
     """Returns lists of the pairs whose cells differ only in the ignored keys."""
     found = {}
     for cell, line in pairs:
-        key = tuple(sorted((key, value) for key, value in cell.items() if key not in ignored))
-        found.setdefault(key, []).append((cell, line))
+        found.setdefault(key_of(cell, ignored), []).append((cell, line))
     return [*found.values()]
 
 
@@ -466,14 +470,14 @@ def rounding():
 
 def finetune():
     """Fine-tuning, the method with the lowest loss of the tuning seed first."""
+    grids = {key_of(pairs[0][0]): pairs for pairs in groups_of(pick('finetune_rates'))}
     groups = groups_of(pick('finetune'))
     for pairs in sorted(groups, key=lambda pairs: tuned(pairs)[1]['loss']):
         cell, line, losses = tuned(pairs)
-        fresh = [loss for seed, loss in losses.items() if seed not in TUNING]
-        predicted = line['predicted']
+        grid, predicted = grids.get(key_of(cell)), line['predicted']
         yield [name_of(cell), f"{line['trainable_parameters'] / 1e6:.1f}M",
-               rates_of([pair for pair in pairs if pair[0]['seed'] in TUNING]),
-               ', '.join(map(shown, fresh)), f"{predicted['total'] / 1e9:.2f}",
+               rates_of(grid) if grid else rate_of(cell['learning_rate']),
+               ', '.join(map(shown, losses.values())), f"{predicted['total'] / 1e9:.2f}",
                f"{(predicted['total'] - predicted['activations']) / 1e9:.2f}"]
 
 
@@ -543,7 +547,8 @@ def readme_facts():
     (_, large), = pick('memory', 'batch_size=32')
     yield f"`muon_int8` at 7B takes {large['total'] / 1e9:.1f} GB with 32 sequences"
     above = eighty_differences()
-    yield f"GaLore ends {above['galore']:.3f} above AdamW and Muon {-above['muon']:.3f} below"
+    yield (f"Muon ends {-above['muon']:.3f} and Muon without momentum {-above['muon_lean']:.3f} "
+           f"below AdamW, and GaLore {above['galore']:.3f} above")
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
@@ -557,9 +562,9 @@ def readme_facts():
     _, whole, losses = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
     adamw = f'(AdamW {mean_of(losses.values()):.2f})'
     for text, own in ((f'SmolLM2: {{:.2f}} {adamw} in {{:.0%}} of', 'method=adafactor_int8'),
-                      ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64'),
+                      ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64 load_in_4bit='),
                       ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
-                      ('SmolLM2: {:.2f} in {:.0%}, rank 8', 'load_in_4bit=True')):
+                      ('SmolLM2: {:.2f} in {:.0%} |', 'load_in_4bit=True')):
         _, line, losses = tuned(pick('finetune', own))
         share = line['predicted']['total'] / whole['predicted']['total']
         yield text.format(mean_of(losses.values()), share)
@@ -582,15 +587,18 @@ def results_facts():
     _, _, whole = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
     for own, sign, text in (
             ('method=adafactor_int8', -1, 'on 8-bit weights ends {} to {} below AdamW'),
-            ('method=lora rank=64', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
+            ('method=lora rank=64 load_in_4bit=', 1, 'LoRA of rank 64 ends {} to {} above AdamW')):
         _, _, losses = tuned(pick('finetune', own))
         found = sorted(f'{sign * (losses[seed] - whole[seed]):.3f}' for seed in losses)
         yield text.format(found[0], found[-1])
     (_, large), = pick('memory', 'batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
     above = eighty_differences()
-    yield 'GaLore ends {:.3f} and GaLore with Muon {:.3f} above AdamW'.format(
-        above['galore'], above['galore_muon'])
+    yield ('GaLore ends {galore:.3f} and GaLore with Muon {galore_muon:.3f} above AdamW, Muon '
+           '{muon:.3f} and Muon without momentum {muon_lean:.3f} below it').format(
+        **{method: abs(difference) for method, difference in above.items()})
+    yield f"and by {above['galore']:.3f} in table 3"
+    yield f"unclear in table 2 and {-above['muon']:.3f} in table 3"
     slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for cell, line in pick('heads'):
@@ -630,7 +638,7 @@ TABLES = {
         '| 8-bit minus float32 |': int8,
         '| learning rate | share of int8 values that a step changes | error of one step '
         '| error of 60 steps in one direction |': rounding,
-        '| method | trained | learning rate: loss, seed 1337 | seeds 1, 2 | memory, GB '
+        '| method | trained | learning rate: loss when tuned | loss, seeds 1337, 1, 2 | memory, GB '
         '| memory minus activations, GB |': finetune,
         '| layers with adapters | trained parameters | learning rate | loss, mean (range) '
         '| minus full rank | verdict |': layers,

@@ -1,6 +1,6 @@
 """
-Full rank on 8-bit weights: the weights of target layers are trained as int8 codes with a scale per
-128 elements.
+Full rank on 8-bit weights: the weights of target layers are trained as int8 codes with a scale for
+each block of 128 elements (or 64 or 32, if 128 does not divide the length of a row).
 
     y = W x + b,    G = dL/dW (m, n),    W <- round(decay W - lr (the rule's update of G))
 
@@ -65,7 +65,8 @@ def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
                bits: int | None = 8) -> list[str]:
     """Replaces linear layers of a model by Int8Linear, in place, as lowrank.apply_galore does;
     train them with galore.LowRankOptimizer. Returns the names of these layers. Output layers, and
-    weights whose n is not a multiple of 128, keep their dtype and are trained likewise."""
+    (with a warning) weights whose n is not a multiple of 32, keep their dtype and are trained
+    likewise."""
     chosen, zeros = names_of_targets(model, targets), Zeros()
     check_not_frozen(model, chosen)
     replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)

@@ -6,5 +6,4 @@
 lowrank = 'galore'
 proj_method = 'svd'
 rank = 128
-merge_every = 1
 update_proj_gap = 200

@@ -32,7 +32,8 @@ TUNING = '1337', '1338'  # seeds
 SMALL = 0.02  # nats: how much the choice of a rate within a factor of 2 changes a loss
 NAMES = {
     'full': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
-    'muon_int8': 'Muon, 8-bit weights', 'adamw_int8': 'AdamW, 8-bit weights and moments',
+    'muon_int8': 'Muon without momentum, 8-bit weights',
+    'adamw_int8': 'AdamW, 8-bit weights and moments',
     'adafactor': 'Adafactor', 'adafactor_int8': 'Adafactor, 8-bit weights', 'galore': 'GaLore',
     'galore_svd': 'GaLore by SVD',
     'galore_muon': 'GaLore with Muon', 'galore_lean': 'GaLore, 8-bit moments',
@@ -233,10 +234,13 @@ def groups_of(pairs, ignored=('seed', 'learning_rate')):
 
 
 def rows_at(times):
-    """Returns the rows of the GPT of 0.5M parameters at `times` bytes per parameter, see rows_of;
-    each also has its pairs, of all rates and seeds."""
-    pairs = pick('twenty', f'n_embd=96 times={times}')
-    rows = rows_of(pairs, {'method': 'full', 'weight_decay': '0.0' if times == 20 else '0.1'})
+    """Returns the rows of table 1 (20 bytes per parameter) or 2 (80), see rows_of. Each row also
+    has its pairs, of all rates and seeds."""
+    pairs, baseline = pick('eighty', 'param_dtype='), {'method': 'full'}
+    if times == 20:
+        pairs = pick('twenty', 'n_embd=96 times=20')
+        baseline['weight_decay'] = '0.0'
+    rows = rows_of(pairs, baseline)
     for row in rows:
         row['pairs'] = [(cell, line) for cell, line in pairs if row['cell'].items() <= cell.items()
                         and row['cell'].get('optim_bits') == cell.get('optim_bits')]
@@ -250,7 +254,10 @@ def by_method(times):
 
 
 def state_of(row):
-    return row['pairs'][0][1]['optimizer_state_bytes']
+    """Returns the bytes of optimizer state, with today's code."""
+    own = {key: row['cell'].get(key, '') for key in ('n_embd', 'method', 'rank', 'optim_bits')}
+    (_, line), = pick('state', ' '.join(map('='.join, own.items())))
+    return line['optimizer_state_bytes']
 
 
 def comparison(times):
@@ -269,9 +276,9 @@ def comparison(times):
 def overview():
     """The README's table."""
     rows = {times: by_method(times) for times in (20, 80)}
-    totals = {(cell['method'], cell['size']): f"{line['total'] / 1e9:.1f} GB"
-              + '*' * ('gradient_checkpointing' in cell)
-              for cell, line in pick('memory', 'batch_size= optim_bits=')}
+    totals = {(cell['method'] + cell.get('optim_bits', ''), cell['size']):
+              f"{line['total'] / 1e9:.1f} GB" + '*' * ('gradient_checkpointing' in cell)
+              for cell, line in pick('memory', 'batch_size=')}
 
     def loss(method, times):
         row = rows[times].get(method)
@@ -281,11 +288,12 @@ def overview():
             return f"0 ({shown(mean_of(row['losses'].values()))})"
         return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
 
-    for method in ('full', 'adamw_int8', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon',
+    for method in ('full', 'full8', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon',
                    'galore_int8', 'galolte', 'mhlora', 'lora'):
         row, whole = rows[20].get(method), rows[20]['full']
         state = f'{state_of(row) / state_of(whole):.0%}' if row else '–'
-        yield [NAMES[method], f'`{method}`', state, loss(method, 20), loss(method, 80),
+        name, config = NAMES.get(method, 'AdamW, 8-bit moments'), f'`{method}`'
+        yield [name, config if method in NAMES else '–', loss(method, 20), loss(method, 80), state,
                totals.get((method, '1b'), '–'), totals.get((method, '7b'), '–')]
 
 
@@ -298,21 +306,10 @@ def rates():
         yield [name_of(pairs[0][0], keys), rates_of(pairs)]
 
 
-def eighty_differences():
-    """Returns {method: loss minus AdamW's} after 80 bytes per parameter, at the best rates."""
-    best = {pairs[0][0]['method']: tuned(pairs)[1]['loss'] for pairs in groups_of(pick('eighty'))}
-    return {method: loss - best['full'] for method, loss in best.items()}
-
-
-def eighty():
-    """The losses of one seed after 80 bytes per parameter, the lowest one first."""
-    differences = eighty_differences()
-    groups = {pairs[0][0]['method']: pairs for pairs in groups_of(pick('eighty'))}
-    whole = groups['full'][0][1]['optimizer_state_bytes']
-    for method, pairs in sorted(groups.items(), key=lambda item: differences[item[0]]):
-        cell, line = pairs[0]
-        yield [name_of(cell), f"{line['optimizer_state_bytes'] / whole:.0%}", rates_of(pairs),
-               '' if method == 'full' else f'{differences[method]:+.3f}']
+def rates_at_80():
+    """The losses of the tuning seed after 80 bytes per parameter."""
+    for pairs in groups_of(pick('eighty', 'seed=1337')):
+        yield [name_of(pairs[0][0]), rates_of(pairs)]
 
 
 def sizes():
@@ -446,25 +443,25 @@ def vit_memory():
 
 def int8():
     """Losses of one rule on weights in 8, 32 and 16 bits."""
-    for times in ('20', '80'):
-        for exact, coarse in (('muon_lean', 'muon_int8'), ('adafactor', 'adafactor_int8')):
-            eight = pick('int8', f'times={times} method={coarse}')
-            if not eight:
-                continue
-            rate = eight[0][0]['learning_rate']
-            at = f'times={times} method={exact} learning_rate={rate}'
-            others = [pick('int8', f'{at} param_dtype={dtype}')
-                      for dtype in ('float32', 'bfloat16')]
-            losses = [by_seed(pairs) for pairs in (eight, *others)]
-            is_compared = len(losses[0].keys() & losses[1].keys()) > 2
-            yield [NAMES[exact], times, rate_of(rate),
-                   *(', '.join(map(shown, found.values())) for found in losses),
-                   interval(compared(*losses[:2])) if is_compared else '']
+    for bench, exact, coarse in (('int8', 'muon_lean', 'muon_int8'),
+                                 ('int8', 'adafactor', 'adafactor_int8'),
+                                 ('eighty', 'muon_lean', 'muon_int8')):
+        eight = pick(bench, f'method={coarse}')
+        (cell, _), *_ = eight
+        at = f"method={exact} learning_rate={cell['learning_rate']}"
+        others = [[(cell, line) for cell, line in pick(bench, at)
+                   if cell.get('param_dtype', 'float32') == dtype and cell['seed'] not in TUNING]
+                  for dtype in ('float32', 'bfloat16')]
+        losses = [by_seed(pairs) for pairs in (eight, *others)]
+        is_compared = len(losses[0].keys() & losses[1].keys()) > 2
+        yield [NAMES[exact], cell['times'], rate_of(cell['learning_rate']),
+               *(', '.join(map(shown, found.values())) for found in losses),
+               interval(compared(*losses[:2])) if is_compared else '']
 
 
 def rounding():
     for cell, line in pick('rounding'):
-        yield [rate_of(cell['learning_rate']), f"{line['changed']:.2%}",
+        yield [rate_of(cell['learning_rate']), f"{100 * line['changed']:.2g}%",
                f"{line['error_1']:.2g}", f"{line['error_60']:.2g}"]
 
 
@@ -500,7 +497,10 @@ def vit_runs():
     for pairs in groups_of(pick('vit')):
         rate = tuned(pairs)[0]['learning_rate']
         tuning = [pair for pair in pairs if pair[0]['seed'] in TUNING]
-        name = name_of(pairs[0][0]) + ' on q and v' * ('target_modules' in pairs[0][0])
+        cell, where = pairs[0][0], ''
+        if cell['method'] == 'lora':
+            where = ' on q and v' if 'target_modules' in cell else ' on attention and MLP'
+        name = name_of(cell) + where
         yield name, tuning, [pair for pair in pairs if pair not in tuning
                              and pair[0]['learning_rate'] == rate]
 
@@ -515,9 +515,9 @@ def vit():
 
 def peers():
     """Ratios of times to other libraries', by size and dtype."""
-    names = {'full_rank': 'transformers, full rank', 'lora': 'PEFT, LoRA',
-             'galore_layers': 'galore-torch, our layers', 'galore_drop_in':
-             'galore-torch, our drop-in', 'muon': '`torch.optim.Muon`'}
+    names = {'full_rank': 'full rank vs transformers', 'lora': 'LoRA vs PEFT',
+             'galore_layers': 'our GaLore layers vs galore-torch', 'galore_drop_in':
+             'our drop-in vs galore-torch', 'muon': 'Muon vs `torch.optim.Muon`'}
     found = {tuple(line['cell'].values()): line['ratio']
              for line in read_lines(ROOT / 'assets/peers.jsonl')}
     for compare, name in names.items():
@@ -532,39 +532,43 @@ def times():
         yield [name_of(cell), f'{middle:.2f} [{low:.2f}, {high:.2f}]']
 
 
+def galore_muon_at_80():
+    """Returns by how much GaLore with Muon ends above AdamW after 80 bytes, on each seed."""
+    mine, other = (by_seed(pick('eighty', f'method={method} learning_rate={rate}'))
+                   for method, rate in (('galore_muon', '0.032'), ('full', '0.016')))
+    return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+
+
 def readme_facts():
     """Yields sentences that README.md must have."""
-    losses = {method: row['losses'] for method, row in by_method(20).items()}
-    for method, other, text in (
-            ('galore', 'galore_muon', '{:.2f} below `galore` at 20 bytes'),
-            ('full', 'muon', '| {:.2f} below AdamW at 20 bytes'),
-            ('full', 'muon_lean', '| {:.2f} below AdamW at 20 bytes')):
-        yield text.format(compared(losses[method], losses[other])['mean'])
-    for times, text in (('20', '| {:.2f} (unclear) above float32 at 20'), ('80', '{:.2f} at 80 |')):
-        mine, other = (by_seed(pick('int8', f'times={times} method={own}')) for own in (
-            'muon_int8', 'muon_lean param_dtype=float32'))
-        yield text.format(mean_of([mine[seed] - other[seed] for seed in mine]))
-    (_, large), = pick('memory', 'batch_size=32')
-    yield f"`muon_int8` at 7B takes {large['total'] / 1e9:.1f} GB with 32 sequences"
-    above = eighty_differences()
-    yield (f"Muon ends {-above['muon']:.3f} and Muon without momentum {-above['muon_lean']:.3f} "
-           f"below AdamW, and GaLore {above['galore']:.3f} above")
+    rows = {times: by_method(times) for times in (20, 80)}
+    galore, muon = (rows[20][method]['losses'] for method in ('galore', 'galore_muon'))
+    late = ' and '.join(f'{difference:.2f}' for difference in galore_muon_at_80())
+    yield (f"{compared(galore, muon)['mean']:.2f} below `galore` at 20 bytes; {late} above AdamW "
+           'at 80 (two seeds)')
+    for method in ('muon', 'muon_lean'):
+        early, late = (-rows[times][method]['mean'] for times in rows)
+        yield f'| {early:.2f} below AdamW at 20 bytes, {late:.2f} at 80'
+    mine, other = (by_seed(pick('int8', f'method={own}')) for own in (
+        'muon_int8', 'muon_lean param_dtype=float32'))
+    yield f'| {compared(mine, other)["mean"]:.2f} (unclear) above `muon_lean` at 20 bytes'
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':
             ratio = ddp['wire'] / line['wire']
             yield f"1/{ratio:.0f} of DDP's bytes, loss {mean_of(losses.values()):.2f}"
-            yield f"{line['state'] / ddp['state']:.0%} of AdamW's state each"
+            yield f"{line['state'] / ddp['state']:.0%} of AdamW's state per worker"
     found = {name: mean_of([line['test_acc'] for _, line in fresh])
              for name, _, fresh in vit_runs()}
-    yield 'accuracy {:.2f} (AdamW {:.2f}; on q and v only: {:.2f})'.format(
-        found['LoRA, rank 32'], found['AdamW'], found['LoRA, rank 32 on q and v'])
+    yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(
+        found['LoRA, rank 32 on attention and MLP'], found['AdamW'],
+        found['LoRA, rank 32 on q and v'])
     _, whole, losses = tuned(pick('finetune', 'method=full param_dtype=bfloat16'))
     adamw = f'(AdamW {mean_of(losses.values()):.2f})'
     for text, own in ((f'SmolLM2: {{:.2f}} {adamw} in {{:.0%}} of', 'method=adafactor_int8'),
                       ('SmolLM2: {:.2f} in {:.0%} (rank', 'method=lora rank=64 load_in_4bit='),
-                      ('(rank 8: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
-                      ('SmolLM2: {:.2f} in {:.0%} |', 'load_in_4bit=True')):
+                      ('(rank 8, one seed: {:.2f} in {:.0%})', 'method=lora rank=8 load_in_4bit='),
+                      ('SmolLM2: {:.2f} in {:.0%} (one seed)', 'load_in_4bit=True')):
         _, line, losses = tuned(pick('finetune', own))
         share = line['predicted']['total'] / whole['predicted']['total']
         yield text.format(mean_of(losses.values()), share)
@@ -579,7 +583,7 @@ def results_facts():
             ('mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
             ('galolte', 'galore', 'GaLoLTE {} above it'),
             ('galolte', 'full', '`galolte` ends {} above AdamW'),
-            ('attn', 'logit', 'lower than attention, by {}'),
+            ('attn', 'logit', 'lower than attention\'s by {}'),
             ('mlp', 'attn', 'parameters and ends {} above attention'),
             ('attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
         difference = interval(compared(losses[name], losses[other]))
@@ -591,14 +595,18 @@ def results_facts():
         _, _, losses = tuned(pick('finetune', own))
         found = sorted(f'{sign * (losses[seed] - whole[seed]):.3f}' for seed in losses)
         yield text.format(found[0], found[-1])
+    (_, line, _), (_, full, _) = (tuned(pick('finetune', f'method={method} param_dtype=bfloat16'))
+                                  for method in ('adafactor_int8', 'full'))
+    share = line['predicted']['total'] / full['predicted']['total']
+    yield f"reaches AdamW's loss with {share:.0%} of its predicted memory"
     (_, large), = pick('memory', 'batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
-    above = eighty_differences()
-    yield ('GaLore ends {galore:.3f} and GaLore with Muon {galore_muon:.3f} above AdamW, Muon '
-           '{muon:.3f} and Muon without momentum {muon_lean:.3f} below it').format(
-        **{method: abs(difference) for method, difference in above.items()})
-    yield f"and by {above['galore']:.3f} in table 3"
-    yield f"unclear in table 2 and {-above['muon']:.3f} in table 3"
+    late = ' and '.join(f'{difference:.3f}' for difference in galore_muon_at_80())
+    yield f'GaLore with Muon ends {late} above AdamW (seeds 1 and 1337)'
+    rows = by_method(80)
+    muon, lean, galore = (interval(rows[method]) for method in ('muon', 'muon_lean', 'galore'))
+    yield (f'Muon ends at {muon} relative to AdamW, Muon without momentum at {lean}, and GaLore '
+           f'at {galore}')
     slower = [line['sequential'][1] / line['parallel'][1] - 1 for _, line in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for cell, line in pick('heads'):
@@ -613,15 +621,14 @@ def results_facts():
 FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts}
 TABLES = {
     'README.md': {
-        '| Method | Config | State | Δ loss, 20 bytes | Δ loss, 80 bytes | Memory, 1B | Memory, 7B |':
+        '| Method | Config | Loss vs AdamW, 20 bytes | 80 bytes | State | Memory, 1B | 7B |':
             overview},
     'docs/results.md': {
         '| method, 20 bytes | state | learning rate (tried) | seeds | loss, mean (range) '
         '| minus AdamW | minus Muon without momentum | verdict |': lambda: comparison(20),
         '| method, 80 bytes | state | learning rate (tried) | seeds | loss, mean (range) '
-        '| minus AdamW | minus Muon without momentum |':
-            lambda: (row[:-1] for row in comparison(80)),  # no rate is bracketed
-        '| method, 80 bytes | state | learning rate: loss, seed 1337 | minus AdamW |': eighty,
+        '| minus AdamW | minus Muon without momentum | verdict |': lambda: comparison(80),
+        '| method, 80 bytes | learning rate: loss, seed 1337 |': rates_at_80,
         '| method | learning rate: loss |': rates,
         '| parameters | steps | AdamW | Muon | Muon without momentum | GaLore | GaLore with Muon |':
             sizes,
@@ -630,21 +637,21 @@ TABLES = {
         '| method | loss | W, attention | W, MLP | W - W₀, attention | W - W₀, MLP |': ranks,
         '| method | state | bytes per step | relative to DDP | loss, seed 1337 | loss, seed 1 |':
             wire,
-        '| method | 1B: weights | state | gradients | activations | total | 7B: weights | state '
-        '| gradients | total |': memory,
+        '| method | 1B: weights | state | gradients | activations and temporaries | total '
+        '| 7B: weights | state | gradients | total |': memory,
         '| model | full rank | LoRA, rank 4 | LoRA, rank 16 | LoRA, rank 64 | GaLore, rank 64 |':
             vit_memory,
-        '| optimizer | bytes/parameter | learning rate | 8-bit weights | float32 | bfloat16 '
-        '| 8-bit minus float32 |': int8,
+        '| optimizer | text, bytes/parameter | learning rate | 8-bit weights | float32 weights '
+        '| bfloat16 weights | 8-bit minus float32 |': int8,
         '| learning rate | share of int8 values that a step changes | error of one step '
-        '| error of 60 steps in one direction |': rounding,
+        '| error after 60 equal steps |': rounding,
         '| method | trained | learning rate: loss when tuned | loss, seeds 1337, 1, 2 | memory, GB '
-        '| memory minus activations, GB |': finetune,
+        '| of which weights, state and gradients, GB |': finetune,
         '| layers with adapters | trained parameters | learning rate | loss, mean (range) '
         '| minus full rank | verdict |': layers,
         '| method | trained parameters | learning rate: validation loss, seed 1337 '
         '| test accuracy, seeds 1 to 5 |': vit,
-        '| ours against | 25M, float32 | 25M, bfloat16 | 135M, float32 | 135M, bfloat16 |': peers,
+        '| compared | 25M, float32 | 25M, bfloat16 | 135M, float32 | 135M, bfloat16 |': peers,
         "| method | time of a step relative to AdamW's |": times}}
 
 

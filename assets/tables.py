@@ -551,7 +551,16 @@ def readme_facts():
         yield f'| {early:.2f} below AdamW at 20 bytes, {late:.2f} at 80'
     mine, other = (by_seed(pick('int8', f'method={own}')) for own in (
         'muon_int8', 'muon_lean param_dtype=float32'))
-    yield f'| {compared(mine, other)["mean"]:.2f} (unclear) above `muon_lean` at 20 bytes'
+    late, exact = (by_seed(pick('eighty', f'seed=1 method={method} param_dtype='))['1']
+                   for method in ('muon_int8', 'muon_lean'))
+    yield (f"| {compared(mine, other)['mean']:.2f} (unclear) above `muon_lean` at 20 bytes, "
+           f'{late - exact:.2f} at 80 (one seed)')
+    leads = []
+    for width in (96, 144, 256):
+        adamw, muon = (tuned(pick('twenty', f'n_embd={width} times=20 method={method} optim_bits= '
+                                  'weight_decay=0.1'))[1]['loss'] for method in ('full', 'muon'))
+        leads.append(f'{adamw - muon:.2f}')
+    yield '{}, {} and {} at 0.5M, 1.1M and 3.3M'.format(*leads)
     (_, ddp, _), *_ = rows = [*sent_and_losses()]
     for sent, line, losses in rows:
         if sent['method'] == 'local_muon' or sent.get('merge_every') == '10':

@@ -99,7 +99,7 @@ methods='config/methods/full.py config/methods/mhlora.py config/methods/galore.p
 if [ "$device" = cpu ]; then
   speed speed_gpt python bench.py speed train_gpt.py config/quickstart.py $methods --device=cpu
 else
-  # one step of real sizes; two processes at a time share the memory
+  # one step of real sizes; two methods at a time share the memory
   for method in mhlora lte galore galore_lean muon; do
     speed "speed_gpt2_$method" python bench.py speed train_gpt.py config/gpt2.py config/methods/full.py \
       config/methods/$method.py --batch_size=8 --gradient_accumulation_steps=1 --device="$device"

@@ -10,27 +10,24 @@ have random weights and the shapes of a 25M LLaMA and of SmolLM2-135M. Steps tra
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import in_turns
 from common import keep_freed_memory
 from galore import GaLoreAdamW, LowRankOptimizer
 from lowrank import apply_galore, apply_mhlora, freeze_rest
+from measure import commit, write_record
 from model import Llama, LlamaConfig
-from measure import ROOT, commit, processor
-from optim import is_fast_in_bfloat16
 
 SIZES = {'25m': dict(n_embd=384, n_layer=8, n_head=6, intermediate_size=1024, vocab_size=32000),
          '135m': dict(n_embd=576, n_layer=30, n_head=9, n_kv_head=3, intermediate_size=1536,
                       vocab_size=49152, tied=True)}
 LINEARS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
-RANK = {'lora': 16, 'galore': 128}
 BATCH, TIME = 4, 256
 
 
@@ -54,11 +51,19 @@ def their_model(size):
 
 def matrices(model):
     """Returns (the weights of attention and MLP, all other parameters)."""
-    inside = [p for name, p in model.named_parameters() if name.split('.')[-2] in LINEARS]
-    return inside, [p for p in model.parameters() if not any(p is q for q in inside)]
+    inside = {name: p for name, p in model.named_parameters() if name.split('.')[-2] in LINEARS}
+    others = [p for name, p in model.named_parameters() if name not in inside]
+    return [*inside.values()], others
 
 
-def stepper(model, loss_of, optimizers, dtype):
+def loss_of(model, x, y):
+    if isinstance(model, Llama):
+        return model(x, y)
+    logits = model(x).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+
+
+def stepper(dtype, model, *optimizers):
     """Returns a function that makes a training step."""
     tokens = torch.randint(1000, (BATCH, TIME + 1))
 
@@ -72,70 +77,62 @@ def stepper(model, loss_of, optimizers, dtype):
     return step
 
 
-def our_loss(model, x, y):
-    return model(x, y)
-
-
-def their_loss(model, x, y):
-    logits = model(x).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+# -----------------------------------------------------------------------------
+# the comparisons: each returns (model, optimizer) of ours and (model, *optimizers) of theirs
 
 
 def adamw(model):
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [torch.optim.AdamW(trained, lr=1e-4, fused=True)]
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def full_rank(size, dtype):
+def full_rank(size):
     """Compares with transformers and torch's fused AdamW."""
     ours, theirs = our_model(size), their_model(size)
-    return (stepper(ours, our_loss, [LowRankOptimizer(ours, lr=1e-4)], dtype),
-            stepper(theirs, their_loss, adamw(theirs), dtype))
+    return (ours, LowRankOptimizer(ours, lr=1e-4)), (theirs, adamw(theirs))
 
 
-def lora(size, dtype):
+def lora(size):
     """Compares with PEFT on transformers and torch's fused AdamW."""
     from peft import LoraConfig, get_peft_model
-    ours, theirs = our_model(size), their_model(size)
-    apply_mhlora(ours, ('attn', 'mlp'), rank=RANK['lora'], alpha=32.0)
+    ours = our_model(size)
+    apply_mhlora(ours, ('attn', 'mlp'), rank=16, alpha=32.0)
     freeze_rest(ours)
-    theirs = get_peft_model(theirs, LoraConfig(
-        r=RANK['lora'], lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0))
-    return (stepper(ours, our_loss, [LowRankOptimizer(ours, lr=1e-4)], dtype),
-            stepper(theirs, their_loss, adamw(theirs), dtype))
+    theirs = get_peft_model(their_model(size), LoraConfig(
+        r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0))
+    return (ours, LowRankOptimizer(ours, lr=1e-4)), (theirs, adamw(theirs))
 
 
 def galore_groups(model):
     inside, others = matrices(model)
-    return [dict(params=others), dict(params=inside, rank=RANK['galore'], update_proj_gap=10**9,
-                                      scale=0.25, proj_type='std')]
+    return [dict(params=others), dict(params=inside, rank=128, update_proj_gap=10**9, scale=0.25,
+                                      proj_type='std')]
 
 
-def galore_layers(size, dtype):
-    """Compares our layers with galore-torch on our model, without new projections."""
+def galore_torch(size):
+    """Returns our model with the optimizer of galore-torch, without new projections."""
     from galore_torch import GaLoreAdamW as TheirGaLore
-    ours, theirs = our_model(size), our_model(size)
-    apply_galore(ours, ('attn', 'mlp'), rank=RANK['galore'])
-    return (stepper(ours, our_loss, [LowRankOptimizer(ours, update_proj_gap=10**9)], dtype),
-            stepper(theirs, our_loss, [TheirGaLore(galore_groups(theirs))], dtype))
+    model = our_model(size)
+    return model, TheirGaLore(galore_groups(model))
 
 
-def galore_drop_in(size, dtype):
-    """Compares our drop-in with galore-torch on our model, without new projections."""
-    from galore_torch import GaLoreAdamW as TheirGaLore
-    ours, theirs = our_model(size), our_model(size)
-    return (stepper(ours, our_loss, [GaLoreAdamW(galore_groups(ours))], dtype),
-            stepper(theirs, our_loss, [TheirGaLore(galore_groups(theirs))], dtype))
+def galore_layers(size):
+    ours = our_model(size)
+    apply_galore(ours, ('attn', 'mlp'), rank=128)
+    return (ours, LowRankOptimizer(ours, update_proj_gap=10**9)), galore_torch(size)
 
 
-def muon(size, dtype):
+def galore_drop_in(size):
+    ours = our_model(size)
+    return (ours, GaLoreAdamW(galore_groups(ours))), galore_torch(size)
+
+
+def muon(size):
     """Compares with torch.optim.Muon and fused AdamW on our model."""
     ours, theirs = our_model(size), our_model(size)
     inside, others = matrices(theirs)
-    optimizers = [torch.optim.Muon(inside, lr=1e-3),
-                  torch.optim.AdamW(others, lr=1e-3, fused=True)]
-    return (stepper(ours, our_loss, [LowRankOptimizer(ours, rule='muon')], dtype),
-            stepper(theirs, our_loss, optimizers, dtype))
+    return (ours, LowRankOptimizer(ours, rule='muon')), (
+        theirs, torch.optim.Muon(inside, lr=1e-3), torch.optim.AdamW(others, lr=1e-3, fused=True))
 
 
 def main():
@@ -145,28 +142,16 @@ def main():
     parser.add_argument('--sizes', default='25m,135m')
     options = parser.parse_args()
     keep_freed_memory()
-    dtypes = [torch.float32]
-    if is_fast_in_bfloat16(torch.device('cpu')):
-        dtypes.append(torch.bfloat16)
     for size in options.sizes.split(','):
         for compare in (full_rank, lora, galore_layers, galore_drop_in, muon):
-            for dtype in dtypes:
-                seconds = [], []
-                steps = compare(size, dtype)
-                for i in range(options.rounds + 2):  # the first two rounds warm up
-                    for step, found in zip(steps, seconds):
-                        start = time.perf_counter()
-                        step()
-                        found.append(time.perf_counter() - start)
-                ratios = [a / b for a, b in zip(*(found[2:] for found in seconds))]
-                medians = [statistics.median(found[2:]) for found in seconds]
-                line = dict(
-                    cell=dict(size=size, compare=compare.__name__, dtype=str(dtype)[6:]),
-                    seconds=medians, ratio=[min(ratios), statistics.median(ratios), max(ratios)],
-                    machine=processor(), commit=commit(), date=time.strftime('%Y-%m-%d'))
-                print(line, flush=True)
-                with open(ROOT / 'assets/peers.jsonl', 'a', encoding='utf-8') as file:
-                    file.write(json.dumps(line) + '\n')
+            for dtype in (torch.float32, torch.bfloat16):
+                ours, theirs = (stepper(dtype, *side) for side in compare(size))
+                seconds = in_turns({'ours': ours, 'theirs': theirs}, options.rounds)
+                ratios = [a / b for a, b in zip(*seconds.values())]
+                cell = dict(size=size, compare=compare.__name__, dtype=str(dtype)[6:])
+                found = dict(seconds=[*map(statistics.median, seconds.values())],
+                             ratio=[min(ratios), statistics.median(ratios), max(ratios)])
+                write_record('peers', cell, found, commit())
 
 
 if __name__ == '__main__':

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lowrank
 from checkpoint import load_checkpoint, load_weights
 from common import init_distributed
-from config import fail
 from quant import sum_dtype
 
 
@@ -54,8 +53,6 @@ def ranks_of_run(folder) -> list[dict]:
     for path in Path(folder).glob('*.pt'):
         checkpoint = load_checkpoint(path)
         found[checkpoint['step']] = checkpoint
-    if not found:
-        fail(f"'{folder}' has no .pt file: name the out_dir of a run")
     checkpoint = found[min(found)]  # a resumed run may have another seed
     settings = checkpoint['settings']
     name = 'train_vit' if 'img_size' in settings else (
@@ -77,8 +74,6 @@ def ranks_of_run(folder) -> list[dict]:
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        fail('name the out_dir of a run')
     for record in ranks_of_run(sys.argv[1]):
         for key, name in (('W', 'W'), ('change', 'W - W_0')):
             ranks = ', '.join(f'{kind} {effective:.1f} ({stable:.1f})'

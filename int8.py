@@ -17,17 +17,15 @@ with whole gradients and AdamW's moments.
 
 from collections.abc import Iterable
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from galore import TARGETS, WEIGHT, Target
-from lowrank import (LowRankLinear, ZeroFactor, Zeros, check_not_frozen, names_of_targets,
-                     replace_linears)
+from lowrank import ZeroFactor, Zeros, names_of_targets, replace_linears
 from quant import update_
 
 
-class Int8Linear(ZeroFactor, LowRankLinear):
+class Int8Linear(ZeroFactor):
     """
     A linear layer whose weight is trained at full rank in 8 bits.
 
@@ -43,9 +41,7 @@ class Int8Linear(ZeroFactor, LowRankLinear):
         """Does nothing: there is nothing beside W."""
 
     def forward_heads(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and not self.has_optimizer:
-            raise ValueError('nothing would train: 8-bit weights are updated by '
-                             'galore.LowRankOptimizer, which has to be built first')
+        self.check_optimizer()
         return self.product(x, None, self.factor, is_zero=True)
 
 
@@ -68,6 +64,6 @@ def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
     (with a warning) weights whose n is not a multiple of 32, keep their dtype and are trained
     likewise."""
     chosen, zeros = names_of_targets(model, targets), Zeros()
-    check_not_frozen(model, chosen)
-    replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits)
+    replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits,
+                    trains_weight=True)
     return chosen

@@ -466,6 +466,14 @@ def times():
 # sentences
 
 
+def late_differences(method, baseline):
+    """Returns the differences of two methods after 80 bytes per parameter, by seed. Methods run at
+    one rate there, except on the tuning seed."""
+    mine, others = (by_seed(pick(f'eighty param_dtype= method={own} learning_rate={rate}'))
+                    for own, rate in (method, baseline))
+    return [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
+
+
 def finetuned(settings):
     """Returns the losses of a fine-tuning by seed, and its memory relative to AdamW's."""
     (best, losses), (whole, _) = (tuned(pick(f'finetune {own}'))
@@ -482,6 +490,12 @@ def readme_facts():
     coarse, exact = (by_seed(pick(f'int8 method={own}')) for own in (
         'muon_int8', 'muon_lean param_dtype=float32'))
     yield f"| {compared(coarse, exact)['mean']:.2f} (unclear) above `muon_lean` at 20 bytes"
+    coarse = late_differences(('muon_int8', '0.032'), ('muon_lean', '0.032'))
+    yield f'{fmean(coarse):.2f} at 80 ({len(coarse)} seeds)'
+    mean = compared(early['galore']['losses'], early['galore_muon']['losses'])['mean']
+    late_muon = late_differences(('galore_muon', '0.032'), ('full', '0.016'))
+    yield (f'| {mean:.2f} below `galore` at 20 bytes, {fmean(late_muon):.2f} above AdamW at 80 '
+           f'({len(late_muon)} seeds)')
     leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
     yield '{:.2f}, {:.2f} and {:.2f} at 0.5M, 1.1M and 3.3M'.format(*leads)
     for name, state, _, share, *losses in wire():
@@ -517,6 +531,24 @@ def results_facts():
     late = by_method(80)
     yield ('Muon ends at {} relative to AdamW, Muon without momentum at {}, and GaLore at '
            '{}').format(*(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
+    large, = pick('memory batch_size=32')
+    yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
+    slower = [run['sequential'][1] / run['parallel'][1] - 1 for run in pick('heads')]
+    yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
+    for run in pick('heads'):
+        yield (f"Rank {run['rank']}: {bracketed(*run['parallel'])} of the time with "
+               f"{1 - run['trained']:.0%} fewer")
+    whole, _ = finetuned('method=full')
+    for settings, sign, text in (
+            ('method=adafactor_int8', -1, 'on 8-bit weights ends {:.3f} to {:.3f} below AdamW'),
+            ('rank=64 load_in_4bit=', 1, 'LoRA of rank 64 ends {:.3f} to {:.3f} above AdamW')):
+        losses, share = finetuned(settings)
+        found = sorted(sign * (losses[seed] - whole[seed]) for seed in losses)
+        yield text.format(found[0], found[-1])
+        yield f'{share:.0%} of its predicted memory'
+    more = [(run['peak_memory_bytes'] - run['predicted']['total']) / 1e9
+            for run in pick('finetune')]
+    yield f'needs {min(more):.2f} to {max(more):.2f} GB more'
 
 
 FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts}

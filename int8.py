@@ -40,7 +40,7 @@ class Int8Linear(ZeroFactor):
     def reset_parameters(self) -> None:
         """Does nothing: there is nothing beside W."""
 
-    def forward_heads(self, x: Tensor) -> Tensor:
+    def forward_with_factors(self, x: Tensor) -> Tensor:
         self.check_optimizer()
         return self.product(x, None, self.factor, is_zero=True)
 

@@ -5,8 +5,7 @@
 # makes them 40 times cheaper at 7B; adafactor_int8 needs none.
 # Learning rate: use muon_lean's. At 0.5M parameters the loss is then 0.01 above that of float32
 # weights after 20 bytes per parameter, and 0.02 after 80 (docs/results.md). To fine-tune
-# SmolLM2-135M-Instruct, 8e-4 is the best of three rates and the lowest tried; adafactor_int8 ends
-# lower.
+# SmolLM2-135M-Instruct, 8e-4 is the best of four rates, but adafactor_int8 ends lower.
 optimizer = 'muon'
 momentum = 0.0
 per_layer, grad_clip, weight_bits = True, 0.0, 8

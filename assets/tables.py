@@ -507,7 +507,9 @@ def readme_facts():
     yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(
         accuracy['LoRA, rank 32 on attention and MLP'], accuracy['AdamW'],
         accuracy['LoRA, rank 32 on q and v'])
-    for text, settings in (('SmolLM2: {:.2f} (AdamW 2.41) in {:.0%} of', 'method=adafactor_int8'),
+    adamw = fmean(finetuned('method=full')[0].values())
+    for text, settings in ((f'SmolLM2: {{:.2f}} (AdamW {adamw:.2f}) in {{:.0%}} of',
+                            'method=adafactor_int8'),
                            ('SmolLM2: {:.2f} in {:.0%} (rank', 'rank=64 load_in_4bit='),
                            ('(rank 8, one seed: {:.2f} in {:.0%})', 'rank=8 load_in_4bit='),
                            ('SmolLM2: {:.2f} in {:.0%} (one seed)', 'load_in_4bit=True')):
@@ -529,7 +531,7 @@ def results_facts():
             ('attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
         yield text.format(difference(losses[name], losses[other]).replace('+', ''))
     late = by_method(80)
-    yield ('Muon ends at {} relative to AdamW, Muon without momentum at {}, and GaLore at '
+    yield ("Muon's loss minus AdamW's is {}, that of Muon without momentum {}, and that of GaLore "
            '{}').format(*(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
     large, = pick('memory batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"

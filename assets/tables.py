@@ -1,5 +1,5 @@
 """
-The tables of README.md and docs/results.md, from the records in assets/*.jsonl:
+The tables of README.md, docs/results.md and docs/appendix.md, from the records in assets/*.jsonl:
 
 $ python assets/tables.py           # writes them into the pages
 $ python assets/tables.py --check   # lists what differs, and fails if anything does
@@ -553,14 +553,28 @@ def results_facts():
     yield f'needs {min(more):.2f} to {max(more):.2f} GB more'
 
 
-FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts}
+def appendix_facts():
+    """Yields sentences that docs/appendix.md must have."""
+    galore, = pick('twenty method=galore rank=96')
+    adamw = {run['learning_rate']: run['loss'] for run in pick(
+        f'twenty method=full n_embd=96 times=20 seed={TUNING} weight_decay=0.1')}
+    yield f"its loss ({galore['loss']:.3f}) is below AdamW's ({adamw['0.016']:.3f})"
+    yield f"At twice this rate AdamW ends at {adamw['0.032']:.3f}"
+    change = {name: float(row[-1]) for name, text, *row in variants() if '2,048' in text}
+    yield ("raise the loss of AdamW and Muon by {AdamW:.2f} and that of Muon without momentum by "
+           '{Muon without momentum:.2f}').format(**change)
+
+
+FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts,
+         'docs/appendix.md': appendix_facts}
 NUMBERED = {1: lambda: comparison(20), 2: lambda: comparison(80), 3: sizes, 4: int8, 5: wire,
             6: memory, 7: vit_memory, 8: finetune, 9: vit,
             10: lambda: rates('twenty n_embd=96 times=20'), 11: lambda: rates('eighty'),
             12: variants, 13: ranks, 14: rounding, 15: layers, 16: peers, 17: times, 18: splits}
 # {page: {the text that a table follows: function of its rows}}
-TABLES = {'README.md': {'| Method | Config |': overview},
-          'docs/results.md': {f'**Table {n}. ': rows for n, rows in NUMBERED.items()}}
+TABLES = {'README.md': {'| Method | Config |': overview}} | {
+    page: {f'**Table {n}. ': NUMBERED[n] for n in numbers}
+    for page, numbers in (('docs/results.md', range(1, 10)), ('docs/appendix.md', range(10, 19)))}
 
 
 def with_tables(page: str, tables: dict) -> str:

@@ -526,6 +526,9 @@ def results_facts():
            '{}').format(*(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
     large, = pick('memory batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
+    rerun, = pick('bridge method=muon_lean commit=86c3ce5')
+    old, = pick('twenty method=muon_lean n_embd=96 times=20 seed=1')
+    yield f"ended at {rerun['loss']:.3f} in place of {old['loss']:.3f}"
     slower = [run['sequential'][1] / run['parallel'][1] - 1 for run in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for run in pick('heads'):

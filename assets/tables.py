@@ -224,9 +224,23 @@ def state_of(row):
     return run['optimizer_state_bytes']
 
 
+def losses_of_short_runs():
+    """Returns {method: {seed: loss}} of the model of table 2 after 20 bytes per parameter, each
+    method at the best rate of the seeds that have all of its rates."""
+    found = {'muon_lean': by_seed(pick('int8 method=muon_lean param_dtype=float32'))}
+    for method in ('full', 'muon', 'galore', 'galore_muon'):
+        by_rate = {}
+        for run in pick(f'short method={method}'):
+            by_rate.setdefault(run['learning_rate'], {})[run['seed']] = run['loss']
+        shared = set.intersection(*map(set, by_rate.values()))
+        found[method] = min(by_rate.values(), key=lambda losses: sum(losses[s] for s in shared))
+    return found
+
+
 def comparison(times):
     """Methods beside AdamW and beside Muon without momentum."""
     rows = rows_at(times)
+    short = losses_of_short_runs() if times == 80 else {}
     lean = next(row for row in rows if row['method'] == 'muon_lean')
     for row in by_loss(rows):
         losses = row['losses']
@@ -234,7 +248,9 @@ def comparison(times):
                f"{rate_of(row['learning_rate'])} ({len(row['tried'])})", len(losses),
                spread(losses.values()), row['difference'],
                '' if row is lean else interval(compared(losses, lean['losses'])),
-               row['verdict']]
+               row['verdict'],
+               *(difference(short[method], short['full']) for method in short
+                 if method == row['method'])]
 
 
 def overview():
@@ -310,6 +326,8 @@ CHANGES = (
     ('variants method=full embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=full'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
     ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),
+    ('svd method=galore', 'rank 72', 'variants method=galore rank=72'),
+    ('svd method=galore', 'rank 96, the full width', 'variants method=galore rank=96'),
     ('svd method=galore', 'SVD, as published', 'svd method=galore_svd'),
     ('svd method=galore', 'first projections from one step', 'bridge commit=3dbdcbb'),
     ('svd method=galore', 'first projections from five steps', 'bridge commit=48a3eca'),

@@ -165,11 +165,11 @@ def interval(row):
 
 
 def difference(mine, others):
-    """The difference of losses {seed: loss}, with an interval from three common seeds on."""
+    """The mean difference of losses {seed: loss}, with an interval from three common seeds on."""
     seeds = sorted(mine.keys() & others.keys())
     if len(seeds) > 2:
         return interval(compared(mine, others))
-    return f'{mine[seeds[0]] - others[seeds[0]]:+.3f}'
+    return f'{fmean(mine[seed] - others[seed] for seed in seeds):+.3f}'
 
 
 def spread(values):
@@ -275,7 +275,7 @@ def overview():
             state = f"{state_of(early[method]) / state_of(early['full']):.0%}"
         is_config = method in NAMES
         yield [NAMES[method] if is_config else 'AdamW, 8-bit moments',
-               f'`{method}`' if is_config else '–', *losses, state,
+               f'`{method}`' if is_config else '`full --optim_bits=8`', *losses, state,
                *(totals.get((method, size), '–') for size in ('1b', '7b'))]
 
 

@@ -550,6 +550,9 @@ def results_facts():
     late = by_method(80)
     yield ("Muon's loss minus AdamW's is {}, that of Muon without momentum {}, and that of GaLore "
            '{}').format(*(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
+    short = losses_of_short_runs()
+    lead = compared(short['full'], short['muon'])['mean']
+    yield f"in one model {lead:.3f} after 20 bytes and {-late['muon']['mean']:.3f} after 80"
     large, = pick('memory batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
     rerun, = pick('bridge method=muon_lean commit=86c3ce5')

@@ -47,6 +47,7 @@ class Int8Linear(ZeroFactor):
 
 class Int8Target(Target):
     """The weight of an Int8Linear. p.grad is G (m, n)."""
+
     def apply_update(self, update: Tensor, lr: float, decay: float) -> None:
         """W <- decay W - lr update, rounded stochastically."""
         update_(self.layer.weight, update, lr, decay, self.seed(WEIGHT), self.layer.scales)

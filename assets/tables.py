@@ -85,15 +85,18 @@ def tuned(runs):
 
 def compared(mine: dict, others: dict) -> dict:
     """Returns how losses {seed: loss} differ from a baseline's: mean, half the widths of the 95%
-    and the 90% interval, and p. Of the two tests, the wider interval and larger p are taken."""
+    and the 90% interval, and p. Of the two tests, the wider interval and larger p are taken. With
+    one common seed only the mean is a number."""
     seeds = sorted(mine.keys() & others.keys())
     a, b = ([losses[seed] for seed in seeds] for losses in (mine, others))
+    mean = fmean(x - y for x, y in zip(a, b))
+    if len(seeds) == 1:
+        return dict(mean=mean, half95=math.nan, half90=math.nan, p=math.nan)
     tests = stats.ttest_rel(a, b), stats.ttest_ind(a, b, equal_var=False)
 
     def half(level):
         intervals = [test.confidence_interval(level) for test in tests]
         return max(float(high - low) / 2 for low, high in intervals)
-    mean = fmean(x - y for x, y in zip(a, b))
     p = max(test.pvalue for test in tests)
     return dict(mean=mean, half95=half(0.95), half90=half(0.9), p=p)
 

@@ -1,5 +1,6 @@
 """
-The tables of README.md, docs/results.md and docs/appendix.md, from the records in assets/*.jsonl:
+The tables of README.md, docs/results.md and docs/appendix.md, from the records in assets/*.jsonl
+(and sentences of docs/study.md):
 
 $ python assets/tables.py           # writes them into the pages
 $ python assets/tables.py --check   # lists what differs, and fails if anything does
@@ -230,7 +231,8 @@ def state_of(row):
 def losses_of_short_runs():
     """Returns {method: {seed: loss}} of the model of table 2 after 20 bytes per parameter, each
     method at its best rate on the seeds that have all of its rates."""
-    found = {'muon_lean': by_seed(pick('int8 method=muon_lean param_dtype=float32'))}
+    found = {'muon_lean': by_seed(pick('int8 method=muon_lean param_dtype=float32')),
+             'muon_int8': by_seed(pick('int8 method=muon_int8'))}
     for runs in groups_of(pick('short')):
         by_rate = {}
         for run in runs:
@@ -265,27 +267,21 @@ def at_length(method, short):
 
 
 def overview():
-    """The README's table."""
-    early, late = by_method(20), by_method(80)
-    totals = {(run['method'] + run.get('optim_bits', ''), run['size']):
-              f"{run['total'] / 1e9:.1f} GB" + '*' * ('gradient_checkpointing' in run)
-              for run in pick('memory batch_size=')}
-    for method in ('full', 'full8', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon',
-                   'galore_int8', 'galolte', 'mhlora', 'lora'):
-        losses = [against_adamw(rows[method]) if method in rows else '–' for rows in (early, late)]
-        state = '–'
-        if method in early:
-            state = f"{state_of(early[method]) / state_of(early['full']):.0%}"
-        is_config = method in NAMES
-        yield [NAMES[method] if is_config else 'AdamW, 8-bit moments',
-               f'`{method}`' if is_config else '`full --optim_bits=8`', *losses, state,
-               *(totals.get((method, size), '–') for size in ('1b', '7b'))]
-
-
-def against_adamw(row):
-    if 'mean' not in row:
-        return f"0 ({shown(fmean(row['losses'].values()))})"
-    return f"{row['mean']:+.2f}" + ' (unclear)' * (abs(row['mean']) < row['half95'])
+    """The README's table: the model of table 2, with memory from table 6."""
+    rows, early = by_method(80), losses_of_short_runs()
+    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore_muon', 'galore'):
+        row, cells = rows[method], []
+        for mine, others in ((early[method], early['full']),
+                             (row['losses'], rows['full']['losses'])):
+            found = compared(mine, others)
+            unclear = ' (unclear)' * (abs(found['mean']) < found['half95'])
+            cells.append(shown(fmean(mine.values())) if method == 'full'
+                         else f"{found['mean']:+.2f}{unclear}")
+        cells.append(f"{state_of(row) / state_of(rows['full']):.0%}")
+        small, large = pick(f'memory method={method} batch_size= optim_bits=')
+        cells += [f"{run['total'] / 1e9:.1f} GB" for run in (small, large)]
+        is_lean = '*' * ('gradient_checkpointing' in small)
+        yield [NAMES[method] + is_lean, f'`{method}`', *cells]
 
 
 def rates(where):
@@ -420,7 +416,7 @@ def int8():
     for exact, coarse, where in (
             ('muon_lean', 'int8 method=muon_int8', 'param_dtype=float32'),
             ('adafactor', 'int8 method=adafactor_int8', 'param_dtype=float32'),
-            ('muon_lean', 'eighty method=muon_int8', 'param_dtype=')):
+            ('muon_lean', 'eighty method=muon_int8 learning_rate=0.032', 'param_dtype=')):
         runs = pick(coarse)
         at = f"{coarse.split()[0]} method={exact} learning_rate={runs[0]['learning_rate']}"
         eight, *others = losses = [
@@ -498,26 +494,26 @@ def times():
 def finetuned(settings):
     """Returns the losses of a fine-tuning by seed, and its memory relative to AdamW's."""
     (best, losses), (whole, _) = (tuned(pick(f'finetune {own}'))
-                                  for own in (settings, 'method=full'))
+                                  for own in (settings, 'method=full optim_bits='))
     return losses, best['predicted']['total'] / whole['predicted']['total']
 
 
 def readme_facts():
     """Yields sentences that README.md must have."""
-    early, late = by_method(20), by_method(80)
-    for method in ('muon', 'muon_lean'):
-        yield (f"| {-early[method]['mean']:.2f} below AdamW at 20 bytes, "
-               f"{-late[method]['mean']:.2f} at 80")
-    coarse, exact = (by_seed(pick(f'int8 method={own}')) for own in (
-        'muon_int8', 'muon_lean param_dtype=float32'))
-    yield f"| {compared(coarse, exact)['mean']:.2f} (unclear) above `muon_lean` at 20 bytes"
-    coarse, exact = (by_seed(pick(f'eighty param_dtype= method={own} learning_rate=0.032'))
-                     for own in ('muon_int8', 'muon_lean'))
-    yield f"{compared(coarse, exact)['mean']:.2f} at 80"
+    late, short = by_method(80), losses_of_short_runs()
+    for method, unclear in (('muon', ''), ('muon_lean', ''), ('muon_int8', ' (unclear)')):
+        lead = compared(short['full'], short[method])['mean']
+        yield (f"| {lead:.2f} below AdamW at 20 bytes, {-late[method]['mean']:.2f}{unclear} at 80")
+    yield f"| {state_of(late['muon']) / state_of(late['full']):.0%} of AdamW's state |"
+    coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
+    yield f'at 3.3M {coarse - exact:.2f} above `muon_lean`'
+    large, = pick('memory method=muon_int8 size=7b batch_size=')
+    yield f"all parameters of LLaMA-7B in {large['total'] / 1e9:.1f} GB (predicted)"
     quantized, = (row for row in rows_at(20) if row.get('optim_bits'))
-    yield f"| {-quantized['mean']:.2f} below AdamW at 20 bytes (one rate tried)"
-    leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
-    yield '{:.2f}, {:.2f} and {:.2f} at 0.5M, 1.1M and 3.3M'.format(*leads)
+    lost = compared(quantized['losses'], by_method(20)['muon']['losses'])['mean']
+    yield f"Muon's loss to within {abs(lost):.3f} at 20 bytes"
+    leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (144, 256)]
+    yield 'to {:.2f} at 1.1M and {:.2f} at 3.3M'.format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):
             loss = fmean(float(loss) for loss in losses if loss)
@@ -527,12 +523,13 @@ def readme_facts():
     yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(
         accuracy['LoRA, rank 32 on attention and MLP'], accuracy['AdamW'],
         accuracy['LoRA, rank 32 on q and v'])
-    adamw = fmean(finetuned('method=full')[0].values())
+    adamw = fmean(finetuned('method=full optim_bits=')[0].values())
     for text, settings in ((f'SmolLM2: {{:.2f}} (AdamW {adamw:.2f}) in {{:.0%}} of',
                             'method=adafactor_int8'),
-                           ('SmolLM2: {:.2f} in {:.0%} (rank', 'rank=64 load_in_4bit='),
-                           ('(rank 8, one seed: {:.2f} in {:.0%})', 'rank=8 load_in_4bit='),
-                           ('SmolLM2: {:.2f} in {:.0%} (one seed)', 'load_in_4bit=True')):
+                           ('SmolLM2: {:.2f} in {:.0%}; with rank', 'rank=64 load_in_4bit='),
+                           ('with rank 8: {:.2f} in {:.0%}', 'rank=8 load_in_4bit='),
+                           ('SmolLM2: {:.2f} in {:.0%} |', 'load_in_4bit=True'),
+                           ('is worse here: {:.2f} (one seed)', 'method=muon_int8')):
         losses, share = finetuned(settings)
         yield text.format(fmean(losses.values()), share)
 
@@ -540,45 +537,54 @@ def readme_facts():
 def results_facts():
     """Yields sentences that docs/results.md must have."""
     losses = {method: row['losses'] for method, row in by_method(20).items()}
+    for name, other, text in (
+            ('mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
+            ('galolte', 'galore', 'GaLoLTE {} above it')):
+        yield text.format(difference(losses[name], losses[other]).replace('+', ''))
+    late = by_method(80)
+    yield ("Muon's loss minus AdamW's is {}; without momentum it is {}; GaLore's is {}").format(
+        *(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
+    short = losses_of_short_runs()
+    lead = compared(short['full'], short['muon'])['mean']
+    yield f"from {lead:.3f} after 20 bytes to {-late['muon']['mean']:.3f} after 80, in one model"
+    large, = pick('memory batch_size=32')
+    yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
+    rerun, = pick('bridge method=muon_lean commit=86c3ce5')
+    old, = pick('twenty method=muon_lean n_embd=96 times=20 seed=1')
+    yield f"from {old['loss']:.3f} to {rerun['loss']:.3f}"
+    coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
+    yield f'At 3.3M the 8-bit weights end {coarse - exact:.2f} above'
+    whole, _ = finetuned('method=full optim_bits=')
+    for settings, sign, text in (
+            ('method=adafactor_int8', -1, 'on 8-bit weights ends {:.3f} to {:.3f} below AdamW'),
+            ('rank=64 load_in_4bit=', 1, 'LoRA of rank 64 ends {:.3f} to {:.3f} above AdamW'),
+            ('rank=8', 1, 'of rank 8 {:.3f} to {:.3f} above it'),
+            ('load_in_4bit=True', 1, 'on 4-bit weights {:.3f} to {:.3f} above it')):
+        losses, share = finetuned(settings)
+        found = sorted(sign * (losses[seed] - whole[seed]) for seed in losses)
+        yield text.format(found[0], found[-1])
+    yield f"{finetuned('method=adafactor_int8')[1]:.0%} of its predicted memory"
+    more = [(run['peak_memory_bytes'] - run['predicted']['total']) / 1e9
+            for run in pick('finetune')]
+    yield f'needs {min(more):.2f} to {max(more):.2f} GB more'
+
+
+def study_facts():
+    """Yields sentences that docs/study.md must have."""
+    losses = {method: row['losses'] for method, row in by_method(20).items()}
     losses |= {row.get('target_modules', 'none'): row['losses']
                for row in rows_of(pick('layers'), {'method': 'full'})}
     for name, other, text in (
-            ('mhlora', 'galore', 'LoRA with four heads ends {} above GaLore'),
-            ('galolte', 'galore', 'GaLoLTE {} above it'),
             ('galolte', 'full', '`galolte` ends {} above AdamW'),
             ('attn', 'logit', 'lower than attention\'s by {}'),
             ('mlp', 'attn', 'parameters and ends {} above attention'),
             ('attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
         yield text.format(difference(losses[name], losses[other]).replace('+', ''))
-    late = by_method(80)
-    yield ("Muon's loss minus AdamW's is {}, that of Muon without momentum {}, and that of GaLore "
-           '{}').format(*(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
-    short = losses_of_short_runs()
-    lead = compared(short['full'], short['muon'])['mean']
-    yield f"in one model {lead:.3f} after 20 bytes and {-late['muon']['mean']:.3f} after 80"
-    large, = pick('memory batch_size=32')
-    yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
-    rerun, = pick('bridge method=muon_lean commit=86c3ce5')
-    old, = pick('twenty method=muon_lean n_embd=96 times=20 seed=1')
-    yield f"ended at {rerun['loss']:.3f} in place of {old['loss']:.3f}"
-    coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
-    yield f'At 3.3M the 8-bit weights end {coarse - exact:.3f} above'
     slower = [run['sequential'][1] / run['parallel'][1] - 1 for run in pick('heads')]
     yield '{:.0f} and {:.0%} more at ranks 1 and 4'.format(100 * slower[0], slower[1])
     for run in pick('heads'):
         yield (f"Rank {run['rank']}: {bracketed(*run['parallel'])} of the time with "
                f"{1 - run['trained']:.0%} fewer")
-    whole, _ = finetuned('method=full')
-    for settings, sign, text in (
-            ('method=adafactor_int8', -1, 'on 8-bit weights ends {:.3f} to {:.3f} below AdamW'),
-            ('rank=64 load_in_4bit=', 1, 'LoRA of rank 64 ends {:.3f} to {:.3f} above AdamW')):
-        losses, share = finetuned(settings)
-        found = sorted(sign * (losses[seed] - whole[seed]) for seed in losses)
-        yield text.format(found[0], found[-1])
-        yield f'{share:.0%} of its predicted memory'
-    more = [(run['peak_memory_bytes'] - run['predicted']['total']) / 1e9
-            for run in pick('finetune')]
-    yield f'needs {min(more):.2f} to {max(more):.2f} GB more'
 
 
 def appendix_facts():
@@ -594,13 +600,13 @@ def appendix_facts():
 
 
 FACTS = {'README.md': readme_facts, 'docs/results.md': results_facts,
-         'docs/appendix.md': appendix_facts}
+         'docs/appendix.md': appendix_facts, 'docs/study.md': study_facts}
 NUMBERED = {1: lambda: comparison(20), 2: lambda: comparison(80), 3: sizes, 4: int8, 5: wire,
             6: memory, 7: vit_memory, 8: finetune, 9: vit,
             10: lambda: rates('twenty n_embd=96 times=20'), 11: lambda: rates('eighty'),
             12: variants, 13: ranks, 14: rounding, 15: layers, 16: peers, 17: times, 18: splits}
 # {page: {the text that a table follows: function of its rows}}
-TABLES = {'README.md': {'| Method | Config |': overview}} | {
+TABLES = {'README.md': {'| Method | Config |': overview}, 'docs/study.md': {}} | {
     page: {f'**Table {n}. ': NUMBERED[n] for n in numbers}
     for page, numbers in (('docs/results.md', range(1, 10)), ('docs/appendix.md', range(10, 19)))}
 

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from galore import TARGETS, WEIGHT, Target
-from lowrank import ZeroFactor, Zeros, names_of_targets, replace_linears
+from lowrank import ZeroFactor, Zeros, replace_linears
 from quant import update_
 
 
@@ -62,7 +62,6 @@ def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
     train them with galore.LowRankOptimizer. Returns the names of these layers. Output layers, and
     (with a warning) weights whose n is not a multiple of 32, keep their dtype and are trained
     likewise."""
-    chosen, zeros = names_of_targets(model, targets), Zeros()
-    replace_linears(model, chosen, lambda linear, bits: Int8Linear(linear, bits, zeros), bits,
-                    trains_weight=True)
-    return chosen
+    zeros = Zeros()
+    return replace_linears(model, targets, lambda linear, bits: Int8Linear(linear, bits, zeros),
+                           bits, trains_weight=True)

@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lowrank
 from checkpoint import load_checkpoint, load_weights
 from common import init_distributed
-from quant import sum_dtype
+from quant import wide_dtype
 
 
 def effective_and_stable_rank(W: torch.Tensor) -> tuple[float, float]:
     """Returns the effective rank of a matrix, the exponential of the entropy of its normalized
     singular values (Roy and Vetterli 2007), and its stable rank |W|_F^2 / |W|_2^2. Both are r for r
     equal singular values, and 0 for a zero matrix."""
-    S = torch.linalg.svdvals(W.to(sum_dtype(W)))
+    S = torch.linalg.svdvals(W.to(wide_dtype(W)))
     if S[0] == 0:
         return 0.0, 0.0
     entropy = torch.special.entr(S / S.sum()).sum()

@@ -414,7 +414,8 @@ def int8():
     for exact, coarse, where in (
             ('muon_lean', 'int8 method=muon_int8', 'param_dtype=float32'),
             ('adafactor', 'int8 method=adafactor_int8', 'param_dtype=float32'),
-            ('muon_lean', 'eighty method=muon_int8 learning_rate=0.032', 'param_dtype=')):
+            ('muon_lean', 'eighty method=muon_int8 learning_rate=0.032', 'param_dtype='),
+            ('adafactor', 'eighty method=adafactor_int8', 'param_dtype=float32')):
         runs = pick(coarse)
         at = f"{coarse.split()[0]} method={exact} learning_rate={runs[0]['learning_rate']}"
         eight, *others = losses = [
@@ -511,7 +512,7 @@ def readme_facts():
     lost = compared(quantized['losses'], by_method(20)['muon']['losses'])['mean']
     yield f"Muon's loss to within {abs(lost):.3f} at 20 bytes"
     leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
-    yield 'from {:.2f} at 0.5M to {:.2f} at 1.1M and {:.2f} at 3.3M'.format(*leads)
+    yield 'from {:.2f} at 0.5M (the model of table 3) to {:.2f} at 1.1M and {:.2f} at 3.3M'.format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):
             loss = fmean(float(loss) for loss in losses if loss)

@@ -331,8 +331,9 @@ CHANGES = (
     ('variants method=full embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=full'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
     ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),
-    ('svd method=galore', 'rank 72', 'variants method=galore rank=72'),
     ('svd method=galore', 'rank 96, the full width', 'variants method=galore rank=96'),
+    ('svd method=galore', 'rank 72', 'variants method=galore rank=72'),
+    ('svd method=galore', 'rank 24', 'variants method=galore rank=24'),
     ('svd method=galore', 'SVD, as published', 'svd method=galore_svd'),
     ('svd method=galore', 'first projections from one step', 'bridge commit=3dbdcbb'),
     ('svd method=galore', 'first projections from five steps', 'bridge commit=48a3eca'),
@@ -515,8 +516,7 @@ def readme_facts():
     yield 'from {:.2f} at 0.5M (the model of table 3) to {:.2f} at 1.1M and {:.2f} at 3.3M'.format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):
-            loss = fmean(float(loss) for loss in losses if loss)
-            yield f"{share} of DDP's bytes, loss {loss:.2f}"
+            yield f"{share} of DDP's bytes, loss {float(losses[0]):.2f}"
             yield f"{state} of AdamW's state per worker"
     accuracy = {name: fmean(run['test_acc'] for run in fresh) for name, _, fresh in vit_runs()}
     yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(

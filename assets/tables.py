@@ -528,7 +528,7 @@ def readme_facts():
                            ('SmolLM2: {:.2f} in {:.0%}; with', 'rank=64 load_in_4bit='),
                            ('--learning_rate=1e-3`: {:.2f} in {:.0%}', 'rank=8 load_in_4bit='),
                            ('SmolLM2: {:.2f} in {:.0%} |', 'load_in_4bit=True'),
-                           ('is worse here: {:.2f} (one seed)', 'method=muon_int8')):
+                           ('is worse here: {:.2f} |', 'method=muon_int8')):
         losses, share = finetuned(settings)
         yield text.format(fmean(losses.values()), share)
 

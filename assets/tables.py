@@ -328,6 +328,8 @@ CHANGES = (
     ('variants method=full embedding_lr_ratio=', 'embeddings at 10 times the rate',
      'variants embedding_lr_ratio=10'),
     ('variants method=muon_lean muon_rows=', 'blocks of 24 rows', 'variants muon_rows=24'),
+    ('twenty n_embd=144 method=muon_lean', 'blocks of 36 rows (1.1M parameters, old split)',
+     'variants muon_rows=36'),
     ('variants method=full embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=full'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
     ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),

@@ -63,5 +63,5 @@ def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),
     (with a warning) weights whose n is not a multiple of 32, keep their dtype and are trained
     likewise."""
     zeros = Zeros()
-    return replace_linears(model, targets, lambda linear, bits: Int8Linear(linear, bits, zeros),
+    return replace_linears(model, targets, lambda linear, own: Int8Linear(linear, own, zeros),
                            bits, trains_weight=True)

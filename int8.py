@@ -4,9 +4,9 @@ each block of 128 elements (or 64 or 32, if 128 does not divide the length of a 
 
     y = W x + b,    G = dL/dW (m, n),    W <- round(decay W - lr (the rule's update of G))
 
-The rounding is stochastic and unbiased (quant.update_), so that updates smaller than a
-level add up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose
-values nobody reads (lowrank.ZeroFactor). There is no projection, and only the layer that computes
+The rounding is stochastic and unbiased (quant.update_), so that updates smaller than a level add
+up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose values
+nobody reads (lowrank.ZeroFactorLinear). There is no projection, and only the layer that computes
 has a float copy of its W. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is
 updated, and then the weights are nearly all that takes memory.
 
@@ -21,11 +21,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from galore import TARGETS, WEIGHT, Target
-from lowrank import ZeroFactor, Zeros, replace_linears
+from lowrank import ZeroFactorLinear, Zeros, replace_linears
 from quant import update_
 
 
-class Int8Linear(ZeroFactor):
+class Int8Linear(ZeroFactorLinear):
     """
     A linear layer whose weight is trained at full rank in 8 bits.
 

@@ -87,7 +87,7 @@ def tuned(runs):
 def compared(mine: dict, others: dict) -> dict:
     """Returns how losses {seed: loss} differ from a baseline's: mean, half the widths of the 95%
     and the 90% interval, and p. Of the two tests, the wider interval and larger p are taken. With
-    one common seed only the mean is a number."""
+    one common seed there is a mean, and the rest is NaN."""
     seeds = sorted(mine.keys() & others.keys())
     a, b = ([losses[seed] for seed in seeds] for losses in (mine, others))
     mean = fmean(x - y for x, y in zip(a, b))
@@ -515,7 +515,8 @@ def readme_facts():
     lost = compared(quantized['losses'], by_method(20)['muon']['losses'])['mean']
     yield f"Muon's loss to within {abs(lost):.3f} at 20 bytes"
     leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
-    yield 'from {:.2f} at 0.5M (the model of table 3) to {:.2f} at 1.1M and {:.2f} at 3.3M'.format(*leads)
+    yield ('from {:.2f} at 0.5M (the model of table 3) to {:.2f} at 1.1M and {:.2f} at '
+           '3.3M').format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):
             yield f"{share} of DDP's bytes, loss {float(losses[0]):.2f}"

@@ -330,12 +330,15 @@ CHANGES = (
     ('variants method=muon_lean muon_rows=', 'blocks of 24 rows', 'variants muon_rows=24'),
     ('twenty n_embd=144 method=muon_lean', 'blocks of 36 rows (1.1M parameters, old split)',
      'variants muon_rows=36'),
+    ('twenty n_embd=256 method=muon_lean', 'blocks of 64 rows (3.3M parameters, old split)',
+     'variants muon_rows=64'),
     ('variants method=full embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=full'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
     ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),
     ('svd method=galore', 'rank 96, the full width', 'variants method=galore rank=96'),
     ('svd method=galore', 'rank 72', 'variants method=galore rank=72'),
     ('svd method=galore', 'rank 24', 'variants method=galore rank=24'),
+    ('svd method=galore', 'rank 12', 'variants method=galore rank=12'),
     ('svd method=galore', 'SVD, as published', 'svd method=galore_svd'),
     ('svd method=galore', 'first projections from one step', 'bridge commit=3dbdcbb'),
     ('svd method=galore', 'first projections from five steps', 'bridge commit=48a3eca'),
@@ -556,6 +559,17 @@ def results_facts():
     yield f"from {old['loss']:.3f} to {rerun['loss']:.3f}"
     coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
     yield f'At 3.3M the 8-bit weights end {coarse - exact:.2f} above'
+    coarse, exact = (by_seed(pick(f'eighty method={method}'))
+                     for method in ('adafactor_int8', 'adafactor param_dtype=float32'))
+    for fact in ('the 8 bits add {} at 80 bytes'.format(difference(coarse, exact)),
+                 'it ends {} above AdamW (table 2)'.format(
+                     difference(coarse, late['full']['losses']))):
+        yield fact.replace('+', '')
+    lost = compared(coarse, late['muon_int8']['losses'])['mean']
+    yield f'it ends {lost:.3f} above `muon_int8` after 80 bytes'
+    costs = [float(row[-1]) for name, text, *row in variants() if text.startswith('blocks')]
+    yield ('a quarter of the width cost {:.3f} at 0.5M parameters, {:.3f} at 1.1M and {:.3f} at '
+           '3.3M').format(*costs)
     whole, _ = finetuned('method=full optim_bits=')
     for settings, sign, text in (
             ('method=adafactor_int8', -1, 'on 8-bit weights ends {:.3f} to {:.3f} below AdamW'),

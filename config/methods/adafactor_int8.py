@@ -5,4 +5,4 @@
 # 2e-3 the quick start ends at 1.61 nats per byte.
 optimizer = 'adafactor'
 per_layer, grad_clip, weight_bits = True, 0.0, 8
-optim_bits = 8  # for what AdamW trains: embeddings, the output layer and vectors
+optim_bits = 8  # of embeddings and the output layer, which AdamW trains

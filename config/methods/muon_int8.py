@@ -9,4 +9,4 @@
 optimizer = 'muon'
 momentum = 0.0
 per_layer, grad_clip, weight_bits = True, 0.0, 8
-optim_bits = 8  # for what AdamW trains: embeddings, the output layer and vectors
+optim_bits = 8  # of embeddings and the output layer, which AdamW trains

@@ -280,6 +280,8 @@ def overview():
         cells += [f"{run['total'] / 1e9:.1f} GB" for run in (small, large)]
         is_lean = '*' * ('gradient_checkpointing' in small)
         yield [NAMES[method] + is_lean, f'`{method}`', *cells]
+    totals = [f"{run['total'] / 1e9:.1f} GB" for run in pick('memory method=full optim_bits=8')]
+    yield ['AdamW, 8-bit moments*', '`full`, [flags](docs/results.md#memory)', '', '', '', *totals]
 
 
 def rates(where):
@@ -513,7 +515,9 @@ def readme_facts():
     coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
     yield f'at 3.3M {coarse - exact:.2f} above `muon_lean`'
     large, = pick('memory method=muon_int8 size=7b batch_size=')
-    yield f"all parameters of LLaMA-7B in {large['total'] / 1e9:.1f} GB (predicted)"
+    longer, = pick('memory batch_size=32')
+    yield ('all parameters of LLaMA-7B in {:.1f} GB at 256 tokens per step, or {:.1f} GB at 8,192 '
+           '(predicted)').format(*(run['total'] / 1e9 for run in (large, longer)))
     quantized, = (row for row in rows_at(20) if row.get('optim_bits'))
     lost = compared(quantized['losses'], by_method(20)['muon']['losses'])['mean']
     yield f"Muon's loss to within {abs(lost):.3f} at 20 bytes"

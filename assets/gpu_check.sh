@@ -74,14 +74,14 @@ for file in config/methods/*.py; do
   case $method in local_*|*_2bit) continue ;; esac  # for several processes, see below
   train "gpt_$method" train_gpt.py config/quickstart.py "$file"
 done
-for method in full lora galore_lean galore_int8 muon_lean muon_int8 adafactor_int8; do
+for method in adamw lora galore_lean galore_int8 muon_lean muon_int8 adafactor_int8; do
   # shellcheck disable=SC2086  # $bf16 is several arguments
   train "llama_bf16_$method" train_llama.py config/llama_quickstart.py config/methods/$method.py $bf16
 done
-check vit_full python train_vit.py config/vit_quickstart.py --epochs=3 \
-  --device="$device" --out_dir=$out/vit_full --overwrite=True
+check vit_adamw python train_vit.py config/vit_quickstart.py --epochs=3 \
+  --device="$device" --out_dir=$out/vit_adamw --overwrite=True
 check vit_lora python train_vit.py config/vit_digits_adapt.py config/methods/lora.py --epochs=3 \
-  --init_from=$out/vit_full/best.pt --device="$device" --out_dir=$out/vit_lora --overwrite=True
+  --init_from=$out/vit_adamw/best.pt --device="$device" --out_dir=$out/vit_lora --overwrite=True
 for method in lora galore; do
   train "gpt_float16_$method" train_gpt.py config/quickstart.py config/methods/$method.py --dtype=float16
 done
@@ -89,24 +89,24 @@ train gpt_eager_galore train_gpt.py config/quickstart.py config/methods/galore.p
 check gpt_resumed_galore python train_gpt.py config/quickstart.py config/methods/galore.py \
   --device="$device" --out_dir=$out/gpt_galore --init_from=resume --max_iters=70 --eval_iters=5
 
-# times: each method beside full rank
+# times: each method relative to AdamW
 speed() {
   check "$@"
   grep -E '^[a-z_]+ .* [0-9.,]+$|ms per step' "$out/$1.txt" | tee -a $report
 }
-methods='config/methods/full.py config/methods/mhlora.py config/methods/galore.py config/methods/muon.py'
+methods='config/methods/adamw.py config/methods/mhlora.py config/methods/galore.py config/methods/muon.py'
 # shellcheck disable=SC2086
 if [ "$device" = cpu ]; then
   speed speed_gpt python bench.py speed train_gpt.py config/quickstart.py $methods --device=cpu
 else
   # one step of real sizes; two methods at a time share the memory
   for method in mhlora lte galore galore_lean muon; do
-    speed "speed_gpt2_$method" python bench.py speed train_gpt.py config/gpt2.py config/methods/full.py \
+    speed "speed_gpt2_$method" python bench.py speed train_gpt.py config/gpt2.py config/methods/adamw.py \
       config/methods/$method.py --batch_size=8 --gradient_accumulation_steps=1 --device="$device"
   done
   for method in galore galore_lean muon; do
     speed "speed_llama_60m_$method" python bench.py speed train_llama.py config/llama_60m.py \
-      config/methods/full.py config/methods/$method.py --batch_size=32 \
+      config/methods/adamw.py config/methods/$method.py --batch_size=32 \
       --gradient_accumulation_steps=1 --device="$device"
   done
 fi

@@ -21,7 +21,7 @@ from measure import BENCHES, PARAMETERS, ROOT, kept, read_lines
 TUNING = '1337'  # a seed
 SMALL = 0.02  # nats: how much the choice of a rate within a factor of 2 changes a loss
 NAMES = {
-    'full': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
+    'adamw': 'AdamW', 'muon': 'Muon', 'muon_lean': 'Muon without momentum',
     'muon_int8': 'Muon without momentum, 8-bit weights',
     'adamw_int8': 'AdamW, 8-bit weights and moments',
     'adafactor': 'Adafactor', 'adafactor_int8': 'Adafactor, 8-bit weights', 'galore': 'GaLore',
@@ -212,8 +212,8 @@ def rows_at(times):
     """Returns the rows of table 1 (20 bytes per parameter) or 2 (80), see rows_of."""
     if times == 20:
         runs = pick('twenty n_embd=96 times=20')
-        return rows_of(runs, {'method': 'full', 'weight_decay': '0.0'})
-    return rows_of(pick('eighty param_dtype='), {'method': 'full'})
+        return rows_of(runs, {'method': 'adamw', 'weight_decay': '0.0'})
+    return rows_of(pick('eighty param_dtype='), {'method': 'adamw'})
 
 
 def by_method(times):
@@ -261,27 +261,27 @@ def at_length(method, short):
     """The cell of table 2 about shorter runs of the same model; none in table 1."""
     if not short:
         return []
-    if method == 'full':
-        return [spread(short['full'].values())]
-    return [difference(short[method], short['full']) if method in short else '']
+    if method == 'adamw':
+        return [spread(short['adamw'].values())]
+    return [difference(short[method], short['adamw']) if method in short else '']
 
 
 def overview():
     """The README's table: the model of table 2, with memory from table 6."""
     rows, early = by_method(80), losses_of_short_runs()
-    for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore_muon', 'galore'):
-        row, short = rows[method], compared(early[method], early['full'])
-        cells = [shown(fmean(early['full'].values())), shown(fmean(row['losses'].values()))]
-        if method != 'full':
+    for method in ('adamw', 'muon', 'muon_lean', 'muon_int8', 'galore_muon', 'galore'):
+        row, short = rows[method], compared(early[method], early['adamw'])
+        cells = [shown(fmean(early['adamw'].values())), shown(fmean(row['losses'].values()))]
+        if method != 'adamw':
             level = ' (level)' * (row['verdict'] == 'level')
             cells = [f"{short['mean']:+.2f}", f"{row['mean']:+.2f}{level}"]
-        cells.append(f"{state_of(row) / state_of(rows['full']):.0%}")
+        cells.append(f"{state_of(row) / state_of(rows['adamw']):.0%}")
         small, large = pick(f'memory method={method} batch_size= optim_bits=')
         cells += [f"{run['total'] / 1e9:.1f} GB" for run in (small, large)]
         is_lean = '*' * ('gradient_checkpointing' in small)
         yield [NAMES[method] + is_lean, f'`{method}`', *cells]
-    totals = [f"{run['total'] / 1e9:.1f} GB" for run in pick('memory method=full optim_bits=8')]
-    yield ['AdamW, 8-bit moments*', '`full`, [flags](docs/results.md#memory)', '', '', '', *totals]
+    totals = [f"{run['total'] / 1e9:.1f} GB" for run in pick('memory method=adamw optim_bits=8')]
+    yield ['AdamW, 8-bit moments*', '`adamw`, [flags](docs/results.md#memory)', '', '', '', *totals]
 
 
 def rates(where):
@@ -305,7 +305,7 @@ def sizes():
     for (width, layers), count in PARAMETERS.items():
         if layers == '4':
             row = [f'{count / 1e6:.1f}M', f'{20 * count // 8192:,}']
-            for method in ('full', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon'):
+            for method in ('adamw', 'muon', 'muon_lean', 'muon_int8', 'galore', 'galore_muon'):
                 losses = losses_at(width, method)
                 row.append(shown(*losses[:1] if width == '96' else losses))
             yield row
@@ -314,27 +314,27 @@ def sizes():
 def splits():
     """Runs that were trained on two splits of the same text."""
     found = {}
-    for method in ('full', 'muon', 'muon_lean', 'galore'):
+    for method in ('adamw', 'muon', 'muon_lean', 'galore'):
         new, = pick(f'bridge method={method} commit=a4b1c7a seed=1')
         old, = [run for run in pick('twenty') if run['cell'] == new['cell']]
         found[method] = old['loss'], new['loss']
-        differences = [f'{a - b:+.3f}' for a, b in zip(found[method], found['full'])]
+        differences = [f'{a - b:+.3f}' for a, b in zip(found[method], found['adamw'])]
         yield [NAMES[method], *map(shown, found[method]),
-               *(differences if method != 'full' else ['', ''])]
+               *(differences if method != 'adamw' else ['', ''])]
 
 
 # a baseline (its file and settings), what is changed, and the changed runs
 CHANGES = (
-    ('variants method=full embedding_lr_ratio=', 'embeddings at 4 times the rate',
+    ('variants method=adamw embedding_lr_ratio=', 'embeddings at 4 times the rate',
      'variants embedding_lr_ratio=4'),
-    ('variants method=full embedding_lr_ratio=', 'embeddings at 10 times the rate',
+    ('variants method=adamw embedding_lr_ratio=', 'embeddings at 10 times the rate',
      'variants embedding_lr_ratio=10'),
     ('variants method=muon_lean muon_rows=', 'blocks of 24 rows', 'variants muon_rows=24'),
     ('twenty n_embd=144 method=muon_lean', 'blocks of 36 rows (1.1M parameters, old split)',
      'variants muon_rows=36'),
     ('twenty n_embd=256 method=muon_lean', 'blocks of 64 rows (3.3M parameters, old split)',
      'variants muon_rows=64'),
-    ('variants method=full embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=full'),
+    ('variants method=adamw embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=adamw'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
     ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),
     ('svd method=galore', 'rank 96, the full width', 'variants method=galore rank=96'),
@@ -375,7 +375,7 @@ def sent_and_losses():
     """Yields the runs of `wire` with the bytes of state, and {seed: loss at the best rate}."""
     for run in pick('wire n_embd=96'):
         T = run.get('merge_every', '').replace('10', '')  # T = 10 is not written in `twenty`
-        decay = '0.0' if run['method'] == 'full' else '0.1'  # as in table 1
+        decay = '0.0' if run['method'] == 'adamw' else '0.1'  # as in table 1
         best, losses = tuned(pick(
             f"twenty n_embd=96 times=20 method={run['method']} rank={run.get('rank', '')} "
             f'merge_every={T} weight_decay={decay} optim_bits='))
@@ -454,7 +454,7 @@ def finetune():
 
 def layers():
     names = {'attn': 'attention', 'mlp': 'MLP', 'logit': 'output layer', '': 'none (full rank)'}
-    for row in by_loss(rows_of(pick('layers'), {'method': 'full'})):
+    for row in by_loss(rows_of(pick('layers'), {'method': 'adamw'})):
         modules = row.get('target_modules', '').split(',')
         yield [', '.join(names[module] for module in modules),
                f"{row['trainable_parameters'] / 1e6:.2f}M", rate_of(row['learning_rate']),
@@ -501,7 +501,7 @@ def times():
 def finetuned(settings):
     """Returns the losses of a fine-tuning by seed, and its memory relative to AdamW's."""
     (best, losses), (whole, _) = (tuned(pick(f'finetune {own}'))
-                                  for own in (settings, 'method=full optim_bits='))
+                                  for own in (settings, 'method=adamw optim_bits='))
     return losses, best['predicted']['total'] / whole['predicted']['total']
 
 
@@ -509,9 +509,9 @@ def readme_facts():
     """Yields sentences that README.md must have."""
     late, short = by_method(80), losses_of_short_runs()
     for method, level in (('muon', ''), ('muon_lean', ''), ('muon_int8', ' (level)')):
-        lead = compared(short['full'], short[method])['mean']
+        lead = compared(short['adamw'], short[method])['mean']
         yield f"| {lead:.2f} below AdamW at 20 bytes, {-late[method]['mean']:.2f}{level} at 80"
-    yield f"| {state_of(late['muon']) / state_of(late['full']):.0%} of AdamW's state |"
+    yield f"| {state_of(late['muon']) / state_of(late['adamw']):.0%} of AdamW's state |"
     coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
     yield f'at 3.3M {coarse - exact:.2f} above `muon_lean`'
     large, = pick('memory method=muon_int8 size=7b batch_size=')
@@ -521,7 +521,7 @@ def readme_facts():
     quantized, = (row for row in rows_at(20) if row.get('optim_bits'))
     lost = compared(quantized['losses'], by_method(20)['muon']['losses'])['mean']
     yield f"Muon's loss to within {abs(lost):.3f} at 20 bytes"
-    leads = [losses_at(width, 'full')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
+    leads = [losses_at(width, 'adamw')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
     yield ('from {:.2f} at 0.5M (the model of table 3) to {:.2f} at 1.1M and {:.2f} at '
            '3.3M').format(*leads)
     for name, state, _, share, *losses in wire():
@@ -532,7 +532,7 @@ def readme_facts():
     yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(
         accuracy['LoRA, rank 32 on attention and MLP'], accuracy['AdamW'],
         accuracy['LoRA, rank 32 on q and v'])
-    adamw = fmean(finetuned('method=full optim_bits=')[0].values())
+    adamw = fmean(finetuned('method=adamw optim_bits=')[0].values())
     for text, settings in ((f'SmolLM2: {{:.2f}} (AdamW {adamw:.2f}) in {{:.0%}} of',
                             'method=adafactor_int8'),
                            ('SmolLM2: {:.2f} in {:.0%}; with', 'rank=64 load_in_4bit='),
@@ -554,7 +554,7 @@ def results_facts():
     yield ("Muon's loss minus AdamW's is {}; without momentum it is {}; GaLore's is {}").format(
         *(interval(late[method]) for method in ('muon', 'muon_lean', 'galore')))
     short = losses_of_short_runs()
-    lead = compared(short['full'], short['muon'])['mean']
+    lead = compared(short['adamw'], short['muon'])['mean']
     yield f"from {lead:.3f} after 20 bytes to {-late['muon']['mean']:.3f} after 80, in one model"
     large, = pick('memory batch_size=32')
     yield f"256 tokens per step, or {large['total'] / 1e9:.1f} GB at 8,192"
@@ -567,14 +567,14 @@ def results_facts():
                      for method in ('adafactor_int8', 'adafactor param_dtype=float32'))
     for fact in ('the 8 bits add {} at 80 bytes'.format(difference(coarse, exact)),
                  'it ends {} above AdamW (table 2)'.format(
-                     difference(coarse, late['full']['losses']))):
+                     difference(coarse, late['adamw']['losses']))):
         yield fact.replace('+', '')
     lost = compared(coarse, late['muon_int8']['losses'])['mean']
     yield f'it ends {lost:.3f} above `muon_int8` after 80 bytes'
     costs = [float(row[-1]) for name, text, *row in variants() if text.startswith('blocks')]
     yield ('a quarter of the width cost {:.3f} at 0.5M parameters, {:.3f} at 1.1M and {:.3f} at '
            '3.3M').format(*costs)
-    whole, _ = finetuned('method=full optim_bits=')
+    whole, _ = finetuned('method=adamw optim_bits=')
     for settings, sign, text in (
             ('method=adafactor_int8', -1, 'on 8-bit weights ends {:.3f} to {:.3f} below AdamW'),
             ('rank=64 load_in_4bit=', 1, 'LoRA of rank 64 ends {:.3f} to {:.3f} above AdamW'),
@@ -584,7 +584,7 @@ def results_facts():
         found = sorted(sign * (losses[seed] - whole[seed]) for seed in losses)
         yield text.format(found[0], found[-1])
     yield f"{finetuned('method=adafactor_int8')[1]:.0%} of its predicted memory"
-    losses, share = finetuned('method=full optim_bits=8')
+    losses, share = finetuned('method=adamw optim_bits=8')
     most = max(abs(losses[seed] - whole[seed]) for seed in losses)
     yield f'ends within {most:.3f} of AdamW, in {share:.0%} of its predicted memory'
     more = [(run['peak_memory_bytes'] - run['predicted']['total']) / 1e9
@@ -596,9 +596,9 @@ def study_facts():
     """Yields sentences that docs/study.md must have."""
     losses = {method: row['losses'] for method, row in by_method(20).items()}
     losses |= {row.get('target_modules', 'none'): row['losses']
-               for row in rows_of(pick('layers'), {'method': 'full'})}
+               for row in rows_of(pick('layers'), {'method': 'adamw'})}
     for name, other, text in (
-            ('galolte', 'full', '`galolte` ends {} above AdamW'),
+            ('galolte', 'adamw', '`galolte` ends {} above AdamW'),
             ('attn', 'logit', 'lower than attention\'s by {}'),
             ('mlp', 'attn', 'parameters and ends {} above attention'),
             ('attn,mlp', 'attn', 'Attention and MLP end {} above attention')):
@@ -614,7 +614,7 @@ def appendix_facts():
     """Yields sentences that docs/appendix.md must have."""
     galore, = pick('twenty method=galore rank=96')
     adamw = {run['learning_rate']: run['loss'] for run in pick(
-        f'twenty method=full n_embd=96 times=20 seed={TUNING} weight_decay=0.1')}
+        f'twenty method=adamw n_embd=96 times=20 seed={TUNING} weight_decay=0.1')}
     yield f"its loss ({galore['loss']:.3f}) is below AdamW's ({adamw['0.016']:.3f})"
     yield f"At twice this rate AdamW ends at {adamw['0.032']:.3f}"
     change = {name: float(row[-1]) for name, text, *row in variants() if '2,048' in text}

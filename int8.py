@@ -8,7 +8,7 @@ The rounding is stochastic and unbiased (quant.update_), so that updates smaller
 up. torch gives integers no gradient: G is the gradient of a zero factor beside W, whose values
 nobody reads (lowrank.ZeroFactorLinear). There is no projection, and only the layer that computes
 has a float copy of its W. With LowRankOptimizer(model, per_layer=True) G is freed as soon as W is
-updated, and then the weights are nearly all that takes memory.
+updated; besides the weights, only the optimizer's state remains.
 
 LOMO and AdaLomo (arXiv 2306.09782, 2310.10195) also update in the backward pass, on 16-bit weights.
 Q-GaLore (arXiv 2407.08296) trains int8 weights inside a projection. torchao trains int8 weights

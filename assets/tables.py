@@ -323,20 +323,25 @@ def splits():
                *(differences if method != 'adamw' else ['', ''])]
 
 
+MUON_LEAN = 'variants method=muon_lean muon_rows= embedding_lr_ratio='
 # a baseline (its file and settings), what is changed, and the changed runs
 CHANGES = (
     ('variants method=adamw embedding_lr_ratio=', 'embeddings at 4 times the rate',
      'variants embedding_lr_ratio=4'),
     ('variants method=adamw embedding_lr_ratio=', 'embeddings at 10 times the rate',
      'variants embedding_lr_ratio=10'),
-    ('variants method=muon_lean muon_rows=', 'blocks of 24 rows', 'variants muon_rows=24'),
+    ('bridge method=muon', "embeddings at AdamW's rate", 'variants method=muon'),
+    (MUON_LEAN, "embeddings at AdamW's rate",
+     'variants method=muon_lean embedding_lr_ratio=0.125'),
+    ('svd method=galore', "embeddings at AdamW's rate", 'variants embedding_lr_ratio=0.1'),
+    (MUON_LEAN, 'blocks of 24 rows', 'variants muon_rows=24'),
     ('twenty n_embd=144 method=muon_lean', 'blocks of 36 rows (1.1M parameters, old split)',
      'variants muon_rows=36'),
     ('twenty n_embd=256 method=muon_lean', 'blocks of 64 rows (3.3M parameters, old split)',
      'variants muon_rows=64'),
     ('variants method=adamw embedding_lr_ratio=', 'batches of 2,048 bytes', 'steps method=adamw'),
     ('bridge method=muon', 'batches of 2,048 bytes', 'steps method=muon'),
-    ('variants method=muon_lean muon_rows=', 'batches of 2,048 bytes', 'steps method=muon_lean'),
+    (MUON_LEAN, 'batches of 2,048 bytes', 'steps method=muon_lean'),
     ('svd method=galore', 'rank 96, the full width', 'variants method=galore rank=96'),
     ('svd method=galore', 'rank 72', 'variants method=galore rank=72'),
     ('svd method=galore', 'rank 24', 'variants method=galore rank=24'),
@@ -571,6 +576,10 @@ def results_facts():
         yield fact.replace('+', '')
     lost = compared(coarse, late['muon_int8']['losses'])['mean']
     yield f'it ends {lost:.3f} above `muon_int8` after 80 bytes'
+    adamw, *slowed = (pick(f'variants embedding_lr_ratio={ratio}')[0]['loss']
+                      for ratio in ('', 0.25, 0.125, 0.1))
+    yield ('Muon still ends {:.3f} below AdamW, Muon without momentum {:.3f} and GaLore '
+           '{:.3f}').format(*(adamw - loss for loss in slowed))
     costs = [float(row[-1]) for name, text, *row in variants() if text.startswith('blocks')]
     yield ('a quarter of the width cost {:.3f} at 0.5M parameters, {:.3f} at 1.1M and {:.3f} at '
            '3.3M').format(*costs)

@@ -1,4 +1,4 @@
-# Full rank on 8-bit weights by Muon without momentum, during the backward pass: attention and MLP
+# Muon without momentum at full rank on 8-bit weights, in the backward pass: attention and MLP
 # have no optimizer state. Gradients cannot be clipped, and with gradient accumulation all of them
 # stay in memory: use a larger batch with gradient_checkpointing instead.
 # With few tokens per step Muon's matrix products take longer than the model's. --muon_rows=128

@@ -270,11 +270,8 @@ def overview():
     """The README's table: the model of table 2, with memory from table 6."""
     rows, early = by_method(80), losses_of_short_runs()
     for method in ('adamw', 'muon', 'muon_lean', 'muon_int8', 'galore_muon', 'galore'):
-        row, short = rows[method], compared(early[method], early['adamw'])
-        cells = [shown(fmean(early['adamw'].values())), shown(fmean(row['losses'].values()))]
-        if method != 'adamw':
-            level = ' (level)' * (row['verdict'] == 'level')
-            cells = [f"{short['mean']:+.2f}", f"{row['mean']:+.2f}{level}"]
+        row = rows[method]
+        cells = [shown(fmean(losses.values())) for losses in (early[method], row['losses'])]
         cells.append(f"{state_of(row) / state_of(rows['adamw']):.0%}")
         small, large = pick(f'memory method={method} batch_size= optim_bits=')
         cells += [f"{run['total'] / 1e9:.1f} GB" for run in (small, large)]
@@ -513,9 +510,9 @@ def finetuned(settings):
 def readme_facts():
     """Yields sentences that README.md must have."""
     late, short = by_method(80), losses_of_short_runs()
-    for method, level in (('muon', ''), ('muon_lean', ''), ('muon_int8', ' (level)')):
+    for method in ('muon', 'muon_lean', 'muon_int8'):
         lead = compared(short['adamw'], short[method])['mean']
-        yield f"| {lead:.2f} below AdamW at 20 bytes, {-late[method]['mean']:.2f}{level} at 80"
+        yield f"| {lead:.2f} below AdamW at 20 bytes, {-late[method]['mean']:.2f} at 80"
     yield f"| {state_of(late['muon']) / state_of(late['adamw']):.0%} of AdamW's state |"
     coarse, exact = (losses_at('256', method)[0] for method in ('muon_int8', 'muon_lean'))
     yield f'at 3.3M {coarse - exact:.2f} above `muon_lean`'

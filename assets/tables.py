@@ -277,8 +277,10 @@ def overview():
         cells += [f"{run['total'] / 1e9:.1f} GB" for run in (small, large)]
         is_lean = '*' * ('gradient_checkpointing' in small)
         yield [NAMES[method] + is_lean, f'`{method}`', *cells]
-    totals = [f"{run['total'] / 1e9:.1f} GB" for run in pick('memory method=adamw optim_bits=8')]
-    yield ['AdamW, 8-bit moments*', '`adamw`, [flags](docs/results.md#memory)', '', '', '', *totals]
+    for method, mark, flags in (('muon', '', '`--optim_bits=8`'), ('adamw', '*', 'see table 6')):
+        runs = pick(f'memory method={method} optim_bits=8')
+        yield [f'{NAMES[method]}, 8-bit moments{mark}', f'`{method}`, {flags}', '', '', '',
+               *(f"{run['total'] / 1e9:.1f} GB" for run in runs)]
 
 
 def rates(where):
@@ -528,21 +530,24 @@ def readme_facts():
            '3.3M').format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):
-            yield f"{share} of DDP's bytes, loss {float(losses[0]):.2f}"
-            yield f"{state} of AdamW's state per worker"
+            first, second = map(float, losses)
+            yield f'| {first:.2f}, second seed {second:.2f}'
+            yield f"{share} of DDP's bytes, {state} of AdamW's state per worker"
     accuracy = {name: fmean(run['test_acc'] for run in fresh) for name, _, fresh in vit_runs()}
     yield 'accuracy {:.2f} (AdamW {:.2f}; LoRA on q and v only: {:.2f})'.format(
         accuracy['LoRA, rank 32 on attention and MLP'], accuracy['AdamW'],
         accuracy['LoRA, rank 32 on q and v'])
     adamw = fmean(finetuned('method=adamw optim_bits=')[0].values())
-    for text, settings in ((f'SmolLM2: {{:.2f}} (AdamW {adamw:.2f}) in {{:.0%}} of',
+    for text, settings in ((f'SmolLM2: {{:.2f}} (AdamW {adamw:.2f}) | {{:.0%}} of',
                             'method=adafactor_int8'),
-                           ('SmolLM2: {:.2f} in {:.0%}; with', 'rank=64 load_in_4bit='),
                            ('--learning_rate=1e-3`: {:.2f} in {:.0%}', 'rank=8 load_in_4bit='),
-                           ('SmolLM2: {:.2f} in {:.0%} |', 'load_in_4bit=True'),
                            ('is worse here: {:.2f} |', 'method=muon_int8')):
         losses, share = finetuned(settings)
         yield text.format(fmean(losses.values()), share)
+    (plain, share), (exact, less) = (finetuned(f'rank=64 load_in_4bit={bits}')
+                                     for bits in ('', True))
+    yield (f'SmolLM2: {fmean(plain.values()):.2f}; with `--load_in_4bit=True` '
+           f"{fmean(exact.values()):.2f} | {share:.0%} of AdamW's memory; in 4 bits {less:.0%} |")
 
 
 def results_facts():

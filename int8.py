@@ -20,7 +20,7 @@ from collections.abc import Iterable
 import torch.nn as nn
 from torch import Tensor
 
-from galore import TARGETS, WEIGHT, Target
+from galore import UPDATERS, WEIGHT, Updater
 from lowrank import ZeroFactorLinear, Zeros, replace_linears
 from quant import update_
 
@@ -45,7 +45,7 @@ class Int8Linear(ZeroFactorLinear):
         return self.product(x, None, self.factor, is_zero=True)
 
 
-class Int8Target(Target):
+class Int8Updater(Updater):
     """The weight of an Int8Linear. p.grad is G (m, n)."""
 
     def apply_update(self, update: Tensor, lr: float, decay: float) -> None:
@@ -53,7 +53,7 @@ class Int8Target(Target):
         update_(self.layer.weight, update, lr, decay, self.seed(WEIGHT), self.layer.scales)
 
 
-TARGETS[Int8Linear] = Int8Target
+UPDATERS[Int8Linear] = Int8Updater
 
 
 def apply_int8(model: nn.Module, targets: Iterable[str] = ('attn', 'mlp'),

@@ -528,7 +528,7 @@ def readme_facts():
     lost = compared(quantized['losses'], by_method(20)['muon']['losses'])
     yield f"as Muon at 20 bytes ({lost['mean']:+.3f} ± {lost['half95']:.3f})"
     leads = [losses_at(width, 'adamw')[0] - losses_at(width, 'muon')[0] for width in (96, 144, 256)]
-    yield ("from {:.2f} at 0.5M (table 3) to {:.2f} at 1.1M and {:.2f} at "
+    yield ('from {:.2f} at 0.5M (table 3) to {:.2f} at 1.1M and {:.2f} at '
            '3.3M').format(*leads)
     for name, state, _, share, *losses in wire():
         if name in ('Muon, local SGD, 2 bits', 'GaLoLTE in 2 bits, rank 48, T = 10'):

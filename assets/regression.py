@@ -96,6 +96,31 @@ def main():
         print(inputs, method, sequences, f'rate {rate}', *(f'{last:.2g}' for last, _ in runs))
     with open(HERE / 'regression.jsonl', 'w') as file:
         file.writelines(json.dumps(record) + '\n' for record in records)
+    draw(records)
+
+
+def draw(records):
+    import matplotlib.pyplot as plt
+    styles = {('adamw', 1): ('AdamW, full rank', 'black', '-'),
+              ('svd', 1): ('GaLore, SVD', 'tab:blue', '-'),
+              ('random', 1): ('GaLore, linear sketch', 'tab:orange', '-'),
+              ('single sequences', 256): ('GaLore, old sketch, 256 sequences', 'tab:red', '-'),
+              ('single sequences', 16): ('GaLore, old sketch, 16 sequences', 'tab:red', '--'),
+              ('single sequences', 4): ('GaLore, old sketch, 4 sequences', 'tab:red', '-.'),
+              ('single sequences', 1): ('GaLore, old sketch, 1 sequence', 'tab:red', ':')}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout='constrained')
+    for ax, inputs in zip(axes, INPUTS):
+        for record in records:
+            key = record['method'], record['sequences']
+            if record['inputs'] == inputs and key in styles:
+                label, color, line = styles[key]
+                losses = [loss / record['curve'][0] for loss in record['curve']]
+                ax.plot(range(0, STEPS, 5), losses, line, color=color, label=label)
+        ax.set(title=f'{inputs.capitalize()} inputs', xlabel='step', yscale='log', ylim=(1e-6, 2))
+    axes[0].set_ylabel('loss, relative to the first')
+    axes[1].legend(fontsize='small', loc='lower right')
+    figure.suptitle('Linear regression: GaLore with linear sketches converges as with an SVD')
+    figure.savefig(HERE / 'regression.png', dpi=150)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
 """
-Trains a LLaMA that is larger than one GPU, at full rank by AdamW or Muon, or by GaLore. Each process
-holds some rows of each weight and of its moments, and gathers the weights of a block when it
-computes (FSDP2, torch.distributed.fsdp.fully_shard):
+Trains a LLaMA that is larger than one GPU, at full rank by AdamW or Muon, or by GaLore. Each
+process holds some rows of each weight and of its moments, and gathers the weights of a block when
+it computes (FSDP2, torch.distributed.fsdp.fully_shard):
 
 $ torchrun --standalone --nproc_per_node=4 extras/train_fsdp.py config/llama_1b.py \
       config/methods/galore.py
 
 It trains what train_llama.py trains. Weights, gradients and moments are DTensors, so the optimizer
-of galore.py runs on them as it is. GaLore's projections, a few percent of the weights in a typical
-setting, are whole in each process.
+of galore.py runs on them as it is. GaLore's projections are whole in each process. The checkpoint
+is one file, which process 0 writes: the memory of its computer has to hold all weights and moments.
 
 Ctrl-C ends a run after the current step and saves it; --init_from=resume continues it.
 """
@@ -155,7 +155,8 @@ class ShardedProjectedLinear(ProjectedLinear):
         most = math.ceil(self.long / world)  # rows in a process; the last ones may have fewer
         rows = max(min(most, self.long - process * most), 0)
         self.B = nn.Parameter(DTensor.from_local(
-            self.zeros(rows), mesh, [Shard(0)], shape=(self.long, self.rank), stride=(self.rank, 1)))
+            self.zeros(rows), mesh, [Shard(0)], shape=(self.long, self.rank),
+            stride=(self.rank, 1)))
 
     def forward(self, x):
         if not torch.is_grad_enabled():
@@ -198,12 +199,11 @@ for module in [*model.blocks, model]:
         module.compile()
     fully_shard(module, mesh=mesh, mp_policy=precision)
 model.to_empty(device=device)
-# process 0 draws the weights of train_llama.py, on the CPU, and sends each process its rows
-start = Llama(model_config).state_dict() if process == 0 and not resumes else {}
-if not resumes:
+if not resumes:  # process 0 draws the weights of train_llama.py and sends each process its rows
+    start = Llama(model_config).state_dict() if process == 0 else {}
     set_model_state_dict(model, start, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True, strict=False))
-del start
+    del start
 for layer in lowrank_layers(model):
     layer.shard()
 optimizer = LowRankOptimizer(
@@ -216,16 +216,16 @@ optimizer.batches = [*batches_of_one_shape(matrices, world * 2**24)]
 
 
 def whole(x):
-    """A tensor of all rows in process 0, on the CPU. All processes take part."""
+    """All rows of a tensor, on the CPU, in process 0. All processes take part."""
+    if not torch.is_tensor(x):
+        return x
     x = x.full_tensor() if isinstance(x, DTensor) else x
-    if torch.is_tensor(x):
-        return x.detach().cpu() if process == 0 else None
-    return x
+    return x.detach().cpu() if process == 0 else None
 
 
 def rows_like(x, p):
-    """This process's rows of x, if p is sharded."""
-    if not isinstance(p, DTensor) or x.shape != p.shape:
+    """This process's rows of x, if p is a sharded tensor of x's shape."""
+    if not isinstance(p, DTensor) or not torch.is_tensor(x) or x.shape != p.shape:
         return x
     return distribute_tensor(x.to(device), mesh, p.placements, src_data_rank=None)
 
@@ -237,13 +237,12 @@ if resumes:
     for key in ('dataset', 'block_size', 'lowrank', 'target_modules', 'rank', 'rule'):
         assert config[key] == saved['config'][key], \
             f"{out_dir} has {key}={saved['config'][key]!r}, and a resumed run cannot change it"
-    state = model.state_dict()
-    saved['model'] = {name: rows_like(x, state[name]) for name, x in saved['model'].items()}
+    for name, p in model.named_parameters():
+        if name in saved['model']:
+            saved['model'][name] = rows_like(saved['model'][name], p)
     params = [p for group in optimizer.param_groups for p in group['params']]
     for i, state in saved['optimizer']['state'].items():
-        for key, x in state.items():
-            if torch.is_tensor(x):
-                state[key] = rows_like(x, params[i])
+        state.update({key: rows_like(x, params[i]) for key, x in state.items()})
     load_state(model, optimizer, saved)
     first_step, best = saved['step'], saved['best']
     del saved, state

@@ -4,7 +4,7 @@ is a worker: it trains all weights on its own rows of the batch. Every merge_eve
 continue from the mean of their weights, or from what an outer optimizer makes of it:
 
 $ torchrun --standalone --nproc_per_node=4 extras/train_local.py config/quickstart.py \
-      config/methods/muon.py --merge_every=50 --outer_lr=0.7 --outer_momentum=0.6 --sync_bits=2
+      config/methods/muon.py --sync_bits=2
 
 With AdamW inside and momentum outside this is DiLoCo (2311.08105), and with Muon MuLoCo
 (2505.23725). With --lowrank=galolte the matrices train inside a projection, and only their changes
@@ -49,8 +49,8 @@ seed = 1337
 # workers
 merge_every = 10  # steps between merges; all intervals are multiples of it
 sync_bits = 32  # per element of what workers send; or 2, with error feedback
-outer_lr = 1.0  # of SGD with Nesterov momentum, through which the mean change of the workers goes at
-outer_momentum = 0.0  # a merge (DiLoCo); at 1 and 0 a merge averages
+outer_lr = 1.0  # of SGD with Nesterov momentum, through which the mean change of the workers goes
+outer_momentum = 0.0  # at a merge (DiLoCo); at 1 and 0 a merge averages
 # data: a step trains on batch_size * gradient_accumulation_steps sequences, of all workers together
 dataset = 'data/cnn_dailymail'  # a folder made by prepare.py
 batch_size = 12
@@ -158,13 +158,13 @@ if compile:
     for block in model.blocks:
         block.compile()
 
-# What all workers have in common: the weights after the last merge, the momentum of the outer
-# optimizer. GaLoLTE's layers merge by themselves.
+# what all workers have in common are the weights after the last merge, `base`, and the momentum of
+# the outer optimizer; GaLoLTE's layers merge by themselves
 heads = {layer.B for layer in lowrank_layers(model)}
 replicas = [p for p in model.parameters() if p.requires_grad and p not in heads]
-base = parameters_to_vector(replicas).detach()
-bases = dict(zip(replicas, (x.view_as(p) for p, x in zip(
-    replicas, base.split([p.numel() for p in replicas])))))
+base = parameters_to_vector(replicas).detach()  # one vector, so that one message is enough
+parts = base.split([p.numel() for p in replicas])
+bases = {p: part.view_as(p) for p, part in zip(replicas, parts)}
 velocity = torch.zeros_like(base) if outer_momentum else None
 error = torch.zeros_like(base) if sync_bits == 2 else None  # see two_bits.py
 

@@ -17,8 +17,8 @@ BLOCK = 64  # elements that share a step
 
 
 def pack(x):
-    """Bytes (..., 18) for x (..., 64): a code of 2 bits for each element, which stands for -3, -1, 1
-    or 3 half steps, and the step in bfloat16."""
+    """Bytes (..., 18) for x (..., 64): a code of 2 bits for each element, which stands for -3, -1,
+    1 or 3 half steps, and the step in bfloat16."""
     step = x.norm(dim=-1, keepdim=True) / 8  # near the best one for Gaussian elements
     level = (x / step.clamp_min(torch.finfo(x.dtype).tiny)).floor_().clamp_(-2, 1) + 0.5
     # the step of least squares: a larger error than x itself would make error feedback diverge

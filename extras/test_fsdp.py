@@ -91,9 +91,11 @@ def interrupted(how, *args):
         if str(target).endswith('ckpt.pt') and os.path.exists(target):
             os._exit(0)
         replace(source, target)
-    with patch.object(os, 'replace', replace_or_die if how == 'kill' else replace):
-        with patch.object(LowRankOptimizer, 'step', step if how == 'kill' else step_and_interrupt):
-            train(*args)
+    if how == 'kill':  # in this process only
+        os.replace = replace_or_die
+    else:
+        LowRankOptimizer.step = step_and_interrupt
+    train(*args)
 
 
 # Steps 3 and 4 are inside the windows of sketches, of which each process has its own.

@@ -98,9 +98,9 @@ def interrupted(how, *args):
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
-    with patch.object(os, 'replace', replace_or_die):
-        with patch.object(LowRankOptimizer, 'step', step if how == 'kill' else step_and_interrupt):
-            train(*args)
+    os.replace = replace_or_die  # in this process only
+    LowRankOptimizer.step = step if how == 'kill' else step_and_interrupt
+    train(*args)
 
 
 # Step 4 is inside the windows of sketches. Moments, errors and B are different in each process.
@@ -113,18 +113,17 @@ def test_interrupted_run_resumes_bit_for_bit(data, tmp_path, case, how, world):
         with forked(world, interrupted, how, data, tmp_path / 'b', case) as processes:
             processes[1].join(60)
             processes[0].kill()
-        assert {path.name for path in (tmp_path / 'b').glob('ckpt*.pt')} == \
-            {'ckpt_0_4.pt', 'ckpt_0_8.pt', 'ckpt_1_4.pt'}
+        left = {path.name for path in (tmp_path / 'b').glob('ckpt*.pt')}
+        assert left == {'ckpt_0_4.pt', 'ckpt_0_8.pt', 'ckpt_1_4.pt'}
     else:
         in_processes(world, interrupted, how, data, tmp_path / 'b', case)
         assert (tmp_path / 'b/ckpt_0_4.pt').exists()
     in_processes(world, train, data, tmp_path / 'b', case, '--init_from=resume')
-    for process in range(world):
-        a, b = (saved(tmp_path / name, process) for name in 'ab')
-        assert same(a, b)
-        for name in saved(tmp_path / 'a')['model']:  # all workers have the same weights
-            if 'error' not in name:
-                assert torch.equal(a['model'][name], saved(tmp_path / 'a')['model'][name])
+    states = [saved(tmp_path / 'a', process) for process in range(world)]
+    assert same(states, [saved(tmp_path / 'b', process) for process in range(world)])
+    for state in states:  # all workers have the same weights
+        close(*({name: x for name, x in each['model'].items() if 'error' not in name}
+                for each in (state, states[0])), 0)
     assert logged(tmp_path / 'a', 'train_loss')[-2:] == logged(tmp_path / 'b', 'train_loss')[-2:]
 
 
@@ -161,7 +160,6 @@ def test_counted_bytes_are_what_is_sent(data, tmp_path, case, world):
         assert sent == 20 * 2 * size * (world - 1) / world
     if case == 'two bits':
         assert sent == pytest.approx(20 * 2 * size / 64 * 2.25 * (world - 1) / world, rel=0.01)
-    assert counted[-1] == pytest.approx(2 * counted[0], rel=0.3)
 
 
 def test_two_bit_messages_keep_what_they_lose():

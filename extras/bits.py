@@ -116,26 +116,22 @@ class Moment8:
 
     def __init__(self, x, signed):
         self.signed = signed
-        code = self.code(x.device)
         self.codes, self.absmax = torch.ops.bitsandbytes.quantize_blockwise(
-            x.float().contiguous(), code, 256)
-
-    def code(self, device):
-        return code_of_moments(self.signed).to(device)
+            x.contiguous(), levels_of_moments(signed, x.device), 256)
 
     def to_float(self, device):
-        codes, absmax = self.codes.to(device), self.absmax.to(device)
+        levels = levels_of_moments(self.signed, device)
         return torch.ops.bitsandbytes.dequantize_blockwise(
-            codes, absmax, self.code(device), 256, torch.float32)
+            self.codes.to(device), self.absmax.to(device), levels, 256, torch.float32)
 
     def __matmul__(self, C):
         return Moment8(self.to_float(C.device) @ C.float(), self.signed)
 
 
 @functools.cache
-def code_of_moments(signed):
+def levels_of_moments(signed, device):
     from bitsandbytes.functional import create_dynamic_map  # its import takes a second
-    return create_dynamic_map(signed)
+    return create_dynamic_map(signed).to(device)
 
 
 torch.serialization.add_safe_globals([Moment8])  # checkpoints are loaded with weights_only=True
@@ -147,7 +143,7 @@ def adam8bit(gradients, states, group):
     for G, state in zip(gradients, states):
         moments = {key: x.to_float(G.device) if isinstance(x, Moment8) else x
                    for key, x in state.items()}
-        updates += adam([G.float()], [moments], group)
+        updates += [update.to(G.dtype) for update in adam([G.float()], [moments], group)]
         state.update(step=moments['step'], exp_avg=Moment8(moments['exp_avg'], True),
                      exp_avg_sq=Moment8(moments['exp_avg_sq'], False))
     return updates

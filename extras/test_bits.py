@@ -16,7 +16,8 @@ from extras.bits import (InBackward, Int8Linear, Int8ProjectedLinear, Moment8, N
                          adafactor, adam8bit, change_, muon_without_momentum)
 from galore import LowRankOptimizer, adam, gather_state, load_state, orthogonal
 from lowrank import MHLoRALinear, ProjectedLinear, merged_state_dict, replace_linears
-from test_lowrank import close, double, normal, parametrize, same, tiny_llama
+from test_lowrank import (close, data, double, forked, in_processes, interrupted, method_file,
+                          normal, parametrize, same, saved, tiny_llama, train)
 
 
 def linear(m, n, dtype=double):
@@ -25,56 +26,51 @@ def linear(m, n, dtype=double):
     return layer
 
 
+def levels(layer):
+    """The distance (m, n) between the levels of an int8 weight."""
+    blocks = layer.weight.unflatten(1, (layer.scales.shape[1], -1))
+    return layer.scales.expand_as(blocks).flatten(1)
+
+
 # -----------------------------------------------------------------------------
 # rounding
 
 
 @parametrize('compiles', [False, True])  # compiling takes half a minute on a slow CPU
 def test_rounding_is_unbiased_and_off_by_one_level_at_most(compiles, monkeypatch):
-    """Two thirds of a level are lost, or a whole one is added, if rounding is to nearest."""
     if compiles:
         monkeypatch.setattr(bits, 'compiled', lambda f, device: torch.compile(f, dynamic=True))
     torch.manual_seed(0)
     layer, update = Int8Linear(linear(3, 256, torch.float32)), normal(3, 256, seed=2).float()
-    plain = layer.merged_weight()
-    codes, scales = layer.weight.clone(), layer.scales.clone()
-    exact, total = plain * 0.99 - 1e-4 * update, torch.zeros_like(plain)
-    level = scales.expand(3, 2, 128).reshape(3, 256)
-    for _ in range(400):
+    start, codes, scales = layer.merged_weight(), layer.weight.clone(), layer.scales.clone()
+    level = levels(layer).clone()
+
+    def change_codes():
         layer.weight.copy_(codes)
         layer.scales.copy_(scales)
         layer.change(lambda rows: update[rows], 1e-4, 0.99)
-        assert ((layer.merged_weight() - exact).abs() <= 1.01 * level).all()
-        total += layer.merged_weight() / 400
-    # the standard error is at most half a level / 20
-    assert ((total - exact) / level).abs().max() < 0.13
+        return layer.merged_weight()
 
-    W, total = plain.bfloat16(), torch.zeros_like(plain)
-    exact = W.float() - 1e-4 * update
-    level = exact.abs() / 128
-    for _ in range(400):
-        new = W.clone()
-        change_(new, update, 1e-4)
-        assert ((new.float() - exact).abs() <= 1.01 * level + 1e-7).all()
-        total += new.float() / 400
-    assert ((total - exact) / (level + 1e-6)).abs().max() < 0.13
+    def change_plain():
+        W = start.bfloat16()
+        change_(W, update, 1e-4, 0.99)
+        return W.float()
+    of_plain = start.bfloat16().float() * 0.99 - 1e-4 * update
+    for change, exact, level in ((change_codes, start * 0.99 - 1e-4 * update, level),
+                                 (change_plain, of_plain, of_plain.abs() / 128 + 1e-9)):
+        results = torch.stack([change() for _ in range(400)])
+        assert ((results - exact).abs() <= 1.01 * level).all()
+        # a standard error is half a level / 20 at most
+        assert ((results.mean(0) - exact) / level).abs().max() < 0.13
 
 
 def test_bfloat16_keeps_what_is_not_finite():
     """A sum that overflows would turn NaN into a zero, and a diverged run would be saved."""
-    nan = torch.tensor([0x7fffffff], dtype=torch.int32).view(torch.float32).item()
-    W = torch.tensor([[nan, torch.inf, -torch.inf, float('nan'), 0.0, 1.5]], dtype=torch.bfloat16)
-    W.view(torch.int16)[0, 0] = 0x7fff
-    kept = W.clone()
+    W = torch.tensor([[0.0, torch.inf, -torch.inf, 0.0, 1.5]], dtype=torch.bfloat16)
+    W.view(torch.int16)[0, 0] = 0x7fff  # a GPU's NaN
     for _ in range(20):
         change_(W, torch.zeros_like(W), 1.0)
-        assert torch.equal(W.isnan(), kept.isnan()) and torch.equal(W[0, 1:3], kept[0, 1:3])
-        assert torch.equal(W[0, 4:], kept[0, 4:])
-
-
-def test_large_matrices_are_changed_in_slices(monkeypatch):
-    assert sum(len(range(7)[rows]) for rows in bits.slices_of_rows(torch.zeros(7, 2**17))) == 7
-    assert len([*bits.slices_of_rows(torch.zeros(7, 2**17))]) == 4
+    assert W[0, 0].isnan() and W[0, 1:].tolist() == [torch.inf, -torch.inf, 0.0, 1.5]
 
 
 # -----------------------------------------------------------------------------
@@ -131,20 +127,16 @@ def test_adam8bit_is_adam_and_turns_with_the_projection(tmp_path):
 
 @parametrize('m,n', [(96, 64), (64, 96)])
 def test_int8_linear_steps_like_a_plain_one(m, n):
-    layer, x, dy = Int8Linear(linear(m, n), weight_decay=0.1), normal(5, n), normal(5, m, seed=3)
-    layer.lr, W = 0.01, layer.merged_weight()
-    level = layer.scales.expand(m, -1, n // layer.scales.shape[1]).reshape(m, n)
-    assert (W - linear(m, n).weight).abs().div(level).max() <= 0.5 + 1e-9
-    x.requires_grad_()
+    layer, dy = Int8Linear(linear(m, n), weight_decay=20.0), normal(5, m, seed=3)
+    layer.lr, W, x = 0.01, layer.merged_weight(), normal(5, n).requires_grad_()
+    assert (W - linear(m, n).weight).abs().div(levels(layer)).max() <= 0.5 + 1e-9
     y = layer(x)
     y.backward(dy)
     close(y, x @ W.T)
     close(x.grad, dy @ W)  # of W before the step
     update, = adafactor([dy.T @ x.detach()], [{}])
-    moved = layer.merged_weight() - (W * (1 - 0.01 * 0.1) - 0.01 * update)
-    assert moved.abs().div(layer.scales.expand_as(W.unflatten(1, layer.scales.shape[1:2] + (-1,)))
-                           .reshape(m, n)).max() < 1.0001
-    assert layer.states['weight']['step'] == 1 and moved.abs().max() < 0.02
+    off = layer.merged_weight() - (0.8 * W - 0.01 * update)
+    assert off.abs().div(levels(layer)).max() < 1.0001 and off.mean().abs() < 1e-4
 
 
 @parametrize('m,n', [(96, 64), (64, 96)])
@@ -159,11 +151,11 @@ def test_int8_galore_has_the_gradients_of_galore(m, n):
         y = each(inputs)
         y.backward(dy)
         grads.append([y, inputs.grad, each.B.grad, each.Z.grad])
-        each.apply_update(each.B.grad, 1e-3, 0.99)
+        each.apply_update(each.B.grad, 1e-2, 0.99)
     for a, b in zip(*grads):
         close(a, b)
     off = layer.merged_weight() - plain.weight
-    assert off.abs().max() <= 1.0001 * layer.scales.max() and off.mean().abs() < 3e-5
+    assert off.abs().div(levels(layer)).max() < 1.0001 and off.mean().abs() < 1e-4
 
 
 def test_nf4_is_that_of_bitsandbytes():
@@ -204,17 +196,14 @@ def test_no_weight_in_floating_point_is_saved(make):
 
 
 def make(kind):
-    torch.manual_seed(0)
     model = tiny_llama().float()
-    targets = ['attn', 'mlp']
     if kind == 'int8':
         model.bfloat16()
-        replace_linears(model, targets, Int8Linear)
+        replace_linears(model, ['attn', 'mlp'], Int8Linear)
         model.rest = InBackward(model, adam8bit, dict(betas=(0.9, 0.999)))
-    else:
-        replace_linears(model, targets, lambda linear: Int8ProjectedLinear(linear, 8))
-    return model, LowRankOptimizer(model, 1e-2, rule='adam8bit' if kind == 'galore' else 'adam',
-                                   update_proj_gap=6)
+        return model, LowRankOptimizer(model)
+    replace_linears(model, ['attn', 'mlp'], lambda linear: Int8ProjectedLinear(linear, 8))
+    return model, LowRankOptimizer(model, 1e-2, rule='adam8bit', update_proj_gap=6)
 
 
 def weights_of(model):
@@ -245,3 +234,14 @@ def test_training_learns_and_resumes_bit_for_bit(kind, tmp_path):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_script_with_8bit_moments_resumes_bit_for_bit(data, tmp_path):
+    pytest.importorskip('bitsandbytes')
+    argv = method_file('galore', '--rule=adam8bit')
+    in_processes(1, train, 'llama', data, tmp_path / 'a', *argv)
+    with forked(1, interrupted, 'ctrl-c', 'llama', data, tmp_path / 'b', *argv):
+        pass
+    in_processes(1, train, 'llama', data, tmp_path / 'b', *argv, '--init_from=resume')
+    a, b = (saved(tmp_path / out) for out in 'ab')
+    assert same(a['model'], b['model']) and a['step'] == b['step'] == 8

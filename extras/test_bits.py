@@ -67,10 +67,11 @@ def test_rounding_is_unbiased_and_off_by_one_level_at_most(compiles, monkeypatch
 def test_bfloat16_keeps_what_is_not_finite():
     """A sum that overflows would turn NaN into a zero, and a diverged run would be saved."""
     W = torch.tensor([[0.0, torch.inf, -torch.inf, 0.0, 1.5]], dtype=torch.bfloat16)
-    W.view(torch.int16)[0, 0] = 0x7fff  # a GPU's NaN
+    update = torch.zeros(1, 5)
+    update.view(torch.int32)[0, 0] = 0x7fffffff  # a GPU's NaN
     for _ in range(20):
-        change_(W, torch.zeros_like(W), 1.0)
-    assert W[0, 0].isnan() and W[0, 1:].tolist() == [torch.inf, -torch.inf, 0.0, 1.5]
+        change_(W, update, 1.0)
+        assert W[0, 0].isnan() and W[0, 1:].tolist() == [torch.inf, -torch.inf, 0.0, 1.5]
 
 
 # -----------------------------------------------------------------------------

@@ -68,6 +68,8 @@ def train(method, inputs, sequences, rate, seed):
                 state['Q'] = torch.linalg.svd(G).Vh[:RANK].T
             else:
                 state['Q'] = orthonormal(normal(SIZE, RANK) if old is None else Y)
+                if old is not None and method != 'single sequences':
+                    state['Q'] = torch.linalg.svd(Y, full_matrices=False).U
                 if old is not None:
                     textbook.rotate(state, old.T @ state['Q'])
             Y, Omega = 0, normal(SIZE, RANK)

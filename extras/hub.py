@@ -181,8 +181,7 @@ def write_model(net, source, to, dtype=torch.float32):
     folder = hub_folder(source)
     base, _ = base_of(folder)
     copy_tokenizer([folder, base], to)
-    weights = {name: x.to('cpu', dtype).contiguous() for name, x in merged_state_dict(net).items()
-               if not name.endswith('_extra_state')}
+    weights = {name: x.to('cpu', dtype).contiguous() for name, x in merged_state_dict(net).items()}
     # an output layer that has learned by itself is no longer the embedding
     tied = torch.equal(weights['lm_head.weight'], weights['model.embed_tokens.weight'])
     if tied:

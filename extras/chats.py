@@ -134,8 +134,8 @@ def documents(path, tokenizer):
 
 
 def read_rows(paths, tokenizer, block_size, share=0.05):
-    """The rows (train, validation) of files. Of equal prompts none is in both: a hash decides. A row
-    longer than block_size loses its end, and is left out if it then has no target."""
+    """The rows (train, validation) of files. A hash decides, so that equal prompts are on one side.
+    A row longer than block_size loses its end, and is left out if it then has no target."""
     found = [document for path in paths for document in documents(path, tokenizer)]
     hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key, _, _ in found]
     border = sorted(hashes)[int(share * len(hashes))]

@@ -80,7 +80,7 @@ class HubLlama(Llama):
 # -----------------------------------------------------------------------------
 # reading
 
-# what changes a model's outputs: the supported values, of which the first one holds if none is given
+# what changes a model's outputs, and the supported values; the first one holds if none is given
 SUPPORTED = dict(model_type=('llama', 'mistral', 'qwen2', 'qwen3'), hidden_act=('silu', 'swish'),
                  attention_bias=(False, None), mlp_bias=(False, None), partial_rotary_factor=(1.0,),
                  rope_type=('default', 'llama3'), quantization_config=(None,))

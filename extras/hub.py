@@ -142,6 +142,8 @@ def read_model(source, dtype=torch.float32):
     if adapter:
         add_adapter(weights, adapter, load_file(Path(folder, 'adapter_model.safetensors')))
     net.load_state_dict(weights, assign=True)
+    # an adapter may have separated the output layer from the embedding
+    net.config.tied = weights['lm_head.weight'] is weights['model.embed_tokens.weight']
     if net.config.tied:
         net.lm_head.weight = net.model.embed_tokens.weight
     return net.requires_grad_()
@@ -165,6 +167,12 @@ def add_adapter(weights, adapter, factors):
 # writing
 
 
+def write_tensors(tensors, path):
+    save_file(tensors, path, metadata={'format': 'pt'})
+    # save_file lets nobody but the owner read it
+    path.chmod(path.with_name('tokenizer.json').stat().st_mode)
+
+
 def copy_tokenizer(folders, to):
     """Copies what belongs to the tokenizer, from the first folder that has it."""
     Path(to).mkdir(parents=True, exist_ok=True)
@@ -186,7 +194,7 @@ def write_model(net, source, to, dtype=torch.float32):
     tied = torch.equal(weights['lm_head.weight'], weights['model.embed_tokens.weight'])
     if tied:
         del weights['lm_head.weight']
-    save_file(weights, Path(to, 'model.safetensors'), metadata={'format': 'pt'})
+    write_tensors(weights, Path(to, 'model.safetensors'))
     config = json.loads(Path(base, 'config.json').read_text())
     name = str(dtype).removeprefix('torch.')
     config |= {'tie_word_embeddings': tied, 'torch_dtype': name, 'dtype': name}  # version 4, 5
@@ -205,7 +213,7 @@ def write_adapter(net, source, to):
         A, B = layer.as_one_head()  # (H r, n), (m, H r)
         tensors[f'base_model.model.{name}.lora_A.weight'] = A.detach().float().cpu().contiguous()
         tensors[f'base_model.model.{name}.lora_B.weight'] = B.detach().float().cpu().contiguous()
-    save_file(tensors, Path(to, 'adapter_model.safetensors'), metadata={'format': 'pt'})
+    write_tensors(tensors, Path(to, 'adapter_model.safetensors'))
     Path(to, 'adapter_config.json').write_text(json.dumps({
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'inference_mode': True, 'bias': 'none',
         'base_model_name_or_path': os.path.abspath(source) if folder == source else source,

@@ -1,6 +1,6 @@
 """
-Times a training step of GPT-2 124M with multi-head LoRA whose heads compute in parallel or one after
-the other, beside full rank, as in the study's first figure:
+Times a training step of GPT-2 124M with multi-head LoRA whose heads compute in parallel or one
+after the other, beside full rank, as in the study's first figure:
 
 $ python extras/time_heads.py --ranks=1,4 --heads=4
 """
@@ -86,5 +86,5 @@ for rank in map(int, ranks.split(',')):
     for name in ('parallel', 'sequential'):
         ratios = [own / whole for own, whole in zip(seconds[name], seconds['full'])]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f'rank {rank}, {heads} {name} heads: {middle:.2f} [{low:.2f}, {high:.2f}] of the time '
-              f'of full rank, {trained / trained_at_full_rank:.2f} of its trained parameters')
+        print(f'rank {rank}, {heads} {name} heads: {middle:.2f} [{low:.2f}, {high:.2f}] of the '
+              f'time of full rank, {trained / trained_at_full_rank:.2f} of its trained parameters')

@@ -13,13 +13,17 @@ What the prediction leaves out: CUDA's context, the workspaces of libraries and 
 allocator, together about 1 GB, which is kept free of the budget; and torch.compile, which can only
 lower the peak. A build of torch without CUDA needs g++ once.
 """
+import argparse
 import ctypes
 import gc
 import importlib.util
 import json
+import linecache
 import math
 import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -156,9 +160,11 @@ class Watch(TorchDispatchMode):
                         self.note(p.grad, KINDS[2])
                 for name, x in module.named_buffers(recurse=False):
                     self.note(x, KINDS[name in ('Q', 'velocity')])  # of GaLore, outer optimizers
+                for x in getattr(module, 'buckets', ()):
+                    self.note(x, KINDS[2])
 
     def after_step(self, optimizer, *_):
-        """Makes the first step leap to the last ones before new projections and a merge."""
+        """Lets the second step be one with new projections, a merge, and gradients for an SVD."""
         for x in tree_leaves(optimizer.state_dict()):
             if torch.is_tensor(x):
                 self.note(x, KINDS[1])
@@ -171,12 +177,15 @@ class Watch(TorchDispatchMode):
                         lambda p: p.grad is not None and self.note(p.grad, KINDS[2]))
             if getattr(optimizer, 'layers', ()):
                 period = math.lcm(optimizer.gap, max(optimizer.merge_every, 1))
-                optimizer.steps = 2 * period - 2
+                optimizer.steps = 2 * period - (optimizer.projection == 'sketch')
                 optimizer.watch_gradients()
 
 
 class Fake(FakeTensorMode):
-    avoid_device_init = True
+    avoid_device_init = True  # else it would look for a GPU
+
+
+attend = F.scaled_dot_product_attention
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -214,7 +223,7 @@ def write_data(folder, config):
         for split in ('train', 'val', 'test'):
             shape = count, config['img_size'], config['img_size'], 3
             np.lib.format.open_memmap(f'{folder}/{split}_images.npy', 'w+', np.uint8, shape)
-            np.save(f'{folder}/{split}_labels.npy', np.arange(count) % 9)
+            np.save(f'{folder}/{split}_labels.npy', np.arange(count) % 2 + 1)  # scores of zero: accuracy 0
     Path(folder, 'meta.json').write_text(json.dumps(meta))
 
 
@@ -228,9 +237,9 @@ def predict(argv, world_size=1, batch_size=0, real=False):
         found.update(config)
         write_data(folder, config)
         watch.device = config['device'].split(':')[0]
-        # the second micro-batch finds gradients; 1 + 3 steps cross a merge, see `after_step`
-        short = dict(dataset=folder, out_dir=folder, init_from='scratch', max_iters=4, eval_iters=1,
-                     eval_interval=4, gradient_accumulation_steps=2, compile=False)
+        # the second micro-batch finds gradients, and the second step finds optimizer state
+        short = dict(dataset=folder, out_dir=folder, init_from='scratch', max_iters=2, eval_iters=1,
+                     eval_interval=2, gradient_accumulation_steps=2, compile=False)
         for key, value in short.items():
             if key in config:
                 config[key] = min(config[key], 2) if key.startswith('gradient_acc') else value
@@ -249,7 +258,7 @@ def predict(argv, world_size=1, batch_size=0, real=False):
                 (sys, 'argv', argv), (configurator, 'configure', configure_short),
                 (torch, 'save', lambda *_: None), (F, 'scaled_dot_product_attention', attention),
                 (lowrank, 'DDP', buckets), (dist, 'gather_object', lambda *_: None),
-                (sys.modules['signal'], 'signal', lambda *_: None)]:
+                (signal, 'signal', lambda *_: None)]:
             enter(mock.patch.object(owner, name, value))
         for register, hook in [(register_optimizer_step_pre_hook, watch.before_step),
                                (register_optimizer_step_post_hook, watch.after_step)]:
@@ -274,12 +283,57 @@ def predict(argv, world_size=1, batch_size=0, real=False):
     return watch, found
 
 
-attend = F.scaled_dot_product_attention
-if __name__ == '__main__':
-    import time
-    t = time.time()
-    watch, config = predict(sys.argv[1:])
+def largest_batch(total, parts, free):
+    """The largest multiple of parts, or one at most 2% below it, for which total(batch_size) is at
+    most free bytes; 0 if there is none. Totals are nearly linear, so the line between the bounds
+    gives each guess."""
+    low, below = parts, total(parts)
+    high = above = None
+    if below > free:
+        return 0
+    while high is None or high - low > max(parts, low // 50):
+        guess = 4 * low
+        if high:
+            guess = low + int((free - below) * (high - low) / (above - below))
+            guess = min(max(guess // parts * parts, low + parts), high - parts)
+        size = total(guess)
+        if size <= free:
+            low, below = guess, size
+        else:
+            high, above = guess, size
+    return low
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('script')
+    parser.add_argument('--budget', help="memory of a GPU, such as 12GiB or 24GB")
+    parser.add_argument('--world_size', type=int, default=1, help='processes, one on each GPU')
+    options, argv = parser.parse_known_args()
+    argv, world_size = [options.script, *argv], options.world_size
+
+    watch, config = predict(argv, world_size)
+    print(f"predicted for {' '.join(argv)}\nbatch_size={config['batch_size']}, "
+          f"dtype={config['dtype']}, device={config['device']}, {world_size=}")
     for kind in KINDS:
-        print(f'{kind:28}{watch.parts[kind] / 1e9:8.3f} GB')
-    print(f'{"peak":28}{watch.peak / 1e9:8.3f} GB in line {watch.line}')
-    print(time.time() - t)
+        print(f'{kind:28}{watch.parts.get(kind, 0) / 1e9:9.3f} GB')
+    source = linecache.getline(argv[0], watch.line).strip()
+    print(f'peak                        {watch.peak / 1e9:9.3f} GB, in line {watch.line}: {source}')
+    if options.budget:
+        free = float(re.match(r'[\d.]+', options.budget)[0])
+        free = free * (2**30 if options.budget.endswith('GiB') else 1e9) - 1e9
+        print(f'{options.budget} {"suffice" if watch.peak <= free else "do not suffice"}, with 1 GB '
+              'left to CUDA', flush=True)
+        parts = math.lcm(config['heads'] if config.get('split_batch') else 1, world_size)
+        known = {config['batch_size']: watch.peak}
+
+        def total(rows):
+            if rows not in known:
+                known[rows] = predict(argv, world_size, rows)[0].peak
+            return known[rows]
+        print('largest batch_size:', largest_batch(total, parts, free))
+
+
+if __name__ == '__main__':
+    main()

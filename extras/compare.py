@@ -16,6 +16,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 COLOURS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#8c564b', '#7f7f7f']
+NAMES = dict(adamw='AdamW', galolte='GaLoLTE', galore='GaLore', galore_muon='GaLore with Muon',
+             galore_svd='GaLore with SVD', lora='LoRA', lte='LTE', mhlora='Multi-head LoRA',
+             muon='Muon', relora='ReLoRA')
 AXES = {'step': 'Steps', 'seconds': 'Time (s)', 'sent_mb': 'Sent by each process (MB)'}
 
 
@@ -59,18 +62,23 @@ def draw(runs, path):
                                        for records in runs.values())]
     figure, plots = plt.subplots(1, len(axes), figsize=(4.6 * len(axes), 3.8), sharey=True,
                                  squeeze=False, layout='constrained')
-    colours = iter(COLOURS * len(runs))
+    colours, shown = iter(COLOURS * len(runs)), []
     for name, records in runs.items():
         colour = 'black' if 'adamw' in name else next(colours)
         for plot, key in zip(plots[0], axes):
             plot.plot(*column(records, key, 'train_loss'), color=colour, linewidth=0.7, alpha=0.35)
-            plot.plot(*column(records, key, 'val_loss'), color=colour, linewidth=1.8, label=name)
+            plot.plot(*column(records, key, 'val_loss'), color=colour, linewidth=1.8,
+                      label=NAMES.get(name, name))
+        shown += [loss for record in records if record['step'] >= records[-1]['step'] / 10
+                  for key, loss in record.items() if key in ('val_loss', 'train_loss')]
     for plot, key in zip(plots[0], axes):
         plot.set_xlabel(AXES[key])
         plot.grid(alpha=0.25, linewidth=0.5)
         plot.spines[['top', 'right']].set_visible(False)
     is_vit = any(column(records, 'val_acc')[0] for records in runs.values())
     plots[0, 0].set_ylabel(f'Loss (nats per {"image" if is_vit else "token"})')
+    margin = 0.05 * (max(shown) - min(shown))  # the loss of random weights would flatten the rest
+    plots[0, 0].set_ylim(min(shown) - margin, max(shown) + margin)
     plots[0, 0].legend(frameon=False)
     figure.suptitle('Validation loss (thin lines: training loss)', fontsize=11)
     figure.savefig(path, dpi=160)

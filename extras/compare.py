@@ -44,7 +44,8 @@ def column(records, *keys):
 
 def print_table(runs):
     width = max(map(len, runs))
-    print(f'{"run":{width}}  {"steps":>6}  final loss  best loss  ms per step  memory (MB)  sent (MB)')
+    print(f'{"run":{width}}  {"steps":>6}  final loss  best loss  ms per step  '
+          'memory (MB)  sent (MB)')
     for name, records in runs.items():
         losses, = column(records, 'val_loss')
         ms = sorted(*column(records, 'ms'))

@@ -1,0 +1,321 @@
+"""
+Predicts the memory that a script of this repository takes on a GPU, without a GPU:
+
+$ python extras/memory.py train_llama.py config/llama_1b.py config/methods/galore.py \
+      --budget=12GiB --world_size=4
+
+The other arguments are those of a training run. The script itself runs, for two steps, on fake CUDA
+tensors, which have shapes and no values, so your edits of the code count. The data set does not
+have to exist. --budget also searches the largest batch_size that fits, over all processes, of which
+each has a GPU.
+
+The prediction leaves out CUDA's context, workspaces of libraries and gaps of the allocator, for
+which 1 GB of the budget stays free; and torch.compile, which can only lower the peak. A torch that
+was built without CUDA needs g++.
+"""
+import argparse
+import ctypes
+import gc
+import importlib.util
+import json
+import linecache
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections import Counter
+from contextlib import ExitStack, nullcontext, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+LIBRARY = """
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+const Device gpu(DeviceType::CUDA, 0);
+struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device getDevice() const override { return gpu; }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, gpu); }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+namespace at {
+struct CUDAHooks : CUDAHooksInterface {  // torch looks for this name
+  CUDAHooks(CUDAHooksArgs) {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+}
+"""
+
+
+def load_library():
+    """Makes autograd accept fake CUDA tensors in a torch that was built without CUDA. Comes before
+    torch is imported, which asks for GPUs only once."""
+    folder = Path(importlib.util.find_spec('torch').origin).parent
+    if "cuda: Optional[str] = None" in Path(folder, 'version.py').read_text():
+        with tempfile.NamedTemporaryFile(suffix='.so') as file:
+            command = (f'g++ -std=c++20 -shared -fPIC -w -xc++ - -o {file.name} -I{folder}/include '
+                       f'-L{folder}/lib -Wl,-rpath,{folder}/lib -lc10 -ltorch_cpu')
+            subprocess.run(command.split(), input=LIBRARY.encode(), check=True)
+            ctypes.CDLL(file.name)
+
+
+if 'torch' not in sys.modules:
+    load_library()
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import optimizer as hooks
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import configurator
+import lowrank
+
+# -----------------------------------------------------------------------------
+# counting
+
+WEIGHTS, STATE, GRADIENTS, REST = KINDS = (
+    'weights', 'optimizer state', 'gradients', 'activations and temporaries')
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of all tensors on a device that are alive, by kind, and keeps their peak."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.fake, self.device, self.steps = script, None, 'cuda', 0
+        self.alive = {}  # a storage's address: [its kind, its bytes, a weak reference]
+        self.now = Counter()  # bytes by kind
+        self.peak, self.parts, self.line = 0, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.fake and function is torch.ops.aten._local_scalar_dense.default:
+            return 0  # a loss, or False: 'a weight is infinite', 'a signal came'
+        out = function(*args, **kwargs or {})
+        if self.fake:
+            self.fake.fake_tensor_converter.tensor_memo.clear()  # it would keep tensors alive
+        for x in tree_leaves(out):
+            self.note(x)
+        if self.now.total() > self.peak:
+            self.peak, self.parts = self.now.total(), dict(self.now)
+            # not this thread's frame, because a backward pass on a GPU has its own thread
+            frame = sys._current_frames()[threading.main_thread().ident]
+            while frame and frame.f_code.co_filename != self.script:
+                frame = frame.f_back
+            self.line = frame.f_lineno if frame else 0
+        return out
+
+    def note(self, x, kind=None):
+        """Counts the storage of x, which views share. kind: what it turns out to be."""
+        if not torch.is_tensor(x) or x.device.type != self.device:
+            return
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            reference = weakref.ref(storage, lambda _: self.forget(key))
+            self.alive[key] = [REST, storage.nbytes(), reference]
+            self.now[REST] += storage.nbytes()
+        old, size, _ = self.alive[key]
+        self.alive[key][0] = kind or old
+        self.now[old] -= size
+        self.now[kind or old] += size
+
+    def forget(self, key):
+        kind, size, _ = self.alive.pop(key)
+        self.now[kind] -= size
+
+    def before_step(self, optimizer, *_):
+        for module in gc.get_objects():
+            if issubclass(type(module), nn.Module):
+                for name, x in module.named_buffers(recurse=False):
+                    is_state = name in ('Q', 'velocity')  # GaLore's, an outer optimizer's
+                    self.note(x, STATE if is_state else WEIGHTS)
+                for p in module.parameters(recurse=False):
+                    self.note(p, WEIGHTS)
+                    self.note(p.grad, GRADIENTS)
+                for x in getattr(module, 'ddp_buckets', ()):
+                    self.note(x, GRADIENTS)
+
+    def after_step(self, optimizer, *_):
+        """Makes the second step one with new projections, a merge, or the gradients of an SVD."""
+        for x in tree_leaves(optimizer.state_dict()):
+            self.note(x, STATE)
+        self.steps += 1
+        if self.steps == 1:
+            self.peak = 0  # from now on there is optimizer state
+            for p in [p for group in optimizer.param_groups for p in group['params']]:
+                p.register_post_accumulate_grad_hook(lambda p: self.note(p.grad, GRADIENTS))
+            if getattr(optimizer, 'layers', ()):
+                period = math.lcm(optimizer.gap, max(optimizer.merge_every, 1))
+                optimizer.steps = 2 * period - (optimizer.projection == 'sketch')
+                optimizer.watch_gradients()
+
+
+# -----------------------------------------------------------------------------
+# what replaces a GPU, other processes and data
+
+
+class Fake(FakeTensorMode):
+    avoid_device_init = True  # it would look for a GPU
+
+
+attend, numpy = F.scaled_dot_product_attention, torch.Tensor.numpy
+
+
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """F.scaled_dot_product_attention as on a GPU; without one it takes another kernel."""
+    if q.device.type != 'cuda':
+        return attend(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if torch.is_autocast_enabled('cuda'):
+        q, k, v = (x.to(torch.get_autocast_dtype('cuda')) for x in (q, k, v))
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    if q.dtype != torch.float32 and attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+class FakeDDP(nn.parallel.DistributedDataParallel):
+    """DDP wants real memory. It has a copy of the gradients that it averages."""
+
+    def __new__(cls, model, **settings):
+        ignored = model._ddp_params_and_buffers_to_ignore
+        model.ddp_buckets = [torch.empty_like(p) for name, p in model.named_parameters()
+                             if p.requires_grad and name not in ignored]
+        return model
+
+
+def nothing(*args, **settings):
+    pass
+
+
+def write_data(folder, config):
+    """Writes a data set of zeros with the shape that a script's settings ask for."""
+    meta = dict(vocab_size=config.get('vocab_size'), tokenizer='bytes', classes=[*'012345678'])
+    Path(folder, 'meta.json').write_text(json.dumps(meta))
+    for split in ('train', 'val', 'test'):
+        if 'block_size' in config:
+            np.zeros(config['block_size'] + 2, np.uint16).tofile(f'{folder}/{split}_0.bin')
+        else:
+            shape = config['batch_size'], config['img_size'], config['img_size'], 3
+            np.lib.format.open_memmap(f'{folder}/{split}_images.npy', 'w+', np.uint8, shape)
+            # never class 0, which logits of zero predict: a best accuracy would be read from a file
+            np.save(f'{folder}/{split}_labels.npy', np.arange(shape[0]) % 2 + 1)
+
+
+def predict(argv, world_size=1, batch_size=0, real=False):
+    """Runs a script. Returns its Watch and its settings. real: on real tensors of a CPU."""
+    configure, config = configurator.configure, {}
+
+    def configure_short(settings):
+        config.update(configure(settings))
+        config['batch_size'] = batch_size or config['batch_size']
+        write_data(folder, config)
+        watch.device = config['device'].split(':')[0]
+        short = dict(dataset=folder, out_dir=folder, init_from='scratch', compile=False,
+                     max_iters=2, eval_iters=1, eval_interval=2)  # the second step has all state
+        if config.get('gradient_accumulation_steps', 1) > 1:
+            short['gradient_accumulation_steps'] = 2  # the second one adds to gradients
+        config.update({key: value for key, value in short.items() if key in config})
+        settings.update(config)
+        return config
+
+    cuda = dict(is_available=lambda: True, is_bf16_supported=lambda *_, **__: True,
+                current_device=lambda: 0, set_device=nothing, device=nullcontext,
+                get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8),
+                set_rng_state=nothing, _lazy_init=nothing)
+    patches = [(sys, 'argv', argv), (configurator, 'configure', configure_short),
+               (torch, 'save', nothing), (signal, 'signal', nothing), (lowrank, 'DDP', FakeDDP),
+               (dist, 'gather_object', nothing), (F, 'scaled_dot_product_attention', attention),
+               (torch.Tensor, 'numpy', lambda x, **how: np.zeros(x.shape)
+                if isinstance(x, FakeTensor) else numpy(x, **how))]
+    watch, fake = Watch(argv[0]), Fake(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        folder = enter(tempfile.TemporaryDirectory())
+        stack.callback(hooks.register_optimizer_step_pre_hook(watch.before_step).remove)
+        stack.callback(hooks.register_optimizer_step_post_hook(watch.after_step).remove)
+        for patch in patches:
+            enter(mock.patch.object(*patch))
+        if world_size > 1:
+            dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=world_size)
+            stack.callback(dist.destroy_process_group)
+            enter(mock.patch.multiple(dist, init_process_group=nothing,
+                                      destroy_process_group=nothing))
+            enter(mock.patch.dict(os.environ, RANK='0', LOCAL_RANK='0', WORLD_SIZE=str(world_size)))
+        if not real:
+            enter(mock.patch.multiple(torch.cuda, **cuda))
+            enter(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', nothing))
+            watch.fake = enter(fake)
+        enter(watch)
+        enter(redirect_stdout(None))
+        try:
+            runpy.run_path(argv[0], run_name='__main__')
+        except SystemExit:
+            if watch.steps < 2:  # a wrong setting; later it is because no loss is known
+                raise
+    return watch, config
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def largest_batch(fits, parts):
+    """The largest batch_size that fits, in multiples of parts, or one a few percent below it."""
+    low, high = 0, parts
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > max(parts, high // 32):
+        middle = (low + high) // 2 // parts * parts
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('script', help='with its config files and --key=value')
+    parser.add_argument('--budget', default='', help='memory of each GPU, such as 12GiB or 24GB')
+    parser.add_argument('--world_size', type=int, default=1, help='number of processes')
+    options, more = parser.parse_known_args()
+    argv, world_size = [options.script, *more], options.world_size
+    watch, config = predict(argv, world_size)
+    print(f"batch_size={config['batch_size']}, {world_size=}, dtype={config['dtype']}")
+    for kind in KINDS:
+        print(f'{kind:28}{watch.parts.get(kind, 0) / 1e9:9.3f} GB')
+    source = linecache.getline(watch.script, watch.line).strip()
+    print(f'{"peak":28}{watch.peak / 1e9:9.3f} GB, in line {watch.line}: {source}')
+    if options.budget:
+        unit = 2**30 if options.budget.endswith('GiB') else 1e9
+        free = float(options.budget.rstrip('GiB')) * unit - 1e9
+        print(f'{"fits" if watch.peak <= free else "does not fit"} into {options.budget} less 1 GB',
+              flush=True)
+        parts = math.lcm(config['heads'] if config.get('split_batch') else 1, world_size)
+        print('largest batch_size:', largest_batch(
+            lambda n: predict(argv, world_size, n)[0].peak <= free, parts))
+
+
+if __name__ == '__main__':
+    main()

@@ -82,6 +82,7 @@ def draw(runs, path):
     plots[0, 0].set_ylim(min(shown) - margin, max(shown) + margin)
     plots[0, 0].legend(frameon=False)
     figure.suptitle('Validation loss (thin lines: training loss)', fontsize=11)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     print(f'{path} shows them')
 

@@ -113,7 +113,8 @@ class Watch(TorchDispatchMode):
         if self.fake:
             self.fake.fake_tensor_converter.tensor_memo.clear()  # it would keep tensors alive
         for x in tree_leaves(out):
-            self.note(x)
+            if torch.is_tensor(x) and x.device.type == self.device:
+                self.note(x)
         if self.now.total() > self.peak:
             self.peak, self.parts = self.now.total(), dict(self.now)
             # not this thread's frame, because a backward pass on a GPU has its own thread
@@ -123,20 +124,21 @@ class Watch(TorchDispatchMode):
             self.line = frame.f_lineno if frame else 0
         return out
 
-    def note(self, x, kind=None):
-        """Counts the storage of x, which views share. kind: what it turns out to be."""
-        if not torch.is_tensor(x) or x.device.type != self.device:
-            return
+    def note(self, x):
+        """Counts the storage of a tensor, which its views share."""
         storage = x.untyped_storage()
-        key = storage._cdata
+        key, size = storage._cdata, storage.nbytes()
         if key not in self.alive:
-            reference = weakref.ref(storage, lambda _: self.forget(key))
-            self.alive[key] = [REST, storage.nbytes(), reference]
-            self.now[REST] += storage.nbytes()
-        old, size, _ = self.alive[key]
-        self.alive[key][0] = kind or old
-        self.now[old] -= size
-        self.now[kind or old] += size
+            self.alive[key] = [REST, size, weakref.ref(storage, lambda _: self.forget(key))]
+            self.now[REST] += size
+
+    def name(self, x, kind):
+        """Says what a tensor has turned out to be. It may be of an earlier script, or None."""
+        found = self.alive.get(x.untyped_storage()._cdata) if torch.is_tensor(x) else None
+        if found:
+            self.now[found[0]] -= found[1]
+            self.now[kind] += found[1]
+            found[0] = kind
 
     def forget(self, key):
         kind, size, _ = self.alive.pop(key)
@@ -147,22 +149,22 @@ class Watch(TorchDispatchMode):
             if issubclass(type(module), nn.Module):
                 for name, x in module.named_buffers(recurse=False):
                     is_state = name in ('Q', 'velocity')  # GaLore's, an outer optimizer's
-                    self.note(x, STATE if is_state else WEIGHTS)
+                    self.name(x, STATE if is_state else WEIGHTS)
                 for p in module.parameters(recurse=False):
-                    self.note(p, WEIGHTS)
-                    self.note(p.grad, GRADIENTS)
+                    self.name(p, WEIGHTS)
+                    self.name(p.grad, GRADIENTS)
                 for x in getattr(module, 'ddp_buckets', ()):
-                    self.note(x, GRADIENTS)
+                    self.name(x, GRADIENTS)
 
     def after_step(self, optimizer, *_):
         """Makes the second step one with new projections, a merge, or the gradients of an SVD."""
         for x in tree_leaves(optimizer.state_dict()):
-            self.note(x, STATE)
+            self.name(x, STATE)
         self.steps += 1
         if self.steps == 1:
             self.peak = 0  # from now on there is optimizer state
             for p in [p for group in optimizer.param_groups for p in group['params']]:
-                p.register_post_accumulate_grad_hook(lambda p: self.note(p.grad, GRADIENTS))
+                p.register_post_accumulate_grad_hook(lambda p: self.name(p.grad, GRADIENTS))
             if getattr(optimizer, 'layers', ()):
                 period = math.lcm(optimizer.gap, max(optimizer.merge_every, 1))
                 optimizer.steps = 2 * period - (optimizer.projection == 'sketch')

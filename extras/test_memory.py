@@ -1,0 +1,112 @@
+"""The tests of memory.py and compare.py: `python -m pytest -q extras/test_memory.py`."""
+import gc
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from extras import compare, memory
+
+torch.set_num_threads(1)
+SHAPE = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=8', '--rank=8', '--device=cpu',
+         '--gradient_accumulation_steps=3', '--dtype=float32', '--compile=False']
+TEXT = ['--block_size=64', '--vocab_size=300']
+SCRIPTS = {'gpt': [*TEXT, '--dropout=0.1'], 'llama': [*TEXT, '--size=', '--intermediate_size=48'],
+           'vit': ['--model_name=vit_tiny_patch16_224', '--img_size=32', '--patch_size=16']}
+
+
+def arguments(script, method, *more):
+    return [f'{HERE}/train_{script}.py', f'{HERE}/config/methods/{method}.py', *SHAPE,
+            *SCRIPTS[script], *more]
+
+
+@pytest.mark.parametrize('script,method,more', [
+    ('gpt', 'adamw', []), ('gpt', 'galore', []), ('gpt', 'galore_svd', []), ('gpt', 'lte', []),
+    ('llama', 'muon', []), ('llama', 'galolte', ['--outer_momentum=0.9']),
+    ('llama', 'relora', ['--gradient_checkpointing=True']), ('llama', 'mhlora', []),
+    ('vit', 'galore_muon', []), ('vit', 'lora', ['--freeze=True'])])
+def test_prediction_is_what_a_real_run_takes(script, method, more):
+    """By the tensors of the real script, to the byte; and on a CPU by its allocator, which also sees
+    what kernels take inside: for a few methods nothing, for ViT's convolution much."""
+    if script == 'vit':
+        pytest.importorskip('timm')
+    argv = arguments(script, method, *more)
+    predicted, _ = memory.predict(argv)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        real, _ = memory.predict(argv, real=True)
+    assert predicted.steps == 2 and sum(predicted.parts.values()) == predicted.peak
+    assert predicted.parts == real.parts and predicted.line == real.line
+    events = [event for event in profiler.profiler.kineto_results.events()
+              if event.name() == '[memory]' and abs(event.nbytes()) != 2**25 - 2**16]  # for glibc
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    tolerance = {'vit': 0.5, 'llama': 0.004, 'gpt': 1e-5}[script]
+    assert peak * (1 - tolerance) <= predicted.peak <= peak
+
+
+def test_edits_of_a_script_count(tmp_path):
+    source = Path(HERE, 'train_gpt.py').read_text()
+    edited = tmp_path / 'train_mine.py'
+    edited.write_text(source.replace('# training\n', 'mine = torch.zeros(2**20, device=device)\n'))
+    argv = arguments('gpt', 'adamw')
+    before, _ = memory.predict(argv)
+    after, _ = memory.predict([str(edited), *argv[1:]])
+    assert after.peak == before.peak + 4 * 2**20
+
+
+def test_ddp_has_a_copy_of_the_gradients():
+    """But not of LTE's heads, which a process does not average."""
+    argv = arguments('llama', 'lte')
+    one, _ = memory.predict(argv)
+    two, _ = memory.predict(argv, world_size=2)
+    heads = 2 * (4 * 4 * (32 + 32) + 3 * 4 * 4 * (32 + 48)) // 2  # at rank 8 / 4 in 4 heads
+    assert one.parts['gradients'] - two.parts['gradients'] < 4 * heads * 8
+
+
+@pytest.mark.skipif(torch.version.cuda is None and not shutil.which('g++'), reason='needs g++')
+def test_command_on_fake_cuda_tensors():
+    argv = [argument for argument in arguments('llama', 'adamw')
+            if not argument.startswith(('--device', '--dtype', '--compile'))]
+    result = subprocess.run(
+        [sys.executable, f'{HERE}/extras/memory.py', *argv, '--budget=1.1GB', '--n_embd=512'],
+        capture_output=True, text=True, check=True, cwd=HERE)
+    sizes = dict(re.findall(r'^([a-z ]+?) +([\d.]+) GB', result.stdout, re.M))
+    parameters = 2 * (512 * (4 * 512 + 3 * 48 + 2)) + 512 + 2 * 300 * 512
+    for kind, size in (('weights', 4), ('optimizer state', 8), ('gradients', 4)):
+        assert float(sizes[kind]) == pytest.approx(size * parameters / 1e9, abs=1e-3)
+    assert 'dtype=bfloat16' in result.stdout and 'loss.backward()' in result.stdout
+    assert 'fits into 1.1GB' in result.stdout
+    assert int(re.search(r'largest batch_size: (\d+)', result.stdout)[1]) > 8
+
+
+def test_compare(tmp_path, capsys):
+    logs = {'adamw': [dict(step=0, val_loss=3.0), dict(step=10, train_loss=2.5, ms=100.0),
+                      dict(step=20, train_loss=2.2, ms=300.0), dict(step=20, val_loss=2.1)],
+            'lte': [dict(step=0, val_loss=3.0, sent_mb=0.0),
+                    dict(step=10, train_loss=2.0, ms=50.0, sent_mb=1.5, memory_mb=70.0),
+                    dict(step=15, val_loss=1.75), dict(step=20, val_loss=1.9)],
+            'young': [dict(step=0, val_loss=3.0)]}
+    for name, records in logs.items():
+        (tmp_path / name).mkdir()
+        text = ''.join(json.dumps(record) + '\n' for record in records)
+        (tmp_path / name / 'log.jsonl').write_text(text)
+    assert [r['seconds'] for r in compare.read(tmp_path / 'adamw')] == [0, 1, 4, 4]
+    assert [r['seconds'] for r in compare.read(tmp_path / 'lte')] == [0, 0.5, 0.75, 1]
+    compare.main([*(str(tmp_path / name) for name in logs), f'--to={tmp_path}/new/picture.png'])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:4] == [['adamw', '20', '2.1000', '2.1000', '300.0'],
+                         ['lte', '20', '1.9000', '1.7500', '50.0', '70', '1.5'],
+                         ['young', '0', '3.0000', '3.0000']]
+    assert (tmp_path / 'new/picture.png').stat().st_size > 10000

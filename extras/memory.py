@@ -250,6 +250,7 @@ def predict(argv, world_size=1, batch_size=0, real=False):
     patches = [(sys, 'argv', argv), (configurator, 'configure', configure_short),
                (torch, 'save', nothing), (signal, 'signal', nothing), (lowrank, 'DDP', FakeDDP),
                (dist, 'gather_object', nothing), (F, 'scaled_dot_product_attention', attention),
+               (torch.Tensor, 'pin_memory', lambda x: x),
                (torch.Tensor, 'numpy', lambda x, **how: np.zeros(x.shape)
                 if isinstance(x, FakeTensor) else numpy(x, **how))]
     watch, fake = Watch(argv[0]), Fake(allow_non_fake_inputs=True)

@@ -101,10 +101,15 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, script):
         super().__init__()
-        self.script, self.fake, self.device, self.steps = script, None, 'cuda', 0
+        self.script, self.fake, self.device = script, None, 'cuda'
         self.alive = {}  # a storage's address: [its kind, its bytes, a weak reference]
         self.now = Counter()  # bytes by kind
-        self.peak, self.parts, self.line = 0, {}, 0
+        self.peaks = []  # (bytes, bytes by kind, line): until step 1, of step 2, later
+        self.peak = 0, {}, 0
+
+    def next_phase(self):
+        self.peaks.append(self.peak)
+        self.peak = 0, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if self.fake and function is torch.ops.aten._local_scalar_dense.default:
@@ -115,13 +120,12 @@ class Watch(TorchDispatchMode):
         for x in tree_leaves(out):
             if torch.is_tensor(x) and x.device.type == self.device:
                 self.note(x)
-        if self.now.total() > self.peak:
-            self.peak, self.parts = self.now.total(), dict(self.now)
+        if self.now.total() > self.peak[0]:
             # not this thread's frame, because a backward pass on a GPU has its own thread
             frame = sys._current_frames()[threading.main_thread().ident]
             while frame and frame.f_code.co_filename != self.script:
                 frame = frame.f_back
-            self.line = frame.f_lineno if frame else 0
+            self.peak = self.now.total(), dict(self.now), frame.f_lineno if frame else 0
         return out
 
     def note(self, x):
@@ -160,9 +164,8 @@ class Watch(TorchDispatchMode):
         """Makes the second step one with new projections, a merge, or the gradients of an SVD."""
         for x in tree_leaves(optimizer.state_dict()):
             self.name(x, STATE)
-        self.steps += 1
-        if self.steps == 1:
-            self.peak = 0  # from now on there is optimizer state
+        self.next_phase()
+        if len(self.peaks) == 1:
             for p in [p for group in optimizer.param_groups for p in group['params']]:
                 p.register_post_accumulate_grad_hook(lambda p: self.name(p.grad, GRADIENTS))
             if getattr(optimizer, 'layers', ()):
@@ -227,7 +230,8 @@ def write_data(folder, config):
 
 
 def predict(argv, world_size=1, batch_size=0, real=False):
-    """Runs a script. Returns its Watch and its settings. real: on real tensors of a CPU."""
+    """Runs a script. Returns peaks, of the second training step and of what comes after, and its
+    settings. Each is (bytes, bytes by kind, line). real: on real tensors of a CPU."""
     configure, config = configurator.configure, {}
 
     def configure_short(settings):
@@ -276,9 +280,10 @@ def predict(argv, world_size=1, batch_size=0, real=False):
         try:
             runpy.run_path(argv[0], run_name='__main__')
         except SystemExit:
-            if watch.steps < 2:  # a wrong setting; later it is because no loss is known
+            if len(watch.peaks) < 2:  # a wrong setting; later it is because no loss is known
                 raise
-    return watch, config
+    watch.next_phase()
+    return watch.peaks[1:], config
 
 
 # -----------------------------------------------------------------------------
@@ -304,20 +309,26 @@ def main():
     parser.add_argument('--world_size', type=int, default=1, help='number of processes')
     options, more = parser.parse_known_args()
     argv, world_size = [options.script, *more], options.world_size
-    watch, config = predict(argv, world_size)
+    peaks, config = predict(argv, world_size)
     print(f"batch_size={config['batch_size']}, {world_size=}, dtype={config['dtype']}")
     for kind in KINDS:
-        print(f'{kind:28}{watch.parts.get(kind, 0) / 1e9:9.3f} GB')
-    source = linecache.getline(watch.script, watch.line).strip()
-    print(f'{"peak":28}{watch.peak / 1e9:9.3f} GB, in line {watch.line}: {source}')
+        print(f'{kind:28}{peaks[0][1].get(kind, 0) / 1e9:9.3f} GB')
+    for name, (peak, _, line) in zip(('peak of a training step', 'evaluation, checkpoint'), peaks):
+        source = linecache.getline(argv[0], line).strip()
+        print(f'{name:28}{peak / 1e9:9.3f} GB, in line {line}: {source}')
     if options.budget:
         unit = 2**30 if options.budget.endswith('GiB') else 1e9
         free = float(options.budget.rstrip('GiB')) * unit - 1e9
-        print(f'{"fits" if watch.peak <= free else "does not fit"} into {options.budget} less 1 GB',
-              flush=True)
+
+        def fits(rows):
+            found = peaks if rows == first else predict(argv, world_size, rows)[0]
+            return max(peak[0] for peak in found) <= free
+
+        first = config['batch_size']
+        verdict = 'fits' if fits(first) else 'does not fit'
+        print(f'{verdict} into {options.budget} less 1 GB', flush=True)
         parts = math.lcm(config['heads'] if config.get('split_batch') else 1, world_size)
-        print('largest batch_size:', largest_batch(
-            lambda n: predict(argv, world_size, n)[0].peak <= free, parts))
+        print('largest batch_size:', largest_batch(fits, parts))
 
 
 if __name__ == '__main__':

@@ -35,17 +35,17 @@ def arguments(script, method, *more):
     ('llama', 'relora', ['--gradient_checkpointing=True']), ('llama', 'mhlora', []),
     ('vit', 'galore_muon', []), ('vit', 'lora', ['--freeze=True'])])
 def test_prediction_is_what_a_real_run_takes(script, method, more):
-    """By the tensors of the real script, to the byte; and on a CPU by its allocator, which also sees
-    what kernels take inside: for a few methods nothing, for ViT's convolution much."""
+    """To the byte by the tensors of the real script. The allocator of a CPU also sees what kernels
+    take inside: most often nothing, for ViT's convolution much."""
     if script == 'vit':
         pytest.importorskip('timm')
     argv = arguments(script, method, *more)
     predicted, _ = memory.predict(argv)
+    (step, parts, _), (later, _, _) = predicted
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         real, _ = memory.predict(argv, real=True)
-    assert predicted.steps == 2 and sum(predicted.parts.values()) == predicted.peak
-    assert predicted.parts == real.parts and predicted.line == real.line
+    assert predicted == real and sum(parts.values()) == step > 0
     events = [event for event in profiler.profiler.kineto_results.events()
               if event.name() == '[memory]' and abs(event.nbytes()) != 2**25 - 2**16]  # for glibc
     total = peak = 0
@@ -53,7 +53,7 @@ def test_prediction_is_what_a_real_run_takes(script, method, more):
         total += event.nbytes()
         peak = max(peak, total)
     tolerance = {'vit': 0.5, 'llama': 0.004, 'gpt': 1e-5}[script]
-    assert peak * (1 - tolerance) <= predicted.peak <= peak
+    assert peak * (1 - tolerance) <= max(step, later) <= peak
 
 
 def test_edits_of_a_script_count(tmp_path):
@@ -61,18 +61,19 @@ def test_edits_of_a_script_count(tmp_path):
     edited = tmp_path / 'train_mine.py'
     edited.write_text(source.replace('# training\n', 'mine = torch.zeros(2**20, device=device)\n'))
     argv = arguments('gpt', 'adamw')
-    before, _ = memory.predict(argv)
-    after, _ = memory.predict([str(edited), *argv[1:]])
-    assert after.peak == before.peak + 4 * 2**20
+    before, after = (memory.predict(changed)[0] for changed in (argv, [str(edited), *argv[1:]]))
+    assert [peak for peak, *_ in after] == [peak + 4 * 2**20 for peak, *_ in before]
 
 
 def test_ddp_has_a_copy_of_the_gradients():
-    """But not of LTE's heads, which a process does not average."""
-    argv = arguments('llama', 'lte')
-    one, _ = memory.predict(argv)
-    two, _ = memory.predict(argv, world_size=2)
-    heads = 2 * (4 * 4 * (32 + 32) + 3 * 4 * 4 * (32 + 48)) // 2  # at rank 8 / 4 in 4 heads
-    assert one.parts['gradients'] - two.parts['gradients'] < 4 * heads * 8
+    """But not of LTE's heads, of which each process has its own."""
+    def gradients(method, world_size):
+        (_, parts, _), _ = memory.predict(arguments('llama', method), world_size)[0]
+        return parts['gradients']
+
+    rest = 4 * (2 * 300 * 32 + 5 * 32)  # of embeddings and norms
+    assert gradients('adamw', 2) == 2 * gradients('adamw', 1)
+    assert gradients('lte', 2) == (gradients('lte', 1) - rest) / 2 + 2 * rest
 
 
 @pytest.mark.skipif(torch.version.cuda is None and not shutil.which('g++'), reason='needs g++')

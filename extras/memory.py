@@ -314,8 +314,9 @@ def main():
     for kind in KINDS:
         print(f'{kind:28}{peaks[0][1].get(kind, 0) / 1e9:9.3f} GB')
     for name, (peak, _, line) in zip(('peak of a training step', 'evaluation, checkpoint'), peaks):
-        source = linecache.getline(argv[0], line).strip()
-        print(f'{name:28}{peak / 1e9:9.3f} GB, in line {line}: {source}')
+        if peak >= peaks[0][0]:  # of what comes later only more memory is of interest
+            source = linecache.getline(argv[0], line).strip()
+            print(f'{name:28}{peak / 1e9:9.3f} GB, in line {line}: {source}')
     if options.budget:
         unit = 2**30 if options.budget.endswith('GiB') else 1e9
         free = float(options.budget.rstrip('GiB')) * unit - 1e9

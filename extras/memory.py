@@ -99,9 +99,9 @@ WEIGHTS, STATE, GRADIENTS, REST = KINDS = (
 class Watch(TorchDispatchMode):
     """Counts the bytes of all tensors on a device that are alive, by kind, and keeps their peak."""
 
-    def __init__(self, script):
+    def __init__(self, script, fake):
         super().__init__()
-        self.script, self.fake, self.device = script, None, 'cuda'
+        self.script, self.fake, self.device = script, fake, 'cuda'
         self.alive = {}  # a storage's address: [its kind, its bytes, a weak reference]
         self.now = Counter()  # bytes by kind
         self.peaks = []  # (bytes, bytes by kind, line): until step 1, of step 2, later
@@ -112,11 +112,10 @@ class Watch(TorchDispatchMode):
         self.peak = 0, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if self.fake and function is torch.ops.aten._local_scalar_dense.default:
+        if function is torch.ops.aten._local_scalar_dense.default:
             return 0  # a loss, or False: 'a weight is infinite', 'a signal came'
         out = function(*args, **kwargs or {})
-        if self.fake:
-            self.fake.fake_tensor_converter.tensor_memo.clear()  # it would keep tensors alive
+        self.fake.fake_tensor_converter.tensor_memo.clear()  # it would keep tensors alive
         for x in tree_leaves(out):
             if torch.is_tensor(x) and x.device.type == self.device:
                 self.note(x)
@@ -229,9 +228,9 @@ def write_data(folder, config):
             np.save(f'{folder}/{split}_labels.npy', np.arange(shape[0]) % 2 + 1)
 
 
-def predict(argv, world_size=1, batch_size=0, real=False):
+def predict(argv, world_size=1, batch_size=0):
     """Runs a script. Returns peaks, of the second training step and of what comes after, and its
-    settings. Each is (bytes, bytes by kind, line). real: on real tensors of a CPU."""
+    settings. Each peak is (bytes, bytes by kind, line)."""
     configure, config = configurator.configure, {}
 
     def configure_short(settings):
@@ -257,7 +256,8 @@ def predict(argv, world_size=1, batch_size=0, real=False):
                (torch.Tensor, 'pin_memory', lambda x: x),
                (torch.Tensor, 'numpy', lambda x, **how: np.zeros(x.shape)
                 if isinstance(x, FakeTensor) else numpy(x, **how))]
-    watch, fake = Watch(argv[0]), Fake(allow_non_fake_inputs=True)
+    fake = Fake(allow_non_fake_inputs=True)  # before the patches, because it imports the compiler
+    watch = Watch(argv[0], fake)
     with ExitStack() as stack:
         enter = stack.enter_context
         folder = enter(tempfile.TemporaryDirectory())
@@ -271,10 +271,9 @@ def predict(argv, world_size=1, batch_size=0, real=False):
             enter(mock.patch.multiple(dist, init_process_group=nothing,
                                       destroy_process_group=nothing))
             enter(mock.patch.dict(os.environ, RANK='0', LOCAL_RANK='0', WORLD_SIZE=str(world_size)))
-        if not real:
-            enter(mock.patch.multiple(torch.cuda, **cuda))
-            enter(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', nothing))
-            watch.fake = enter(fake)
+        enter(mock.patch.multiple(torch.cuda, **cuda))
+        enter(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', nothing))
+        enter(fake)
         enter(watch)
         enter(redirect_stdout(None))
         try:

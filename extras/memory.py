@@ -10,8 +10,7 @@ have to exist. --budget also searches the largest batch_size that fits, over all
 each has a GPU.
 
 The prediction leaves out CUDA's context, workspaces of libraries and gaps of the allocator, for
-which 1 GB of the budget stays free; and torch.compile, which can only lower the peak. A torch that
-was built without CUDA needs g++.
+which 1 GB of the budget stays free; and torch.compile, which lowers the peak. It needs g++.
 """
 import argparse
 import ctypes
@@ -46,34 +45,32 @@ struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
   void block(void*, const Stream&) const override {}
 };
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+extern "C" void set_guard() { static impl::DeviceGuardImplRegistrar _(gpu.type(), new Guard); }
 namespace at {
-struct CUDAHooks : CUDAHooksInterface {  // torch looks for this name
-  CUDAHooks(CUDAHooksArgs) {}
+struct Hooks : CUDAHooksInterface {
+  Hooks(CUDAHooksArgs) {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
 };
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, REGISTRY_PREFERRED, Hooks)
 }
 """
 
 
 def load_library():
-    """Makes autograd accept fake CUDA tensors in a torch that was built without CUDA. Comes before
-    torch is imported, which asks for GPUs only once."""
+    """Makes autograd accept fake CUDA tensors on a machine without a GPU. Comes before torch is
+    imported, whose own hooks it replaces."""
     folder = Path(importlib.util.find_spec('torch').origin).parent
-    if "cuda: Optional[str] = None" in Path(folder, 'version.py').read_text():
-        with tempfile.NamedTemporaryFile(suffix='.so') as file:
-            command = (f'g++ -std=c++20 -shared -fPIC -w -xc++ - -o {file.name} -I{folder}/include '
-                       f'-L{folder}/lib -Wl,-rpath,{folder}/lib -lc10 -ltorch_cpu')
-            subprocess.run(command.split(), input=LIBRARY.encode(), check=True)
-            ctypes.CDLL(file.name)
+    with tempfile.NamedTemporaryFile(suffix='.so') as file:
+        command = (f'g++ -std=c++20 -shared -fPIC -w -xc++ - -o {file.name} -I{folder}/include '
+                   f'-L{folder}/lib -Wl,-rpath,{folder}/lib -lc10 -ltorch_cpu')
+        subprocess.run(command.split(), input=LIBRARY.encode(), check=True)
+        return ctypes.CDLL(file.name)
 
 
-if 'torch' not in sys.modules:
-    load_library()
+library = load_library() if 'torch' not in sys.modules else None
 
 import numpy as np
 import torch
@@ -88,6 +85,9 @@ from torch.utils._pytree import tree_leaves
 
 import configurator
 import lowrank
+
+if library:
+    library.set_guard()
 
 # -----------------------------------------------------------------------------
 # counting

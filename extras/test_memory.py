@@ -81,7 +81,7 @@ def test_ddp_has_a_copy_of_the_gradients():
     assert gradients('lte', 2) == (gradients('lte', 1) - rest) / 2 + 2 * rest
 
 
-@pytest.mark.skipif(torch.version.cuda is None and not shutil.which('g++'), reason='needs g++')
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs g++')
 def test_command_on_fake_cuda_tensors():
     argv = [argument for argument in arguments('llama', 'adamw')
             if not argument.startswith(('--device', '--dtype', '--compile'))]

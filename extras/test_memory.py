@@ -98,8 +98,8 @@ def test_command_on_fake_cuda_tensors():
 
 
 def test_compare(tmp_path, capsys):
-    logs = {'adamw': [dict(step=0, val_loss=3.0), dict(step=10, train_loss=2.5, ms=100.0),
-                      dict(step=20, train_loss=2.2, ms=300.0), dict(step=20, val_loss=2.1)],
+    logs = {'adamw': [dict(step=0, val_loss=3.0), dict(step=10, train_loss=2.5, ms=300.0),
+                      dict(step=20, train_loss=2.2, ms=100.0), dict(step=20, val_loss=2.1)],
             'lte': [dict(step=0, val_loss=3.0, sent_mb=0.0),
                     dict(step=10, train_loss=2.0, ms=50.0, sent_mb=1.5, memory_mb=70.0),
                     dict(step=15, val_loss=1.75), dict(step=20, val_loss=1.9)],
@@ -108,7 +108,7 @@ def test_compare(tmp_path, capsys):
         (tmp_path / name).mkdir()
         text = ''.join(json.dumps(record) + '\n' for record in records)
         (tmp_path / name / 'log.jsonl').write_text(text)
-    assert [r['seconds'] for r in compare.read(tmp_path / 'adamw')] == [0, 1, 4, 4]
+    assert [r['seconds'] for r in compare.read(tmp_path / 'adamw')] == [0, 3, 4, 4]
     assert [r['seconds'] for r in compare.read(tmp_path / 'lte')] == [0, 0.5, 0.75, 1]
     compare.main([*(str(tmp_path / name) for name in logs), f'--to={tmp_path}/new/picture.png'])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -239,7 +239,7 @@ def predict(argv, world_size=1, batch_size=0):
         write_data(folder, config)
         watch.device = config['device'].split(':')[0]
         short = dict(dataset=folder, out_dir=folder, init_from='scratch', compile=False,
-                     max_iters=2, eval_iters=1, eval_interval=2)  # the second step has all state
+                     max_iters=2, eval_iters=1)  # the second step has all state
         if config.get('gradient_accumulation_steps', 1) > 1:
             short['gradient_accumulation_steps'] = 2  # the second one adds to gradients
         config.update({key: value for key, value in short.items() if key in config})

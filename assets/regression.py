@@ -4,9 +4,9 @@ GaLore by several projections on linear regressions, for docs/results.md (two mi
 $ python assets/regression.py      writes assets/regression.jsonl and assets/regression.png
 
 y = W x has to learn a random W* (64 x 64) from 256 new inputs in each of 400 steps, by Adam in a
-projection of rank 16, which is taken anew every 20 steps. The inputs are isotropic, or
-ill-conditioned: their variances fall from 1 to 1/1000. Every line has the best of four learning rates
-on another seed, and the mean of three seeds.
+projection of rank 16, which changes every 20 steps. The inputs are isotropic, or
+ill-conditioned: their variances fall from 1 to 1/1000. Every line has the best of four learning
+rates on another seed, and the mean of three seeds.
 """
 import itertools
 import json

@@ -1,5 +1,5 @@
 """
-Weights and moments in few bits. The layers take an nn.Linear, like those of lowrank.py:
+Weights and moments in few bits. The layers take an nn.Linear, like the layers of lowrank.py:
 
     Int8Linear           W in int8, trained at full rank in the backward pass       1.03 bytes of W
     Int8ProjectedLinear  GaLore on a W in int8                                      per element
@@ -44,7 +44,7 @@ def compiled(function, device):
 
 
 def slices_of_rows(W):
-    """Slices of so many rows that temporary tensors are small, and on a CPU stay in its cache."""
+    """Slices of rows that keep temporary tensors small, and on a CPU in its cache."""
     most = 2**18 if W.device.type == 'cpu' else 2**22  # elements
     count = max(most // W[0].numel(), 1)
     return (slice(i, i + count) for i in range(0, len(W), count))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from configurator import configure
 from galore import LowRankOptimizer
-from lowrank import MHLoRALinear, count_parameters, replace_linears
+from lowrank import MHLoRALinear, count_trained, replace_linears
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def step(model, optimizer):
 
 full = make(None, 0)
 step(*full)
-_, trained_at_full_rank = count_parameters(full[0])
+trained_at_full_rank = count_trained(full[0])
 print(f'full rank: {trained_at_full_rank:,} parameters are trained')
 for rank in map(int, ranks.split(',')):
     kinds = {'full': full, 'parallel': make(MHLoRALinear, rank),
@@ -82,7 +82,7 @@ for rank in map(int, ranks.split(',')):
             taken = step(*model_and_optimizer)
             if i:  # the first steps allocate memory
                 seconds[name].append(taken)
-    _, trained = count_parameters(kinds['parallel'][0])
+    trained = count_trained(kinds['parallel'][0])
     for name in ('parallel', 'sequential'):
         ratios = [own / whole for own, whole in zip(seconds[name], seconds['full'])]
         low, middle, high = statistics.quantiles(ratios, n=4)

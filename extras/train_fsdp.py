@@ -82,8 +82,9 @@ beta2 = 0.999
 grad_clip = 1.0  # 0: no clipping
 # system
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
-dtype = 'bfloat16' if torch.cuda.is_available() else 'float32'  # of gathered weights, activations
-compile = torch.cuda.is_available()  # each block by torch.compile
+_is_modern = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = 'bfloat16' if _is_modern else 'float32'  # of gathered weights, activations
+compile = _is_modern  # each block by torch.compile
 # -----------------------------------------------------------------------------
 config = configure(globals())
 

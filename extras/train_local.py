@@ -81,8 +81,9 @@ beta2 = 0.95
 grad_clip = 1.0  # 0: no clipping
 # system
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
-dtype = 'bfloat16' if torch.cuda.is_available() else 'float32'  # of activations, by autocast
-compile = torch.cuda.is_available()  # each block by torch.compile
+_is_modern = device == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+dtype = 'bfloat16' if _is_modern else 'float32'  # of activations, by autocast
+compile = _is_modern  # each block by torch.compile
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -164,7 +165,7 @@ heads = {layer.B for layer in lowrank_layers(model)}
 replicas = [p for p in model.parameters() if p.requires_grad and p not in heads]
 base = parameters_to_vector(replicas).detach()  # one vector, so that one message is enough
 parts = base.split([p.numel() for p in replicas])
-bases = {p: part.view_as(p) for p, part in zip(replicas, parts)}
+last_merged = {p: part.view_as(p) for p, part in zip(replicas, parts)}
 velocity = torch.zeros_like(base) if outer_momentum else None
 error = torch.zeros_like(base) if sync_bits == 2 else None  # see two_bits.py
 
@@ -175,15 +176,15 @@ def merge(decay):
     the last merge. It is no part of the change, or else momentum would repeat it."""
     for group in optimizer.param_groups:
         for p in group['params']:
-            if group['weight_decay'] and p in bases:
-                bases[p].mul_(decay)
+            if group['weight_decay'] and p in last_merged:
+                last_merged[p].mul_(decay)
     change = parameters_to_vector(replicas) - base
     change = two_bit_mean(change, error) if sync_bits == 2 else mean_over_processes(change)
     if outer_momentum:
         velocity.mul_(outer_momentum).add_(change)
         change.add_(velocity, alpha=outer_momentum)
     base.add_(change, alpha=outer_lr)
-    for p, x in bases.items():
+    for p, x in last_merged.items():
         p.copy_(x)
 
 

@@ -4,10 +4,10 @@ Predicts the memory that a script of this repository takes on a GPU, without a G
 $ python extras/memory.py train_llama.py config/llama_1b.py config/methods/galore.py \
       --budget=12GiB --world_size=4
 
-The other arguments are those of a training run. The script itself runs, for two steps, on fake CUDA
-tensors, which have shapes and no values, so your edits of the code count. The data set does not
-have to exist. --budget also searches the largest batch_size that fits, over all processes, of which
-each has a GPU.
+The other arguments are the same as in a training run. The script itself runs, for two steps, on
+fake CUDA tensors, which have shapes and no values, so your edits of the code count. The data set
+does not have to exist. --budget also searches the largest batch_size that fits, over all processes,
+of which each has a GPU.
 
 The prediction leaves out CUDA's context, workspaces of libraries and gaps of the allocator, for
 which 1 GB of the budget stays free; and torch.compile, which lowers the peak. It needs g++.
@@ -30,6 +30,7 @@ import weakref
 from collections import Counter
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -207,6 +208,7 @@ class FakeDDP(nn.parallel.DistributedDataParallel):
         ignored = model._ddp_params_and_buffers_to_ignore
         model.ddp_buckets = [torch.empty_like(p) for name, p in model.named_parameters()
                              if p.requires_grad and name not in ignored]
+        model.reducer = SimpleNamespace(prepare_for_backward=nothing)
         return model
 
 

@@ -314,7 +314,7 @@ while True:
     stops = mean_over_processes(torch.tensor(float(len(signals)))) > 0
     is_last = stops or step >= max_iters
     if is_last or step % eval_interval == 0:
-        is_best = False
+        began, is_best = time.time(), False
         if not stops:
             val_loss = estimate_loss()
             log(step=step, val_loss=val_loss)
@@ -322,7 +322,7 @@ while True:
             best = val_loss if is_best else best
         if step > first_step:
             save(step, is_best)
-        clock = time.time()
+        clock += time.time() - began  # not the time of training
     if is_last:
         break
 

@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -246,7 +245,7 @@ def save(step, is_best):
     if is_best:
         weights = merged_state_dict(model)
         if process == 0:
-            write(dict(model=weights, model_config=asdict(model.config),
+            write(dict(model=weights, model_config=vars(model.config),
                        tokenizer=meta['tokenizer']), 'best.pt')
     older = checkpoints()
     write(dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -302,7 +301,7 @@ while True:  # here all workers have the same weights
         clock = time.time()
     is_last = stops > 0 or step >= max_iters
     if is_last or step % eval_interval == 0:
-        is_best = False
+        began, is_best = time.time(), False
         if not stops:
             val_loss = estimate_loss()
             log(step=step, val_loss=val_loss)
@@ -310,7 +309,7 @@ while True:  # here all workers have the same weights
             best = val_loss if is_best else best
         if step > first_step:
             save(step, is_best)
-        clock = time.time()
+        clock += time.time() - began  # not the time of training
     if is_last:
         break
 

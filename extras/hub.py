@@ -66,7 +66,7 @@ class HubLlama(Llama):
         if scaling is None:
             return [x, *rotary(idx.shape[1], config.head_dim, config.rope_theta, idx.device)]
         # as in LLaMA 3.1: pairs that turn less than low_freq_factor times within the original
-        # length are slowed down, those that turn more than high_freq_factor times are not
+        # length are slowed down, and pairs that turn more than high_freq_factor times are not
         pairs = torch.arange(0, config.head_dim, 2, device=idx.device).float() / config.head_dim
         frequencies = config.rope_theta ** -pairs
         low, high = scaling['low_freq_factor'], scaling['high_freq_factor']

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import textbook
 from extras import two_bits
 from galore import LowRankOptimizer, generator_of
 from model import GPT
@@ -127,7 +126,7 @@ def test_interrupted_run_resumes_bit_for_bit(data, tmp_path, case, how, world):
     assert logged(tmp_path / 'a', 'train_loss')[-2:] == logged(tmp_path / 'b', 'train_loss')[-2:]
 
 
-# The bytes in the log are those of the tensors in all calls of torch.distributed.
+# The log counts the bytes of the tensors in all calls of torch.distributed.
 @parametrize('case, world', [('mean', 2), ('mean', 4), ('two bits', 4), ('galolte', 4),
                              ('galolte muon two bits', 2)])
 def test_counted_bytes_are_what_is_sent(data, tmp_path, case, world):

@@ -4,8 +4,8 @@ Compares runs by their logs, as a table and a picture:
 $ python extras/compare.py out/adamw out/galore out/lte --to=out/compare.png
 
 Each folder holds the log.jsonl of a run and names it. The picture shows the loss against steps and
-seconds of training, and against bytes sent where runs log them (sent_mb: what a process has sent
-since step 0). Solid lines are validation losses, thin lines training losses.
+seconds of training, and against bytes sent where runs log them (train_local.py). Solid lines are
+validation losses, thin lines training losses.
 """
 import json
 import sys
@@ -24,14 +24,15 @@ AXES = {'step': 'Steps', 'seconds': 'Time (s)', 'sent_mb': 'Sent by each process
 
 def read(folder):
     """The records of a run. Each has the seconds of training and the MB sent up to its step."""
-    records, step, seconds, ms, sent = [], 0, 0.0, 0.0, None
+    records, step, seconds, ms, sent_mb = [], 0, 0.0, 0.0, None
     for line in Path(folder, 'log.jsonl').read_text().splitlines():
         record = json.loads(line)
-        ms, sent = record.get('ms', ms), record.get('sent_mb', sent)
+        ms = record.get('ms', ms)
+        sent_mb = record['bytes'] / 1e6 if 'bytes' in record else sent_mb
         # a resumed run may repeat some steps, and an evaluation takes no time here
         seconds += ms * max(record['step'] - step, 0) / 1000
         step = record['step']
-        records.append({**record, 'seconds': seconds, 'sent_mb': sent})
+        records.append({**record, 'seconds': seconds, 'sent_mb': sent_mb})
     return records
 
 
@@ -45,14 +46,14 @@ def column(records, *keys):
 def print_table(runs):
     width = max(map(len, runs))
     print(f'{"run":{width}}  {"steps":>6}  final loss  best loss  ms per step  '
-          'memory (MB)  sent (MB)')
+          'memory (GB)  sent (MB)')
     for name, records in runs.items():
         losses, = column(records, 'val_loss')
         ms = sorted(*column(records, 'ms'))
         cells = [losses[-1] if losses else None, min(losses, default=None),
-                 ms[len(ms) // 2] if ms else None, max(*column(records, 'memory_mb'), default=None),
+                 ms[len(ms) // 2] if ms else None, max(*column(records, 'gb'), default=None),
                  records[-1]['sent_mb']]
-        widths, digits = (10, 9, 11, 11, 9), (4, 4, 1, 0, 1)
+        widths, digits = (10, 9, 11, 11, 9), (4, 4, 1, 2, 1)
         print(f"{name:{width}}  {records[-1]['step']:6}", *(
             f'{"" if cell is None else format(cell, f".{digit}f"):>{size}}'
             for cell, size, digit in zip(cells, widths, digits)), sep='  ')

@@ -100,8 +100,8 @@ def test_command_on_fake_cuda_tensors():
 def test_compare(tmp_path, capsys):
     logs = {'adamw': [dict(step=0, val_loss=3.0), dict(step=10, train_loss=2.5, ms=300.0),
                       dict(step=20, train_loss=2.2, ms=100.0), dict(step=20, val_loss=2.1)],
-            'lte': [dict(step=0, val_loss=3.0, sent_mb=0.0),
-                    dict(step=10, train_loss=2.0, ms=50.0, sent_mb=1.5, memory_mb=70.0),
+            'lte': [dict(step=0, val_loss=3.0),
+                    dict(step=10, train_loss=2.0, ms=50.0, bytes=1.5e6, gb=0.07),
                     dict(step=15, val_loss=1.75), dict(step=20, val_loss=1.9)],
             'young': [dict(step=0, val_loss=3.0)]}
     for name, records in logs.items():
@@ -113,6 +113,6 @@ def test_compare(tmp_path, capsys):
     compare.main([*(str(tmp_path / name) for name in logs), f'--to={tmp_path}/new/picture.png'])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1:4] == [['adamw', '20', '2.1000', '2.1000', '300.0'],
-                         ['lte', '20', '1.9000', '1.7500', '50.0', '70', '1.5'],
+                         ['lte', '20', '1.9000', '1.7500', '50.0', '0.07', '1.5'],
                          ['young', '0', '3.0000', '3.0000']]
     assert (tmp_path / 'new/picture.png').stat().st_size > 10000

@@ -51,12 +51,11 @@ def slices_of_rows(W):
 
 
 def change_int8(codes, scales, update, lr, decay):
-    """New codes (m, n) and scales (m, blocks, 1) of decay W - lr update."""
-    blocks = codes.unflatten(1, (scales.shape[1], -1)) * (decay * scales)
-    blocks = blocks - lr * update.to(scales.dtype).view(blocks.shape)
-    scales = blocks.abs().amax(-1, keepdim=True) / 127
-    levels = blocks / scales.clamp_min(TINY) + torch.rand_like(blocks)
-    return levels.floor().clamp(-127, 127).to(torch.int8).flatten(1), scales
+    """New codes (m, blocks, size) and scales (m, blocks, 1) of decay W - lr update."""
+    W = codes * (decay * scales) - lr * update.to(scales.dtype)
+    scales = W.abs().amax(-1, keepdim=True) / 127
+    levels = W / scales.clamp_min(TINY) + torch.rand_like(W)
+    return levels.floor().clamp(-127, 127).to(torch.int8), scales
 
 
 def change_bfloat16(W, update, lr, decay):
@@ -212,9 +211,11 @@ class Int8Weight(QuantizedLinear):
     def change(self, update_of, lr, decay):
         """W <- decay W - lr update, where update_of(rows) are rows of the update."""
         change = compiled(change_int8, self.weight.device)
+        codes = self.weight.unflatten(1, (self.scales.shape[1], -1))  # (m, blocks, size)
         for rows in slices_of_rows(self.weight):
-            codes, scales = change(self.weight[rows], self.scales[rows], update_of(rows), lr, decay)
-            self.weight[rows], self.scales[rows] = codes, scales
+            update = update_of(rows).view(codes[rows].shape)
+            codes[rows], self.scales[rows] = change(
+                codes[rows], self.scales[rows], update, lr, decay)
 
 
 class HasRule:

@@ -11,10 +11,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 from lowrank import MHLoRALinear, merged_state_dict
 from model import Llama, LlamaConfig, rotary, rotate
@@ -135,12 +135,13 @@ def read_model(source, dtype=torch.float32):
         net = HubLlama(read_config(base))
     weights = {}
     for path in Path(base).glob('model*.safetensors'):
-        weights |= {name: x.to(dtype) for name, x in load_file(path).items()
+        weights |= {name: x.to(dtype) for name, x in safetensors.torch.load_file(path).items()
                     if not name.endswith('.inv_freq')}
     if net.config.tied:
         weights['lm_head.weight'] = weights['model.embed_tokens.weight']
     if adapter:
-        add_adapter(weights, adapter, load_file(Path(folder, 'adapter_model.safetensors')))
+        factors = safetensors.torch.load_file(Path(folder, 'adapter_model.safetensors'))
+        add_adapter(weights, adapter, factors)
     net.load_state_dict(weights, assign=True)
     # an adapter may have separated the output layer from the embedding
     net.config.tied = weights['lm_head.weight'] is weights['model.embed_tokens.weight']
@@ -168,7 +169,7 @@ def add_adapter(weights, adapter, factors):
 
 
 def write_tensors(tensors, path):
-    save_file(tensors, path, metadata={'format': 'pt'})
+    safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
     # save_file lets nobody but the owner read it
     path.chmod(path.with_name('tokenizer.json').stat().st_mode)
 

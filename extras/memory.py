@@ -5,9 +5,9 @@ $ python extras/memory.py train_llama.py config/llama_1b.py config/methods/galor
       --budget=12GiB --world_size=4
 
 The other arguments are the same as in a training run. The script itself runs, for two steps, on
-fake CUDA tensors, which have shapes and no values, so your edits of the code count. The data set
-does not have to exist. --budget also searches the largest batch_size that fits, over all processes,
-of which each has a GPU.
+fake CUDA tensors, which have shapes and no values, so your edits of the code count. A data set of
+prepare.py does not have to exist; finetune.py needs its model's folder and its --data. --budget
+also searches the largest batch_size that fits, over all processes, of which each has a GPU.
 
 The prediction leaves out CUDA's context, workspaces of libraries and gaps of the allocator, for
 which 1 GB of the budget stays free; and torch.compile, which lowers the peak. It needs g++.
@@ -74,19 +74,25 @@ def load_library():
 library = load_library() if 'torch' not in sys.modules else None
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed import device_mesh
+from torch.distributed.tensor import DTensor
 from torch.optim import optimizer as hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import configurator
 import lowrank
 
+if importlib.util.find_spec('bitsandbytes'):
+    import bitsandbytes  # before it can take the fake GPU for a real one
 if library:
     library.set_guard()
 
@@ -113,6 +119,8 @@ class Watch(TorchDispatchMode):
         self.peak = 0, {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor calls this again with the rows of this process
         if function is torch.ops.aten._local_scalar_dense.default:
             return 0  # a loss, or False: 'a weight is infinite', 'a signal came'
         out = function(*args, **kwargs or {})
@@ -138,6 +146,7 @@ class Watch(TorchDispatchMode):
 
     def name(self, x, kind):
         """Says what a tensor has turned out to be. It may be of an earlier script, or None."""
+        x = x.to_local() if isinstance(x, DTensor) else x
         found = self.alive.get(x.untyped_storage()._cdata) if torch.is_tensor(x) else None
         if found:
             self.now[found[0]] -= found[1]
@@ -212,6 +221,18 @@ class FakeDDP(nn.parallel.DistributedDataParallel):
         return model
 
 
+def make_real_mesh(*args, make=device_mesh.init_device_mesh):
+    """A device mesh reads its table of processes, which a fake tensor would not have."""
+    with _disable_current_modes():
+        return make(*args)
+
+
+def load_shapes(path):
+    """safetensors.torch.load_file without values. The caller chooses the dtype."""
+    with safe_open(path, 'pt') as file:
+        return {name: torch.empty(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
 def nothing(*args, **settings):
     pass
 
@@ -244,17 +265,23 @@ def predict(argv, world_size=1, batch_size=0):
                      max_iters=2, eval_iters=1)  # the second step has all state
         if config.get('gradient_accumulation_steps', 1) > 1:
             short['gradient_accumulation_steps'] = 2  # the second one adds to gradients
+        if config.get('merge_every'):
+            short.update(merge_every=min(2, config['merge_every']), update_proj_gap=2)
         config.update({key: value for key, value in short.items() if key in config})
         settings.update(config)
         return config
 
     cuda = dict(is_available=lambda: True, is_bf16_supported=lambda *_, **__: True,
                 current_device=lambda: 0, set_device=nothing, device=nullcontext,
+                get_device_capability=lambda *_: (8, 0), stream=nullcontext,
+                Stream=mock.MagicMock(), Event=mock.MagicMock(), current_stream=mock.MagicMock(),
                 get_rng_state=lambda *_: torch.zeros(16, dtype=torch.uint8),
                 set_rng_state=nothing, _lazy_init=nothing)
     patches = [(sys, 'argv', argv), (configurator, 'configure', configure_short),
                (torch, 'save', nothing), (signal, 'signal', nothing), (lowrank, 'DDP', FakeDDP),
                (dist, 'gather_object', nothing), (F, 'scaled_dot_product_attention', attention),
+               (device_mesh, 'init_device_mesh', make_real_mesh),
+               (safetensors.torch, 'load_file', load_shapes),
                (torch.Tensor, 'pin_memory', lambda x: x),
                (torch.Tensor, 'numpy', lambda x, **how: np.zeros(x.shape)
                 if isinstance(x, FakeTensor) else numpy(x, **how))]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.profiler import ProfilerActivity, profile
 
 HERE = Path(__file__).resolve().parent.parent
@@ -30,23 +31,9 @@ def arguments(script, method, *more):
             *SCRIPTS[script], *more]
 
 
-@pytest.mark.parametrize('script,method,more', [
-    ('gpt', 'adamw', []), ('gpt', 'galore', []), ('gpt', 'galore_svd', []), ('gpt', 'lte', []),
-    ('llama', 'muon', []), ('llama', 'galolte', ['--outer_momentum=0.9']),
-    ('llama', 'relora', ['--gradient_checkpointing=True']), ('llama', 'mhlora', []),
-    ('vit', 'galore_muon', []), ('vit', 'lora', ['--freeze=True'])])
-def test_prediction_is_what_a_real_run_takes(tmp_path, monkeypatch, script, method, more):
-    """To the byte, by the allocator of a CPU, over eleven steps of the script itself. But the
-    allocator also sees what kernels take inside: mostly nothing, for convolutions much."""
-    if script == 'vit':
-        pytest.importorskip('timm')
-    argv = arguments(script, method, '--update_proj_gap=10', *more)
-    peaks, config = memory.predict(argv)
-    memory.write_data(tmp_path, config)
-    monkeypatch.setattr(sys, 'argv', [
-        *argv, '--max_iters=11', '--eval_interval=11', '--init_from=scratch',
-        f'--dataset={tmp_path}', f'--out_dir={tmp_path}/out',
-        *(['--eval_iters=1'] if script != 'vit' else [])])
+def peak_of_a_run(argv, monkeypatch):
+    """By the allocator of a CPU."""
+    monkeypatch.setattr(sys, 'argv', argv)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         runpy.run_path(argv[0], run_name='__main__')
@@ -56,9 +43,64 @@ def test_prediction_is_what_a_real_run_takes(tmp_path, monkeypatch, script, meth
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
-    found = max(size for size, *_ in peaks)
+    return peak
+
+
+@pytest.mark.parametrize('script,method,more', [
+    ('gpt', 'adamw', []), ('gpt', 'galore', []), ('gpt', 'galore_svd', []), ('gpt', 'lte', []),
+    ('llama', 'muon', []), ('llama', 'galolte', ['--outer_momentum=0.9']),
+    ('llama', 'relora', ['--gradient_checkpointing=True']), ('llama', 'mhlora', []),
+    ('vit', 'galore_muon', []), ('vit', 'lora', ['--freeze=True'])])
+def test_prediction_is_what_a_real_run_takes(tmp_path, monkeypatch, script, method, more):
+    """To the byte, over eleven steps of the script itself. But the allocator also sees what kernels
+    take inside: mostly nothing, for convolutions much."""
+    if script == 'vit':
+        pytest.importorskip('timm')
+    argv = arguments(script, method, '--update_proj_gap=10', *more)
+    peaks, config = memory.predict(argv)
+    memory.write_data(tmp_path, config)
+    peak = peak_of_a_run([
+        *argv, '--max_iters=11', '--eval_interval=11', '--init_from=scratch',
+        f'--dataset={tmp_path}', f'--out_dir={tmp_path}/out',
+        *(['--eval_iters=1'] if script != 'vit' else [])], monkeypatch)
     tolerance = {'vit': 0.5, 'llama': 0.004, 'gpt': 1e-5}[script]
-    assert peak * (1 - tolerance) <= found <= peak
+    assert peak * (1 - tolerance) <= max(size for size, *_ in peaks) <= peak
+
+
+@pytest.mark.parametrize('method', ['full', 'lora', 'galore'])
+def test_prediction_for_fine_tuning(tmp_path, monkeypatch, method):
+    pytest.importorskip('transformers')
+    from extras.test_finetune import make_folder
+    folder = make_folder(tmp_path / 'model')
+    # read_model casts these, whereas float32 would stay in the mapped file
+    weights = load_file(f'{folder}/model.safetensors')
+    weights = {name: x.bfloat16() for name, x in weights.items()}
+    save_file(weights, f'{folder}/model.safetensors', {'format': 'pt'})
+    argv = [f'{HERE}/extras/finetune.py', f'--model={folder}', f'--data={HERE}/README.md',
+            f'--method={method}', '--rank=8', '--block_size=64', '--batch_size=4',
+            '--update_proj_gap=2', '--device=cpu', '--dtype=float32']
+    peaks, _ = memory.predict(argv)
+    peak = peak_of_a_run([*argv, '--max_iters=3', '--eval_interval=3', '--eval_iters=1',
+                          f'--out_dir={tmp_path}/out'], monkeypatch)
+    assert 0.999 * peak <= max(size for size, *_ in peaks) <= peak
+
+
+@pytest.mark.parametrize('method', ['adamw', 'galore', 'galore_muon', 'muon'])
+def test_each_process_of_fsdp_has_its_rows(method):
+    argv = [f'{HERE}/extras/train_fsdp.py', *arguments('llama', method)[1:]]
+    two, eight = (memory.predict(argv, world_size)[0][0][1] for world_size in (2, 8))
+    assert eight['weights'] < 0.3 * two['weights']
+    assert eight['optimizer state'] < 0.5 * two['optimizer state']  # projections are whole
+
+
+@pytest.mark.parametrize('more', [['--sync_bits=2'], ['--lowrank=galolte', '--sync_bits=2'],
+                                  ['--lowrank=galolte']])
+def test_local_sgd(more):
+    argv = [f'{HERE}/extras/train_local.py', *SHAPE, *TEXT, '--merge_every=5', *more]
+    (peak, parts, _), _ = memory.predict(argv, 4)[0]
+    weights = 4 * (2 * 12 * 32**2 + 300 * 32)  # and some vectors
+    assert weights < parts['weights'] < 2 * weights
+    assert peak > 2 * weights
 
 
 def test_edits_of_a_script_count(tmp_path):

@@ -91,8 +91,6 @@ from torch.utils._pytree import tree_leaves
 import configurator
 import lowrank
 
-if importlib.util.find_spec('bitsandbytes'):
-    import bitsandbytes  # before it can take the fake GPU for a real one
 if library:
     library.set_guard()
 
@@ -301,6 +299,8 @@ def predict(argv, world_size=1, batch_size=0):
                                       destroy_process_group=nothing))
             enter(mock.patch.dict(os.environ, RANK='0', LOCAL_RANK='0', WORLD_SIZE=str(world_size)))
         enter(mock.patch.multiple(torch.cuda, **cuda))
+        # bitsandbytes asks for it when it is imported
+        enter(mock.patch('torch._C._cuda_getCurrentRawStream', nothing, create=True))
         enter(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', nothing))
         enter(fake)
         enter(watch)
